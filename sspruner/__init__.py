@@ -1,0 +1,93 @@
+"""sspruner: structured pruning of state-space language models. The public names, and nothing else.
+
+Names are loaded on first use, so that `import sspruner` and `sspruner --help` do not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sspruner.errors import InputError, ModelError, PlanError, PluginError, ProofError, SSPrunerError
+from sspruner.plugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from sspruner.calibrate.sources import Calibration, calibration
+    from sspruner.calibrate.view import SSMView
+    from sspruner.graph.family import Family
+    from sspruner.graph.fingerprint import fingerprint
+    from sspruner.graph.ssm_graph import SSMGraph, trace
+    from sspruner.io.load import load
+    from sspruner.io.save import save
+    from sspruner.pipeline import Result, prune, score
+    from sspruner.planning.allocate import plan
+    from sspruner.planning.plan import Plan
+    from sspruner.planning.scores import Scores
+    from sspruner.plugins.scorer import Scorer
+    from sspruner.surgery.apply import apply
+    from sspruner.surgery.mask import masked, unmask
+
+__version__ = "0.1.0"
+
+#: The kinds of thing that can shrink (docs/graph.md).
+AXES = {"state", "head", "head_dim", "channel", "group", "attn_head", "mlp", "hidden", "block"}
+
+_HOME = {
+    "Calibration": "sspruner.calibrate.sources",
+    "Family": "sspruner.graph.family",
+    "Plan": "sspruner.planning.plan",
+    "Result": "sspruner.pipeline",
+    "SSMGraph": "sspruner.graph.ssm_graph",
+    "SSMView": "sspruner.calibrate.view",
+    "Scorer": "sspruner.plugins.scorer",
+    "Scores": "sspruner.planning.scores",
+    "apply": "sspruner.surgery.apply",
+    "calibration": "sspruner.calibrate.sources",
+    "fingerprint": "sspruner.graph.fingerprint",
+    "load": "sspruner.io.load",
+    "masked": "sspruner.surgery.mask",
+    "plan": "sspruner.planning.allocate",
+    "prune": "sspruner.pipeline",
+    "save": "sspruner.io.save",
+    "score": "sspruner.pipeline",
+    "trace": "sspruner.graph.ssm_graph",
+    "unmask": "sspruner.surgery.mask",
+}
+
+__all__ = [
+    "AXES",
+    "Calibration",
+    "Family",
+    "InputError",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "PluginError",
+    "ProofError",
+    "Result",
+    "SSMGraph",
+    "SSMView",
+    "SSPrunerError",
+    "Scorer",
+    "Scores",
+    "apply",
+    "calibration",
+    "fingerprint",
+    "hookimpl",
+    "load",
+    "masked",
+    "plan",
+    "prune",
+    "save",
+    "score",
+    "trace",
+    "unmask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sspruner' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

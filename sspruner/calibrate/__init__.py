@@ -1,0 +1,1 @@
+"""Text to batches, layer-by-layer replay, SSMView, exact state statistics."""

@@ -1,0 +1,42 @@
+"""Text sampled from the model itself: calibration that runs anywhere, offline, on any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def sample_from(
+    model: nn.Module,
+    count: int,
+    seq_len: int,
+    *,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> torch.Tensor:
+    """`count` sequences of `seq_len` tokens drawn from the model at temperature 1, after its BOS token: (count, T).
+
+    The end-of-text token does not stop a sequence: what follows it is a new text, as in training data.
+    """
+    config: Any = model.config
+    device = next(model.parameters()).device
+    bos = next(i for i in (config.bos_token_id, config.eos_token_id, 0) if isinstance(i, int))
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.full((count, 1), bos, device=device)
+    cache: dict[str, object] = {}
+    training = model.training
+    model.eval()
+    for done in range(1, seq_len):
+        out = model(input_ids=tokens[:, -1:], use_cache=True, **cache)
+        # Families name their cache differently; what forward returned is what it takes.
+        cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
+        probabilities = out.logits[:, -1].float().softmax(-1)  # (count, vocabulary)
+        tokens = torch.cat([tokens, probabilities.multinomial(1, generator=generator)], 1)
+        if progress:
+            progress("sampling calibration text", done, seq_len - 1)
+    model.train(training)
+    return tokens.cpu()

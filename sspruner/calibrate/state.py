@@ -1,0 +1,152 @@
+"""Exact statistics of the recurrent state, without materialising the states.
+
+Storing h_t for all t costs T*H*P*N. Every sum that a scorer needs has a closed form inside a chunk of Q steps,
+given the state S0 that enters the chunk (methods note, section 1; derivation in docs/methods.md). With
+cum_t = sum of dt*A from the chunk's first step to t, L[t,s] = exp(cum_t - cum_s) for s <= t, and
+
+    h_t = sum_{s<=t} L[t,s] dt_s x_s (x) B_s  +  exp(cum_t) S0                                       (P, N)
+
+the products over P become the Q x Q matrix x x^T, and what is left are matrix products of size Q x Q x N. Memory
+is one chunk: it does not grow with T, and nothing of size P*N is kept but S0.
+
+Letters: b batch, T tokens, G groups, K heads per group (H = G*K), P head dim, N state, Q chunk length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sspruner.graph.family import Projected
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Q consecutive steps of one mixer and the state that enters them; fp32, or fp64 if the inputs are."""
+
+    x: torch.Tensor  # (b, G, K, Q, P)
+    dt: torch.Tensor  # (b, G, K, Q)
+    B: torch.Tensor  # (b, G, Q, N)
+    C: torch.Tensor  # (b, G, Q, N)
+    L: torch.Tensor  # (b, G, K, Q, Q)  decay from step s to step t, 0 for s > t
+    decay: torch.Tensor  # (b, G, K, Q)  exp(cum): decay from the chunk's entry to step t
+    entry: torch.Tensor  # (b, G, K, P, N)  S0, the state that enters the chunk
+    weight: torch.Tensor  # (b, 1, Q)  1 for a token that counts, 0 for padding
+
+
+def chunks(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> Iterator[Chunk]:
+    """Walk a batch chunk by chunk, carrying the state. mask: bool (b, T), False where padding."""
+    b, T, H, P = p.x.shape
+    G, N = p.B.shape[2:]
+    dtype = torch.promote_types(p.x.dtype, torch.float32)
+    x = p.x.to(dtype).view(b, T, G, H // G, P).permute(0, 2, 3, 1, 4)  # (b, G, K, T, P)
+    dt = p.dt.to(dtype).view(b, T, G, H // G).permute(0, 2, 3, 1)  # (b, G, K, T)
+    B = p.B.to(dtype).transpose(1, 2)  # (b, G, T, N)
+    C = p.C.to(dtype).transpose(1, 2)  # (b, G, T, N)
+    A = p.A.double().view(1, G, H // G, 1)
+    weight = (torch.ones(b, T, device=x.device) if mask is None else mask).to(dtype)[:, None]  # (b, 1, T)
+    state = x.new_zeros(b, G, H // G, P, N)
+    for start in range(0, T, size):
+        at = slice(start, start + size)
+        # cum in fp64: exp of a difference of two large sums loses what fp32 rounds away.
+        cum = (dt[..., at].double() * A).cumsum(-1)  # (b, G, K, Q)
+        Q = cum.shape[-1]
+        past = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
+        L = (cum[..., :, None] - cum[..., None, :]).to(dtype).masked_fill(~past, -torch.inf).exp()
+        chunk = Chunk(x[..., at, :], dt[..., at], B[..., at, :], C[..., at, :], L, cum.to(dtype).exp(), state,
+                      weight[..., at])  # fmt: skip
+        yield chunk
+        carried = chunk.x * (chunk.L[..., -1, :] * chunk.dt)[..., None]  # (b, G, K, Q, P)
+        entered = _per_group(carried.transpose(-1, -2), chunk.B)  # (b, G, K, P, N)
+        state = chunk.decay[..., -1, None, None] * state + entered
+
+
+def state_energy(p: Projected, size: int = CHUNK) -> torch.Tensor:
+    """q[b,t,h,n] = sum_p h_t[p,n]^2, the energy of each state: (b, T, H, N)."""
+    energies = []
+    for c in chunks(p, size=size):
+        injected = c.L.square() @ _injection(c)  # (b, G, K, Q, N)
+        entered = c.decay.square()[..., None] * c.entry.square().sum(-2, keepdim=True)
+        energies.append((injected + entered).flatten(1, 2).transpose(1, 2))  # (b, Q, H, N)
+    return torch.cat(energies, 1).clamp_min(0)
+
+
+def weighted_energy(c: Chunk, w: torch.Tensor) -> torch.Tensor:
+    """sum over batch, steps and heads of w[b,g,t,n] * q[b,t,k,n] in one chunk: w (b, G, Q, N) -> (G, N).
+
+    sum_t w_t q_t = sum_s u_s (L^2)^T w: the transposed form needs one matrix product for all heads of a group.
+    """
+    injected = _injection(c) * _per_group(c.L.square().transpose(-1, -2), w)  # (b, G, K, Q, N)
+    entered = c.entry.square().sum(-2) * _per_group(c.decay.square()[..., None, :], w).squeeze(-2)  # (b, G, K, N)
+    return injected.sum((0, 2, 3)) + entered.sum((0, 2))
+
+
+def ghost_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
+    """sum over samples, tokens, heads of the group and p of h_t[k,p,n]^2 C_t[g,n]^2: fp64 (G, N).
+
+    GHOST's joint sum: the product is taken inside the sum. Source: Menezes & Kyrillidis, arXiv 2602.11408.
+    """
+    return _energy_sum(p, mask, size, observed=True)
+
+
+def energy_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
+    """sum over samples, tokens, heads of the group and p of h_t[k,p,n]^2: fp64 (G, N). The Gramian's diagonal."""
+    return _energy_sum(p, mask, size, observed=False)
+
+
+def _energy_sum(p: Projected, mask: torch.Tensor | None, size: int, observed: bool) -> torch.Tensor:
+    total = torch.zeros(p.B.shape[2:], dtype=torch.float64, device=p.x.device)
+    for c in chunks(p, mask, size):
+        w = c.C.square() if observed else torch.ones_like(c.C)
+        total += weighted_energy(c, w * c.weight[..., None])
+    return total.clamp_min(0)
+
+
+def gramian(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
+    """W_c = sum over samples, tokens, heads of the group and p of h_t h_t^T: (G, N, N), symmetric, fp64."""
+    G, N = p.B.shape[2:]
+    total = torch.zeros(G, N, N, dtype=torch.float64, device=p.x.device)
+    for c in chunks(p, mask, size):
+        dB = c.dt[..., None] * c.B[:, :, None]  # (b, G, K, Q, N)
+        counted = c.L * c.weight[:, :, None, :, None]  # rows t that count
+        inside = (c.x @ c.x.transpose(-1, -2)) * (c.L.transpose(-1, -2) @ counted)  # (b, G, K, Q, Q)
+        total += torch.einsum("bgkqn,bgkqm->gnm", dB, inside @ dB)
+        decay = (c.decay * c.weight[:, :, None])[..., None, :]  # (b, G, K, 1, Q)
+        reach = (decay @ c.L).transpose(-1, -2)  # (b, G, K, Q, 1): sum_t weight_t decay_t L[t,s]
+        cross = torch.einsum("bgkqn,bgkqm->gnm", dB, reach * (c.x @ c.entry))
+        total += cross + cross.transpose(-1, -2)
+        left = (decay.squeeze(-2) * c.decay).sum(-1)[..., None, None]  # (b, G, K, 1, 1)
+        total += torch.einsum("bgkpn,bgkpm->gnm", left * c.entry, c.entry)
+    return total
+
+
+def scan_output(p: Projected, size: int = CHUNK) -> torch.Tensor:
+    """y_t = C_t . h_t + D x_t, what the scan returns, before gate and norm: (b, T, H, P)."""
+    outputs = []
+    for c in chunks(p, size=size):
+        score = (c.C @ c.B.transpose(-1, -2))[:, :, None] * c.L * c.dt[..., None, :]  # (b, G, K, Q, Q)
+        carried = c.decay[..., None] * (c.C[:, :, None] @ c.entry.transpose(-1, -2))  # (b, G, K, Q, P)
+        outputs.append((score @ c.x + carried).flatten(1, 2).transpose(1, 2))  # (b, Q, H, P)
+    y = torch.cat(outputs, 1)
+    return y + p.D.to(y.dtype)[:, None] * p.x.to(y.dtype)
+
+
+def _injection(c: Chunk) -> torch.Tensor:
+    """u_t[n] = dB_t[n] (2 r_t[n] + dB_t[n] |x_t|^2), the energy that step t adds: (b, G, K, Q, N).
+
+    r_t[n] = x_t . (decayed h_{t-1})[:, n], so that |h_t|^2 = exp(2 dt A) |h_{t-1}|^2 + u_t.
+    """
+    overlap = c.L.tril(-1) * (c.x @ c.x.transpose(-1, -2)) * c.dt[..., None, :]  # (b, G, K, Q, Q), s < t
+    r = _per_group(overlap, c.B) + c.decay[..., None] * (c.x @ c.entry)  # (b, G, K, Q, N)
+    dB = c.dt[..., None] * c.B[:, :, None]  # (b, G, K, Q, N)
+    return dB * (2 * r + dB * c.x.square().sum(-1, keepdim=True))
+
+
+def _per_group(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left (b, G, K, R, Q) @ right (b, G, Q, N), one product per group: its heads are stacked -> (b, G, K, R, N)."""
+    b, G, K, R, Q = left.shape
+    return (left.reshape(b, G, K * R, Q) @ right).view(b, G, K, R, -1)

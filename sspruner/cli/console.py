@@ -1,0 +1,110 @@
+"""What every command shares: one-line errors, a progress bar on standard error, quiet libraries."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+
+from sspruner.errors import InputError, SSPrunerError
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+DEBUG = "SSPRUNER_DEBUG"  # set to anything to get tracebacks
+
+
+def reports_errors(command: Command) -> Command:
+    """Turn errors into one line on standard error and an exit code: 2 the user's, 1 a failed check, 130 Ctrl-C."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except SSPrunerError as error:
+            if os.environ.get(DEBUG):
+                raise
+            typer.echo(f"sspruner: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("sspruner: interrupted; nothing written", err=True)
+            raise typer.Exit(130) from None
+
+    return wrapper  # type: ignore[return-value]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A rich progress bar on standard error; yields the callback that the Python API takes as `progress`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("working", total=None)
+
+        def report(phase: str, done: int, total: int) -> None:
+            bar.update(task, description=phase, completed=done, total=total)
+
+        yield report
+
+
+def prepare(plugins: list[Path] | None) -> None:
+    """Before a command's work: load --plugin files and keep transformers from talking over our output."""
+    import transformers
+
+    from sspruner.plugins import manager
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for path in plugins or []:
+        manager.load_file(path)
+
+
+def options_from(pairs: list[str] | None) -> dict[str, Any]:
+    """`--option name=value` as a dict; a value is read as JSON where it is JSON, else as a string."""
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"--option {pair!r}: expected name=value")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def show(renderable: Any) -> None:
+    """Print a rich renderable on standard output; when that is not a terminal, without colour and never cut off."""
+    from rich.console import Console
+
+    terminal = Console()
+    width = terminal.width if terminal.is_terminal else 120
+    Console(width=width).print(renderable)
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    import shlex
+
+    return shlex.join(["sspruner", *sys.argv[1:]])
+
+
+def emit(text: str, path: Path | None) -> None:
+    """Write `text` to a file, atomically, or to standard output if the path is `-`."""
+    from sspruner.io.output import atomic_file
+
+    if path is None:
+        return
+    if str(path) == "-":
+        typer.echo(text, nl=not text.endswith("\n"))
+        return
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

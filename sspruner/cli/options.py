@@ -1,0 +1,35 @@
+"""The options that several commands take, each defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Model = Annotated[
+    Optional[str], typer.Argument(help="Model folder or hub id. Default: the reference model.", show_default=False)
+]
+Scorer = Annotated[str, typer.Option(help="Scorer; `sspruner scorers` lists them.")]
+ScorerOption = Annotated[
+    Optional[list[str]], typer.Option("--option", help="An option of the scorer, name=value. Repeatable.")
+]
+Axis = Annotated[str, typer.Option(help="What to remove.")]
+Sparsity = Annotated[Optional[float], typer.Option(help="Fraction of units to remove, in [0, 1).", show_default="0.5")]
+Keep = Annotated[Optional[int], typer.Option(help="Units to keep in every group, instead of --sparsity.")]
+Allocation = Annotated[str, typer.Option(help="How the budget is spread over layers.")]
+MultipleOf = Annotated[int, typer.Option(help="Keep a multiple of this many units.")]
+Mode = Annotated[str, typer.Option(help="slice: smaller tensors, proved. mask: zeros, same sizes.")]
+OneShot = Annotated[bool, typer.Option("--one-shot", help="Score all layers on the dense model, then cut at once.")]
+Calibration = Annotated[
+    str, typer.Option(help="Text file, datasets name (NAME[:CONFIG[:SPLIT]]), or self: sampled from the model.")
+]
+Samples = Annotated[int, typer.Option(help="Calibration sequences.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
+Device = Annotated[Optional[str], typer.Option(help="Compute device.", show_default="cuda if there is one, else cpu")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling, windows and the random scorer.")]
+Plugin = Annotated[Optional[list[Path]], typer.Option(help="Python file with a plugin. Repeatable.")]
+Out = Annotated[Optional[Path], typer.Option(help="Folder to write the model to.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model in --out.")]
+Json = Annotated[Optional[Path], typer.Option("--json", help="Write the result as JSON to this file; - for stdout.")]

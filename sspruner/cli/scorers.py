@@ -1,0 +1,22 @@
+"""`sspruner scorers`: what is installed, and where it comes from."""
+
+from __future__ import annotations
+
+from sspruner.cli import options as o
+from sspruner.cli.console import prepare, reports_errors, show
+
+NAME = "scorers"
+
+
+@reports_errors
+def command(plugin: o.Plugin = None) -> None:
+    """List the installed scorers: axes, needs, origin."""
+    from rich.table import Table
+
+    from sspruner.plugins import manager
+
+    prepare(plugin)
+    table = Table("scorer", "axes", "needs", "plugin")
+    for name, (cls, origin) in sorted(manager.scorers().items()):
+        table.add_row(name, ", ".join(sorted(cls.axes)), cls.needs, origin)
+    show(table)

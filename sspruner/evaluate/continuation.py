@@ -1,0 +1,22 @@
+"""A short greedy continuation, so that a person can see whether the model still speaks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def continuation(model: Any, tokenizer: Any, prompt: torch.Tensor, new_tokens: int = 40) -> str:
+    """The text that the model adds to `prompt`, int64 (T,), greedily and without a repetition penalty."""
+    ids = prompt[None].to(next(model.parameters()).device)
+    pad = model.generation_config.pad_token_id
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0 if pad is None else pad,
+    )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

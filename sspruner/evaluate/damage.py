@@ -1,0 +1,74 @@
+"""What a cut costs on held-out text: perplexity of the dense and of the pruned model, and KL between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.planning.plan import Plan
+from sspruner.surgery.mask import masked
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Perplexity of both models, mean KL(dense || pruned) in nats per token, and the number of predicted tokens.
+
+    Protocol: each window is scored alone; its first token is context only; padding is neither context nor counted.
+    """
+
+    dense_perplexity: float
+    pruned_perplexity: float
+    kl: float
+    tokens: int
+
+
+@torch.no_grad()
+def damage(
+    model: nn.Module,
+    plan: Plan,
+    graph: SSMGraph,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+) -> Damage:
+    """Compare a dense model with itself under the mask of `plan`, batch by batch; the model is left as it was.
+
+    A mask equals its slice (surgery.proof asserts it), so one copy of the model serves for both.
+    batches: (tokens int64 (b, T), mask bool (b, T)).
+    """
+    totals = torch.zeros(3, dtype=torch.float64)  # dense nll, pruned nll, kl
+    count = 0
+    for tokens, mask in batches:
+        dense = log_probabilities(model, tokens, mask)  # (b, T-1, V)
+        with masked(model, plan, graph):
+            pruned = log_probabilities(model, tokens, mask)
+        counted = (mask[:, 1:] & mask[:, :-1]).to(dense.device)  # (b, T-1)
+        target = tokens[:, 1:, None].to(dense.device)
+        rows = (
+            -dense.gather(-1, target).squeeze(-1),
+            -pruned.gather(-1, target).squeeze(-1),
+            (dense.exp() * (dense - pruned)).sum(-1),
+        )
+        totals += torch.stack([row[counted].double().sum() for row in rows]).cpu()
+        count += int(counted.sum())
+    dense_nll, pruned_nll, kl = (totals / max(count, 1)).tolist()
+    return Damage(_exp(dense_nll), _exp(pruned_nll), kl, count)
+
+
+def log_probabilities(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """fp32 log-probabilities of each next token: (b, T-1, vocabulary)."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        out = model(input_ids=tokens.to(device), attention_mask=mask.to(device).long(), use_cache=False)
+    finally:
+        model.train(training)
+    return torch.log_softmax(out.logits[:, :-1].float(), -1)
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf

@@ -1,0 +1,1 @@
+"""Hook signatures, the plugin manager and the scorer contract."""

@@ -1,0 +1,24 @@
+"""The hooks a plugin may implement. A hook is a signature and a sentence; everything else is in docs/plugins.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from sspruner.graph.family import Family
+    from sspruner.plugins.scorer import Scorer
+
+hookspec = pluggy.HookspecMarker("sspruner")
+hookimpl = pluggy.HookimplMarker("sspruner")
+
+
+@hookspec
+def sspruner_scorers() -> list[type[Scorer]]:  # type: ignore[empty-body]
+    """Return the scorer classes that this plugin offers."""
+
+
+@hookspec
+def sspruner_families() -> list[Family]:  # type: ignore[empty-body]
+    """Return one object for each model family that this plugin describes."""

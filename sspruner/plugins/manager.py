@@ -1,0 +1,130 @@
+"""Finds plugins: entry points of the group `sspruner`, and files given with --plugin. Built-ins come the same way."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from sspruner.errors import InputError, PluginError
+from sspruner.plugins import hookspecs
+
+if TYPE_CHECKING:
+    from sspruner.graph.family import Family
+    from sspruner.plugins.scorer import Scorer
+
+
+@cache
+def plugin_manager() -> pluggy.PluginManager:
+    """The process's plugin manager, with every installed plugin registered under its entry point's name."""
+    manager = pluggy.PluginManager("sspruner")
+    manager.add_hookspecs(hookspecs)
+    for entry in sorted(entry_points(group="sspruner"), key=lambda e: e.name):
+        try:
+            module = entry.load()
+        except Exception as error:  # a plugin may fail in any way; whatever it is, it is named
+            raise PluginError(
+                f"plugin {entry.name!r} ({entry.value}): import failed: {_brief(error)}; fix or uninstall it"
+            ) from error
+        _register(manager, module, entry.name)
+    return manager
+
+
+def load_file(path: str | Path) -> str:
+    """Register the plugin in a Python file and return its name, the path. Loading it twice is harmless.
+
+    Raises InputError for a missing file, PluginError if it cannot be imported or implements no hook.
+    """
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise InputError(f"--plugin {path}: no such file")
+    manager, name = plugin_manager(), str(path)
+    if manager.has_plugin(name):
+        return name
+    spec = importlib.util.spec_from_file_location(f"sspruner_plugin_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"plugin {name}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        raise PluginError(f"plugin {name}: import failed: {_brief(error)}") from error
+    _register(manager, module, name)
+    return name
+
+
+def scorers() -> dict[str, tuple[type[Scorer], str]]:
+    """Every scorer by name, with the plugin it comes from. Raises PluginError on a clash or a malformed scorer."""
+    from sspruner.plugins.scorer import check_scorer_class
+
+    found: dict[str, tuple[type[Scorer], str]] = {}
+    for cls, plugin in _collect("sspruner_scorers"):
+        check_scorer_class(cls, plugin)
+        if cls.name in found:
+            raise PluginError(
+                f"scorer {cls.name!r}: offered by plugin {found[cls.name][1]!r} and by plugin {plugin!r}; rename one"
+            )
+        found[cls.name] = (cls, plugin)
+    return found
+
+
+def scorer(name: str) -> tuple[type[Scorer], str]:
+    """The scorer called `name` and its plugin. Raises InputError that lists the known and suggests the nearest."""
+    known = scorers()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"unknown scorer {name!r}; known: {', '.join(sorted(known))}{hint}")
+    return known[name]
+
+
+def families() -> dict[str, Family]:
+    """Every model family by name. Raises PluginError if two plugins describe the same mixer class."""
+    found: dict[str, Family] = {}
+    by_mixer: dict[str, str] = {}
+    for family, plugin in _collect("sspruner_families"):
+        if family.mixer_class in by_mixer:
+            raise PluginError(
+                f"mixer class {family.mixer_class!r}: described by plugin {by_mixer[family.mixer_class]!r} "
+                f"and by plugin {plugin!r}; remove one"
+            )
+        by_mixer[family.mixer_class] = plugin
+        found[family.name] = family
+    return found
+
+
+def _register(manager: pluggy.PluginManager, module: Any, name: str) -> None:
+    try:
+        manager.register(module, name=name)
+    except (pluggy.PluginValidationError, ValueError) as error:
+        raise PluginError(f"plugin {name!r}: {_brief(error)}") from error
+    if not manager.get_hookcallers(module):
+        manager.unregister(module)
+        hooks = ", ".join(n for n in vars(hookspecs) if n.startswith("sspruner_"))
+        raise PluginError(f"plugin {name!r}: implements no hook; decorate one of {hooks} with @sspruner.hookimpl")
+
+
+def _collect(hook_name: str) -> list[tuple[Any, str]]:
+    """(object, plugin name) for everything that the plugins return from one hook."""
+    found = []
+    for impl in getattr(plugin_manager().hook, hook_name).get_hookimpls():
+        try:
+            offered = list(impl.function())
+        except Exception as error:
+            raise PluginError(f"plugin {impl.plugin_name!r}: {hook_name} failed: {_brief(error)}") from error
+        found += [(item, impl.plugin_name) for item in offered]
+    return found
+
+
+def _brief(error: Exception) -> str:
+    """One line: the type of an error and the first line of its message."""
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,83 @@
+"""The scorer contract: observe one layer, then return one importance per unit."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from sspruner.calibrate.view import SSMView
+from sspruner.errors import InputError, PluginError
+from sspruner.graph.group import DependencyGroup
+
+NEEDS = ("weights", "activations")
+
+
+class Scorer(ABC):
+    """Observes one dependency group of a model and returns one importance per unit. Higher = keep.
+
+    The engine makes one instance for each layer and axis, so an instance may simply accumulate.
+
+    name    what the user types after --scorer
+    axes    the axes it can score
+    needs   "weights": observe is called once per layer, and the view holds weights only;
+            "activations": observe is called once per layer and calibration batch
+    """
+
+    name: ClassVar[str]
+    axes: ClassVar[set[str]]
+    needs: ClassVar[str] = "activations"
+
+    axis: str = ""  # set by the engine: the axis being scored
+    seed: int = 0  # set by the engine: the run's seed
+
+    @abstractmethod
+    def observe(self, view: SSMView) -> None:
+        """Accumulate what is needed from one layer and batch. Must not change the model."""
+
+    @abstractmethod
+    def importance(self) -> torch.Tensor:
+        """One importance per unit: float (groups, units), finite, higher = keep."""
+
+
+def check_scorer_class(cls: Any, plugin: str) -> None:
+    """Raise PluginError unless `cls` is a Scorer subclass with a name, axes and needs."""
+    if not (isinstance(cls, type) and issubclass(cls, Scorer)):
+        raise PluginError(f"plugin {plugin!r}: sspruner_scorers returned {cls!r}, not a subclass of sspruner.Scorer")
+    missing = [a for a in ("name", "axes") if not hasattr(cls, a)] + sorted(cls.__abstractmethods__)
+    if missing:
+        raise PluginError(f"plugin {plugin!r}: scorer {cls.__name__} does not define {', '.join(missing)}")
+    if cls.needs not in NEEDS:
+        raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has needs={cls.needs!r}; known: {', '.join(NEEDS)}")
+
+
+def make_scorer(cls: type[Scorer], *, axis: str, seed: int, options: dict[str, Any]) -> Scorer:
+    """A fresh instance for one dependency group. Raises InputError for an option that it does not take."""
+    accepted = [p for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    unknown = set(options) - {p.name for p in accepted}
+    if unknown:
+        names = ", ".join(p.name for p in accepted) or "none"
+        raise InputError(f"scorer {cls.name!r}: unknown option {sorted(unknown)[0]!r}; it takes {names}")
+    instance = cls(**options)
+    instance.axis, instance.seed = axis, seed
+    return instance
+
+
+def checked_importance(scorer: Scorer, group: DependencyGroup, plugin: str) -> torch.Tensor:
+    """The scorer's importance as fp32 (groups, units) on the CPU. Raises PluginError if it breaks the contract."""
+    where = f"plugin {plugin!r}: scorer {scorer.name!r} on {group.name}"
+    try:
+        importance = scorer.importance()
+    except Exception as error:
+        raise PluginError(f"{where} failed: {type(error).__name__}: {error}") from error
+    expected = (group.groups, group.units)
+    if not isinstance(importance, torch.Tensor) or tuple(importance.shape) != expected:
+        got = tuple(importance.shape) if isinstance(importance, torch.Tensor) else type(importance).__name__
+        raise PluginError(f"{where} returned {got}, expected a tensor of shape (groups, units) = {expected}")
+    importance = importance.detach().to("cpu", torch.float32)
+    bad = int((~importance.isfinite()).sum())
+    if bad:
+        raise PluginError(f"{where} returned {bad} of {importance.numel()} values that are NaN or infinite")
+    return importance

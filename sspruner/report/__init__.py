@@ -1,0 +1,1 @@
+"""The result of a prune, as a table and as JSON."""

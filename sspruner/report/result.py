@@ -1,0 +1,75 @@
+"""report.json: what was done, what it cost, and on what. One dataclass, numbers in base units."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.io.output import atomic_file
+from sspruner.surgery.proof import Proof
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of one prune. Bytes, seconds, nats; state bytes per sequence; `proof` is None in mask mode."""
+
+    scorer: str
+    options: dict[str, Any]
+    axis: str
+    budget: dict[str, Any]
+    mode: str
+    one_shot: bool
+    calibration: dict[str, Any]
+    dense: dict[str, Any]
+    pruned: dict[str, Any]
+    layers: dict[str, dict[str, int]]
+    proof: Proof | None
+    continuation: dict[str, Any] | None
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    seed: int
+    versions: dict[str, str]
+    model: str = ""
+    command: str = ""
+
+    def to_json(self) -> str:
+        """The content of report.json."""
+        return json.dumps({"version": 1, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write report.json, atomically."""
+        with atomic_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+
+def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
+    """Parameters, bytes of weights in the model's dtype, and bytes of fp32 recurrent state per sequence."""
+    return {
+        "parameters": graph.parameters,
+        "weight_bytes": graph.weight_bytes,
+        "state_bytes": graph.state_bytes,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process, plus the peak that torch allocated on the GPU if there is one."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    packages = {name: version(name) for name in ("sspruner", "torch", "transformers", "safetensors")}
+    return {"python": platform.python_version(), **packages}

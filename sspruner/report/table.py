@@ -1,0 +1,74 @@
+"""The result of a prune as a table that people can read: dense beside pruned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sspruner.report.result import Report
+
+
+def result_table(report: Report) -> RenderableType:
+    """Dense beside pruned, the change, then how it was made, the proof, and what both models say."""
+    table = Table(title=f"{escape(report.model)}: {report.scorer} on axis {report.axis}", title_justify="left")
+    for header in ("", "dense", "pruned", "change"):
+        table.add_column(header, justify="left" if not header else "right")
+    dense, pruned = report.dense, report.pruned
+    units = {(layer["before"], layer["after"]) for layer in report.layers.values()}
+    before, after = sorted({b for b, _ in units}), sorted({a for _, a in units})
+    table.add_row(f"{report.axis} size", _span(before), _span(after), _percent(sum(before), sum(after)))
+    for label, key, show in (
+        ("state bytes per sequence", "state_bytes", _bytes),
+        ("parameters", "parameters", "{:,}".format),
+        ("weight bytes", "weight_bytes", _bytes),
+        ("perplexity, held out", "perplexity", "{:.3f}".format),
+    ):
+        table.add_row(label, show(dense[key]), show(pruned[key]), _percent(dense[key], pruned[key]))
+    table.add_row("KL to dense, nats/token", "", f"{pruned['kl_to_dense']:.4f}", "")
+    return Group(table, *_notes(report), *_continuations(report))
+
+
+def _notes(report: Report) -> list[Text]:
+    data = report.calibration
+    where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
+    lines = [
+        f"calibration: {data['source']}, {data['tokens']:,} tokens; "
+        f"perplexity and KL on {data['held_out_tokens']:,} others ({where}); seed {report.seed}",
+        f"seconds: {', '.join(f'{phase} {s:.1f}' for phase, s in report.seconds.items())}; "
+        f"peak memory {_bytes(report.peak_memory_bytes)}",
+    ]
+    if report.proof:
+        p = report.proof
+        lines.append(
+            f"proof: sliced = masked logits to {p.error:.1e} (limit {p.tolerance:.0e}); {p.parameters_removed:,} "
+            f"parameters and {p.state_bytes_removed:,} bytes of state gone, as predicted"
+        )
+    return [Text(line) for line in lines]
+
+
+def _continuations(report: Report) -> list[Text]:
+    if not report.continuation:
+        return []
+    said = report.continuation
+    lines = [("prompt", said["prompt"]), ("dense", said["dense"]), ("pruned", said["pruned"])]
+    return [Text()] + [Text.assemble((f"{label:>7}: ", "bold"), " ".join(text.split())) for label, text in lines]
+
+
+def _span(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _percent(before: Any, after: Any) -> str:
+    return f"{100 * (after / before - 1):+.2f} %" if before else ""
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    return ""

@@ -1,0 +1,32 @@
+"""apply: one plan, two modes. Everything is checked before anything is touched."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sspruner.errors import InputError, PlanError
+from sspruner.graph.fingerprint import fingerprint
+from sspruner.graph.ssm_graph import trace
+from sspruner.planning.plan import Plan, check_plan
+from sspruner.surgery.mask import is_masked, mask
+from sspruner.surgery.proof import slice_with_proof
+
+
+def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
+    """Apply `plan` to `model`, in place, and return it.
+
+    mode "slice" makes the tensors smaller and proves the cut; mode "mask" zeroes the same units and can be undone
+    with `sspruner.unmask`. Raises InputError for another mode, PlanError if the plan does not fit this model,
+    ProofError if the slice is not equal to the mask.
+    """
+    if mode not in ("slice", "mask"):
+        raise InputError(f"mode {mode!r}: must be slice or mask")
+    if is_masked(model):
+        raise PlanError("the model is masked; call sspruner.unmask(model) first")
+    graph = trace(model)
+    check_plan(plan, graph, fingerprint(model))
+    if mode == "mask":
+        mask(model, plan, graph)
+    else:
+        slice_with_proof(model, plan, graph)
+    return model

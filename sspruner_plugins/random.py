@@ -1,0 +1,28 @@
+"""Random: the floor that every other scorer has to beat. A permutation seeded by the run's seed and the layer.
+
+Cost: none; no forward pass. Axes: all.
+"""
+
+import hashlib
+
+import torch
+
+import sspruner
+
+
+class Random(sspruner.Scorer):
+    name, axes, needs = "random", sspruner.AXES, "weights"
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        digest = hashlib.sha256(f"{self.seed}:{view.layer}:{self.axis}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        shape = (view.group.groups, view.group.units)
+        self.score = torch.rand(shape, generator=generator).argsort(-1).float()
+
+    def importance(self) -> torch.Tensor:
+        return self.score
+
+
+@sspruner.hookimpl
+def sspruner_scorers() -> list[type[sspruner.Scorer]]:
+    return [Random]

@@ -1,0 +1,31 @@
+"""Hypothesis profiles, shared fixtures, and where real text may be found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("dev"), max_examples=60, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+DATA = Path(os.environ.get("SSPRUNER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real text beside the checkout; tests that want it skip without it."""
+    if not (DATA / "books-val.txt").is_file():
+        pytest.skip(f"needs books-val.txt and books-test.txt in {DATA} (or set SSPRUNER_DATA)")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """(model, tokenizer): the reference model in fp32, shared by tests that leave it as it was."""
+    import sspruner
+
+    return sspruner.load(dtype="float32")
