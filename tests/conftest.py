@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), max_examples=60, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+# Tiny models lose more to thread hand-over than they gain, above all when two suites share a machine.
+torch.set_num_threads(1)
 
 DATA = Path(os.environ.get("SSPRUNER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -66,7 +66,7 @@ def models(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32, to
         layers=draw(st.integers(1, 4)),
         groups=draw(st.integers(1, 4)),
         heads_per_group=draw(st.integers(1, 3)),
-        head_dim=draw(st.sampled_from([2, 4, 6])),
+        head_dim=draw(st.sampled_from([4, 6, 8])),
         state=draw(st.integers(1, 12)),
         conv=draw(st.integers(2, 4)),
         bias=draw(st.booleans()),
@@ -102,3 +102,20 @@ def tokens(batch: int = 2, length: int = 19, seed: int = 0) -> torch.Tensor:
 def logits(model: torch.nn.Module, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
     """fp32 logits without a cache: (b, T, vocabulary)."""
     return model(input_ids=ids, use_cache=False, **kwargs).logits.float()
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module, ids: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest logit; a model that amplifies rounding more than that is allowed what it amplifies.
+
+    A gated norm over a handful of channels, as random tiny models have, can turn one rounding into 1e-4.
+    """
+    embeddings = model.get_input_embeddings()(ids).detach()
+    with torch.random.fork_rng():
+        noise = 1 + 2.0**-22 * torch.randn(embeddings.shape)
+    with torch.no_grad():
+        rounded = model(inputs_embeds=embeddings * noise, use_cache=False).logits - logits(model, ids)
+    largest = expected.abs().max()
+    tolerance = max(1e-5, 8 * float(rounded.abs().max() / largest))
+    assert tolerance < 1e-2, "this model cannot tell a right cut from a wrong one"
+    assert actual.isfinite().all()
+    assert (actual - expected).abs().max() <= tolerance * largest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,8 @@ def calibration(
     """
     if samples < 1 or seq_len < 2 or held_out < 0:
         raise InputError(f"samples={samples}, seq_len={seq_len}, held_out={held_out}: need at least 1, 2 and 0")
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed {seed}: must fit in 64 bits")
     if isinstance(source, torch.Tensor):
         name, tokens = "tokens", source
         if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
@@ -110,6 +114,8 @@ def _required(tokenizer: Any) -> Any:
 
 
 def _read(name: str) -> str:
+    if not name.strip():
+        raise InputError("calibration: the name is empty; give self, a text file or a dataset")
     path = Path(name).expanduser()
     if path.is_file():
         data = path.read_bytes()
@@ -132,13 +138,33 @@ def _read_dataset(name: str) -> str:
 
     path, config, split = [*name.split(":"), "", ""][:3]
     try:
-        rows = datasets.load_dataset(path, config or None, split=split or "train")
+        with _quiet():
+            rows = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # the hub, a loader or a parser may fail in any way
-        brief = str(error).strip().split("\n")[0]
+        brief = str(error.__cause__ or error).strip().split("\n")[0]
         raise InputError(f"calibration {name}: no such file, and datasets cannot load it: {brief}") from error
     if "text" not in rows.column_names:
         raise InputError(f"calibration {name}: no column 'text'; it has {', '.join(rows.column_names)}")
-    return "\n\n".join(rows["text"])
+    texts = [text for text in rows["text"] if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"calibration {name}: its column 'text' holds {type(texts[0]).__name__}, not text")
+    return "\n\n".join(texts)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep datasets' progress bars and log messages off standard error: what goes wrong is raised."""
+    import datasets
+
+    silent, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not silent:
+            datasets.enable_progress_bars()
 
 
 def _encode_all(texts: list[str], tokenizer: Any) -> list[list[int]]:

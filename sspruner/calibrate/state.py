@@ -121,7 +121,7 @@ def gramian(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -
         total += cross + cross.transpose(-1, -2)
         left = (decay.squeeze(-2) * c.decay).sum(-1)[..., None, None]  # (b, G, K, 1, 1)
         total += torch.einsum("bgkpn,bgkpm->gnm", left * c.entry, c.entry)
-    return total
+    return (total + total.transpose(-1, -2)) / 2  # symmetric up to rounding; made so exactly
 
 
 def scan_output(p: Projected, size: int = CHUNK) -> torch.Tensor:

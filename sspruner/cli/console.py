@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import sys
@@ -35,18 +36,27 @@ def reports_errors(command: Command) -> Command:
         except KeyboardInterrupt:
             typer.echo("sspruner: interrupted; nothing written", err=True)
             raise typer.Exit(130) from None
+        except OSError as error:  # the file system: a path that is too long, a right that is missing
+            if os.environ.get(DEBUG) or isinstance(error, BrokenPipeError):
+                raise
+            typer.echo(f"sspruner: {error}", err=True)
+            raise typer.Exit(2) from None
 
     return wrapper  # type: ignore[return-value]
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A rich progress bar on standard error; yields the callback that the Python API takes as `progress`."""
+    """A rich progress bar on standard error, if that is a terminal.
+
+    Yields the callback that the Python API takes as `progress`.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("working", total=None)
 
         def report(phase: str, done: int, total: int) -> None:
@@ -56,13 +66,19 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def prepare(plugins: list[Path] | None) -> None:
-    """Before a command's work: load --plugin files and keep transformers from talking over our output."""
+    """Before a command's work: load --plugin files, keep transformers from talking over our output.
+
+    Characters that the output's encoding lacks become `?`: model output may hold any.
+    """
     import transformers
 
     from sspruner.plugins import manager
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     for path in plugins or []:
         manager.load_file(path)
 
@@ -95,6 +111,14 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(["sspruner", *sys.argv[1:]])
+
+
+def check_json(path: Path | None) -> None:
+    """Raise InputError, before any work, if `emit` could not write to `path`."""
+    from sspruner.io.output import check_file
+
+    if path is not None and str(path) != "-":
+        check_file(path)
 
 
 def emit(text: str, path: Path | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sspruner.cli import options as o
-from sspruner.cli.console import emit, prepare, reports_errors, show
+from sspruner.cli.console import check_json, emit, prepare, reports_errors, show
 
 NAME = "inspect"
 
@@ -15,6 +15,7 @@ def command(model: o.Model = None, plugin: o.Plugin = None, json: o.Json = None)
 
     import sspruner
 
+    check_json(json)
     prepare(plugin)
     loaded, _ = sspruner.load(model)
     graph = sspruner.trace(loaded)

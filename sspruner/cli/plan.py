@@ -27,10 +27,12 @@ def command(
 ) -> None:
     """Decide what to keep: scores and a budget become plan.json."""
     import sspruner
+    from sspruner.io.output import check_file
     from sspruner.planning.plan import check_plan
 
     if sparsity is None and keep is None:
         sparsity = 0.5
+    check_file(out)
     prepare(plugin)
     loaded, _ = sspruner.load(model, dtype=dtype)
     graph = sspruner.trace(loaded)

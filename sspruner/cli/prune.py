@@ -5,7 +5,16 @@ from __future__ import annotations
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import command_line, emit, options_from, prepare, progress_bar, reports_errors, show
+from sspruner.cli.console import (
+    check_json,
+    command_line,
+    emit,
+    options_from,
+    prepare,
+    progress_bar,
+    reports_errors,
+    show,
+)
 
 NAME = "prune"
 
@@ -46,6 +55,7 @@ def command(
     check_budget(sparsity, keep, allocation, multiple_of)
     if out:
         check_output(out, overwrite)
+    check_json(json)
     scorer_options = options_from(option)
     prepare(plugin)
     manager.scorer(scorer)  # an unknown name fails before the model is read

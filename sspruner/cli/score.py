@@ -30,9 +30,11 @@ def command(
 ) -> None:
     """Score every unit of an axis on the dense model and write scores.safetensors."""
     import sspruner
+    from sspruner.io.output import check_file
     from sspruner.plugins import manager
 
     scorer_options = options_from(option)
+    check_file(out)
     prepare(plugin)
     manager.scorer(scorer)
     with progress_bar() as progress:

@@ -16,7 +16,8 @@ def command(plugin: o.Plugin = None) -> None:
     from sspruner.plugins import manager
 
     prepare(plugin)
-    table = Table("scorer", "axes", "needs", "plugin")
+    table = Table("scorer", "axes", "needs")
+    table.add_column("plugin", overflow="fold")  # a path is of use only whole
     for name, (cls, origin) in sorted(manager.scorers().items()):
         table.add_row(name, ", ".join(sorted(cls.axes)), cls.needs, origin)
     show(table)

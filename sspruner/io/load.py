@@ -29,8 +29,9 @@ def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_c
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = str(REFERENCE if model is None else Path(model).expanduser() if _is_local(str(model)) else model)
+    where = str(REFERENCE if model is None else model)
     if _is_local(where):
+        where = str(Path(where).expanduser())
         _check_folder(Path(where))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
@@ -38,8 +39,8 @@ def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_c
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise many types for a bad config or name
         raise ModelError(f"model {where}: config cannot be read: {_brief(error)}") from error
-    plan = recorded(config)
     try:
+        plan = recorded(config)
         with _cut_after_init(type(config), plan):
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -47,25 +48,25 @@ def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_c
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they come back in `info`, with their shapes
             )
     except InputError:
         raise
     except Exception as error:
         raise ModelError(f"model {where}: cannot be loaded: {_brief(error)}") from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info.get(problem):
-            keys = sorted(map(str, info[problem]))
-            raise ModelError(f"model {where}: {len(keys)} {problem.replace('_', ' ')} in its weights, e.g. {keys[0]}")
-    check_finite(loaded)
+    _check_complete(where, info)
+    check_finite(loaded, where)
     return loaded.eval(), _tokenizer(where, trust_remote_code)
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise ModelError that names the first parameter with a NaN or infinite value."""
+def check_finite(model: nn.Module, where: str) -> None:
+    """Raise ModelError that names the first parameter with a NaN or infinite value. where: the model's path."""
     for name, p in model.named_parameters():
         bad = int((~p.detach().isfinite()).sum())
         if bad:
-            raise ModelError(f"{name}: {bad} of {p.numel()} weights are NaN or infinite; the checkpoint is damaged")
+            raise ModelError(
+                f"model {where}: {name}: {bad} of {p.numel()} weights are NaN or infinite; the checkpoint is damaged"
+            )
 
 
 def name_of(model: str | Path | None) -> str:
@@ -76,6 +77,19 @@ def name_of(model: str | Path | None) -> str:
 def _is_local(name: str) -> bool:
     """A folder, or what can only be meant as one: hub ids are `name` or `owner/name`."""
     return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _check_complete(where: str, info: dict[str, Any]) -> None:
+    """Raise ModelError for parameters that transformers would have filled with random values."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if missing:
+        raise ModelError(f"model {where}: its weights lack {len(missing)} parameters, e.g. {missing[0]}")
+    if mismatched:
+        name, saved, expected = mismatched[0]
+        raise ModelError(
+            f"model {where}: {len(mismatched)} parameters do not have the shape that config.json says, e.g. {name} is "
+            f"{tuple(saved)}, not {tuple(expected)}"
+        )
 
 
 def _check_folder(path: Path) -> None:
@@ -138,5 +152,5 @@ def _tokenizer(where: str, trust_remote_code: bool) -> Any:
 
 
 def _brief(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

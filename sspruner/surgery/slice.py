@@ -36,16 +36,13 @@ def slice_model(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
 
 
 def _drop(model: nn.Module, name: str, dim: int, rows: torch.Tensor) -> None:
-    """Replace a parameter, wherever the model holds it, by one without `rows`."""
+    """Replace a parameter by one without `rows`."""
     old = model.get_parameter(name)
     keep = torch.ones(old.shape[dim], dtype=torch.bool, device="cpu")
     keep[rows] = False
     kept = old.data.index_select(dim, keep.nonzero().flatten().to(old.device))
-    new = nn.Parameter(kept, requires_grad=old.requires_grad)
-    for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is old:  # a shared parameter stays shared
-                module._parameters[leaf] = new
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=old.requires_grad))
 
 
 def _fold(model: nn.Module, group: DependencyGroup, selection: Selection) -> None:

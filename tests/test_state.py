@@ -1,0 +1,192 @@
+"""Exact state statistics against the step-by-step fp64 recurrence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import gramian, ghost_sum, output, state_energy
+from tiny import models, tokens
+
+import sspruner
+from sspruner.calibrate import state
+from sspruner.calibrate.replay import Replay
+from sspruner.calibrate.view import SSMView
+from sspruner.graph.family import Projected
+
+TOLERANCE = 1e-4  # relative, of every sum in fp32
+
+
+@st.composite
+def projections(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> tuple[Projected, torch.Tensor]:
+    """Any T, one or more groups, decays from exp(-1e-6) to exp(-30) mixed in one sequence, padding anywhere."""
+    b, T = draw(st.integers(1, 3)), draw(st.integers(1, 150))
+    G, K, P, N = (draw(st.integers(1, 3)) for _ in range(4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    slowest, fastest = sorted(draw(st.tuples(*[st.sampled_from([-6.0, -2.0, 0.0, 1.5])] * 2)))
+    exponent = slowest + (fastest - slowest) * torch.rand(b, T, G * K, generator=generator, dtype=dtype)
+    p = Projected(
+        x=normal(b, T, G * K, P),
+        z=normal(b, T, G * K * P),
+        dt=10**exponent,
+        A=-torch.rand(G * K, generator=generator, dtype=dtype) - 0.01,
+        B=normal(b, T, G, N),
+        C=normal(b, T, G, N),
+        D=normal(G * K),
+    )
+    return p, torch.rand(b, T, generator=generator) < draw(st.sampled_from([0.3, 0.9, 1.0]))
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    """Every element within `tolerance` of the largest; sums of squares are compared with no absolute slack but that."""
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all()
+    error = (actual.double() - expected).abs().max() if actual.numel() else torch.tensor(0.0)
+    assert error <= tolerance * expected.abs().max(), f"{error:.2e} of {expected.abs().max():.2e}"
+
+
+@given(projections(), st.sampled_from([1, 7, 64]))
+def test_statistics_equal_the_recurrence_in_fp32(drawn: tuple[Projected, torch.Tensor], chunk: int) -> None:
+    p, mask = drawn
+    close(state.state_energy(p, chunk), state_energy(p))
+    close(state.ghost_sum(p, mask, chunk), ghost_sum(p, mask))
+    close(state.gramian(p, mask, chunk), gramian(p, mask))
+    close(state.scan_output(p, chunk), output(p))
+
+
+@given(projections(torch.float64), st.sampled_from([1, 7, 64]))
+def test_the_algorithm_itself_is_exact(drawn: tuple[Projected, torch.Tensor], chunk: int) -> None:
+    """In fp64 only rounding is left: a wrong term of any size would show."""
+    p, mask = drawn
+    close(state.state_energy(p, chunk), state_energy(p), 1e-10)
+    close(state.ghost_sum(p, mask, chunk), ghost_sum(p, mask), 1e-10)
+    close(state.gramian(p, mask, chunk), gramian(p, mask), 1e-10)
+    close(state.scan_output(p, chunk), output(p), 1e-10)
+
+
+@given(projections())
+def test_energy_sum_is_the_diagonal_of_the_gramian(drawn: tuple[Projected, torch.Tensor]) -> None:
+    p, mask = drawn
+    diagonal = state.gramian(p, mask).diagonal(dim1=-2, dim2=-1)
+    close(state.energy_sum(p, mask), diagonal)
+
+
+@given(projections())
+def test_gramian_is_symmetric_and_positive_semidefinite(drawn: tuple[Projected, torch.Tensor]) -> None:
+    W = state.gramian(*drawn)
+    assert torch.equal(W, W.transpose(-1, -2))
+    assert (torch.linalg.eigvalsh(W) >= -1e-5 * (W.abs().amax() + 1e-30)).all()
+
+
+@given(projections())
+def test_padding_does_not_enter_a_sum(drawn: tuple[Projected, torch.Tensor]) -> None:
+    """A right-padded batch gives the sums of its unpadded rows."""
+    p, _ = drawn
+    b, T = p.x.shape[:2]
+    lengths = [max(1, T - 3 * row) for row in range(b)]
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    rows = [
+        Projected(p.x[i : i + 1, :n], p.z[i : i + 1, :n], p.dt[i : i + 1, :n], p.A, p.B[i : i + 1, :n],
+                  p.C[i : i + 1, :n], p.D)
+        for i, n in enumerate(lengths)
+    ]  # fmt: skip
+    for statistic in (state.ghost_sum, state.energy_sum, state.gramian):
+        close(statistic(p, mask), sum(statistic(row) for row in rows).double())
+
+
+def test_slowest_and_fastest_decay_stay_finite() -> None:
+    """dt*A of -1e5 beside -1e-9: nothing overflows, nothing is NaN, and the sums are still right."""
+    T = 130
+    dt = torch.full((1, T, 1), 1e-9)
+    dt[0, ::17] = 1e5
+    p = Projected(
+        x=torch.randn(1, T, 1, 3), z=torch.zeros(1, T, 3), dt=dt, A=torch.tensor([-1.0]),
+        B=torch.randn(1, T, 1, 2), C=torch.randn(1, T, 1, 2), D=torch.ones(1),
+    )  # fmt: skip
+    everything = torch.ones(1, T, dtype=torch.bool)
+    close(state.ghost_sum(p), ghost_sum(p, everything))
+    close(state.gramian(p), gramian(p, everything))
+
+
+def views(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[SSMView]:
+    """One view per layer, each on the dense model's own hidden states."""
+    graph = sspruner.trace(model)
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    replay = Replay(model, graph, [(ids, mask)], "cpu")
+    layers = {layer.path: layer for layer in graph.layers}
+    seen: list[SSMView] = []
+    for block in replay.blocks:
+        replay.observe(
+            block,
+            lambda path, hidden, m: seen.append(
+                SSMView(layers[path], layers[path].groups[0], model.get_submodule(path), hidden, m)
+            ),
+        )
+        replay.advance(block)
+    return seen
+
+
+@given(models(dtypes=(torch.float32,)))
+def test_view_is_what_the_mixer_computes(model: torch.nn.Module) -> None:
+    """gate and norm of the view's y and z are what reaches out_proj, in every layer, with left and right padding."""
+    ids, mask = tokens(3, 19), torch.ones(3, 19, dtype=torch.bool)
+    mask[0, :5] = False
+    mask[1, -4:] = False
+    reached: dict[str, torch.Tensor] = {}
+    paths = [layer.path for layer in sspruner.trace(model).layers]
+    handles = [
+        model.get_submodule(f"{path}.out_proj").register_forward_pre_hook(
+            lambda module, args, path=path: reached.__setitem__(path, args[0])
+        )
+        for path in paths
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for view in views(model, ids, mask):
+            normed = model.get_submodule(f"{view.layer}.norm")(view.y.flatten(2), view.z)
+            torch.testing.assert_close(normed[mask], reached[view.layer][mask], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_on_real_text(reference: tuple, data_folder) -> None:
+    """The same 1e-4 on the trained model's own activations, 300 tokens of a book, every layer."""
+    model, tokenizer = reference
+    text = (data_folder / "books-val.txt").read_text(encoding="utf-8")[20_000:23_000]
+    check_every_layer(model, torch.tensor([tokenizer(text)["input_ids"][:300]]))
+
+
+def test_statistics_on_sampled_text(reference: tuple) -> None:
+    """As above on text that the model wrote, so that it runs everywhere."""
+    model, _ = reference
+    check_every_layer(model, sspruner.calibration("self", model, samples=1, seq_len=150, held_out=0).tokens)
+
+
+@torch.no_grad()
+def check_every_layer(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    seen = views(model, ids)
+    assert len(seen) == 6
+    for view in seen:
+        p, mask = view.projected, view.mask
+        # elementwise: every single state's sum is right, not only the largest
+        torch.testing.assert_close(view.ghost_sum, ghost_sum(p, mask), rtol=TOLERANCE, atol=0)
+        torch.testing.assert_close(
+            state.state_energy(p).double().sum((0, 1)), state_energy(p).sum((0, 1)), rtol=TOLERANCE, atol=0
+        )
+        close(view.gramian, gramian(p, mask))
+
+
+def test_weights_only_view_refuses_activations() -> None:
+    from tiny import tiny_model
+
+    graph = sspruner.trace(model := tiny_model())
+    layer = graph.layers[0]
+    view = SSMView(layer, layer.groups[0], model.get_submodule(layer.path), None, torch.ones(0, 0, dtype=torch.bool))
+    assert view.weights["in_proj.weight:B"].shape == (1, 6, model.config.hidden_size)
+    with pytest.raises(sspruner.PluginError, match=r"needs='weights' read activations"):
+        _ = view.x
