@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import sspruner
-from sspruner.calibrate.replay import Replay
+from sspruner.calibrate.replay import Replay, within
 from sspruner.calibrate.sources import Calibration, Progress, calibration
 from sspruner.calibrate.view import SSMView
 from sspruner.errors import InputError, PlanError
@@ -27,6 +27,7 @@ from sspruner.planning.plan import Plan
 from sspruner.planning.scores import Scores
 from sspruner.plugins import manager
 from sspruner.plugins.scorer import Scorer, check_scorer_class, checked_importance, make_scorer
+from sspruner.plugins.scorer import observe as observe_layer
 from sspruner.report.result import Report, model_size, peak_memory_bytes, versions
 from sspruner.surgery.mask import is_masked, mask, mask_group, unmask
 from sspruner.surgery.proof import slice_with_proof
@@ -224,7 +225,7 @@ class _Run:
 
         def observe(path: str, hidden: torch.Tensor | None, observed: torch.Tensor) -> None:
             mixer = self.model.get_submodule(path)
-            scorers[path].observe(SSMView(layers[path], groups[path], mixer, hidden, observed))
+            observe_layer(scorers[path], SSMView(layers[path], groups[path], mixer, hidden, observed), self.plugin)
 
         def finish(path: str) -> None:
             group = groups[path]
@@ -241,7 +242,7 @@ class _Run:
                 if progress:
                     progress(f"scoring {block}", done, len(replay.blocks))
                 replay.observe(block, observe)
-                for path in [p for p in groups if p.startswith(block + ".")]:
+                for path in [p for p in groups if within(p, block)]:
                     finish(path)
                 if block != replay.blocks[-1]:
                     replay.advance(block)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import gramian, ghost_sum, output, state_energy
+from oracle import ghost_sum, gramian, output, state_energy
 from tiny import models, tokens
 
 import sspruner

@@ -12,7 +12,8 @@ from tiny import close, logits, models, plans, selections, tiny_model, tokens
 
 import sspruner
 from sspruner.planning.plan import Plan, Selection
-from sspruner.surgery import proof, slice as slicing
+from sspruner.surgery import proof
+from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask
 
 
@@ -77,7 +78,10 @@ def test_parameters_and_state_bytes_shrink_as_predicted(data: st.DataObject) -> 
     graph = sspruner.trace(model)
     plan = data.draw(plans(graph))
     state = sum(
-        4 * m.num_heads * m.head_dim * (plan.groups[f"{p}:state"].after if f"{p}:state" in plan.groups else m.ssm_state_size)
+        4
+        * m.num_heads
+        * m.head_dim
+        * (plan.groups[f"{p}:state"].after if f"{p}:state" in plan.groups else m.ssm_state_size)
         for p, m in ((layer.path, model.get_submodule(layer.path)) for layer in graph.layers)
     )
     sspruner.apply(model, plan)

@@ -58,6 +58,7 @@ class Replay:
         try:
             with _evaluating(self.model):
                 self.model(input_ids=tokens.to(home), attention_mask=mask.to(home).long(), use_cache=False)
+            raise ModelError(f"{self.blocks[0]}: the model's forward never calls this block; it cannot be replayed")
         except _Captured:
             self.masks.append(mask)
         finally:
@@ -66,7 +67,7 @@ class Replay:
     @torch.no_grad()
     def observe(self, block: str, observer: Observer) -> None:
         """Give `observer` the input of every mixer in `block`, batch by batch. The mixer itself does not run."""
-        mixers = [path for path in self.mixers if path.startswith(block + ".")]
+        mixers = [path for path in self.mixers if within(path, block)]
         with self._on_device(block) as module:
             for batch in range(len(self.hidden)):
                 for path, hidden in self._mixer_inputs(module, mixers, batch):
@@ -89,6 +90,7 @@ class Replay:
         try:
             if mixers:
                 self._run(block, batch)
+                raise ModelError(f"{', '.join(mixers)}: not every mixer of the block ran; it cannot be scored")
         except _Captured:
             pass
         finally:
@@ -130,6 +132,11 @@ def find_blocks(model: nn.Module, graph: SSMGraph) -> list[str]:
         if isinstance(module, nn.ModuleList):
             return [f"{path}.{i}" for i in range(len(module))]
     raise ModelError(f"{graph.model_class}: mixer {graph.layers[0].path} is not inside a ModuleList of blocks")
+
+
+def within(path: str, block: str) -> bool:
+    """Whether the module at `path` is the block or lies inside it."""
+    return path == block or path.startswith(f"{block}.")
 
 
 @contextmanager

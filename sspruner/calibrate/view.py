@@ -38,8 +38,9 @@ class SSMView:
     def projected(self) -> Projected:
         """x, z, dt, A, B, C, D together, as the functions of sspruner.calibrate.state take them."""
         if self._hidden is None:
-            raise PluginError(f"{self.layer}: a scorer with needs='weights' read activations; set needs='activations'")
-        return self._family.project(self._mixer, self._hidden, self.mask)
+            raise PluginError("a scorer with needs='weights' read activations; set needs='activations'")
+        with torch.no_grad():
+            return self._family.project(self._mixer, self._hidden, self.mask)
 
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:

@@ -27,6 +27,8 @@ def reports_errors(command: Command) -> Command:
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
+            import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C that comes while it imports numpy
+
             command(*args, **kwargs)
         except SSPrunerError as error:
             if os.environ.get(DEBUG):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -65,13 +67,17 @@ def make_scorer(cls: type[Scorer], *, axis: str, seed: int, options: dict[str, A
     return instance
 
 
+def observe(scorer: Scorer, view: SSMView, plugin: str) -> None:
+    """scorer.observe(view). Whatever it raises becomes a PluginError that names the plugin and the layer."""
+    with _blaming(_where(scorer, view.group, plugin)):
+        scorer.observe(view)
+
+
 def checked_importance(scorer: Scorer, group: DependencyGroup, plugin: str) -> torch.Tensor:
     """The scorer's importance as fp32 (groups, units) on the CPU. Raises PluginError if it breaks the contract."""
-    where = f"plugin {plugin!r}: scorer {scorer.name!r} on {group.name}"
-    try:
+    where = _where(scorer, group, plugin)
+    with _blaming(where):
         importance = scorer.importance()
-    except Exception as error:
-        raise PluginError(f"{where} failed: {type(error).__name__}: {error}") from error
     expected = (group.groups, group.units)
     if not isinstance(importance, torch.Tensor) or tuple(importance.shape) != expected:
         got = tuple(importance.shape) if isinstance(importance, torch.Tensor) else type(importance).__name__
@@ -81,3 +87,17 @@ def checked_importance(scorer: Scorer, group: DependencyGroup, plugin: str) -> t
     if bad:
         raise PluginError(f"{where} returned {bad} of {importance.numel()} values that are NaN or infinite")
     return importance
+
+
+def _where(scorer: Scorer, group: DependencyGroup, plugin: str) -> str:
+    return f"plugin {plugin!r}: scorer {scorer.name!r} on {group.name}"
+
+
+@contextmanager
+def _blaming(where: str) -> Iterator[None]:
+    """Errors of a plugin's own code, of any type, as one PluginError that says where."""
+    try:
+        yield
+    except Exception as error:
+        detail = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        raise PluginError(f"{where} failed: {detail}") from error

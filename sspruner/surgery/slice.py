@@ -17,9 +17,30 @@ from sspruner.surgery.mask import dropped_rows
 RECORD = "sspruner"  # key in config.json
 
 
-@torch.no_grad()
 def slice_model(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Remove, from every member, the rows of the units that `plan` drops; fix attributes and the config's record."""
+    """Remove, from every member, the rows of the units that `plan` drops, and record the cut in the config."""
+    _cut(model, plan, graph)
+    record(model, plan, graph)
+
+
+def slice_recorded(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
+    """Bring a freshly built model to the sizes that its config records. Raises PlanError if it cannot be.
+
+    Groups that have their final size already are left alone: the config's stock field gave it to them.
+    """
+    todo = {}
+    for name, selection in plan.groups.items():
+        group = graph.groups.get(name)
+        if group is None or group.units not in (selection.before, selection.after):
+            raise PlanError(f"config.json: records a cut of {name} that does not fit the model that it describes")
+        if group.units == selection.before:
+            todo[name] = selection
+    _cut(model, Plan(plan.axis, todo), graph)
+
+
+@torch.no_grad()
+def _cut(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
+    """Drop rows, fold, and set the attributes that forward reads."""
     rows: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)
     for name, selection in plan.groups.items():
         for member in graph.groups[name].members:
@@ -32,7 +53,6 @@ def slice_model(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
         for attribute, value in group.attribute_values(selection.after).items():
             owner, _, leaf = f"{group.layer}.{attribute}".rpartition(".")
             setattr(model.get_submodule(owner), leaf, value)
-    record(model, plan, graph)
 
 
 def _drop(model: nn.Module, name: str, dim: int, rows: torch.Tensor) -> None:
@@ -85,18 +105,3 @@ def recorded(config: Any) -> Plan | None:
     """The cut that a config records, in the indices of the original model; None if it records none."""
     data = getattr(config, RECORD, None)
     return Plan.from_json(data, "config.json, key 'sspruner'") if data else None
-
-
-def slice_recorded(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Bring a freshly built model to the sizes that its config records. Raises PlanError if it cannot be."""
-    todo = {}
-    for name, selection in plan.groups.items():
-        group = graph.groups.get(name)
-        if group is None or group.units not in (selection.before, selection.after):
-            raise PlanError(f"config.json: records a cut of {name} that does not fit the model that it describes")
-        if group.units == selection.before:
-            todo[name] = selection
-    config: Any = model.config
-    made = getattr(config, RECORD)
-    slice_model(model, Plan(plan.axis, todo), graph)
-    setattr(config, RECORD, made)
