@@ -22,6 +22,7 @@ from sspruner.evaluate.damage import damage
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph, trace
+from sspruner.io.load import check_finite
 from sspruner.planning.allocate import allocate, budget, plan, select
 from sspruner.planning.plan import Plan
 from sspruner.planning.scores import Scores
@@ -198,6 +199,7 @@ class _Run:
         if is_masked(model):
             raise PlanError("the model is masked; call sspruner.unmask(model) first")
         self.model, self.axis, self.options, self.seed = model, axis, options or {}, seed
+        check_finite(model)
         self.graph: SSMGraph = trace(model)
         self.groups = self.graph.on_axis(axis)
         self.device = resolve_device(device)

@@ -210,6 +210,16 @@ def test_a_scorer_leaves_the_model_alone() -> None:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_with_broken_weights_is_refused_by_name(bad: float) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.D[0] = bad
+    for job in (sspruner.score, sspruner.prune):
+        with pytest.raises(sspruner.ModelError, match=r"backbone\.layers\.1\.mixer\.D: 1 of 2 weights are NaN or inf"):
+            job(model, "magnitude", calibration=tokens())
+
+
 @given(models(dtypes=FP32), st.floats(0, 0.9))
 def test_sequential_scores_each_layer_on_the_cut_ones_before_it(model: torch.nn.Module, sparsity: float) -> None:
     dense = copy.deepcopy(model)
