@@ -53,9 +53,7 @@ def test_units_and_bytes_add_up(model: torch.nn.Module, data: st.DataObject) -> 
         values = group.attribute_values(after)
         assert values["ssm_state_size"] == after
         assert values["conv_dim"] == mixer.intermediate_size + 2 * mixer.n_groups * after
-        assert (
-            values["in_proj.out_features"] == 2 * mixer.intermediate_size + 2 * mixer.n_groups * after + mixer.num_heads
-        )
+        assert values["in_proj.out_features"] == mixer.intermediate_size + values["conv_dim"] + mixer.num_heads
 
 
 def test_tracing_does_not_touch_values_and_works_on_meta() -> None:
@@ -98,7 +96,7 @@ def test_an_axis_that_the_model_lacks() -> None:
 
 
 class NormedState(nn.Module):
-    """y_t = C_t . norm(h_t), h_t = a h_{t-1} + x_t B_t, with an RMS norm over the N states; rows [x: 1 | B: N | C: N]."""
+    """y_t = C_t . norm(h_t), h_t = a h_{t-1} + x_t B_t, an RMS norm over the N states; rows [x: 1 | B: N | C: N]."""
 
     def __init__(self, hidden: int, state: int) -> None:
         super().__init__()
@@ -177,7 +175,7 @@ def normed_family():
 @pytest.mark.usefixtures("normed_family")
 @given(st.integers(2, 9), st.data())
 def test_a_family_from_a_plugin_is_cut_with_its_fold(state: int, data: st.DataObject) -> None:
-    """Without the fold of the norm's gain and epsilon, sliced and masked would differ; the engine has no line for it."""
+    """Gain and epsilon of the norm are folded, or sliced and masked would differ; the engine has no line for it."""
     torch.manual_seed(state)
     model = NormedModel(state)
     groups = sspruner.trace(model).on_axis("state")

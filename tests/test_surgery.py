@@ -209,7 +209,7 @@ def test_masking_a_masked_model_is_refused() -> None:
         lambda: mask(model, plan, sspruner.trace(model)),
         lambda: sspruner.prune(model, "random", calibration=tokens(4, 8)),
     ):
-        with pytest.raises(sspruner.PlanError, match="masked.*unmask"):
+        with pytest.raises(sspruner.PlanError, match=r"masked.*unmask"):
             again()
 
 

@@ -26,7 +26,7 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Mamba2ForCausalLM:
-    """A random Mamba2 whose every parameter is random: biases, norms and gains too, so that nothing hides in a 0 or 1."""
+    """A random Mamba2 whose every parameter is random, biases and gains too: nothing hides in a 0 or a 1."""
     config = Mamba2Config(
         num_hidden_layers=layers,
         n_groups=groups,

@@ -59,13 +59,14 @@ def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_c
     return loaded.eval(), _tokenizer(where, trust_remote_code)
 
 
-def check_finite(model: nn.Module, where: str) -> None:
-    """Raise ModelError that names the first parameter with a NaN or infinite value. where: the model's path."""
+def check_finite(model: nn.Module, where: str = "") -> None:
+    """Raise ModelError that names the first parameter with a NaN or infinite value, and the model's path if given."""
+    prefix = f"model {where}: " if where else ""
     for name, p in model.named_parameters():
         bad = int((~p.detach().isfinite()).sum())
         if bad:
             raise ModelError(
-                f"model {where}: {name}: {bad} of {p.numel()} weights are NaN or infinite; the checkpoint is damaged"
+                f"{prefix}{name}: {bad} of {p.numel()} weights are NaN or infinite; the checkpoint is damaged"
             )
 
 

@@ -1,0 +1,59 @@
+"""Perplexity of the reference model on books that it never saw, as shipped (bf16) and run in fp32.
+
+    python benchmarks/reference.py --data ../shared/data
+
+Protocol: the first 320 windows of 256 tokens of each file, each window alone, its first token as context only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import progress, provenance, table
+
+import sspruner
+from sspruner.evaluate.damage import log_probabilities
+
+WINDOWS, SEQ_LEN, WINDOWS_PER_BATCH = 320, 256, 8
+FILES = ("books-val.txt", "books-test.txt")
+
+
+def first_windows(file: Path, tokenizer: Any) -> torch.Tensor:
+    """The first WINDOWS non-overlapping windows of a text: int64 (WINDOWS, SEQ_LEN)."""
+    ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[: WINDOWS * SEQ_LEN]).view(WINDOWS, SEQ_LEN)
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    """windows: int64 (W, T)."""
+    total = 0.0
+    for batch in windows.split(WINDOWS_PER_BATCH):
+        logp = log_probabilities(model, batch, torch.ones_like(batch))  # (b, T-1, V)
+        total -= float(logp.gather(-1, batch[:, 1:, None]).double().sum())
+    return math.exp(total / windows[:, 1:].numel())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="another model folder; default: the reference model that ships")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with books-*.txt")
+    arguments = parser.parse_args()
+    rows = []
+    for dtype in ("bfloat16", "float32"):
+        model, tokenizer = sspruner.load(arguments.model, dtype=dtype)
+        row = [dtype]
+        for file in FILES:
+            row.append(f"{perplexity(model, first_windows(arguments.data / file, tokenizer)):.2f}")
+            progress(f"{dtype}, {file}: {row[-1]}")
+        rows.append(row)
+    print(table(f"Perplexity, first {WINDOWS * SEQ_LEN:,} tokens", ["run in", *FILES], rows))
+    print("\n" + provenance("no randomness"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""Bad input: one line on standard error that says what, where and what to do; exit 2; nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import STATE, TEXT, done, one_thread, refused, saved_model  # noqa: F401
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import sspruner
+from sspruner.plugins.manager import plugin_manager
+
+LAYER = "backbone.layers.0.mixer"
+GROUP = f"{LAYER}:state"
+Says = tuple[str, ...]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good inputs: model/, other/ (other weights), wide/ (other shape), text.txt, s.safetensors, p.json."""
+    folder = tmp_path_factory.mktemp("inputs")
+    saved_model(folder / "model")
+    saved_model(folder / "other", seed=1)
+    saved_model(folder / "wide", state=STATE + 2)
+    (folder / "text.txt").write_text(TEXT * 100, encoding="utf-8")
+    scores = sspruner.score(sspruner.load(folder / "model")[0], "magnitude")
+    scores.save(folder / "s.safetensors")
+    sspruner.plan(sspruner.trace(sspruner.load(folder / "model")[0]), scores, keep=4).save(folder / "p.json")
+    return folder
+
+
+@pytest.fixture
+def here(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the good inputs to spoil; also the current and the temporary folder."""
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def prune(here: Path, says: Says, *args: object, model: object = "model") -> None:
+    """`refused` for a prune that is good but for `args` (of an option that is given twice, the last counts)."""
+    good = ["--samples", 2, "--seq-len", 32, "--calibration", "text.txt", "--out", "out"]
+    refused(here, says, "prune", model, *good, *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("--scorer ghots", ("unknown scorer 'ghots'", "known: ghost, magnitude, random", "did you mean 'ghost'?")),
+        ("--sparsity -0.1", ("sparsity -0.1: must be at least 0 and below 1",)),
+        ("--sparsity 1", ("sparsity 1: must be at least 0 and below 1",)),
+        ("--sparsity 1.5", ("sparsity 1.5: must be at least 0 and below 1",)),
+        ("--sparsity nan", ("sparsity nan: must be at least 0 and below 1",)),
+        ("--sparsity half", ("--sparsity", "number", "sspruner prune --help")),
+        ("--keep 17", ("keep 17", LAYER, "only 16 units")),
+        ("--keep 0", ("keep 0: must be at least 1",)),
+        ("--keep 7 --multiple-of 4", ("keep 7: not a multiple of 4; nearest: 4 or 8",)),
+        ("--keep 4 --sparsity 0.5", ("either sparsity", "or keep", "not both")),
+        ("--multiple-of 0", ("multiple-of 0: must be at least 1",)),
+        ("--allocation globl", ("unknown allocation 'globl'; known: uniform",)),
+        ("--axis stat", ("'ghost' does not score axis 'stat'; it scores state",)),
+        ("--axis hidden --scorer random", ("axis 'hidden': Mamba2ForCausalLM has none; it has state",)),
+        ("--mode slim", ("mode 'slim': must be slice or mask",)),
+        ("--dtype int8", ("dtype 'int8': must be auto, float32, bfloat16 or float16",)),
+        ("--device gpu", ("device 'gpu': not available here",)),
+        ("--device cuda:99", ("device 'cuda:99': not available here",)),
+        ("--option depth=3", ("scorer 'ghost': unknown option 'depth'; it takes variant",)),
+        ("--option variant=best", ("scorer 'ghost': variant='best'; known: joint, means",)),
+        ("--option variant", ("--option 'variant': expected name=value",)),
+        ("--option =joint", ("--option '=joint': expected name=value",)),
+        ("--samples 0", ("samples=0", "at least 1")),
+        ("--seq-len 1", ("seq_len=1", "need at least 1, 2")),
+        ("--seed 99999999999999999999", ("seed 99999999999999999999: must fit in 64 bits",)),
+        ("--plugin no.py", ("--plugin ", "/no.py: no such file")),
+        ("--spasity 0.5", ("No such option: --spasity", "--sparsity", "sspruner prune --help")),
+    ],
+)
+def test_options(args: str, says: Says, here: Path) -> None:
+    prune(here, says, *args.split())
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    """Spoil a model folder: change or, with None, remove keys of its config.json."""
+
+    def spoil(folder: Path) -> None:
+        data = json.loads((folder / "config.json").read_text()) | changes
+        kept = {key: value for key, value in data.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(kept))
+
+    return spoil
+
+
+def content(name: str, data: bytes) -> Callable[[Path], None]:
+    """Spoil a model folder: replace one file."""
+    return lambda folder: (folder / name).write_bytes(data) and None
+
+
+def weights(change: Callable[[bytearray], Any]) -> Callable[[Path], None]:
+    """Spoil a model folder: change the bytes of model.safetensors; `change` may return new ones."""
+
+    def spoil(folder: Path) -> None:
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        (folder / "model.safetensors").write_bytes(change(data) or data)
+
+    return spoil
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """Spoil a model folder: change the tensors in model.safetensors, in a file that is otherwise good."""
+
+    def spoil(folder: Path) -> None:
+        data = load_file(folder / "model.safetensors")
+        change(data)
+        save_file(data, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def cut_at(fraction: float) -> Callable[[Path], None]:
+    """Truncate; 0 and 1 are the first and the last byte of the tensors, below 0 is the header."""
+
+    def change(data: bytearray) -> bytes:
+        start = 8 + int.from_bytes(data[:8], "little")
+        at = start * (1 + fraction) if fraction < 0 else start + (len(data) - 1 - start) * fraction
+        return bytes(data[: int(at)]) or b" "
+
+    return weights(change)
+
+
+SMALL, DAMAGED = f"{LAYER}.A_log", "corrupt or truncated"
+NATIVE = json.dumps({"d_model": 768, "n_layer": 24, "ssm_cfg": {"layer": "Mamba2"}, "vocab_size": 50288}).encode()
+
+MODELS: dict[str, tuple[Callable[[Path], Any], Says]] = {
+    "absent": (shutil.rmtree, ("model model: no such path",)),
+    "no config": (lambda d: (d / "config.json").unlink(), ("model model: no config.json in this folder",)),
+    "not json": (content("config.json", b'{"model_type": '), ("config.json is not JSON", "line 1")),
+    "not text": (content("config.json", b"\xff\xfe{}"), ("config.json is not JSON",)),
+    "native": (content("config.json", NATIVE), ("config.json has no model_type; native mamba_ssm",)),
+    "unknown type": (config(model_type="zebra"), ("config cannot be read", "`zebra`")),
+    "bad size": (config(num_heads=3), ("config cannot be read", "num_heads")),
+    "other size": (config(state_size=STATE + 1), ("do not have the shape that config.json says", f"{LAYER}.conv1d")),
+    "bad record": (config(sspruner={"version": 1}), ("model model: ", "config.json, key 'sspruner'", "groups")),
+    "bad tokenizer": (content("tokenizer.json", b"{"), ("model model: its tokenizer cannot be read",)),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), ("model model: cannot be loaded",)),
+    "cut in the length": (cut_at(-0.999), (DAMAGED, "model.safetensors")),
+    "cut in the header": (cut_at(-0.5), (DAMAGED, "model.safetensors")),
+    "cut after the header": (cut_at(0), (DAMAGED, "model.safetensors")),
+    "cut in the middle": (cut_at(0.5), (DAMAGED, "model.safetensors")),
+    "one byte short": (cut_at(1), (DAMAGED, "model.safetensors")),
+    "one byte long": (weights(lambda data: data + b"\0"), (DAMAGED, "model.safetensors")),
+    "flip in the length": (weights(lambda d: d.__setitem__(0, d[0] ^ 8)), (DAMAGED, "model.safetensors")),
+    "flip in a high length byte": (weights(lambda d: d.__setitem__(6, d[6] ^ 128)), (DAMAGED, "model.safetensors")),
+    "flip in the header": (weights(lambda d: d.__setitem__(8, d[8] ^ 1)), (DAMAGED, "model.safetensors")),
+    "flip in a name": (weights(lambda d: bytes(d).replace(b"A_log", b"A_lof", 1)), ("lack 1 param", SMALL)),
+    "no tensors": (tensors(dict.clear), ("its weights lack", "parameters")),
+    "no embedding": (tensors(lambda t: t.pop("backbone.embeddings.weight")), ("backbone.embeddings.weight",)),
+    "one missing": (tensors(lambda t: t.pop(SMALL)), ("model model", "lack 1 parameters", SMALL)),
+    "one short": (tensors(lambda t: t.update({SMALL: t[SMALL][1:].clone()})), (SMALL, "is (3,), not (4,)")),
+    "nan": (tensors(lambda t: t[SMALL].fill_(torch.nan)), (SMALL, "4 of 4 weights are NaN or infinite")),
+    "inf": (tensors(lambda t: t[SMALL][:1].fill_(torch.inf)), ("model model", SMALL, "1 of 4 weights are NaN or inf")),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(case: str, here: Path) -> None:
+    spoil, says = MODELS[case]
+    spoil(here / "model")
+    prune(here, says, model="./model")
+
+
+def test_a_model_without_a_state_space_layer(here: Path) -> None:
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 31}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(here / "gpt2")
+    says = ("GPT2LMHeadModel: no state-space layer found", "Conv1D", "known mixers: Mamba2Mixer")
+    prune(here, says, model="gpt2")
+    refused(here, says, "inspect", "gpt2")
+
+
+def test_a_file_as_model_and_a_name_that_nobody_has(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    prune(here, ("text.txt: is a file; give the folder that holds config.json",), model="text.txt")
+    prune(here, ("model no-such-model: config cannot be read",), model="no-such-model")
+
+
+def dataset(*rows: dict[str, Any]) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        path.mkdir()
+        (path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    return make
+
+
+CALIBRATIONS: dict[str, tuple[str, Callable[[Path], Any], Says]] = {
+    "missing": ("no.txt", lambda p: None, ("calibration file no.txt: no such file",)),
+    "nameless": ("", lambda p: None, ("calibration: the name is empty",)),
+    "empty": ("x.txt", lambda p: p.write_text(""), ("calibration x.txt: empty",)),
+    "blank": ("x.txt", lambda p: p.write_text(" \n\n "), ("calibration x.txt: empty",)),
+    "short": ("x.txt", lambda p: p.write_text("too short"), ("x.txt: 3 tokens, shorter than", "--seq-len 32")),
+    "latin-1": ("x.txt", lambda p: p.write_bytes(b"caf\xe9 " * 99), ("x.txt: not UTF-8 (byte 3)",)),
+    "empty folder": ("data", Path.mkdir, ("calibration data: no such file, and datasets cannot load it", "data")),
+    "no text column": ("data", dataset({"body": "a"}), ("data: no column 'text'; it has body",)),
+    "no text": ("data", dataset({"text": 3}), ("data: its column 'text' holds int, not text",)),
+    "null text": ("data", dataset({"text": None}), ("calibration data: empty",)),
+    "no such split": ("data::dev", dataset({"text": "a"}), ("data::dev", "datasets cannot load it", "dev")),
+    "damaged": ("data", lambda p: (p.mkdir(), (p / "a.jsonl").write_text("{")), ("data", "JSON parse error")),
+}
+
+
+@pytest.mark.parametrize("case", CALIBRATIONS)
+def test_calibration(
+    case: str, here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    name, make, says = CALIBRATIONS[case]
+    make(here / name.partition(":")[0])
+    prune(here, says, "--calibration", name)
+
+
+def test_a_tokenizer_that_does_not_fit(here: Path) -> None:
+    saved_model(here / "small", vocabulary=31)
+    prune(here, ("calibration text.txt: token id ", "outside the vocabulary (0 to 30)"), model="small")
+    saved_model(here / "mute", tokenizer=False)
+    prune(here, ("needs a tokenizer and this model has none", "'self'"), model="mute")
+
+
+OUTPUTS: dict[str, tuple[Callable[[Path], Any], str, Says]] = {
+    "taken": (lambda d: None, "--out other", ("other: exists and is not empty", "--overwrite")),
+    "no model": (lambda d: (d / "own" / "deep").mkdir(parents=True), "--out own --overwrite", ("own: holds no model",)),
+    "file": (lambda d: None, "--out text.txt", ("text.txt: is a file; give a folder",)),
+    "below a file": (lambda d: None, "--out text.txt/out", ("cannot write in", "text.txt")),
+    "long": (lambda d: None, "--out " + "x" * 300, ("File name too long",)),
+    "json in no folder": (lambda d: None, "--json none/r.json", ("none/r.json: no folder", "make it first")),
+    "json on a folder": (lambda d: None, "--json other", ("other: is not a regular file",)),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_outputs(case: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out before the work starts: the model is not even read."""
+    make, args, says = OUTPUTS[case]
+    make(here)
+    monkeypatch.setattr(sspruner.io.load, "load", None)
+    prune(here, says, *args.split())
+    if "--json" in args:
+        for command, option in (("inspect", "--json"), ("score", "--out"), ("plan", "--out")):
+            refused(here, says, command, "model", option, args.split()[1])
+
+
+def test_a_folder_without_the_right_to_write(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sspruner.io.output.os.access", lambda path, mode: False)  # root may always write
+    prune(here, (f"cannot write in {here}",))
+
+
+KEEP = [[0, 1], [2, 3]]
+
+PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], Says]] = {
+    "not json": (lambda p: "{", ("plan x.json: cannot be read", "line 1")),
+    "nothing": (lambda p: " ", ("plan x.json: cannot be read",)),
+    "deep": (lambda p: "[" * 100_000, ("plan x.json: cannot be read",)),
+    "a list": (lambda p: "[]", ("plan x.json: not a plan of version 1",)),
+    "version 2": (lambda p: p.update(version=2), ("plan x.json: not a plan of version 1",)),
+    "no groups": (lambda p: p.pop("groups") and None, ("plan x.json: malformed plan", "'groups'")),
+    "no keep": (lambda p: p["groups"][GROUP].pop("keep") and None, ("plan x.json: malformed", "'keep'")),
+    "unknown group": (lambda p: p["groups"].update(nose=p["groups"][GROUP]), ("nose: the model has no such", GROUP)),
+    "words": (lambda p: p["groups"][GROUP].update(keep=[["a"], ["b"]]), ("plan x.json: malformed plan", "'a'")),
+    "too high": (lambda p: p["groups"][GROUP].update(keep=[[0, 16], [0, 1]]), (GROUP, "within 0 to 15")),
+    "negative": (lambda p: p["groups"][GROUP].update(keep=[[-1, 0], [0, 1]]), (GROUP, "within 0 to 15")),
+    "twice": (lambda p: p["groups"][GROUP].update(keep=[[1, 1], [0, 1]]), (GROUP, "must increase")),
+    "unequal": (lambda p: p["groups"][GROUP].update(keep=[[0], [0, 1]]), (GROUP, "[1, 2] units", "the same count")),
+    "nothing kept": (lambda p: p["groups"][GROUP].update(keep=[[], []]), (GROUP, "at least 1")),
+    "one set": (lambda p: p["groups"][GROUP].update(keep=[[0, 1]]), (GROUP, "1 x 16", "the model has 2 x 16")),
+    "other size": (lambda p: p["groups"][GROUP].update(before=32, keep=KEEP), (GROUP, "2 x 32", "2 x 16")),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans(case: str, here: Path) -> None:
+    change, says = PLANS[case]
+    data = json.loads((here / "p.json").read_text())
+    text = change(data)
+    (here / "x.json").write_text(text if isinstance(text, str) else json.dumps(data))
+    refused(here, says, "apply", "model", "--plan", "x.json", "--out", "out")
+
+
+@pytest.mark.parametrize("model", ["other", "wide"])
+def test_a_plan_or_scores_of_another_model(model: str, here: Path) -> None:
+    says = ("the plan was made for another model", "make a plan for this one")
+    refused(here, says, "apply", model, "--plan", "p.json", "--out", "out")
+    says = says if model == "other" else (GROUP, "scores of shape (2, 16) do not fit this model; score it again")
+    refused(here, says, "plan", model, "--scores", "s.safetensors", "--out", "x.json")
+
+
+def test_missing_and_damaged_steps(here: Path) -> None:
+    apply, plan = ["apply", "model", "--out", "out", "--plan"], ["plan", "model", "--out", "x.json", "--scores"]
+    refused(here, ("plan no.json: cannot be read", "No such file"), *apply, "no.json")
+    refused(here, ("mode 'slim': must be slice or mask",), *apply, "p.json", "--mode", "slim")
+    refused(here, ("keep 0: must be at least 1",), *plan, "s.safetensors", "--keep", 0)
+    refused(here, ("scores no: no such file",), *plan, "no")
+    good = (here / "s.safetensors").read_bytes()
+    for data in b"", good[:20], good[:-1], b"junk" * 99:
+        (here / "bad").write_bytes(data)
+        refused(here, ("scores bad: not a readable safetensors file", "score again"), *plan, "bad")
+    for keys, says in (([], "0 axes"), ([GROUP, "m:head"], "2 axes"), (["m:state"], "do not fit this model")):
+        save_file({key: torch.ones(2, STATE) for key in keys}, here / "bad")
+        refused(here, (says,), *plan, "bad")
+
+
+GOOD = """
+import torch, sspruner
+class Mine(sspruner.Scorer):
+    name, axes, needs = "mine", {"state"}, "activations"
+    def observe(self, view):
+        assert view.C.shape[2:] == (view.group.groups, view.group.units)
+        self.shape = view.group.groups, view.group.units
+    def importance(self):
+        return torch.ones(self.shape)
+@sspruner.hookimpl
+def sspruner_scorers():
+    return [Mine]
+"""
+
+# what is wrong: (old, new) in a good plugin, and what the error says. Every error names the plugin's file.
+PLUGINS: dict[str, tuple[str, str, Says]] = {
+    "syntax": ("class Mine", "clas Mine", ("import failed: SyntaxError", "line 3")),
+    "import": ("import torch", "import torhc, torch", ("import failed: ModuleNotFoundError", "torhc")),
+    "raises at import": ("class Mine", "raise OSError('a\\nb')\nclass Mine", ("import failed: OSError: a",)),
+    "no hook": ("@sspruner.hookimpl", "", ("implements no hook", "sspruner_scorers", "@sspruner.hookimpl")),
+    "wrong signature": ("sspruner_scorers()", "sspruner_scorers(model)", ("sspruner_scorers",)),
+    "hook raises": ("return [Mine]", "return [1 / 0]", ("sspruner_scorers failed: ZeroDivisionError",)),
+    "no list": ("return [Mine]", "return None", ("sspruner_scorers failed: TypeError",)),
+    "no scorer": ("[Mine]", "[3]", ("returned 3, not a subclass of sspruner.Scorer",)),
+    "clash": ('"mine"', '"ghost"', ("scorer 'ghost': offered by plugin 'ghost' and by plugin", "rename one")),
+    "no name": ('name, axes, needs = "mine",', "axes, needs =", ("scorer Mine does not define name",)),
+    "no method": ("def observe", "def observes", ("scorer Mine does not define observe",)),
+    "unknown needs": ('"activations"', '"gradient"', ("needs='gradient'; known: weights, activations",)),
+    "shape": ("torch.ones(self.shape)", "torch.ones(3)", (GROUP, "returned (3,)", "(groups, units) = (2, 16)")),
+    "nan": ("torch.ones(self.shape)", "torch.ones(self.shape) * torch.nan", (GROUP, "32 of 32 values", "NaN")),
+    "no tensor": ("torch.ones(self.shape)", "[1.0]", (GROUP, "returned list, expected a tensor")),
+    "raises late": ("return torch.ones", "1 / 0\n        return torch.ones", (GROUP, "ZeroDivisionError")),
+    "raises": ("self.shape = ", "self.shape = 1 / 0,", (LAYER, "scorer 'mine'", "ZeroDivisionError")),
+    "weights only": ('"activations"', '"weights"', (LAYER, "needs='weights' read activations")),
+}
+
+
+@pytest.fixture
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Writes a plugin file; whatever plugins the test loads are forgotten after it."""
+    manager = plugin_manager()
+    installed = {name for name, _ in manager.list_name_plugin()}
+
+    def write(source: str) -> Path:
+        path = tmp_path_factory.mktemp("plugin") / "mine.py"
+        path.write_text(source, encoding="utf-8")
+        return path
+
+    yield write
+    for name, module in manager.list_name_plugin():
+        if name not in installed:
+            manager.unregister(module)
+
+
+@pytest.mark.parametrize("case", PLUGINS)
+def test_plugins(case: str, here: Path, plugin: Callable[[str], Path]) -> None:
+    old, new, says = PLUGINS[case]
+    assert GOOD.count(old) == 1
+    path = plugin(GOOD.replace(old, new))
+    prune(here, (str(path), *says), "--plugin", path, "--scorer", "ghost" if case == "clash" else "mine")
+
+
+def test_the_good_plugin_works(here: Path, plugin: Callable[[str], Path]) -> None:
+    path = plugin(GOOD)
+    done("prune", "model", "--samples", 2, "--seq-len", 32, "--plugin", path, "--scorer", "mine", "--out", "out")
+    assert (here / "out" / "config.json").is_file()
+    cells = "".join(done("scorers", "--plugin", path).stdout.replace("│", "").split())  # the path may be folded
+    assert f"minestateactivations{path}" in cells

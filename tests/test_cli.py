@@ -1,0 +1,367 @@
+"""The command line when all is well, when it is interrupted, and when a proof fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny import VOCABULARY, logits, tiny_model
+from transformers import AutoTokenizer, Mamba2ForCausalLM
+from typer.testing import CliRunner
+
+import sspruner
+from sspruner.cli.main import app
+from sspruner.io.load import REFERENCE
+from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.scores import Scores
+from sspruner.surgery import mask
+from sspruner.surgery import slice as slicing
+
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
+STATE = 16  # units of the axis `state` in the models of `saved_model`
+FOREIGN = "naïve “quotes” — 日本語 🙂 [bold]not markup[/bold]"
+
+
+def saved_model(folder: Path, *, vocabulary: int = 4096, tokenizer: bool = True, seed: int = 0, **sizes: Any) -> Path:
+    """A tiny random Mamba2, two B/C groups of two heads, saved with the reference tokenizer."""
+    model = tiny_model(seed=seed, **{"groups": 2, "head_dim": 8, "state": STATE, **sizes})
+    if vocabulary != VOCABULARY:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return sspruner.save(model, folder, AutoTokenizer.from_pretrained(REFERENCE) if tokenizer else None)
+
+
+def run(*args: object, charset: str = "utf-8", **env: str) -> Any:
+    """Run the command line in this process: exit_code, stdout and stderr apart, exception."""
+    return CliRunner(charset=charset, env={"COLUMNS": "120", **env}).invoke(app, [str(a) for a in args])
+
+
+def done(*args: object, **kwargs: Any) -> Any:
+    """`run` a command that must succeed and have nothing to say on standard error."""
+    result = run(*args, **kwargs)
+    assert (result.exit_code, result.stderr) == (0, ""), f"{result.stderr}\n{result.exception!r}"
+    return result
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything under a folder: relative path -> content, None for a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def refused(here: Path, says: tuple[str, ...], *args: object, code: int = 2) -> None:
+    """The command line says `says` in one line, exits with `code`, and leaves every file under `here` as it was."""
+    before = tree(here)
+    result = run(*args)
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("sspruner: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    for words in says:
+        assert words in result.stderr
+    assert tree(here) == before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models are slower on many threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_model(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 100, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def cheap(text: Path) -> list[object]:
+    """Options that make a run short."""
+    return ["--samples", 2, "--seq-len", 32, "--calibration", text]
+
+
+def test_prune_writes_a_model_that_loads(model: Path, cheap: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "modèle 日本"
+    result = done("prune", model, *cheap, "--keep", 5, "--out", out, "--json", tmp_path / "r.json")
+    written = {"config.json", "model.safetensors", "plan.json", "report.json", "sspruner/scores.safetensors"}
+    assert written <= set(tree(out))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([out.name, "r.json"])
+    assert f"saved to {out}" in result.stdout
+    assert "perplexity" in result.stdout
+    assert (out / "report.json").read_bytes() == (tmp_path / "r.json").read_bytes()
+
+    dense, tokenizer = sspruner.load(model)
+    pruned, _ = sspruner.load(out)
+    assert {g.units for g in sspruner.trace(pruned).groups.values()} == {5}
+    ids = torch.tensor(tokenizer([TEXT])["input_ids"])
+    with sspruner.masked(dense, Plan.load(out / "plan.json"), sspruner.trace(dense)):
+        expected = logits(dense, ids)
+    torch.testing.assert_close(logits(pruned, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_report_has_every_number(model: Path, cheap: list[object], tmp_path: Path) -> None:
+    done("prune", model, *cheap, "--sparsity", 0.25, "--seed", 7, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert not (tmp_path / "out").exists()
+    for which in ("dense", "pruned"):
+        assert {"perplexity", "parameters", "weight_bytes", "state_bytes"} <= set(report[which])
+        assert all(report[which][k] > 0 for k in ("perplexity", "parameters", "weight_bytes", "state_bytes"))
+    assert report["pruned"]["kl_to_dense"] >= 0
+    assert report["pruned"]["state_bytes"] * 4 == report["dense"]["state_bytes"] * 3
+    assert report["dense"]["weight_bytes"] == 4 * report["dense"]["parameters"]  # fp32
+    assert {"calibration", "scoring", "evaluation", "proof"} <= set(report["seconds"])
+    assert all(s >= 0 for s in report["seconds"].values())
+    assert report["peak_memory_bytes"] > 2**20
+    assert (report["seed"], report["model"]) == (7, str(model))
+    assert {"python", "sspruner", "torch", "transformers"} <= set(report["versions"])
+    assert report["command"].startswith("sspruner ")
+    assert report["proof"]["error"] <= report["proof"]["tolerance"]
+    assert report["calibration"]["tokens"] == 64
+
+
+def test_json_on_standard_output_is_only_json(model: Path, cheap: list[object]) -> None:
+    report = json.loads(done("prune", model, *cheap, "--json", "-").stdout)
+    assert report["layers"]["backbone.layers.0.mixer:state"] == {"before": STATE, "after": STATE // 2}
+
+
+def test_progress_goes_to_standard_error(model: Path, cheap: list[object]) -> None:
+    result = run("prune", model, *cheap, "--json", "-", FORCE_COLOR="1")  # standard error as a terminal
+    assert result.exit_code == 0
+    assert "scoring" in result.stderr
+    assert "100%" in result.stderr
+    json.loads(result.stdout)
+
+
+def test_three_steps_equal_one_shot(model: Path, cheap: list[object], tmp_path: Path) -> None:
+    scores, plan = tmp_path / "s.safetensors", tmp_path / "p.json"
+    done("score", model, *cheap, "--seed", 3, "--out", scores)
+    assert "16 -> 4" in done("plan", model, "--scores", scores, "--sparsity", 0.75, "--out", plan).stdout
+    done("apply", model, "--plan", plan, "--out", tmp_path / "steps")
+    done("prune", model, *cheap, "--seed", 3, "--one-shot", "--sparsity", 0.75, "--out", tmp_path / "once")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "steps" / name).read_bytes() == (tmp_path / "once" / name).read_bytes(), name
+    assert json.loads(plan.read_text()) == json.loads((tmp_path / "once" / "plan.json").read_text())
+
+
+@pytest.mark.parametrize("calibration", ["self", "text"])
+def test_same_seed_same_bytes(calibration: str, model: Path, cheap: list[object], tmp_path: Path) -> None:
+    options = [*cheap, *(["--calibration", "self", "--seq-len", 8] if calibration == "self" else [])]
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        done("prune", model, *options, "--sparsity", 0.5, "--seed", seed, "--out", tmp_path / out)
+    a, b = (tree(tmp_path / out) for out in "ab")
+    for files in a, b:  # the report holds seconds; the scores' metadata has no order
+        del files["report.json"], files["sspruner/scores.safetensors"]
+    assert a == b
+    first, again, other = (Scores.load(tmp_path / out / "sspruner" / "scores.safetensors") for out in "abc")
+    assert first.metadata == again.metadata
+    for name, importance in first.importance.items():
+        assert torch.equal(importance, again.importance[name])
+        assert not torch.equal(importance, other.importance[name])
+
+
+def test_mask_mode_saves_zeros_at_stock_sizes(model: Path, cheap: list[object], tmp_path: Path) -> None:
+    done("prune", model, *cheap, "--mode", "mask", "--keep", 6, "--out", tmp_path / "out")
+    stock, info = Mamba2ForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert stock.config.state_size == STATE
+    assert getattr(stock.config, "sspruner", None) is None
+    dense = load_file(model / "model.safetensors")
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    graph = sspruner.trace(stock)
+    dropped = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in stock.named_parameters()}
+    for name, selection in plan.groups.items():
+        assert selection.after == 6
+        for member in graph.groups[name].members:
+            dropped[member.parameter].index_fill_(member.dim, mask.dropped_rows(member, selection), True)
+    for name, parameter in stock.named_parameters():
+        assert torch.equal(parameter, dense[name].masked_fill(dropped[name], 0)), name
+
+
+def test_overwrite_replaces_an_earlier_model(model: Path, cheap: list[object], tmp_path: Path) -> None:
+    for keep in (6, 3):
+        done("prune", model, *cheap, "--keep", keep, "--out", tmp_path / "out", "--overwrite")
+    assert sspruner.load(tmp_path / "out")[0].config.state_size == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_dataset_with_a_text_column(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"text": TEXT}, {"text": None}, {"text": TEXT * 50}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    name = f"{tmp_path / 'data'}::train"
+    result = done("prune", model, "--samples", 3, "--seq-len", 32, "--calibration", name, "--json", "-")
+    assert json.loads(result.stdout)["calibration"]["source"] == name
+    assert json.loads(result.stdout)["calibration"]["sequences"] == 3
+
+
+def test_the_reference_model_is_the_default(tmp_path: Path) -> None:
+    result = done("prune", "--samples", 2, "--seq-len", 32, "--out", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert "mamba2-books-4m (reference)" in result.stdout
+    assert report["pruned"]["state_bytes"] * 2 == report["dense"]["state_bytes"]
+    assert report["pruned"]["dtype"] == "bfloat16"
+    assert report["continuation"]["pruned"]
+    assert sspruner.load(tmp_path / "out")[0].config.state_size == 64
+
+
+def test_inspect(model: Path, tmp_path: Path) -> None:
+    shown = done("inspect", model).stdout
+    assert "backbone.layers.1.mixer" in shown
+    assert "state: 2 groups x 16 units" in shown
+    expected = sspruner.trace(sspruner.load(model)[0]).to_json()
+    assert json.loads(done("inspect", model, "--json", "-").stdout) == expected
+    done("inspect", model, "--json", tmp_path / "graph.json")
+    assert json.loads((tmp_path / "graph.json").read_text(encoding="utf-8")) == expected
+
+
+def test_scorers_lists_where_each_comes_from() -> None:
+    lines = done("scorers").stdout.splitlines()
+    for scorer, needs in (("ghost", "activations"), ("magnitude", "weights"), ("random", "weights")):
+        row = next(line for line in lines if line.split("│")[1:2] == [f" {scorer:<9} "])
+        assert needs in row
+        assert row.count(scorer) == 2  # the scorer and its plugin
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "latin-1", "ascii"])
+def test_any_character_can_be_printed(
+    charset: str, model: Path, cheap: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sspruner.pipeline.continuation", lambda *args: FOREIGN)
+    result = done("prune", model, *cheap, "--json", tmp_path / "r.json", charset=charset)
+    assert FOREIGN.encode(charset, "replace").decode(charset) in " ".join(result.stdout.split())
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["continuation"]["pruned"] == FOREIGN
+
+
+def test_help_and_wrong_usage_do_not_import_torch() -> None:
+    program = """if True:
+        import sys
+        from typer.testing import CliRunner
+        from sspruner.cli.main import app
+        names = [c.name for c in app.registered_commands]
+        assert "prune" in names
+        for args in ["--help"], *([n, "--help"] for n in names):
+            result = CliRunner().invoke(app, args)
+            assert result.exit_code == 0 and "Usage" in result.stdout and not result.stderr, result.output
+        for args in ["--nosuch"], ["nosuch"], *([n, "--nosuch"] for n in names):
+            result = CliRunner().invoke(app, args)
+            assert result.exit_code == 2 and not result.stdout, result.output
+            assert result.stderr.startswith("sspruner: ") and result.stderr.count("\\n") == 1, result.stderr
+        heavy = {"torch", "transformers", "datasets", "numpy", "safetensors"} & set(sys.modules)
+        assert not heavy, heavy"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_a_traceback_on_demand() -> None:
+    assert isinstance(run("prune", "--sparsity", 2, SSPRUNER_DEBUG="1").exception, sspruner.InputError)
+
+
+def test_a_failed_proof_writes_nothing(
+    model: Path, cheap: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_rows(member: Any, selection: Selection) -> torch.Tensor:
+        shifted = tuple(tuple(sorted((u + 1) % selection.before for u in keep)) for keep in selection.keep)
+        return mask.dropped_rows(member, Selection(selection.before, shifted))
+
+    done("score", model, *cheap, "--out", tmp_path / "s.safetensors")
+    done("plan", model, "--scores", tmp_path / "s.safetensors", "--out", tmp_path / "p.json")
+    monkeypatch.setattr(slicing, "dropped_rows", other_rows)
+    for args in (["prune", model, *cheap], ["apply", model, "--plan", tmp_path / "p.json"]):
+        says = ("proof failed: sliced and masked logits differ by ",)
+        refused(tmp_path, says, *args, "--out", tmp_path / "out", code=1)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize(
+    ("owner", "method", "error", "code", "says"),
+    [
+        (Mamba2ForCausalLM, "save_pretrained", KeyboardInterrupt(), 130, "interrupted; nothing written"),
+        (Mamba2ForCausalLM, "save_pretrained", FULL, 2, "No space left on device"),
+        (Scores, "save", SafetensorError("I/O error: No space left on device (os error 28)"), 2, "No space left"),
+        (Plan, "save", KeyboardInterrupt(), 130, "interrupted; nothing written"),
+    ],
+    ids=["interrupt", "full", "full-in-safetensors", "interrupt-late"],
+)
+def test_a_failed_save_leaves_nothing(
+    owner: type,
+    method: str,
+    error: BaseException,
+    code: int,
+    says: str,
+    earlier: bool,
+    model: Path,
+    cheap: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "deep" / "out"
+    if earlier:
+        saved_model(out)
+    save = getattr(owner, method)
+
+    def save_and_fail(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        raise error
+
+    monkeypatch.setattr(owner, method, save_and_fail)
+    refused(tmp_path, (says,), "prune", model, *cheap, "--out", out, *["--overwrite"] * earlier, code=code)
+
+
+@pytest.mark.parametrize("moment", [" torch.", "sampling calibration text", "scoring backbone.layers"])
+def test_interrupt(moment: str, tmp_path: Path) -> None:
+    """Ctrl-C while torch is imported, while text is sampled, while layers are scored."""
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from sspruner.cli.main import main; main()"
+    )
+    verbose = ["-X", "importtime"] if "torch" in moment else []  # one line on standard error for each import
+    source = ["--calibration", "long.txt", "--samples", "999"] if "scoring" in moment else []
+    (tmp_path / "long.txt").write_text(TEXT * 2000, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, *verbose, "-c", program, "prune", "--out", "out", *source],
+        cwd=tmp_path,
+        env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr
+    seen = b""
+    with process:
+        while moment.encode() not in seen:
+            chunk = os.read(process.stderr.fileno(), 65536)
+            assert chunk, f"ended before {moment!r}: {seen!r}"
+            seen += chunk
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode in (130, -signal.SIGINT)  # a shell calls both 130
+    assert stderr.decode().splitlines()[-1].endswith("sspruner: interrupted; nothing written")
+    assert b"Traceback" not in seen + stderr
+    assert stdout == b""
+    assert list(tree(tmp_path)) == ["long.txt"]
