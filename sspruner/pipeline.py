@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -257,7 +258,7 @@ class _Run:
         return {
             "sspruner": sspruner.__version__,
             "scorer": self.scorer.name,
-            "options": repr(self.options) if self.options else "",
+            "options": json.dumps(self.options, sort_keys=True),
             "model": model,
             "sequential": str(sequential).lower(),
             "calibration": used.source if used else "",
@@ -299,7 +300,7 @@ def resolve_device(device: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(1, device=found)
+        torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
     return found

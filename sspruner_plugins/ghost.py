@@ -6,7 +6,7 @@ Source: Menezes & Kyrillidis, "GHOST", arXiv 2602.11408. h^2 stands for controll
 observability; S^2 is exactly the mean squared change of y per token when state n of group g is zeroed. Z is the
 number of tokens that are not padding.
 
-Cost: about one more scan per layer and batch; memory O(T*N) per head, no states are stored.
+Cost: about one more scan per layer and batch, in the memory of one chunk of steps: no states are stored.
 Axes: state. Options: variant="joint" (default, the product inside the sum) or "means", the older
 sqrt(E[h^2] E[C^2]), which loses the correlation of h and C; kept for comparison.
 """

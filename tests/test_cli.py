@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import VOCABULARY, logits, tiny_model
 from transformers import AutoTokenizer, Mamba2ForCausalLM
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
+from sspruner.cli.main import main
 from sspruner.io.load import REFERENCE
 from sspruner.planning.plan import Plan, Selection
 from sspruner.planning.scores import Scores
@@ -44,8 +45,23 @@ def saved_model(folder: Path, *, vocabulary: int = 4096, tokenizer: bool = True,
 
 
 def run(*args: object, charset: str = "utf-8", **env: str) -> Any:
-    """Run the command line in this process: exit_code, stdout and stderr apart, exception."""
-    return CliRunner(charset=charset, env={"COLUMNS": "120", **env}).invoke(app, [str(a) for a in args])
+    """Run the console script in this process: exit_code, stdout and stderr apart, exception."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=charset, write_through=True) for _ in range(2))
+    code, exception = 0, None
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"COLUMNS": "120", **env}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["sspruner", *map(str, args)])
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code
+        except Exception as error:
+            code, exception = 1, error
+    stdout, stderr = (stream.buffer.getvalue().decode(charset) for stream in (out, err))
+    return SimpleNamespace(exit_code=code, stdout=stdout, stderr=stderr, output=stdout + stderr, exception=exception)
 
 
 def done(*args: object, **kwargs: Any) -> Any:
@@ -259,18 +275,25 @@ def test_any_character_can_be_printed(
 
 def test_help_and_wrong_usage_do_not_import_torch() -> None:
     program = """if True:
-        import sys
-        from typer.testing import CliRunner
-        from sspruner.cli.main import app
+        import contextlib, io, sys
+        from sspruner.cli.main import app, main
+        def run(args):
+            out, err = io.StringIO(), io.StringIO()
+            sys.argv = ["sspruner", *args]
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    main()
+                except SystemExit as exit_:
+                    return exit_.code, out.getvalue(), err.getvalue()
         names = [c.name for c in app.registered_commands]
         assert "prune" in names
         for args in ["--help"], *([n, "--help"] for n in names):
-            result = CliRunner().invoke(app, args)
-            assert result.exit_code == 0 and "Usage" in result.stdout and not result.stderr, result.output
+            code, out, err = run(args)
+            assert code == 0 and "Usage" in out and not err, (args, code, err)
         for args in ["--nosuch"], ["nosuch"], *([n, "--nosuch"] for n in names):
-            result = CliRunner().invoke(app, args)
-            assert result.exit_code == 2 and not result.stdout, result.output
-            assert result.stderr.startswith("sspruner: ") and result.stderr.count("\\n") == 1, result.stderr
+            code, out, err = run(args)
+            assert code == 2 and not out, (args, code, out)
+            assert err.startswith("sspruner: ") and err.count("\\n") == 1, err
         heavy = {"torch", "transformers", "datasets", "numpy", "safetensors"} & set(sys.modules)
         assert not heavy, heavy"""
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

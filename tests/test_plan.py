@@ -111,10 +111,16 @@ def test_plans_that_do_not_fit(groups: dict, message: str) -> None:
         check_plan(Plan("state", groups), GRAPH)
 
 
+def test_a_plan_that_contradicts_its_groups() -> None:
+    with pytest.raises(sspruner.PlanError, match="says that its axis is 'head'"):
+        check_plan(Plan("head", {NAMES[0]: Selection(8, (WHOLE, WHOLE))}), GRAPH)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{", '{"version": 2}', '{"version": 1}', '{"version": 1, "axis": "state", "groups": []}',
      '{"version": 1, "axis": "state", "groups": {"a:state": {"before": "x", "keep": [[1]]}}}',
+     '{"version": 1, "axis": "state", "groups": {"a:state": {"before": 4, "keep": [[1.5, true]]}}}',
      '{"version": 1, "axis": "state", "groups": {"a:state": {"before": 4, "keep": [1]}}}',
      '{"version": 1, "axis": "state", "groups": {"a:state": {"before": 4, "keep": [[5]]}}}',
      '{"version": 1, "axis": "state", "groups": {"a:state": {"before": 4, "keep": []}}}', "[" * 100_000],

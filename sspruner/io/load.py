@@ -77,7 +77,12 @@ def name_of(model: str | Path | None) -> str:
 
 def _is_local(name: str) -> bool:
     """A folder, or what can only be meant as one: hub ids are `name` or `owner/name`."""
-    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return (
+        Path(name).expanduser().exists()
+        or name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or name.count("/") > 1
+    )
 
 
 def _check_complete(where: str, info: dict[str, Any]) -> None:

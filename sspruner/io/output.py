@@ -60,6 +60,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             made.mkdir()
             yield made
+            _readable(made)
             check_output(out, overwrite)  # again: another run may have been faster
             if out.exists():
                 out.rename(old)
@@ -85,6 +86,15 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _readable(folder: Path) -> None:
+    """Give files the mode that the user's umask asks for: safetensors writes them readable by their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 @contextmanager

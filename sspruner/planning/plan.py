@@ -70,14 +70,14 @@ class Plan:
             raise PlanError(f"{where}: not a plan of version {VERSION}")
         try:
             groups = {
-                str(name): Selection(int(g["before"]), tuple(tuple(map(int, k)) for k in g["keep"]))
+                str(name): Selection(_index(g["before"]), tuple(tuple(map(_index, k)) for k in g["keep"]))
                 for name, g in data["groups"].items()
             }
             plan = cls(str(data["axis"]), groups, dict(data.get("model", {})), dict(data.get("made_by", {})))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{where}: malformed plan ({type(error).__name__}: {error})") from error
         for name, selection in plan.groups.items():
-            _check_selection(name, selection)
+            _check_selection(f"{where}: {name}", selection)
         return plan
 
     def save(self, path: str | Path) -> None:
@@ -116,8 +116,16 @@ def check_plan(plan: Plan, graph: SSMGraph, fingerprint: str | None = None) -> N
         group = graph.groups.get(name)
         if group is None:
             raise PlanError(f"{name}: the model has no such dependency group; its first is {next(iter(graph.groups))}")
+        if group.axis != plan.axis:
+            raise PlanError(f"{name}: the plan says that its axis is {plan.axis!r}")
         _check_selection(name, selection)
         _check_fits(name, selection, group)
+
+
+def _index(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not an integer")
+    return value
 
 
 def _check_fits(name: str, selection: Selection, group: DependencyGroup) -> None:

@@ -35,6 +35,11 @@ class Scores:
             raise InputError(f"scores {path}: no such file")
         try:
             with safe_open(str(path), framework="pt") as f:
-                return cls({key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {})  # noqa: SIM118
+                scores = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+                metadata = dict(sorted((f.metadata() or {}).items()))
         except (SafetensorError, OSError) as error:
             raise InputError(f"scores {path}: not a readable safetensors file ({error}); score again") from error
+        for name, importance in scores.items():
+            if importance.ndim != 2 or not importance.is_floating_point() or not importance.isfinite().all():
+                raise InputError(f"scores {path}: {name} is not a finite (groups, units) tensor; score again")
+        return cls(scores, metadata)

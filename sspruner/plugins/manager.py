@@ -28,7 +28,7 @@ def plugin_manager() -> pluggy.PluginManager:
     for entry in sorted(entry_points(group="sspruner"), key=lambda e: e.name):
         try:
             module = entry.load()
-        except Exception as error:  # a plugin may fail in any way; whatever it is, it is named
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way; whatever it is, it is named
             raise PluginError(
                 f"plugin {entry.name!r} ({entry.value}): import failed: {_brief(error)}; fix or uninstall it"
             ) from error
@@ -54,7 +54,7 @@ def load_file(path: str | Path) -> str:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise PluginError(f"plugin {name}: import failed: {_brief(error)}") from error
     _register(manager, module, name)
@@ -87,16 +87,21 @@ def scorer(name: str) -> tuple[type[Scorer], str]:
 
 
 def families() -> dict[str, Family]:
-    """Every model family by name. Raises PluginError if two plugins describe the same mixer class."""
+    """Every model family by name. Raises PluginError on a clash or a malformed family."""
+    from sspruner.graph.family import Family
+
     found: dict[str, Family] = {}
-    by_mixer: dict[str, str] = {}
+    origin: dict[str, str] = {}
     for family, plugin in _collect("sspruner_families"):
-        if family.mixer_class in by_mixer:
+        if not isinstance(family, Family) or not all(hasattr(family, a) for a in ("name", "mixer_class")):
             raise PluginError(
-                f"mixer class {family.mixer_class!r}: described by plugin {by_mixer[family.mixer_class]!r} "
-                f"and by plugin {plugin!r}; remove one"
+                f"plugin {plugin!r}: sspruner_families returned {family!r}, not an object of a subclass of "
+                "sspruner.Family with name and mixer_class"
             )
-        by_mixer[family.mixer_class] = plugin
+        for taken in (f"family {family.name!r}", f"mixer class {family.mixer_class!r}"):
+            if taken in origin:
+                raise PluginError(f"{taken}: described by plugin {origin[taken]!r} and by {plugin!r}; remove one")
+            origin[taken] = plugin
         found[family.name] = family
     return found
 
@@ -106,10 +111,13 @@ def _register(manager: pluggy.PluginManager, module: Any, name: str) -> None:
         manager.register(module, name=name)
     except (pluggy.PluginValidationError, ValueError) as error:
         raise PluginError(f"plugin {name!r}: {_brief(error)}") from error
-    if not manager.get_hookcallers(module):
+    callers = manager.get_hookcallers(module) or []
+    unknown = [caller.name for caller in callers if not caller.has_spec()]
+    if unknown or not callers:
         manager.unregister(module)
         hooks = ", ".join(n for n in vars(hookspecs) if n.startswith("sspruner_"))
-        raise PluginError(f"plugin {name!r}: implements no hook; decorate one of {hooks} with @sspruner.hookimpl")
+        problem = f"there is no hook {unknown[0]!r}" if unknown else "implements no hook"
+        raise PluginError(f"plugin {name!r}: {problem}; decorate one of {hooks} with @sspruner.hookimpl")
 
 
 def _collect(hook_name: str) -> list[tuple[Any, str]]:
@@ -124,7 +132,7 @@ def _collect(hook_name: str) -> list[tuple[Any, str]]:
     return found
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
     """One line: the type of an error and the first line of its message."""
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

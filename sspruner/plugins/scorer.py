@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from sspruner.calibrate.view import SSMView
-from sspruner.errors import InputError, PluginError
+from sspruner.errors import InputError, PluginError, SSPrunerError
 from sspruner.graph.group import DependencyGroup
 
 NEEDS = ("weights", "activations")
@@ -51,6 +51,10 @@ def check_scorer_class(cls: Any, plugin: str) -> None:
     missing = [a for a in ("name", "axes") if not hasattr(cls, a)] + sorted(cls.__abstractmethods__)
     if missing:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.__name__} does not define {', '.join(missing)}")
+    if not isinstance(cls.name, str) or not isinstance(cls.axes, set | frozenset):
+        raise PluginError(
+            f"plugin {plugin!r}: scorer {cls.__name__} needs a name (a string) and axes (a set of strings)"
+        )
     if cls.needs not in NEEDS:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has needs={cls.needs!r}; known: {', '.join(NEEDS)}")
 
@@ -62,7 +66,17 @@ def make_scorer(cls: type[Scorer], *, axis: str, seed: int, options: dict[str, A
     if unknown:
         names = ", ".join(p.name for p in accepted) or "none"
         raise InputError(f"scorer {cls.name!r}: unknown option {sorted(unknown)[0]!r}; it takes {names}")
-    instance = cls(**options)
+    missing = [
+        p.name for p in accepted if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in options
+    ]
+    if missing:
+        raise InputError(f"scorer {cls.name!r}: option {missing[0]!r} is required; give --option {missing[0]}=VALUE")
+    try:
+        instance = cls(**options)
+    except SSPrunerError:
+        raise
+    except Exception as error:
+        raise PluginError(f"scorer {cls.name!r} could not be made: {type(error).__name__}: {error}") from error
     instance.axis, instance.seed = axis, seed
     return instance
 

@@ -44,8 +44,8 @@ def _notes(report: Report) -> list[Text]:
     if report.proof:
         p = report.proof
         lines.append(
-            f"proof: sliced = masked logits to {p.error:.1e} (limit {p.tolerance:.0e}); {p.parameters_removed:,} "
-            f"parameters and {p.state_bytes_removed:,} bytes of state gone, as predicted"
+            f"proof: sliced = masked logits to {p.error:.1e} (limit {p.tolerance:.0e}); gone, as predicted: "
+            f"{p.parameters_removed:,} parameters, {p.state_bytes_removed:,} B of state"
         )
     return [Text(line) for line in lines]
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from sspruner.errors import PlanError
+from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import DependencyGroup, Member
-from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan, Selection
+from sspruner.graph.ssm_graph import SSMGraph, trace
+from sspruner.planning.plan import Plan, Selection, check_plan
 
 _SAVED = "_sspruner_masked"  # attribute of a masked model: [(parameter, dim, rows, original values)]
 
@@ -50,8 +51,14 @@ def unmask(model: nn.Module) -> None:
 
 
 @contextmanager
-def masked(model: nn.Module, plan: Plan, graph: SSMGraph) -> Iterator[nn.Module]:
-    """The model with `plan` as a mask, inside a `with` block."""
+def masked(model: nn.Module, plan: Plan, graph: SSMGraph | None = None) -> Iterator[nn.Module]:
+    """The model with `plan` as a mask, inside a `with` block. graph: the model's, where it is at hand.
+
+    Raises PlanError if the plan does not fit the model.
+    """
+    if graph is None:
+        graph = trace(model)
+        check_plan(plan, graph, fingerprint(model))
     mask(model, plan, graph)
     try:
         yield model

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.errors import ProofError
+from sspruner.errors import ModelError, ProofError
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan
 from sspruner.surgery.mask import masked
@@ -70,7 +70,9 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
 def measured_state_bytes(model: nn.Module, probe: torch.Tensor) -> int:
     """Bytes of recurrent state per sequence in the cache that the model itself allocates. probe: int64 (b, T)."""
     out = _forward(model, probe, use_cache=True)
-    cache = next(out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None)
+    cache = next((out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None), None)
+    if cache is None:
+        raise ModelError(f"{type(model).__name__}: forward returns no cache, so its state cannot be measured")
     total = 0
     for layer in cache.layers:
         states = getattr(layer, "recurrent_states", None) or []
