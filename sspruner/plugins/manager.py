@@ -110,6 +110,8 @@ def _register(manager: pluggy.PluginManager, module: Any, name: str) -> None:
     try:
         manager.register(module, name=name)
     except (pluggy.PluginValidationError, ValueError) as error:
+        if isinstance(error, pluggy.PluginValidationError):  # pluggy leaves it half registered
+            manager.unregister(module)
         raise PluginError(f"plugin {name!r}: {_brief(error)}") from error
     callers = manager.get_hookcallers(module) or []
     unknown = [caller.name for caller in callers if not caller.has_spec()]
@@ -133,6 +135,6 @@ def _collect(hook_name: str) -> list[tuple[Any, str]]:
 
 
 def _brief(error: BaseException) -> str:
-    """One line: the type of an error and the first line of its message."""
-    text = str(error).strip().split("\n")[0]
+    """One line: the type of an error and its message."""
+    text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
