@@ -110,7 +110,7 @@ def _register(manager: pluggy.PluginManager, module: Any, name: str) -> None:
     try:
         manager.register(module, name=name)
     except (pluggy.PluginValidationError, ValueError) as error:
-        if isinstance(error, pluggy.PluginValidationError):  # pluggy leaves it half registered
+        if isinstance(error, pluggy.PluginValidationError) and manager.is_registered(module):  # older pluggy
             manager.unregister(module)
         raise PluginError(f"plugin {name!r}: {_brief(error)}") from error
     callers = manager.get_hookcallers(module) or []
