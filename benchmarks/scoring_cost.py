@@ -4,7 +4,8 @@
 
 Two shapes: the reference model (hidden 256, 8 heads x 64, N 128) on text, and random weights of the shape of
 Mamba2-130M (hidden 768, 24 layers, 24 heads x 64, N 128; vocabulary 4096, to keep the logits out of it) on random
-tokens. All in fp32, 8 x 256 tokens. Times are interleaved; every ratio is taken within one repeat.
+tokens. All in fp32, 8 x 256 tokens. Times are interleaved; every ratio is taken within one repeat, and repeats that
+other processes disturbed are retaken.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from sspruner.graph.family import Projected
 
 BATCH, SEQ_LEN, SEED = 8, 256, 0
 BLOCK = 3  # the layer that is timed; its input is what the real blocks before it make
+QUIET = 0.1  # cores that others may use while a repeat is timed
 TARGETS = "Targets: GHOST at most 3 x the plain forward, below 0.5 x the scorer that stores the states."
 
 
@@ -161,15 +164,49 @@ def random_tokens(batch: int, length: int) -> torch.Tensor:
 
 
 def interleaved(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, torch.Tensor]:
-    """Seconds of every job in every repeat, (repeats,) each; one untimed round first."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for repeat in range(-1, repeats):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in seconds.items()}
+    """Seconds of every job in every repeat, (repeats,) each; one untimed round first.
+
+    Each repeat waits for the machine to be quiet. If other processes disturb some, up to 3 x repeats are taken, and
+    the least disturbed are kept: chosen by what the others used, never by the time that came out.
+    """
+    for job in jobs.values():
+        job()
+    rounds: list[tuple[float, list[float]]] = []  # (cores used by others, seconds of each job)
+    while len(rounds) < 3 * repeats and sum(others <= QUIET for others, _ in rounds) < repeats:
+        wait_until_quiet()
+        busy, start = cpu_seconds_of_others(), time.perf_counter()
+        seconds = [timed(job) for job in jobs.values()]
+        rounds.append(((cpu_seconds_of_others() - busy) / (time.perf_counter() - start), seconds))
+    kept = sorted(rounds)[:repeats]
+    progress(f"{', '.join(jobs)}: {len(rounds)} repeats, {len(kept)} kept; others used at most {kept[-1][0]:.2f} cores")
+    columns = torch.tensor([seconds for _, seconds in kept], dtype=torch.float64).unbind(1)
+    return dict(zip(jobs, columns, strict=True))
+
+
+def timed(job: Callable[[], Any]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def cpu_seconds_of_others() -> float:
+    """CPU seconds used so far by every process but this one, and by the host's other guests (Linux; else 0)."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _idle, _wait, irq, soft, steal = map(int, stat.read_text().split()[1:9])
+    busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
+
+
+def wait_until_quiet(limit: int = 30) -> None:
+    """Return after a second in which others used little CPU, or after `limit` seconds."""
+    for _ in range(limit):
+        before = cpu_seconds_of_others()
+        time.sleep(1)
+        if cpu_seconds_of_others() - before <= QUIET:
+            return
 
 
 def spread(values: torch.Tensor, unit: str = "") -> str:

@@ -131,9 +131,11 @@ def views(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None =
     return seen
 
 
-@given(models(dtypes=(torch.float32,)))
-def test_view_is_what_the_mixer_computes(model: torch.nn.Module) -> None:
+@given(models(dtypes=(torch.float32,)), st.sampled_from([(0.0, float("inf")), (0.3, 0.8)]))
+def test_view_is_what_the_mixer_computes(model: torch.nn.Module, limit: tuple[float, float]) -> None:
     """gate and norm of the view's y and z are what reaches out_proj, in every layer, with left and right padding."""
+    for layer in model.backbone.layers:
+        layer.mixer.time_step_limit = limit
     ids, mask = tokens(3, 19), torch.ones(3, 19, dtype=torch.bool)
     mask[0, :5] = False
     mask[1, -4:] = False
