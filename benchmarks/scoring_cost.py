@@ -4,7 +4,7 @@
 
 Two shapes: the reference model (hidden 256, 8 heads x 64, N 128) on text, and random weights of the shape of
 Mamba2-130M (hidden 768, 24 layers, 24 heads x 64, N 128; vocabulary 4096, to keep the logits out of it) on random
-tokens. All in fp32, 8 x 256 tokens. Times are interleaved; every ratio is taken within one repeat, and repeats that
+tokens. All in fp32, 2048 tokens. Times are interleaved; every ratio is taken within one repeat, and repeats that
 other processes disturbed are retaken.
 """
 
@@ -37,16 +37,20 @@ TARGETS = "Targets: GHOST at most 3 x the plain forward, below 0.5 x the scorer 
 
 
 class Materialising(sspruner.Scorer):
-    """GHOST's score from states that are stored for all steps: what the closed form avoids."""
+    """GHOST's score from states that are stored for all steps: what the closed form avoids.
+
+    buffer: memory for the states, (T, b, H, P, N), reused from batch to batch; default: allocated each time.
+    """
 
     name, axes, needs = "materialising", {"state"}, "activations"
 
-    def __init__(self) -> None:
+    def __init__(self, buffer: torch.Tensor | None = None) -> None:
         self.tokens, self.total = 0, torch.zeros(1, 1)  # total: (G, N)
+        self.buffer = buffer
 
     def states_energy(self, view: SSMView) -> torch.Tensor:
         """sum_p h_t[p,n]^2 of every step and head: (T, b, H, N)."""
-        return all_states(view.projected).square_().sum(-2)  # in place: one copy of the states, not two
+        return all_states(view.projected, self.buffer).square_().sum(-2)  # in place: one copy of the states, not two
 
     def observe(self, view: SSMView) -> None:
         self.tokens += view.tokens
@@ -83,10 +87,10 @@ def steps(p: Projected) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, B, (p.dt * p.A).exp().transpose(0, 1)[..., None, None]
 
 
-def all_states(p: Projected) -> torch.Tensor:
+def all_states(p: Projected, out: torch.Tensor | None = None) -> torch.Tensor:
     """h_t for all steps: (T, b, H, P, N). In place, bound by memory; Q x Q matrix products were slower (docs)."""
     x, B, decay = steps(p)
-    h = x[..., :, None] * B[..., None, :]
+    h = torch.mul(x[..., :, None], B[..., None, :], out=out)
     for t in range(1, len(h)):
         h[t].addcmul_(h[t - 1], decay[t])
     return h
@@ -166,19 +170,25 @@ def random_tokens(batch: int, length: int) -> torch.Tensor:
 def interleaved(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, torch.Tensor]:
     """Seconds of every job in every repeat, (repeats,) each; one untimed round first.
 
-    Each repeat waits for the machine to be quiet. If other processes disturb some, up to 3 x repeats are taken, and
-    the least disturbed are kept: chosen by what the others used, never by the time that came out.
+    Each repeat waits for the machine to be quiet and starts with another job. If other processes disturb some, up to
+    3 x repeats are taken, and the least disturbed are kept: chosen by what the others used, never by the time that
+    came out.
     """
     for job in jobs.values():
         job()
+    names = list(jobs)
     rounds: list[tuple[float, list[float]]] = []  # (cores used by others, seconds of each job)
-    while len(rounds) < 3 * repeats and sum(others <= QUIET for others, _ in rounds) < repeats:
+    while len(rounds) < 3 * repeats and sum(used <= QUIET for used, _ in rounds) < repeats:
+        first = len(rounds) % len(names)
         wait_until_quiet()
         busy, start = cpu_seconds_of_others(), time.perf_counter()
-        seconds = [timed(job) for job in jobs.values()]
-        rounds.append(((cpu_seconds_of_others() - busy) / (time.perf_counter() - start), seconds))
+        seconds = {name: timed(jobs[name]) for name in names[first:] + names[:first]}
+        others = (cpu_seconds_of_others() - busy) / (time.perf_counter() - start)
+        rounds.append((others, [seconds[name] for name in names]))
     kept = sorted(rounds)[:repeats]
-    progress(f"{', '.join(jobs)}: {len(rounds)} repeats, {len(kept)} kept; others used at most {kept[-1][0]:.2f} cores")
+    progress(
+        f"{' | '.join(jobs)}: {len(rounds)} repeats, {len(kept)} kept; others used at most {kept[-1][0]:.2f} cores"
+    )
     columns = torch.tensor([seconds for _, seconds in kept], dtype=torch.float64).unbind(1)
     return dict(zip(jobs, columns, strict=True))
 
@@ -218,11 +228,14 @@ def spread(values: torch.Tensor, unit: str = "") -> str:
 
 def time_layer(name: str, case: Case, repeats: int) -> tuple[list[str], list[str]]:
     """Two rows: milliseconds, and GHOST's ratio to each of the others."""
+    batch, length = case.tokens.shape
+    buffer = torch.zeros(length, batch, case.mixer.num_heads, case.mixer.head_dim, case.mixer.ssm_state_size)
     jobs: dict[str, Callable[[], Any]] = {
         "GHOST": lambda: case.score(ghost()),
         "forward, chunk 64": lambda: case.forward(64),
         "forward, chunk 256": lambda: case.forward(256),
         "storing": lambda: case.score(Materialising()),
+        "storing, buffer reused": lambda: case.score(Materialising(buffer)),
         "streaming": lambda: case.score(Streaming()),
     }
     seconds = interleaved(jobs, repeats)
@@ -338,37 +351,37 @@ def main() -> None:
 
     model, tokenizer = sspruner.load(dtype="float32")
     file = arguments.data / "books-val.txt"
-    text = sspruner.calibration(file, model, tokenizer, samples=BATCH, seq_len=SEQ_LEN, held_out=0, seed=SEED)
     shape_130m = {"hidden": 768, "heads": 24, "layers": 24}
-    cases = {
-        "reference": Case(model, text.tokens, BLOCK),
-        "130M shape": Case(random_model(**shape_130m), random_tokens(BATCH, SEQ_LEN), BLOCK),
-    }
+    large = random_model(**shape_130m)
+    cases: dict[str, Case] = {}
+    for batch, length in ((BATCH, SEQ_LEN), (1, BATCH * SEQ_LEN)):
+        text = sspruner.calibration(file, model, tokenizer, samples=batch, seq_len=length, held_out=0, seed=SEED)
+        cases[f"reference, {batch} x {length}"] = Case(model, text.tokens, BLOCK)
+        cases[f"130M shape, {batch} x {length}"] = Case(large, random_tokens(batch, length), BLOCK)
     for name, case in cases.items():
         exact = case.score(ghost())
         for other in (Materialising(), Streaming()):
             error = float(((case.score(other) - exact) / exact).abs().max())
             progress(f"{name}: GHOST and {other.name} differ by {error:.1e} at most (relative)")
-    size = f"{BATCH} x {SEQ_LEN} tokens"
-
     rows = [time_layer(name, case, arguments.repeats) for name, case in cases.items()]
-    head = ["GHOST", "forward, chunk 64", "forward, chunk 256", "storing the states", "streaming"]
-    print(table(f"One layer, milliseconds for {size}: median (quartiles)", ["shape", *head], [row[0] for row in rows]))
-    ratio_head = ["shape", *[f"GHOST / {other}" for other in head[1:]]]
+    head = ["GHOST", "forward, chunk 64", "forward, chunk 256"]
+    head += ["storing the states", "storing, memory reused", "streaming"]
+    print(table("One layer, milliseconds: median (quartiles)", ["shape, tokens", *head], [row[0] for row in rows]))
+    ratio_head = ["shape, tokens", *[f"GHOST / {other}" for other in head[1:]]]
     print(table("The same as ratios within a repeat", ratio_head, [row[1] for row in rows]))
     print("\n" + TARGETS)
 
-    rows = [time_model(name, case, arguments.model_repeats) for name, case in cases.items()]
+    rows = [time_model(name, case, arguments.model_repeats) for name, case in list(cases.items())[:2]]
     head = [f"{what}, chunk {chunk}" for chunk in (64, 256) for what in ("forward, s", "score, s", "score / forward")]
-    print(table(f"All layers: `sspruner.score` against one forward of the model, {size}", ["shape", *head], rows))
-    del cases, model
+    print(table("All layers: `sspruner.score` against one forward of the model", ["shape, tokens", *head], rows))
+    del cases, model, large
 
     rows = [
         memory_row(name, shape, BATCH, SEQ_LEN)
         for name, shape in (("reference", {}), ("130M shape", {**shape_130m, "layers": 1}))
     ]
     head = ["shape", "forward, chunk 64", "GHOST", "storing the states", "streaming"]
-    print(table(f"One layer, peak extra MiB for {size}: allocated (resident)", head, rows))
+    print(table(f"One layer, peak extra MiB for {BATCH} x {SEQ_LEN} tokens: allocated (resident)", head, rows))
 
     points = [(t, 64, 128) for t in (256, 512, 1024, 2048)] + [(256, p, 128) for p in (128, 256)]
     points += [(256, 64, n) for n in (256, 512)] + [(2048, 128, 256)]

@@ -56,8 +56,8 @@ def chunks(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) ->
         cum = (dt[..., at].double() * A).cumsum(-1)  # (b, G, K, Q)
         Q = cum.shape[-1]
         past = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
-        L = (cum[..., :, None] - cum[..., None, :]).to(dtype).masked_fill(~past, -torch.inf).exp()
-        chunk = Chunk(x[..., at, :], dt[..., at], B[..., at, :], C[..., at, :], L, cum.to(dtype).exp(), state,
+        L = (cum[..., :, None] - cum[..., None, :]).to(dtype).masked_fill_(~past, -torch.inf).exp_()
+        chunk = Chunk(x[..., at, :].contiguous(), dt[..., at], B[..., at, :], C[..., at, :], L, cum.to(dtype).exp(), state,
                       weight[..., at])  # fmt: skip
         yield chunk
         carried = chunk.x * (chunk.L[..., -1, :] * chunk.dt)[..., None]  # (b, G, K, Q, P)
@@ -78,11 +78,14 @@ def state_energy(p: Projected, size: int = CHUNK) -> torch.Tensor:
 def weighted_energy(c: Chunk, w: torch.Tensor) -> torch.Tensor:
     """sum over batch, steps and heads of w[b,g,t,n] * q[b,t,k,n] in one chunk: w (b, G, Q, N) -> (G, N).
 
-    sum_t w_t q_t = sum_s u_s (L^2)^T w: the transposed form needs one matrix product for all heads of a group.
+    sum_t w_t q_t = sum_s u_s (L^2)^T w: the transposed form needs one matrix product for all heads of a group, and
+    u = 2 dt B (r + dt |x|^2 B / 2) is multiplied out on the way to the sum, so that it takes few passes over memory.
     """
-    injected = _injection(c) * _per_group(c.L.square().transpose(-1, -2), w)  # (b, G, K, Q, N)
+    inner = _half_overlap(c)  # (b, G, K, Q, N)
+    inner.mul_(_per_group(c.L.square().transpose(-1, -2), w))
+    injected = torch.einsum("bgkq,bgkqn->bgqn", 2 * c.dt, inner) * c.B  # (b, G, Q, N)
     entered = c.entry.square().sum(-2) * _per_group(c.decay.square()[..., None, :], w).squeeze(-2)  # (b, G, K, N)
-    return injected.sum((0, 2, 3)) + entered.sum((0, 2))
+    return injected.sum((0, 2)) + entered.sum((0, 2))
 
 
 def ghost_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
@@ -140,10 +143,14 @@ def _injection(c: Chunk) -> torch.Tensor:
 
     r_t[n] = x_t . (decayed h_{t-1})[:, n], so that |h_t|^2 = exp(2 dt A) |h_{t-1}|^2 + u_t.
     """
-    overlap = c.L.tril(-1) * (c.x @ c.x.transpose(-1, -2)) * c.dt[..., None, :]  # (b, G, K, Q, Q), s < t
-    r = _per_group(overlap, c.B) + c.decay[..., None] * (c.x @ c.entry)  # (b, G, K, Q, N)
-    dB = c.dt[..., None] * c.B[:, :, None]  # (b, G, K, Q, N)
-    return dB * (2 * r + dB * c.x.square().sum(-1, keepdim=True))
+    return 2 * c.dt[..., None] * c.B[:, :, None] * _half_overlap(c)
+
+
+def _half_overlap(c: Chunk) -> torch.Tensor:
+    """r_t[n] + dB_t[n] |x_t|^2 / 2: (b, G, K, Q, N)."""
+    overlap = (c.x @ c.x.transpose(-1, -2)).mul_(c.L).mul_(c.dt[..., None, :])  # (b, G, K, Q, Q)
+    overlap.diagonal(dim1=-2, dim2=-1).mul_(0.5)  # s < t whole, s = t by half: r and |x|^2 dt / 2 in one product
+    return _per_group(overlap, c.B).addcmul_(c.decay[..., None], c.x @ c.entry)
 
 
 def _per_group(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
