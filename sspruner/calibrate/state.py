@@ -57,8 +57,16 @@ def chunks(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) ->
         Q = cum.shape[-1]
         past = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
         L = (cum[..., :, None] - cum[..., None, :]).to(dtype).masked_fill_(~past, -torch.inf).exp_()
-        chunk = Chunk(x[..., at, :].contiguous(), dt[..., at], B[..., at, :], C[..., at, :], L, cum.to(dtype).exp(), state,
-                      weight[..., at])  # fmt: skip
+        chunk = Chunk(
+            x=x[..., at, :].contiguous(),
+            dt=dt[..., at],
+            B=B[..., at, :],
+            C=C[..., at, :],
+            L=L,
+            decay=cum.to(dtype).exp(),
+            entry=state,
+            weight=weight[..., at],
+        )
         yield chunk
         carried = chunk.x * (chunk.L[..., -1, :] * chunk.dt)[..., None]  # (b, G, K, Q, P)
         entered = _per_group(carried.transpose(-1, -2), chunk.B)  # (b, G, K, P, N)
