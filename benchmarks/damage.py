@@ -1,6 +1,7 @@
-"""What a cut costs by scorer and sparsity: perplexity and KL of the reference model on books that it never saw.
+"""What a cut costs by scorer and sparsity: perplexity and KL of a reference model on books that it never saw.
 
     python benchmarks/damage.py --data ../shared/data
+    python benchmarks/damage.py zamba2-books --axis head --sparsities 0.25 0.5 --data ../shared/data
 
 Calibration: seeded windows of books-val.txt, or text sampled from the model ("self"). Reported text: seeded windows of
 books-test.txt. The model is read as fp32 and masked; a mask equals its slice (sspruner.surgery.proof).
@@ -28,14 +29,17 @@ RESAMPLES = 10_000
 ROWS: dict[str, dict[str, Any]] = {  # label -> arguments of sspruner.prune; `source` picks the calibration
     "random": {"scorer": "random"},
     "magnitude": {"scorer": "magnitude"},
+    "tp:taylor": {"scorer": "tp:taylor"},
     "ghost, means": {"scorer": "ghost", "options": {"variant": "means"}},
     "ghost, one-shot": {"scorer": "ghost", "one_shot": True},
     "ghost": {"scorer": "ghost"},
     "ghost, calibrated on self": {"scorer": "ghost", "source": "self"},
 }
+ONLY_STATE = ("ghost, means", "ghost, calibrated on self")  # rows that the other axes do without
 PAIRS = [  # (worse as expected, better as expected)
     ("random", "magnitude"),
     ("magnitude", "ghost"),
+    ("tp:taylor", "ghost"),
     ("ghost, means", "ghost"),
     ("ghost, one-shot", "ghost"),
     ("ghost, calibrated on self", "ghost"),
@@ -73,20 +77,27 @@ def cell(values: torch.Tensor, digits: int, perplexity: bool) -> str:
     return f"{mean} ± {float(means.std()):.{digits}f}" if len(means) > 1 else mean
 
 
-def in_dtype(dtype: str, calibration: sspruner.Calibration) -> list[str]:
-    """A row from the whole job's own report, ghost at 75 %, with the weights in `dtype`."""
-    model, _ = sspruner.load(dtype=dtype)
-    report = sspruner.prune(model, "ghost", sparsity=0.75, mode="mask", calibration=calibration).report
+def in_dtype(name: str, axis: str, sparsity: float, dtype: str, calibration: sspruner.Calibration) -> list[str]:
+    """A row from the whole job's own report, ghost, with the weights in `dtype`."""
+    model, _ = sspruner.load(name, dtype=dtype)
+    report = sspruner.prune(model, "ghost", axis=axis, sparsity=sparsity, mode="mask", calibration=calibration).report
     numbers = report.dense["perplexity"], report.pruned["perplexity"]
     return [dtype, *[f"{n:.2f}" for n in numbers], f"{report.pruned['kl_to_dense']:.4f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="mamba2-books-4m", help="a reference model, or a folder")
+    parser.add_argument("--axis", default="state")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some of the table's rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with books-*.txt")
-    data: Path = parser.parse_args().data
+    given = parser.parse_args()
+    data: Path = given.data
+    labels = [row for row in given.rows if given.axis == "state" or row not in ONLY_STATE]
 
-    model, tokenizer = sspruner.load(dtype="float32")
+    model, tokenizer = sspruner.load(given.model, dtype="float32")
     size = {"seq_len": SEQ_LEN, "held_out": 0}
     windows = sspruner.calibration(
         data / "books-test.txt", model, tokenizer, samples=REPORTED_WINDOWS, seed=REPORTED_SEED, **size
@@ -94,7 +105,8 @@ def main() -> None:
     calibrations = {
         (name, seed): sspruner.calibration(source, model, tokenizer, samples=CALIBRATION_WINDOWS, seed=seed, **size)
         for name, source in (("books-val", data / "books-val.txt"), ("self", "self"))
-        for seed in SEEDS
+        if name != "self" or "ghost, calibrated on self" in labels
+        for seed in given.seeds
     }
     with torch.no_grad():
         parts = windows.split(WINDOWS_PER_BATCH)
@@ -102,12 +114,12 @@ def main() -> None:
 
     cost: dict[tuple[str, float], torch.Tensor] = {}  # (label, sparsity) -> (seeds, 2, windows)
     kept: dict[float, set[int]] = {}
-    for label, arguments in ROWS.items():
-        arguments = dict(arguments)
+    for label in labels:
+        arguments = ROWS[label] | {"axis": given.axis}
         source = arguments.pop("source", "books-val")
-        for sparsity in SPARSITIES:
+        for sparsity in given.sparsities:
             runs = []
-            for seed in SEEDS if label != "magnitude" else SEEDS[:1]:
+            for seed in given.seeds if label != "magnitude" else given.seeds[:1]:
                 arguments |= {"seed": seed, "calibration": calibrations[source, seed]}
                 result = sspruner.prune(model, sparsity=sparsity, mode="mask", **arguments)
                 runs.append(measure(model, windows, dense))
@@ -116,26 +128,30 @@ def main() -> None:
             cost[label, sparsity] = torch.stack(runs)
             progress(f"{label}, {sparsity:.0%}: {cell(cost[label, sparsity][:, 0], 2, perplexity=True)}")
 
-    head = [f"{s:.0%} (keeps {', '.join(map(str, sorted(kept[s])))})" for s in SPARSITIES]
+    head = [f"{s:.0%} (keeps {', '.join(map(str, sorted(kept[s])))})" for s in given.sparsities]
     dense_perplexity = float(measure(model, windows, dense)[0].mean().exp())
-    rows = [[label, *[cell(cost[label, s][:, 0], 2, perplexity=True) for s in SPARSITIES]] for label in ROWS]
-    print(table(f"Perplexity by state cut; dense {dense_perplexity:.2f}", ["scorer", *head], rows))
-    rows = [[label, *[cell(cost[label, s][:, 1], 4, perplexity=False) for s in SPARSITIES]] for label in ROWS]
+    rows = [[label, *[cell(cost[label, s][:, 0], 2, perplexity=True) for s in given.sparsities]] for label in labels]
+    title = f"{given.model}: perplexity by {given.axis} cut; dense {dense_perplexity:.2f}"
+    print(table(title, ["scorer", *head], rows))
+    rows = [[label, *[cell(cost[label, s][:, 1], 4, perplexity=False) for s in given.sparsities]] for label in labels]
     print(table("KL to the dense model, nats per token", ["scorer", *head], rows))
+    pairs = [(a, b) for a, b in PAIRS if a in labels and b in labels]
     nll = {key: value[:, 0].mean(0) for key, value in cost.items()}  # (windows,), mean over seeds
-    rows = [[f"{a} / {b}", *[perplexity_ratio(nll[a, s], nll[b, s]) for s in SPARSITIES]] for a, b in PAIRS]
-    head = ["pair", *[f"{s:.0%}" for s in SPARSITIES]]
+    rows = [[f"{a} / {b}", *[perplexity_ratio(nll[a, s], nll[b, s]) for s in given.sparsities]] for a, b in pairs]
+    head = ["pair", *[f"{s:.0%}" for s in given.sparsities]]
     print(table("Perplexity ratio (95 % interval over windows); above 1: the first does more damage", head, rows))
 
     everything = torch.ones_like(windows, dtype=torch.bool)
-    reported = replace(calibrations["books-val", 0], held_out=windows, held_out_mask=everything)
-    rows = [in_dtype(dtype, reported) for dtype in ("float32", "bfloat16")]
-    head = ["weights and run in", "dense", "ghost, 75 %", "KL"]
-    print(table("The job's own report (`sspruner.prune(...).report`), calibration seed 0", head, rows))
-    print(
-        "\n" + provenance(f"seeds {SEEDS} (random scorer, calibration), {REPORTED_SEED} (reported windows); "
-                          f"{CALIBRATION_WINDOWS} x {SEQ_LEN} tokens observed, {REPORTED_WINDOWS} x {SEQ_LEN} reported")
-    )  # fmt: skip
+    first, middle = given.seeds[0], given.sparsities[len(given.sparsities) // 2]
+    reported = replace(calibrations["books-val", first], held_out=windows, held_out_mask=everything)
+    rows = [in_dtype(given.model, given.axis, middle, dtype, reported) for dtype in ("float32", "bfloat16")]
+    head = ["weights and run in", "dense", f"ghost, {middle:.0%}", "KL"]
+    print(table(f"The job's own report (`sspruner.prune(...).report`), calibration seed {first}", head, rows))
+    note = (
+        f"seeds {tuple(given.seeds)} (random scorer, calibration), {REPORTED_SEED} (reported windows); "
+        f"{CALIBRATION_WINDOWS} x {SEQ_LEN} tokens observed, {REPORTED_WINDOWS} x {SEQ_LEN} reported"
+    )
+    print("\n" + provenance(note))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 #: The kinds of thing that can shrink (docs/graph.md).
-AXES = {"state", "head", "head_dim", "channel", "group", "attn_head", "mlp", "hidden", "block"}
+AXES = {
+    *("state", "head", "head_dim", "group", "channel", "dt_rank"),  # in a mixer
+    *("attn_head", "mlp", "hidden", "block", "mixer"),  # around it
+}
 
 _HOME = {
     "Calibration": "sspruner.calibrate.sources",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from sspruner.graph.family import Projected
+import torch
+import torch.nn.functional as F
+
+from sspruner.graph.family import Projected, SelectiveProjected
 
 
 def states(p: Projected) -> torch.Tensor:
@@ -47,3 +50,52 @@ def gramian(p: Projected, mask: torch.Tensor) -> torch.Tensor:
     G, N = p.B.shape[2:]
     h = states(p).view(b, T, G, H // G, P, N) * mask[..., None, None, None, None]
     return torch.einsum("btgkpn,btgkpm->gnm", h, h)
+
+
+def selective_output(p: SelectiveProjected) -> torch.Tensor:
+    """Mamba1's scan, one step at a time, y_t = C_t . h_t + D x_t: fp64 (b, T, G, P)."""
+    x, dt, A, B, C = (tensor.double() for tensor in (p.x, p.dt, p.A, p.B, p.C))
+    h, steps = torch.zeros(*x.shape[:1], *A.shape, dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        h = torch.exp(dt[:, t, :, :, None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B[:, t, :, None, :]
+        steps.append(torch.einsum("bgpn,bgn->bgp", h, C[:, t]))
+    return torch.stack(steps, 1) + p.D.double() * x
+
+
+def mamba2_mixer(mixer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """A whole Mamba2-type mixer from its own parameters: fp64 (b, T, hidden size).
+
+    Sizes come from the tensors' shapes; of the module only n_groups, the norm's epsilon and the multipliers are read.
+    transformers clamps dt in prefill, as here, but not in its one-token step.
+    """
+    w = {name: p.detach().double() for name, p in mixer.named_parameters()}
+    T, G, H = hidden.shape[1], mixer.n_groups, len(w["A_log"])
+    D, (channels, _, taps) = w["out_proj.weight"].shape[1], w["conv1d.weight"].shape
+    rows = hidden.double() * getattr(mixer, "ssm_in_multiplier", 1.0)
+    rows = F.linear(rows, w["in_proj.weight"], w.get("in_proj.bias"))
+    rows = rows * getattr(mixer, "mup_vector", torch.ones(())).double()
+    z, xBC, dt = rows.split([D, channels, H], -1)
+    padded = F.pad(xBC, (0, 0, taps - 1, 0))
+    xBC = sum(padded[:, i : i + T] * w["conv1d.weight"][:, 0, i] for i in range(taps)) + w.get("conv1d.bias", 0.0)
+    x, B, C = F.silu(xBC).split([D, (channels - D) // 2, (channels - D) // 2], -1)
+    p = Projected(
+        x=x.unflatten(-1, (H, -1)),
+        z=z,
+        dt=F.softplus(dt + w["dt_bias"]).clamp(*mixer.time_step_limit),
+        A=-w["A_log"].exp(),
+        B=B.unflatten(-1, (G, -1)),
+        C=C.unflatten(-1, (G, -1)),
+        D=w["D"],
+    )
+    return F.linear(gated(mixer, output(p).flatten(2), z), w["out_proj.weight"], w.get("out_proj.bias"))
+
+
+def gated(mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The gate and, where a Mamba2-type mixer has one, the RMS norm over each group's channels: fp64 (b, T, D)."""
+    y, gate, norm = y.double(), F.silu(z.double()), mixer.norm
+    if not hasattr(norm, "weight"):
+        return y * gate
+    after = getattr(norm, "norm_before_gate", False)
+    y = (y if after else y * gate).unflatten(-1, (mixer.n_groups, -1))
+    y = (y / (y.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()).flatten(2) * norm.weight.double()
+    return y * gate if after else y

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import STATE, TEXT, done, one_thread, refused, saved_model  # noqa: F401
+from test_cli import STATE, TEXT, done, one_thread, refused, saved_model, saved_zoo  # noqa: F401
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sspruner
@@ -20,16 +20,22 @@ from sspruner.plugins.manager import plugin_manager
 
 LAYER = "backbone.layers.0.mixer"
 GROUP = f"{LAYER}:state"
+HEADS = f"{LAYER}:head"
 Says = tuple[str, ...]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good inputs: model/, other/ (other weights), wide/ (other shape), text.txt, s.safetensors, p.json."""
+    """Good inputs: model/, other/ (other weights), wide/ (other shape), text.txt, s.safetensors, p.json; and hybrids:
+    zamba2/, nemotron/ (Mamba, MLP, attention, Mamba, experts; a layer is one thing only) and mamba/, without tokenizer.
+    """
     folder = tmp_path_factory.mktemp("inputs")
     saved_model(folder / "model")
     saved_model(folder / "other", seed=1)
     saved_model(folder / "wide", state=STATE + 2)
+    saved_zoo(folder / "zamba2", "zamba2")
+    saved_zoo(folder / "nemotron", "nemotron_h")
+    saved_zoo(folder / "mamba", "mamba", tokenizer=False)
     (folder / "text.txt").write_text(TEXT * 100, encoding="utf-8")
     scores = sspruner.score(sspruner.load(folder / "model")[0], "magnitude")
     scores.save(folder / "s.safetensors")
@@ -55,7 +61,10 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ("--scorer ghots", ("unknown scorer 'ghots'", "known: ghost, magnitude, random", "did you mean 'ghost'?")),
+        (
+            "--scorer ghots",
+            ("unknown scorer 'ghots'", "known: ghost, influence, magnitude, random", "did you mean 'ghost'?"),
+        ),
         ("--sparsity -0.1", ("sparsity -0.1: must be at least 0 and below 1",)),
         ("--sparsity 1", ("sparsity 1: must be at least 0 and below 1",)),
         ("--sparsity 1.5", ("sparsity 1.5: must be at least 0 and below 1",)),
@@ -67,8 +76,64 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
         ("--keep 4 --sparsity 0.5", ("either sparsity", "or keep", "not both")),
         ("--multiple-of 0", ("multiple-of 0: must be at least 1",)),
         ("--allocation globl", ("unknown allocation 'globl'; known: uniform",)),
-        ("--axis stat", ("'ghost' does not score axis 'stat'; it scores state",)),
-        ("--axis hidden --scorer random", ("axis 'hidden': Mamba2ForCausalLM has none; it has state",)),
+        ("--sparsity 0", ("the budget removes nothing",)),
+        ("--sparsity 0 --ratio layers.1.*=0", ("the budget removes nothing",)),
+        ("--keep 16", ("the budget removes nothing",)),
+        ("--ignore *", ("the budget removes nothing",)),
+        ("--ignore layers.0.* --ignore layers.1.*", ("the budget removes nothing",)),
+        ("--axis state=0", ("the budget removes nothing",)),
+        ("--sparsity 0.01", (GROUP, "0.01 removes nothing from 2 sets of 16", "nearest", "is 0.0625 (keeps 15)")),
+        ("--sparsity 0.99", (GROUP, "0.99 removes everything from 2 sets of 16", "nearest", "is 0.9375 (keeps 1)")),
+        ("--sparsity 0.2 --multiple-of 8", (GROUP, "0.2 removes nothing", "in multiples of 8", "is 0.5 (keeps 8)")),
+        ("--sparsity 0.9 --multiple-of 8", (GROUP, "0.9 removes everything", "in multiples of 8", "is 0.5 (keeps 8)")),
+        ("--sparsity 0.5 --multiple-of 16", (GROUP, "0.5 removes", "multiples of 16", "cannot be cut", "ignore")),
+        ("--ratio layers.1.*=0.01", ("layers.1.mixer:state: 0.01 removes nothing", "is 0.0625 (keeps 15)")),
+        ("--axis state=0.5,head=0.1", (HEADS, "0.1 removes nothing from 2 sets of 2 units", "is 0.5 (keeps 1)")),
+        ("--axis head --sparsity 0.9", (HEADS, "0.9 removes everything from 2 sets of 2", "is 0.5 (keeps 1)")),
+        ("--axis group --sparsity 0.1", (f"{LAYER}:group", "0.1 removes nothing from 2 units", "is 0.5 (keeps 1)")),
+        ("--axis stat", ("'ghost' does not score axis 'stat'; it scores channel, group, head, head_dim, state",)),
+        ("--axis mlp", ("'ghost' does not score axis 'mlp'", "these score mlp: magnitude, random")),
+        (
+            "--axis state --scorer influence",
+            ("'influence' does not score axis 'state'; it scores block;", "ghost, mag"),
+        ),
+        ("--axis state=0.5,mlp=0.2", ("'ghost' does not score axis 'mlp'", "these score mlp: magnitude, random")),
+        ("--axis mlp --scorer random", ("axis 'mlp': Mamba2ForCausalLM has none; it has state, head, head_dim,",)),
+        (
+            "--axis channel",
+            ("axis 'channel': Mamba2ForCausalLM has none; it has state, head, head_dim, group, hidden",),
+        ),
+        ("--axis state=0.5,dt_rank=0.2 --scorer random", ("axis 'dt_rank': Mamba2ForCausalLM has none; it has",)),
+        ("--axis state=0.5,head", ("--axis 'state=0.5,head': expected NAME=VALUE",)),
+        ("--axis state,head", ("--axis 'state,head': expected NAME=VALUE",)),
+        ("--axis state=0.5,", ("--axis 'state=0.5,': expected NAME=VALUE",)),
+        ("--axis =0.5", ("--axis '=0.5': expected NAME=VALUE",)),
+        ("--axis state=0.5,state=0.2", ("--axis 'state=0.5,state=0.2'", "each name once")),
+        ("--axis state=half", ("--axis 'state=half': 'half' is not a number",)),
+        ("--axis state=", ("--axis 'state='", "'' is not a number")),
+        ("--axis state=1", ("state: sparsity 1: must be at least 0 and below 1",)),
+        ("--axis state=nan", ("state: sparsity nan: must be at least 0 and below 1",)),
+        ("--axis state=0.5,head=-1", ("head: sparsity -1: must be at least 0 and below 1",)),
+        ("--axis state=0.5 --sparsity 0.5", ("every axis has its own fraction", "leave out sparsity and keep")),
+        ("--axis state=0.5,head=0.5 --keep 4", ("every axis has its own fraction", "leave out sparsity and keep")),
+        ("--ratio layers.0.*", ("--ratio 'layers.0.*': expected NAME=VALUE",)),
+        ("--ratio =0.5", ("--ratio '=0.5': expected NAME=VALUE",)),
+        ("--ratio layers.0.*=most", ("--ratio layers.0.*=most: 'most' is not a number",)),
+        ("--ratio layers.0.*=1", ("layers.0.*: sparsity 1: must be at least 0 and below 1",)),
+        ("--ratio layers.9.*=0.5", ("pattern 'layers.9.*': matches nothing that is cut; the nearest name is layers.",)),
+        ("--ratio *.mixer:head=0.5", ("pattern '*.mixer:head': matches nothing", "the nearest name is layers.")),
+        ("--ignore layer.0.*", ("pattern 'layer.0.*': matches nothing that is cut; the nearest name is layers.0.",)),
+        ("--ignore layers.0.mixer:head", ("pattern 'layers.0.mixer:head': matches nothing that is cut",)),
+        ("--ignore LAYERS.0.*", ("pattern 'LAYERS.0.*': matches nothing that is cut",)),
+        ("--ignore layers.0.* --ignore nose", ("pattern 'nose': matches nothing that is cut",)),
+        ("--scorer state=ghots", ("unknown scorer 'ghots'", "did you mean 'ghost'?")),
+        ("--scorer head=ghost", ("no scorer for axis 'state': head have one; add state=NAME",)),
+        ("--axis state=0.5,head=0.5 --scorer state=ghost", ("no scorer for axis 'head'", "add head=NAME")),
+        ("--scorer state=influence", ("'influence' does not score axis 'state'; it scores block",)),
+        ("--scorer state=ghost,magnitude", ("--scorer 'state=ghost,magnitude': expected NAME=VALUE",)),
+        ("--scorer state=ghost,state=random", ("--scorer 'state=ghost,state=random'", "each name once")),
+        ("--scorer =ghost", ("--scorer '=ghost': expected NAME=VALUE",)),
+        ("--scorer state=", ("unknown scorer ''", "known: ghost")),
         ("--mode slim", ("mode 'slim': must be slice or mask",)),
         ("--dtype int8", ("dtype 'int8': must be auto, float32, bfloat16 or float16",)),
         ("--device gpu", ("device 'gpu': not available here",)),
@@ -86,6 +151,96 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
 )
 def test_options(args: str, says: Says, here: Path) -> None:
     prune(here, says, *args.split())
+
+
+HYBRIDS: dict[str, tuple[str, str, Says]] = {  # a model, options, and what the error says
+    "an axis of another family": (
+        "mamba",
+        "--axis head",
+        ("axis 'head': MambaForCausalLM has none; it has state, ch",),
+    ),
+    "one group": ("mamba", "--axis group", ("axis 'group': MambaForCausalLM has none", "it has state, channel, dt_r")),
+    "no mixer axis": ("zamba2", "--axis mixer --scorer random", ("axis 'mixer': Zamba2ForCausalLM has none; it has",)),
+    "mlp too little": (
+        "zamba2",
+        "--axis mlp --scorer magnitude --sparsity 0.04",
+        ("shared_transformer.feed_forward:mlp: 0.04 removes nothing from 10 units", "is 0.1 (keeps 9)"),
+    ),
+    "hidden in eights": (
+        "nemotron",
+        "--axis hidden --scorer magnitude --sparsity 0.1",
+        ("model:hidden: 0.1 removes nothing from 24 units in multiples of 8", "is 0.3333 (keeps 16)"),
+    ),
+    "hidden kept in eights": (
+        "nemotron",
+        "--axis hidden --scorer magnitude --keep 20",
+        ("keep 20: not a multiple of 8; nearest: 16 or 24",),
+    ),
+    "every attention layer": (
+        "nemotron",
+        "--axis block --scorer magnitude --keep 3 --ignore layers.0 --ignore layers.1 --ignore layers.4",
+        ("the plan drops every attention layer; one has to stay", "ignore 'model.layers.2"),
+    ),
+    "every mixer": (
+        "nemotron",
+        "--axis block --scorer magnitude --keep 3 --ignore layers.1 --ignore layers.2 --ignore layers.4",
+        ("the plan drops every mixer; one has to stay", "ignore 'model.layers.3"),
+    ),
+    "every mixer, as a mask": (
+        "nemotron",
+        "--axis block --scorer magnitude --keep 3 --ignore layers.1 --ignore layers.2 --ignore layers.4 --mode mask",
+        ("the plan drops every mixer; one has to stay",),
+    ),
+    "more protected than kept": (
+        "zamba2",
+        "--axis block --scorer influence --keep 2 --ignore layers.0 --ignore layers.1 --ignore layers.3",
+        ("model.layers:block: keeping 2 units is less than the 3 that --ignore protects",),
+    ),
+    "all blocks": ("zamba2", "--axis block --scorer influence --sparsity 0.95", ("0.95 removes everything", "is 0.8 ")),
+    "a unit of a block": (
+        "zamba2",
+        "--axis block --scorer influence --ignore layers.5",
+        ("pattern 'layers.5'", "layers."),
+    ),
+    "a ratio for a block": (
+        "zamba2",
+        "--axis block --scorer influence --ratio layers.1=0.5",
+        ("'layers.1'", "nothing"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_options_that_a_family_cannot_meet(case: str, here: Path) -> None:
+    model, args, says = HYBRIDS[case]
+    prune(here, says, "--calibration", "self", *args.split(), model=model)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("score model --axis state,nose", ("'ghost' does not score axis 'nose'",)),
+        ("score model --axis state,,head", ("'ghost' does not score axis ''",)),
+        ("score model --axis state,channel", ("axis 'channel': Mamba2ForCausalLM has none",)),
+        ("score model --axis state,head --scorer head=random", ("no scorer for axis 'state'", "add state=NAME")),
+        ("score model --axis state=0.5", ("axis 'state=0.5'",)),
+        ("plan model --scores s.safetensors --axis state", ("--axis state: give a fraction for it, state=0.5",)),
+        ("plan model --scores s.safetensors --axis state,head", ("--axis 'state,head': expected NAME=VALUE",)),
+        (
+            "plan model --scores s.safetensors --axis state=0.5 --keep 3",
+            ("by axis or one sparsity or keep", "not both"),
+        ),
+        ("plan model --scores s.safetensors --axis state=0.5 --sparsity 0.5", ("not both",)),
+        ("plan model --scores s.safetensors --axis head=0.5", ("'head'", "state")),
+        ("plan model --scores s.safetensors --axis state=0.5,hed=0.25", ("'hed'", "state")),
+        ("plan model --scores s.safetensors --sparsity 0", ("the budget removes nothing",)),
+        ("plan model --scores s.safetensors --sparsity 0.01", (GROUP, "removes nothing", "is 0.0625 (keeps 15)")),
+        ("plan model --scores s.safetensors --ignore layers.7", ("pattern 'layers.7': matches nothing",)),
+        ("plan model --scores s.safetensors --ratio layers.0.mixer=x", ("--ratio layers.0.mixer=x: 'x' is not a nu",)),
+    ],
+)
+def test_options_of_the_steps(args: str, says: Says, here: Path) -> None:
+    refused(here, says, *args.split(), "--out", "x")
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
@@ -139,6 +294,16 @@ def cut_at(fraction: float) -> Callable[[Path], None]:
 SMALL, DAMAGED = f"{LAYER}.A_log", "corrupt or truncated"
 NATIVE = json.dumps({"d_model": 768, "n_layer": 24, "ssm_cfg": {"layer": "Mamba2"}, "vocab_size": 50288}).encode()
 
+RECORD = ("model model: ", "config.json, key 'sspruner'")
+
+
+def record(changes: dict[str, Any] | None = None, name: str = GROUP, **cut: Any) -> Callable[[Path], None]:
+    """Spoil a model folder: a config.json with a record of cuts that is good but for `changes`, or for its one cut."""
+    group = {"before": STATE, "keep": [[*range(STATE)], [*range(STATE)]]} | cut
+    plan = {"version": 1, "groups": {name: group}}
+    return config(sspruner={"version": 1, "cuts": [plan], "stock": {}} | (changes or {}))
+
+
 MODELS: dict[str, tuple[Callable[[Path], Any], Says]] = {
     "absent": (shutil.rmtree, ("model model: no such path",)),
     "no config": (lambda d: (d / "config.json").unlink(), ("model model: no config.json in this folder",)),
@@ -148,7 +313,36 @@ MODELS: dict[str, tuple[Callable[[Path], Any], Says]] = {
     "unknown type": (config(model_type="zebra"), ("config cannot be read", "`zebra`")),
     "bad size": (config(num_heads=3), ("config cannot be read", "num_heads")),
     "other size": (config(state_size=STATE + 1), ("do not have the shape that config.json says", f"{LAYER}.conv1d")),
-    "bad record": (config(sspruner={"version": 1}), ("model model: ", "config.json, key 'sspruner'", "groups")),
+    "record without cuts": (config(sspruner={"version": 1}), (*RECORD, "not a record of version 1")),
+    "record of version 2": (config(sspruner={"version": 2, "cuts": [], "stock": {}}), (*RECORD, "not a record of ver")),
+    "record a list": (config(sspruner=[1]), (*RECORD, "not a record of version 1")),
+    "record a word": (config(sspruner="cut"), (*RECORD, "not a record of version 1")),
+    "cuts no list": (record({"cuts": {}}), (*RECORD, "not a record of version 1")),
+    "cut no plan": (record({"cuts": [3]}), (*RECORD, "not a plan of version 1")),
+    "cut without groups": (record({"cuts": [{"version": 1}]}), (*RECORD, "malformed plan", "'groups'")),
+    "cut with words": (record(keep=[["a"], ["b"]]), (*RECORD, "malformed plan", "'a'")),
+    "cut uneven": (record(keep=[[0], [0, 1]]), (*RECORD, GROUP, "[1, 2] units", "the same count")),
+    "cut out of range": (record(keep=[[0, 16], [0, 1]]), (*RECORD, GROUP, "within 0 to 15")),
+    "cut of everything": (
+        record(keep=[[], []]),
+        ("model model: ", "do not have the shape that config.json says", LAYER),
+    ),
+    "cut of an unknown group": (
+        record(name="nose:state"),
+        ("model model: ", "records a cut of nose:state", "does not fit"),
+    ),
+    "cut of an unknown axis": (
+        record(name=f"{LAYER}:channel"),
+        ("model model: ", f"a cut of {LAYER}:channel that does"),
+    ),
+    "cut of other sizes": (record(before=32), ("model model: ", f"records a cut of {GROUP} that does not fit")),
+    "cut of one set": (record(keep=[[0, 1]]), ("model model: ", f"records a cut of {GROUP} that does not fit")),
+    "cut that the weights lack": (
+        record(keep=[[0, 1], [2, 3]]),
+        ("model model: ", "do not have the shape that config"),
+    ),
+    "stock no dict": (record({"stock": [1]}), (*RECORD, "'stock'")),
+    "stock of other sizes": (record({"stock": {"state_size": 9}}), ("model model: ", "does not fit")),
     "bad tokenizer": (content("tokenizer.json", b"{"), ("model model: its tokenizer cannot be read",)),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), ("model model: cannot be loaded",)),
     "cut in the length": (cut_at(-0.999), (DAMAGED, "model.safetensors")),
@@ -180,7 +374,7 @@ def test_models(case: str, here: Path) -> None:
 def test_a_model_without_a_state_space_layer(here: Path) -> None:
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 31}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(here / "gpt2")
-    says = ("GPT2LMHeadModel: no state-space layer found", "Conv1D", "known mixers: Mamba2Mixer")
+    says = ("GPT2LMHeadModel: no state-space layer found", "Conv1D", "known mixers: ", "Mamba2Mixer")
     prune(here, says, model="gpt2")
     refused(here, says, "inspect", "gpt2")
 
@@ -272,7 +466,44 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], Says]] = {
     "version 2": (lambda p: p.update(version=2), ("plan x.json: not a plan of version 1",)),
     "no groups": (lambda p: p.pop("groups") and None, ("plan x.json: malformed plan", "'groups'")),
     "no keep": (lambda p: p["groups"][GROUP].pop("keep") and None, ("plan x.json: malformed", "'keep'")),
-    "unknown group": (lambda p: p["groups"].update(nose=p["groups"][GROUP]), ("nose: the model has no such", GROUP)),
+    "unknown group": (lambda p: p["groups"].update(nose=p["groups"][GROUP]), ("nose: the model has no such",)),
+    "near group": (
+        lambda p: p["groups"].update({f"{LAYER}:stat": p["groups"].pop(GROUP)}),
+        (f"{LAYER}:stat: the model has no such dependency group; the nearest is {GROUP}",),
+    ),
+    "axis of another family": (
+        lambda p: p["groups"].update({f"{LAYER}:channel": p["groups"][GROUP]}),
+        (":channel: the",),
+    ),
+    "no group at all": (lambda p: p.update(groups={}), ("the plan keeps every unit: nothing would be removed",)),
+    "all kept": (
+        lambda p: [g.update(keep=[[*range(STATE)]] * 2) for g in p["groups"].values()] and None,
+        ("the plan keeps every unit: nothing would be removed", "sparsity or keep"),
+    ),
+    "heads uneven": (
+        lambda p: p["groups"].update({HEADS: {"before": 2, "keep": [[0], [0, 1]]}}),
+        (HEADS, "keeps [1, 2] units; every group needs the same count"),
+    ),
+    "heads as one set": (
+        lambda p: p["groups"].update({HEADS: {"before": 4, "keep": [[0, 1, 2]]}}),
+        (HEADS, "the plan starts from 1 x 4 units, the model has 2 x 2"),
+    ),
+    "no heads": (
+        lambda p: p["groups"].update({HEADS: {"before": 2, "keep": [[], []]}}),
+        (HEADS, "keeps nothing; at least 1 unit has to stay (to drop whole layers: axis block)"),
+    ),
+    "no groups kept": (
+        lambda p: p["groups"].update({f"{LAYER}:group": {"before": 2, "keep": [[]]}}),
+        (f"{LAYER}:group", "keeps nothing", "axis block"),
+    ),
+    "no hidden units": (
+        lambda p: p["groups"].update({"backbone:hidden": {"before": 16, "keep": [[]]}}),
+        ("backbone:hidden", "keeps nothing"),
+    ),
+    "no layers": (
+        lambda p: p["groups"].update({"backbone.layers:block": {"before": 2, "keep": [[]]}}),
+        ("backbone.layers:block", "keeps nothing"),
+    ),
     "words": (lambda p: p["groups"][GROUP].update(keep=[["a"], ["b"]]), ("plan x.json: malformed plan", "'a'")),
     "too high": (lambda p: p["groups"][GROUP].update(keep=[[0, 16], [0, 1]]), (GROUP, "within 0 to 15")),
     "negative": (lambda p: p["groups"][GROUP].update(keep=[[-1, 0], [0, 1]]), (GROUP, "within 0 to 15")),
@@ -293,6 +524,58 @@ def test_plans(case: str, here: Path) -> None:
     refused(here, says, "apply", "model", "--plan", "x.json", "--out", "out")
 
 
+HYBRID_PLANS: dict[str, tuple[str, dict[str, Any], Says]] = {
+    "every attention layer": (
+        "nemotron",
+        {"model.layers:block": {"before": 5, "keep": [[0, 1, 3, 4]]}},
+        ("the plan drops every attention layer; one has to stay", "ignore 'model.layers.2"),
+    ),
+    "every shared block": (
+        "zamba2",
+        {"model.layers:block": {"before": 5, "keep": [[0, 2]]}},
+        ("the plan drops every attention layer; one has to stay",),
+    ),
+    "every mixer": (
+        "nemotron",
+        {"model.layers:block": {"before": 5, "keep": [[1, 2, 4]]}},
+        ("the plan drops every mixer; one has to stay", "ignore 'model.layers.3"),
+    ),
+    "hidden in eights": (
+        "nemotron",
+        {"model:hidden": {"before": 24, "keep": [[*range(20)]]}},
+        ("model:hidden: keeps 20 units; the model's code needs a multiple of 8",),
+    ),
+    "heads of a group": (
+        "zamba2",
+        {"model.layers.0.mamba:head": {"before": 2, "keep": [[0, 1], [1]]}},
+        ("model.layers.0.mamba:head", "[1, 2] units; every group needs the same count"),
+    ),
+    "channels of a head": (
+        "zamba2",
+        {"model.layers.0.mamba:head_dim": {"before": 4, "keep": [[0], [1], [2], [0, 3]]}},
+        ("model.layers.0.mamba:head_dim", "[1, 2] units"),
+    ),
+    "a shared block under its other name": (
+        "zamba2",
+        {"model.layers.4.shared_transformer.feed_forward:mlp": {"before": 10, "keep": [[0]]}},
+        ("model.layers.4.shared_transformer.feed_forward:mlp: the model has no such", "feed_forward:mlp"),
+    ),
+    "channels of zero": (
+        "mamba",
+        {f"{LAYER}:channel": {"before": 16, "keep": [[]]}},
+        (f"{LAYER}:channel: keeps nothing", "axis block"),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["slice", "mask"])
+@pytest.mark.parametrize("case", HYBRID_PLANS)
+def test_plans_of_hybrids(case: str, mode: str, here: Path) -> None:
+    model, groups, says = HYBRID_PLANS[case]
+    (here / "x.json").write_text(json.dumps({"version": 1, "groups": groups}))
+    refused(here, says, "apply", model, "--plan", "x.json", "--out", "out", "--mode", mode)
+
+
 @pytest.mark.parametrize("model", ["other", "wide"])
 def test_a_plan_or_scores_of_another_model(model: str, here: Path) -> None:
     says = ("the plan was made for another model", "make a plan for this one")
@@ -311,9 +594,14 @@ def test_missing_and_damaged_steps(here: Path) -> None:
     for data in b"", good[:20], good[:-1], b"junk" * 99:
         (here / "bad").write_bytes(data)
         refused(here, ("scores bad: not a readable safetensors file", "score again"), *plan, "bad")
-    for keys, says in (([], "0 axes"), ([GROUP, "m:head"], "2 axes"), (["m:state"], "do not fit this model")):
+    for keys, says in (
+        ([], ("bad", "score again")),
+        ([GROUP, "m:head"], ("m:head: scores of shape (2, 16) do not fit this model", "score it again")),
+        ([HEADS], (f"{HEADS}: scores of shape (2, 16) do not fit this model",)),
+        (["m:state"], ("m:state", "do not fit this model")),
+    ):
         save_file({key: torch.ones(2, STATE) for key in keys}, here / "bad")
-        refused(here, (says,), *plan, "bad")
+        refused(here, says, *plan, "bad")
 
 
 GOOD = """
@@ -343,13 +631,15 @@ PLUGINS: dict[str, tuple[str, str, Says]] = {
     "clash": ('"mine"', '"ghost"', ("scorer 'ghost': offered by plugin 'ghost' and by plugin", "rename one")),
     "no name": ('name, axes, needs = "mine",', "axes, needs =", ("scorer Mine does not define name",)),
     "no method": ("def observe", "def observes", ("scorer Mine does not define observe",)),
-    "unknown needs": ('"activations"', '"gradient"', ("needs='gradient'; known: weights, activations",)),
+    "unknown needs": ('"activations"', '"gradient"', ("needs='gradient'; known: weights, activations, gradients",)),
     "shape": ("torch.ones(self.shape)", "torch.ones(3)", (GROUP, "returned (3,)", "(groups, units) = (2, 16)")),
     "nan": ("torch.ones(self.shape)", "torch.ones(self.shape) * torch.nan", (GROUP, "32 of 32 values", "NaN")),
     "no tensor": ("torch.ones(self.shape)", "[1.0]", (GROUP, "returned list, expected a tensor")),
     "raises late": ("return torch.ones", "1 / 0\n        return torch.ones", (GROUP, "ZeroDivisionError")),
     "raises": ("self.shape = ", "self.shape = 1 / 0,", (LAYER, "scorer 'mine'", "ZeroDivisionError")),
     "weights only": ('"activations"', '"weights"', (LAYER, "needs='weights' read activations")),
+    "no gradients": ("view.C.shape[2:]", "view.gradients", (LAYER, "set needs='gradients'")),
+    "other axis": ('{"state"}', '{"head"}', ("'mine' does not score axis 'state'; it scores head",)),
 }
 
 
@@ -375,7 +665,8 @@ def test_plugins(case: str, here: Path, plugin: Callable[[str], Path]) -> None:
     old, new, says = PLUGINS[case]
     assert GOOD.count(old) == 1
     path = plugin(GOOD.replace(old, new))
-    prune(here, (str(path), *says), "--plugin", path, "--scorer", "ghost" if case == "clash" else "mine")
+    where = () if case == "other axis" else (str(path),)
+    prune(here, (*where, *says), "--plugin", path, "--scorer", "ghost" if case == "clash" else "mine")
 
 
 def test_the_good_plugin_works(here: Path, plugin: Callable[[str], Path]) -> None:

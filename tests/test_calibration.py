@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import VOCABULARY, models, tiny_model, tokens
+from zoo import FAMILIES, zoo
 
 import sspruner
 
@@ -85,6 +86,19 @@ def test_sampling_is_seeded_and_stays_in_the_vocabulary(model: torch.nn.Module, 
     assert (one.tokens < VOCABULARY).all()
     assert (one.tokens[:, 0] == model.config.bos_token_id).all()
     assert model.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_draws_what_the_whole_model_says(family: str) -> None:
+    """Step by step with the family's own cache: the same draws as from a forward over everything so far."""
+    model = zoo(family)
+    data = sspruner.calibration("self", model, samples=3, seq_len=12, held_out=1)
+    tokens_so_far, generator = torch.zeros(4, 1, dtype=torch.long), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(11):
+            last = model(input_ids=tokens_so_far, use_cache=False).logits[:, -1].softmax(-1)
+            tokens_so_far = torch.cat([tokens_so_far, last.multinomial(1, generator=generator)], 1)
+    assert torch.equal(torch.cat([data.tokens, data.held_out]), tokens_so_far)
 
 
 def test_sampling_follows_the_models_distribution() -> None:

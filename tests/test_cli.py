@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import VOCABULARY, logits, tiny_model
 from transformers import AutoTokenizer, Mamba2ForCausalLM
+from zoo import zoo
 
 import sspruner
 from sspruner.cli.main import main
-from sspruner.io.load import REFERENCE
+from sspruner.io.load import DEFAULT, REFERENCES
 from sspruner.planning.plan import Plan, Selection
 from sspruner.planning.scores import Scores
 from sspruner.surgery import mask
@@ -41,7 +42,13 @@ def saved_model(folder: Path, *, vocabulary: int = 4096, tokenizer: bool = True,
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    return sspruner.save(model, folder, AutoTokenizer.from_pretrained(REFERENCE) if tokenizer else None)
+    return sspruner.save(model, folder, AutoTokenizer.from_pretrained(REFERENCES / DEFAULT) if tokenizer else None)
+
+
+def saved_zoo(folder: Path, family: str, *, tokenizer: bool = True, seed: int = 0, **sizes: Any) -> Path:
+    """A tiny random model of any family, saved with the reference tokenizer, or without one and with 31 tokens."""
+    model = zoo(family, seed=seed, **({"vocab_size": 4096} if tokenizer else {}), **sizes)
+    return sspruner.save(model, folder, AutoTokenizer.from_pretrained(REFERENCES / DEFAULT) if tokenizer else None)
 
 
 def run(*args: object, charset: str = "utf-8", **env: str) -> Any:
@@ -111,6 +118,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Zamba2 with two shared blocks: every axis but channel and dt_rank."""
+    return saved_zoo(tmp_path_factory.mktemp("saved") / "zamba2", "zamba2")
+
+
 @pytest.fixture
 def cheap(text: Path) -> list[object]:
     """Options that make a run short."""
@@ -129,7 +142,7 @@ def test_prune_writes_a_model_that_loads(model: Path, cheap: list[object], tmp_p
 
     dense, tokenizer = sspruner.load(model)
     pruned, _ = sspruner.load(out)
-    assert {g.units for g in sspruner.trace(pruned).groups.values()} == {5}
+    assert {g.units for g in sspruner.trace(pruned).on_axis("state").values()} == {5}
     ids = torch.tensor(tokenizer([TEXT])["input_ids"])
     with sspruner.masked(dense, Plan.load(out / "plan.json"), sspruner.trace(dense)):
         expected = logits(dense, ids)
@@ -196,6 +209,142 @@ def test_same_seed_same_bytes(calibration: str, model: Path, cheap: list[object]
         assert not torch.equal(importance, other.importance[name])
 
 
+def same_as_masked(dense: Path, out: Path) -> None:
+    """The saved model loads and gives the logits of the dense one under the saved plan's mask."""
+    model, _ = sspruner.load(dense)
+    pruned, _ = sspruner.load(out)
+    ids = torch.randint(31, (2, 23), generator=torch.Generator().manual_seed(5))
+    with sspruner.masked(model, Plan.load(out / "plan.json"), sspruner.trace(model)):
+        expected = logits(model, ids)
+    assert not torch.allclose(expected, logits(model, ids), atol=1e-2)
+    torch.testing.assert_close(logits(pruned, ids), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_several_axes_with_ratios_and_layers_left_alone(hybrid: Path, cheap: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = ["--axis", "state=0.5,head=0.5,mlp=0.2", "--scorer", "state=ghost, head=ghost, mlp=magnitude"]
+    args += ["--ratio", "layers.0.*:state=0.8", "--ratio", "*:mlp=0.4", "--ratio", "layers.3.*:mlp=0.1"]
+    args += ["--ignore", "layers.2.*", "--ignore", "layers.4.*:head"]
+    shown = done("prune", hybrid, *cheap, *args, "--out", out, "--json", tmp_path / "r.json").stdout
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert report == json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert (report["axis"], report["scorer"]) == ("state, head, mlp", "ghost, magnitude")
+    assert report["budget"] == {
+        "sparsity": {"state": 0.5, "head": 0.5, "mlp": 0.2},
+        "allocation": "uniform",
+        "multiple_of": 1,
+        "ratios": {"layers.0.*:state": 0.8, "*:mlp": 0.4, "layers.3.*:mlp": 0.1},
+        "ignore": ["layers.2.*", "layers.4.*:head"],
+    }
+    L = "model.layers"
+    sizes = {name: (s["before"], s["after"]) for name, s in report["layers"].items()}
+    alone = {name: size for name, size in sizes.items() if size[0] == size[1]}
+    assert alone == {
+        f"{L}.2.mamba:state": (6, 6),
+        f"{L}.2.mamba:head": (2, 2),
+        f"{L}.4.mamba_decoder.mamba:head": (2, 2),
+    }
+    assert {name: size for name, size in sizes.items() if name not in alone} == {
+        f"{L}.0.mamba:state": (6, 1),
+        f"{L}.1.mamba_decoder.mamba:state": (6, 3),
+        f"{L}.3.mamba_decoder.mamba:state": (6, 3),
+        f"{L}.4.mamba_decoder.mamba:state": (6, 3),
+        f"{L}.0.mamba:head": (2, 1),
+        f"{L}.1.mamba_decoder.mamba:head": (2, 1),
+        f"{L}.3.mamba_decoder.mamba:head": (2, 1),
+        f"{L}.1.shared_transformer.feed_forward:mlp": (10, 6),
+        f"{L}.3.shared_transformer.feed_forward:mlp": (10, 9),
+    }
+    for row in ("on axis state, head, mlp", "state size", "head units", "mlp units"):
+        assert row in shown
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    assert set(plan["groups"]) == set(sizes) - set(alone)
+    assert plan["axis"].split(",") == ["state", "head", "mlp"]
+    assert plan["made_by"]["ratios"] == report["budget"]["ratios"]
+    assert plan["made_by"]["ignore"] == report["budget"]["ignore"]
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))["sspruner"]
+    assert set(config) == {"version", "cuts", "stock", "weights"}
+    assert (out / config["weights"] / "model.safetensors").is_file()
+    assert [cut["groups"].keys() for cut in config["cuts"]] == [plan["groups"].keys()]
+    same_as_masked(hybrid, out)
+
+
+def test_a_family_without_a_tokenizer(tmp_path: Path) -> None:
+    """Mamba1, text sampled from the model itself, two axes; then a second cut on a third."""
+    dense = saved_zoo(tmp_path / "mamba", "mamba", tokenizer=False)
+    cheap = ["--samples", 4, "--seq-len", 16]
+    args = ["--axis", "state=0.5,channel=0.25", "--out", tmp_path / "once"]
+    report = json.loads(done("prune", dense, *cheap, *args, "--json", "-").stdout)
+    assert report["continuation"] is None
+    assert report["calibration"]["source"] == "self"
+    assert report["pruned"]["state_bytes"] == 3 * 12 * 3 * 4
+    assert report["dense"]["state_bytes"] == 3 * 16 * 6 * 4
+    same_as_masked(dense, tmp_path / "once")
+    args = ["--axis", "dt_rank", "--scorer", "magnitude", "--keep", 2, "--out", tmp_path / "twice"]
+    done("prune", tmp_path / "once", *cheap, *args)
+    same_as_masked(tmp_path / "once", tmp_path / "twice")
+    cut = sspruner.trace(sspruner.load(tmp_path / "twice")[0])
+    assert {(g.axis, g.units) for g in cut.groups.values() if g.axis in ("state", "channel", "dt_rank")} == {
+        ("state", 3),
+        ("channel", 12),
+        ("dt_rank", 2),
+    }
+
+
+def test_whole_layers_go_by_their_influence(hybrid: Path, cheap: list[object], tmp_path: Path) -> None:
+    args = [
+        "--axis",
+        "block",
+        "--scorer",
+        "influence",
+        "--sparsity",
+        0.4,
+        "--ignore",
+        "layers.0",
+        "--ignore",
+        "layers.3",
+    ]
+    report = json.loads(done("prune", hybrid, *cheap, *args, "--out", tmp_path / "out", "--json", "-").stdout)
+    assert report["layers"] == {"model.layers:block": {"before": 5, "after": 3}}
+    assert report["budget"]["ignore"] == ["layers.0", "layers.3"]
+    (kept,) = Plan.load(tmp_path / "out" / "plan.json").groups["model.layers:block"].keep
+    assert {0, 3} < set(kept)
+    pruned = sspruner.load(tmp_path / "out")[0]
+    assert pruned.config.num_hidden_layers == len(pruned.model.layers) == 3
+    same_as_masked(hybrid, tmp_path / "out")
+
+
+def test_three_steps_on_several_axes_equal_one_shot(hybrid: Path, cheap: list[object], tmp_path: Path) -> None:
+    scores, plan = tmp_path / "s.safetensors", tmp_path / "p.json"
+    scorers, axes = ["--scorer", "state=ghost,head=ghost,hidden=magnitude"], "state=0.5,head=0.5,hidden=0.25"
+    fewer = ["--ratio", "layers.1.*:state=0.25", "--ignore", "layers.2.*"]
+    said = done("score", hybrid, *cheap, *scorers, "--axis", "state, head,hidden", "--out", scores).stdout
+    assert said.startswith("11 dependency groups scored by ")  # five layers twice, and one width
+    said = done("plan", hybrid, "--scores", scores, "--axis", axes, *fewer, "--out", plan).stdout
+    assert "plan on state, head, hidden" in said
+    assert "model.layers.2" not in said
+    assert "model:hidden" in said
+    done("apply", hybrid, "--plan", plan, "--out", tmp_path / "steps")
+    done("prune", hybrid, *cheap, *scorers, "--axis", axes, *fewer, "--one-shot", "--out", tmp_path / "once")
+    steps, once = (tree(tmp_path / name) for name in ("steps", "once"))
+    for name in ("plan.json", "report.json", "sspruner", "sspruner/scores.safetensors"):
+        del once[name]
+    assert steps == once
+    made, found = (json.loads(path.read_text()) for path in (plan, tmp_path / "once" / "plan.json"))
+    assert made == found
+    same_as_masked(hybrid, tmp_path / "once")
+
+
+def test_one_fraction_for_all_scored_axes(hybrid: Path, cheap: list[object], tmp_path: Path) -> None:
+    scores, plan = tmp_path / "s.safetensors", tmp_path / "p.json"
+    done("score", hybrid, *cheap, "--axis", "head,head_dim", "--out", scores)
+    done("plan", hybrid, "--scores", scores, "--out", plan)
+    found = Plan.load(plan)
+    assert found.axes == ("head", "head_dim")
+    assert {(s.before, s.after) for n, s in found.groups.items() if n.endswith(":head")} == {(2, 1)}
+    assert {(s.before, s.after) for n, s in found.groups.items() if n.endswith(":head_dim")} == {(4, 2)}
+
+
 def test_mask_mode_saves_zeros_at_stock_sizes(model: Path, cheap: list[object], tmp_path: Path) -> None:
     done("prune", model, *cheap, "--mode", "mask", "--keep", 6, "--out", tmp_path / "out")
     stock, info = Mamba2ForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -210,7 +359,8 @@ def test_mask_mode_saves_zeros_at_stock_sizes(model: Path, cheap: list[object], 
     for name, selection in plan.groups.items():
         assert selection.after == 6
         for member in graph.groups[name].members:
-            dropped[member.parameter].index_fill_(member.dim, mask.dropped_rows(member, selection), True)
+            (dim,) = member.dims
+            dropped[member.tensor].index_fill_(dim, mask.dropped_rows(member, selection), True)
     for name, parameter in stock.named_parameters():
         assert torch.equal(parameter, dense[name].masked_fill(dropped[name], 0)), name
 
@@ -245,6 +395,20 @@ def test_the_reference_model_is_the_default(tmp_path: Path) -> None:
     assert sspruner.load(tmp_path / "out")[0].config.state_size == 64
 
 
+def test_several_axes_of_the_reference_model(tmp_path: Path) -> None:
+    args = ["--axis", "state=0.5,head=0.25", "--ignore", "layers.0.*", "--samples", 2, "--seq-len", 32]
+    result = done("prune", *args, "--out", tmp_path / "out", "--json", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert "ghost on axis state, head" in result.stdout
+    layer = 64 * 4  # bytes of one head with one state
+    assert report["dense"]["state_bytes"] == 6 * 8 * 128 * layer
+    assert report["pruned"]["state_bytes"] == (8 * 128 + 5 * 6 * 64) * layer
+    sizes = {(name.partition(":")[2], s["before"], s["after"]) for name, s in report["layers"].items()}
+    assert sizes == {("state", 128, 64), ("head", 8, 6), ("state", 128, 128), ("head", 8, 8)}
+    pruned, _ = sspruner.load(tmp_path / "out")
+    assert [b.mixer.num_heads for b in pruned.backbone.layers] == [8] + [6] * 5
+
+
 def test_inspect(model: Path, tmp_path: Path) -> None:
     shown = done("inspect", model).stdout
     assert "backbone.layers.1.mixer" in shown
@@ -255,12 +419,46 @@ def test_inspect(model: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "graph.json").read_text(encoding="utf-8")) == expected
 
 
+def test_inspect_shows_every_axis(hybrid: Path) -> None:
+    shown = done("inspect", hybrid).stdout
+    for line in (
+        "model.layers.0.mamba (zamba2): ",
+        "state: 2 groups x 6 units, ",
+        "head: 2 groups x 2 units, ",
+        "head_dim: 4 groups x 4 units, ",
+        "group: 2 units, ",
+        "attn_head: 4 units, ",
+        "mlp: 10 units, ",
+        "model:hidden: 8 units, ",
+        "model.layers:block: 5 units, whole modules",
+        "model.layers.1.shared_transformer.feed_forward (mlp): ",
+        ", shared by 2 layers",
+    ):
+        assert line in shown
+    graph = json.loads(done("inspect", hybrid, "--json", "-").stdout)
+    assert graph == sspruner.trace(sspruner.load(hybrid)[0]).to_json()
+    axes = {axis for layer in graph["layers"] for axis in layer["axes"]}
+    assert axes == {"state", "head", "head_dim", "group", "attn_head", "mlp"}
+    assert {name: whole["units"] for name, whole in graph["model"].items()} == {
+        "model:hidden": 8,
+        "model.layers:block": 5,
+    }
+
+
 def test_scorers_lists_where_each_comes_from() -> None:
-    lines = done("scorers").stdout.splitlines()
-    for scorer, needs in (("ghost", "activations"), ("magnitude", "weights"), ("random", "weights")):
-        row = next(line for line in lines if line.split("│")[1:2] == [f" {scorer:<9} "])
-        assert needs in row
-        assert row.count(scorer) == 2  # the scorer and its plugin
+    name, rows = "", dict[str, list[str]]()
+    for line in done("scorers").stdout.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if len(cells) == 4:  # what is too long for one line goes on in the next, without a name
+            name = cells[0] or name
+            rows[name] = [f"{row} {cell}".strip() for row, cell in zip(rows.get(name, [""] * 4), cells, strict=True)]
+    for scorer, axes, needs in (
+        ("ghost", "channel, group, head, head_dim, state", "activations"),
+        ("influence", "block", "activations"),
+        ("magnitude", ", ".join(sorted(sspruner.AXES)), "weights"),
+        ("random", ", ".join(sorted(sspruner.AXES)), "weights"),
+    ):
+        assert rows[scorer] == [scorer, axes, needs, scorer]  # the last is its plugin
 
 
 @pytest.mark.parametrize("charset", ["utf-8", "latin-1", "ascii"])

@@ -20,10 +20,11 @@ import pytest
 import torch
 import typer
 from typer.testing import CliRunner
+from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.cli.main import app
-from sspruner.plugins import hookspecs
+from sspruner.plugins import hookspecs, manager
 from sspruner.plugins.manager import plugin_manager
 
 ROOT = Path(__file__).parents[1]
@@ -227,3 +228,35 @@ def test_the_architecture_lists_every_module_and_every_contract() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     for contract in pyproject["tool"]["importlinter"]["contracts"]:
         assert f"\n- {contract['name']}" in text, contract["name"]
+
+
+def table(page: str, title: str) -> list[list[str]]:
+    """The cells of the first table under `## title`, without its head."""
+    found = re.search(r"(?:^\|.*\|\n)+", section(ROOT / page, title), re.M)
+    assert found, f"{page}: no table under '## {title}'"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[0].splitlines()[2:]]
+
+
+def test_the_graph_lists_every_axis() -> None:
+    assert {row[0].strip("`") for row in table("docs/graph.md", "Axes")} == sspruner.AXES
+
+
+def test_the_families_are_listed_with_their_mixers_and_axes() -> None:
+    rows = {row[0].strip("`"): row[1:] for row in table("docs/families.md", "What ships")}
+    families = {name: f for name, f in manager.families().items() if type(f).__module__.startswith("sspruner.")}
+    assert {name: mixer.strip("`") for name, (mixer, _) in rows.items()} == {
+        name: f.mixer_class for name, f in families.items()
+    }
+    for name in FAMILIES:
+        assert set(re.findall(r"`(\w+)`", rows[name][1])) == set(sspruner.trace(zoo(name)).axes), name
+
+
+def test_the_scorers_are_listed_with_their_axes_and_needs() -> None:
+    listed = table("docs/scorers.md", "The scorers that ship")
+    rows = {name: row[1:] for row in listed for name in re.findall("`(.*?)`", row[0])}
+    shipped = {n: cls for n, (cls, _) in manager.scorers().items() if cls.__module__.startswith("sspruner_plugins.")}
+    assert set(rows) == set(shipped)
+    for name, (axes, needs, _) in rows.items():
+        named = set(re.findall(r"`(\w+)`", axes))
+        assert (sspruner.AXES - named if axes.startswith("all") else named) == shipped[name].axes, name
+        assert needs == shipped[name].needs, name

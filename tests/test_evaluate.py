@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import models, plans, tiny_model, tokens
+from tiny import everything, models, plans, tiny_model, tokens
+from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.evaluate.continuation import continuation
@@ -35,6 +36,29 @@ def by_hand(model: torch.nn.Module, plan: Plan, rows: list[torch.Tensor]) -> tup
     return math.exp(nll / count), math.exp(pruned_nll / count), kl / count, count
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damage_in_every_family_is_that_of_the_sliced_model(family: str) -> None:
+    """Several axes at once, on unpadded rows: dense and sliced models, each asked by itself."""
+    model, ids = zoo(family), tokens(3, 12)
+    graph = sspruner.trace(model)
+    axes = [axis for axis in ("state", "head", "channel", "attn_head", "mlp") if axis in graph.axes]
+    plan = sspruner.plan(graph, sspruner.score(model, "random", axis=axes), sparsity=dict.fromkeys(axes, 0.5))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    cost = damage(model, plan, graph, [(ids, torch.ones_like(ids, dtype=torch.bool))])
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with torch.no_grad():
+        dense, pruned = (
+            m(input_ids=ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+            for m in (model, sspruner.apply(copy.deepcopy(model), plan))
+        )
+    target = ids[:, 1:, None]
+    assert cost.tokens == 33
+    assert cost.dense_perplexity == pytest.approx(math.exp(-dense.gather(-1, target).mean()), rel=1e-4)
+    assert cost.pruned_perplexity == pytest.approx(math.exp(-pruned.gather(-1, target).mean()), rel=1e-3)
+    assert cost.kl == pytest.approx(float((dense.exp() * (dense - pruned)).sum(-1).mean()), rel=1e-2)
+    assert cost.kl > 1e-4
+
+
 @given(models(dtypes=FP32), st.data())
 def test_damage_is_what_plain_loops_say(model: torch.nn.Module, data: st.DataObject) -> None:
     """Rows of any length, padded on the right, in batches of any size."""
@@ -53,8 +77,8 @@ def test_damage_is_what_plain_loops_say(model: torch.nn.Module, data: st.DataObj
 
 def test_perplexity_is_transformers_own_loss() -> None:
     model, ids = tiny_model(), tokens(3, 12)
-    whole = Plan("state", {"backbone.layers.0.mixer:state": Selection(6, (tuple(range(6)),))})
-    cost = damage(model, whole, sspruner.trace(model), [(ids, torch.ones_like(ids, dtype=torch.bool))])
+    graph = sspruner.trace(model)
+    cost = damage(model, everything(graph), graph, [(ids, torch.ones_like(ids, dtype=torch.bool))])
     with torch.no_grad():
         loss = float(model(input_ids=ids, labels=ids).loss)
     assert cost.dense_perplexity == pytest.approx(math.exp(loss), rel=1e-5)
@@ -66,7 +90,7 @@ def test_padding_on_the_left_is_not_context() -> None:
     """The first real token is context, not a prediction from padding."""
     model, ids = tiny_model(), tokens(2, 12)
     padded = torch.cat([torch.full((2, 3), 5), ids], 1)
-    plan, graph = Plan("state", {"backbone.layers.0.mixer:state": Selection(6, ((1, 4),))}), sspruner.trace(model)
+    plan, graph = Plan({"backbone.layers.0.mixer:state": Selection(6, ((1, 4),))}), sspruner.trace(model)
     plain = damage(model, plan, graph, [(ids, torch.ones_like(ids, dtype=torch.bool))])
     left = damage(model, plan, graph, [(padded, torch.arange(15).expand(2, -1) >= 3)])
     assert left.tokens == plain.tokens == 22

@@ -11,6 +11,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from zoo import FAMILIES
 
 import sspruner
 
@@ -32,6 +33,7 @@ PROGRAM = """if True:
         "state": sspruner.trace(model).state_bytes,
         "vocabulary": len(tokenizer),
         "scorers": sorted(manager.scorers()),
+        "families": sorted(manager.families()),
         "plugins": sorted(e.name for e in entry_points(group="sspruner")),
         "command": [e.value for e in entry_points(group="console_scripts", name="sspruner")],
     }))
@@ -58,12 +60,15 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         sources = {str(p.relative_to(ROOT)) for p in (ROOT / package).rglob("*.py")}
         assert sources <= set(sizes)
     assert not {name for name in sizes if not name.startswith(("sspruner/", "sspruner_plugins/", f"{info}/"))}
-    assert 2**20 < sizes["sspruner/reference/model.safetensors"] < 8_000_000
-    assert {f"sspruner/reference/{name}" for name in ("config.json", "tokenizer.json")} <= set(sizes)
+    assert 2**20 < sizes["sspruner/reference/mamba2-books-4m/model.safetensors"] < 8_000_000
+    assert {f"sspruner/reference/mamba2-books-4m/{name}" for name in ("config.json", "tokenizer.json")} <= set(sizes)
     assert f"{info}/licenses/LICENSE" in sizes
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "sspruner = sspruner.cli.main:main" in entries
-    assert "ghost = sspruner_plugins.ghost" in entries
+    for name in FAMILIES:
+        assert f"{name} = sspruner.graph.families.{name}\n" in f"{entries}\n"
+    for name in ("ghost", "influence", "magnitude", "random"):
+        assert f"{name} = sspruner_plugins.{name}\n" in f"{entries}\n"
 
 
 def test_the_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
@@ -91,7 +96,8 @@ def test_the_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> No
     assert found["version"] == sspruner.__version__
     assert found["state"] == 6 * 8 * 64 * 128 * 4  # layers, heads, head size, state, bytes
     assert found["vocabulary"] == 4096
-    assert {"ghost", "magnitude", "random"} <= set(found["scorers"])
-    assert {"mamba2", "ghost", "magnitude", "random"} <= set(found["plugins"])
+    assert {"ghost", "influence", "magnitude", "random"} <= set(found["scorers"])
+    assert set(FAMILIES) <= set(found["families"])
+    assert {*FAMILIES, "ghost", "influence", "magnitude", "random"} <= set(found["plugins"])
     assert found["command"][0] == "sspruner.cli.main:main"
     assert list(elsewhere.iterdir()) == []

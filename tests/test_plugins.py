@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import tiny_model, tokens
+from zoo import FAMILIES
 
 import sspruner
 from sspruner.graph.families.mamba2 import Mamba2
@@ -48,9 +49,38 @@ class Fine(sspruner.Scorer):
 
 def test_built_ins_come_by_entry_point_like_anyone(register) -> None:
     register("third party", sspruner_scorers=lambda: [Fine])
-    origins = {name: plugin for name, (_, plugin) in manager.scorers().items()}
-    assert origins == {"ghost": "ghost", "magnitude": "magnitude", "random": "random", "fine": "third party"}
-    assert {name: type(f) for name, f in manager.families().items()} == {"mamba2": Mamba2}
+    origins = {name: plugin for name, (_, plugin) in manager.scorers().items() if not name.startswith("tp:")}
+    shipped = ("ghost", "influence", "magnitude", "random")
+    assert origins == {**{name: name for name in shipped}, "fine": "third party"}
+    homes = {name: type(family).__module__ for name, family in manager.families().items()}
+    assert all(homes[name] == f"sspruner.graph.families.{name}" for name in FAMILIES)
+    assert all(home.startswith("sspruner.graph.families.") for home in homes.values())
+
+
+def test_a_shipped_scorer_scores_known_axes_only() -> None:
+    for name, (cls, _) in manager.scorers().items():
+        assert cls.axes <= sspruner.AXES, name
+    assert {axis for axis in sspruner.AXES if any(axis in cls.axes for cls, _ in manager.scorers().values())} == set(
+        sspruner.AXES
+    )
+
+
+def test_a_family_by_plugin_is_cut_like_any_other(register) -> None:
+    """A mixer class that nobody knows, in a model that nobody knows, with one hook and one description."""
+    model = tiny_model(groups=2)
+    for block in model.backbone.layers:
+        block.mixer.__class__ = type("NewMixer", (type(block.mixer),), {})
+    with pytest.raises(sspruner.ModelError, match="no state-space layer found"):
+        sspruner.trace(model)
+
+    class New(Mamba2):
+        name, mixer_class = "new", "NewMixer"
+
+    register("mine", sspruner_families=lambda: [New()])
+    assert [site.kind for site in sspruner.trace(model).layers] == ["new", "new"]
+    result = sspruner.prune(model, "ghost", axis={"state": 0.5, "head": 0.5}, calibration=tokens(6, 9))
+    assert {(b.mixer.ssm_state_size, b.mixer.num_heads) for b in model.backbone.layers} == {(3, 2)}
+    assert result.report.proof.error <= result.report.proof.tolerance
 
 
 def test_options_reach_the_constructor(register) -> None:
@@ -106,7 +136,7 @@ def scorer_class(**attributes: object) -> type:
         (scorer_class(name=3), r"scorer Wrong needs a name \(a string\) and axes \(a set of strings\)"),
         (scorer_class(axes="state"), r"needs a name .* and axes \(a set of strings\)"),
         (scorer_class(axes=None), r"axes \(a set of strings\)"),
-        (scorer_class(needs="luck"), r"needs='luck'; known: weights, activations"),
+        (scorer_class(needs="luck"), r"needs='luck'; known: weights, activations, gradients"),
         (scorer_class(name="ghost"), r"scorer 'ghost': offered by plugin '\w+' and by plugin '\w+'; rename one"),
         (sspruner.Scorer, r"does not define name, axes, importance, observe"),
         (int, r"plugin 'mine': sspruner_scorers returned <class 'int'>, not a subclass of sspruner.Scorer"),

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import ghost_sum, gramian, output, state_energy
-from tiny import models, tokens
+from tiny import models, tiny_model, tokens
+from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.calibrate import state
-from sspruner.calibrate.replay import Replay
+from sspruner.calibrate.replay import Replay, within
 from sspruner.calibrate.view import SSMView
 from sspruner.graph.family import Projected
 
@@ -120,22 +121,19 @@ def views(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None =
     replay = Replay(model, graph, [(ids, mask)], "cpu")
     layers = {layer.path: layer for layer in graph.layers}
     seen: list[SSMView] = []
+
+    def show(path: str, hidden: torch.Tensor, m: torch.Tensor) -> None:
+        group = graph.groups[f"{path}:state"]
+        seen.append(SSMView(model, path, group, m, family=layers[path].family, hidden=hidden))
+
     for block in replay.blocks:
-        replay.observe(
-            block,
-            lambda path, hidden, m: seen.append(
-                SSMView(layers[path], layers[path].groups[0], model.get_submodule(path), hidden, m)
-            ),
-        )
+        replay.observe(block, [path for path in layers if within(path, block)], show)
         replay.advance(block)
     return seen
 
 
-@given(models(dtypes=(torch.float32,)), st.sampled_from([(0.0, float("inf")), (0.3, 0.8)]))
-def test_view_is_what_the_mixer_computes(model: torch.nn.Module, limit: tuple[float, float]) -> None:
-    """gate and norm of the view's y and z are what reaches out_proj, in every layer, with left and right padding."""
-    for layer in model.backbone.layers:
-        layer.mixer.time_step_limit = limit
+def check_views(model: torch.nn.Module) -> None:
+    """Gate and norm of each view's y and z are what reaches out_proj, in every layer, with left and right padding."""
     ids, mask = tokens(3, 19), torch.ones(3, 19, dtype=torch.bool)
     mask[0, :5] = False
     mask[1, -4:] = False
@@ -151,9 +149,36 @@ def test_view_is_what_the_mixer_computes(model: torch.nn.Module, limit: tuple[fl
         model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
         for handle in handles:
             handle.remove()
-        for view in views(model, ids, mask):
-            normed = model.get_submodule(f"{view.layer}.norm")(view.y.flatten(2), view.z)
-            torch.testing.assert_close(normed[mask], reached[view.layer][mask], rtol=1e-4, atol=1e-5)
+        seen = views(model, ids, mask)
+        assert [view.layer for view in seen] == paths
+        for view in seen:
+            mixer = model.get_submodule(view.layer)
+            if hasattr(getattr(mixer, "norm", None), "weight"):
+                made = mixer.norm(view.y.flatten(2), view.z)
+            else:
+                made = view.y.flatten(2) * torch.nn.functional.silu(view.z)
+            torch.testing.assert_close(made[mask], reached[view.layer][mask], rtol=1e-4, atol=1e-5)
+
+
+@given(models(dtypes=(torch.float32,)), st.sampled_from([(0.0, float("inf")), (0.3, 0.8)]))
+def test_view_is_what_the_mixer_computes(model: torch.nn.Module, limit: tuple[float, float]) -> None:
+    for layer in model.backbone.layers:
+        layer.mixer.time_step_limit = limit
+    check_views(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {}) for family in FAMILIES),
+        ("falcon_h1", {"mamba_rms_norm": False}),
+        ("falcon_h1", {"mamba_norm_before_gate": False}),
+    ],
+    ids=str,
+)
+def test_view_is_what_the_mixer_computes_in_every_family(family: str, options: dict) -> None:
+    """Multipliers, interleaved rows, norms on dt, B and C, and a norm that falcon_h1 may lack or put elsewhere."""
+    check_views(zoo(family, **options))
 
 
 def test_statistics_on_real_text(reference: tuple, data_folder) -> None:
@@ -184,11 +209,15 @@ def check_every_layer(model: torch.nn.Module, ids: torch.Tensor) -> None:
 
 
 def test_weights_only_view_refuses_activations() -> None:
-    from tiny import tiny_model
-
     graph = sspruner.trace(model := tiny_model())
     layer = graph.layers[0]
-    view = SSMView(layer, layer.groups[0], model.get_submodule(layer.path), None, torch.ones(0, 0, dtype=torch.bool))
+    group, family = graph.groups[f"{layer.path}:state"], layer.family
+    view = SSMView(model, layer.path, group, torch.ones(0, 0, dtype=torch.bool), family=family)
     assert view.weights["in_proj.weight:B"].shape == (1, 6, model.config.hidden_size)
-    with pytest.raises(sspruner.PluginError, match=r"needs='weights' read activations"):
-        _ = view.x
+    for name in ("hidden", "x", "y", "ghost_sum"):
+        with pytest.raises(sspruner.PluginError, match=r"needs='weights' read activations"):
+            getattr(view, name)
+    with pytest.raises(sspruner.PluginError, match=r"set needs='gradients'"):
+        _ = view.gradients
+    with pytest.raises(sspruner.PluginError, match="only whole blocks have an output"):
+        _ = view.output

@@ -5,17 +5,19 @@ One block at a time is on the compute device; the hidden states of all batches w
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from sspruner.errors import ModelError
+from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
 
-Observer = Callable[[str, torch.Tensor, torch.Tensor], None]  # (mixer path, hidden (b, T, D), mask (b, T))
+Observer = Callable[[str, torch.Tensor, torch.Tensor], None]  # (module path, hidden (b, T, D), mask (b, T))
 
 
 class _Captured(Exception):
@@ -35,62 +37,107 @@ class Replay:
         batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
         device: str | torch.device,
     ) -> None:
+        if not graph.blocks:
+            raise ModelError(
+                f"{graph.model_class}: mixer {graph.layers[0].path} is not inside a ModuleList of blocks; only scorers "
+                "that need weights alone can be used"
+            )
         self.model, self.device = model, torch.device(device)
-        self.blocks = find_blocks(model, graph)
-        self.mixers = [layer.path for layer in graph.layers]
-        self.hidden: list[torch.Tensor] = []  # one (b, T, D) per batch, on the CPU
-        self.inputs: list[dict[str, Any]] = []  # the other arguments that every block receives
+        self.blocks = [f"{graph.blocks}.{i}" for i in range(len(model.get_submodule(graph.blocks)))]  # type: ignore[arg-type]
+        self.hidden: list[tuple[torch.Tensor, ...]] = []  # what flows from block to block, per batch, on the CPU
+        self.inputs: list[dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []  # the other arguments, by block
         self.masks: list[torch.Tensor] = []  # bool (b, T)
         for tokens, mask in batches:
             self._start(tokens, mask)
 
     @torch.no_grad()
     def _start(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
-        """Run the model up to its first block, whose inputs are kept."""
+        """Run the model with blocks that return their input: what each of them is given is kept, nothing is computed.
 
-        def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.hidden.append(args[0].cpu())
-            self.inputs.append(kwargs)
-            raise _Captured
+        Beside the hidden states that is masks, positions, the original embeddings: none depends on other blocks.
+        """
+        first: list[tuple[torch.Tensor, ...]] = []
+        inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        if not self.inputs:
+            self.returns = self._what_blocks_return(tokens[:1, :2], mask[:1, :2])
 
-        handle = self.model.get_submodule(self.blocks[0]).register_forward_pre_hook(capture, with_kwargs=True)
-        home = next(self.model.parameters()).device
+        def stand_in(path: str) -> Callable[..., Any]:
+            carried, returned = self.returns[path]
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if not args:
+                    args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                flowing, rest = args[:carried], args[carried:]
+                if not first:
+                    first.append(flowing)
+                inputs[path] = rest, kwargs
+                if path == self.blocks[-1]:
+                    raise _Captured  # what follows, the output head above all, is not needed
+                return flowing + (None,) * (returned - carried) if returned else flowing[0]
+
+            return forward
+
+        stand_ins = {self.model.get_submodule(p): stand_in(p) for p in self.blocks}
+        with _replaced(stand_ins), suppress(_Captured):
+            forward(self.model, tokens, mask, use_cache=False)
+        missing = [path for path in self.blocks if path not in inputs]
+        if missing:
+            raise ModelError(f"{missing[0]}: the model's forward never calls this block; it cannot be replayed")
+        self.hidden.append(tuple(h.cpu() if h is not None else h for h in first[0]))
+        self.inputs.append(inputs)
+        self.masks.append(mask)
+
+    def _what_blocks_return(self, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, tuple[int, int]]:
+        """How many tensors flow on from each block, and the length of the tuple that it returns, 0 if it is none.
+
+        mamba_ssm's blocks pass (hidden states, residual) on; the others hidden states, some of them in a tuple.
+        """
+        seen: dict[str, tuple[int, int]] = {}
+
+        def look(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+                pair = isinstance(out, tuple) and "residual" in inspect.signature(module.forward).parameters
+                seen[path] = (2 if pair else 1, len(out) if isinstance(out, tuple) else 0)
+
+            return hook
+
+        handles = [self.model.get_submodule(path).register_forward_hook(look(path)) for path in self.blocks]
         try:
-            with _evaluating(self.model):
-                self.model(input_ids=tokens.to(home), attention_mask=mask.to(home).long(), use_cache=False)
-            raise ModelError(f"{self.blocks[0]}: the model's forward never calls this block; it cannot be replayed")
-        except _Captured:
-            self.masks.append(mask)
+            forward(self.model, tokens, torch.ones_like(mask), use_cache=False)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+        return {path: seen.get(path, (1, 0)) for path in self.blocks}
 
     @torch.no_grad()
-    def observe(self, block: str, observer: Observer) -> None:
-        """Give `observer` the input of every mixer in `block`, batch by batch. The mixer itself does not run."""
-        mixers = [path for path in self.mixers if within(path, block)]
-        with self._on_device(block) as module:
-            for batch in range(len(self.hidden)):
-                for path, hidden in self._mixer_inputs(module, mixers, batch):
-                    observer(path, hidden, self.masks[batch].to(hidden.device))
+    def observe(self, block: str, paths: list[str], observer: Observer) -> None:
+        """Give `observer` the input of every module of `paths`, inside `block`, batch by batch.
 
-    def _mixer_inputs(self, block: nn.Module, mixers: list[str], batch: int) -> list[tuple[str, torch.Tensor]]:
+        Nothing runs after the last of them has been called.
+        """
+        with self._on_device(block) as module:
+            for batch, mask in enumerate(self.masks):
+                for path, hidden in self._module_inputs(module, paths, batch):
+                    observer(path, hidden, mask.to(self.device))
+
+    def _module_inputs(self, block: nn.Module, paths: list[str], batch: int) -> list[tuple[str, torch.Tensor]]:
         seen: list[tuple[str, torch.Tensor]] = []
 
         def capture(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 seen.append((path, args[0] if args else kwargs["hidden_states"]))
-                if len(seen) == len(mixers):
+                if len(seen) == len(paths):
                     raise _Captured
 
             return hook
 
         handles = [
-            self.model.get_submodule(path).register_forward_pre_hook(capture(path), with_kwargs=True) for path in mixers
+            self.model.get_submodule(path).register_forward_pre_hook(capture(path), with_kwargs=True) for path in paths
         ]
         try:
-            if mixers:
+            if paths:
                 self._run(block, batch)
-                raise ModelError(f"{', '.join(mixers)}: not every mixer of the block ran; it cannot be scored")
+                raise ModelError(f"{', '.join(paths)}: not every module of the block ran; it cannot be scored")
         except _Captured:
             pass
         finally:
@@ -99,18 +146,32 @@ class Replay:
         return seen
 
     @torch.no_grad()
+    def outputs(self, block: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(input, output, mask) of a block as it is now, batch by batch: (b, T, D) twice and (b, T)."""
+        with self._on_device(block) as module:
+            for batch, mask in enumerate(self.masks):
+                before, after = self._residual(batch), self._run(module, batch)
+                yield before.to(self.device), after[0] if len(after) == 1 else sum(after), mask.to(self.device)  # type: ignore[misc]
+
+    def _residual(self, batch: int) -> torch.Tensor:
+        """The residual stream that enters the next block: mamba_ssm carries it in two parts."""
+        parts = [h for h in self.hidden[batch] if h is not None]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    @torch.no_grad()
     def advance(self, block: str) -> None:
         """Run `block` as it is now: its outputs become the inputs of the next block."""
         with self._on_device(block) as module:
             for batch in range(len(self.hidden)):
-                self.hidden[batch] = self._run(module, batch).cpu()
+                self.hidden[batch] = tuple(h.cpu() for h in self._run(module, batch))
 
-    def _run(self, block: nn.Module, batch: int) -> torch.Tensor:
-        kwargs = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in self.inputs[batch].items()}
+    def _run(self, block: nn.Module, batch: int) -> tuple[torch.Tensor, ...]:
+        path = next(p for p in self.blocks if self.model.get_submodule(p) is block)
+        args, kwargs = self.inputs[batch][path]
+        flowing = tuple(_to(h, self.device) for h in self.hidden[batch])
         with _evaluating(block):
-            out = block(self.hidden[batch].to(self.device), **kwargs)
-        hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+            out = block(*flowing, *(_to(a, self.device) for a in args), **_to(kwargs, self.device))
+        return tuple(out[: len(flowing)]) if isinstance(out, tuple) else (out,)
 
     @contextmanager
     def _on_device(self, block: str) -> Iterator[nn.Module]:
@@ -123,15 +184,27 @@ class Replay:
             module.to(home)
 
 
-def find_blocks(model: nn.Module, graph: SSMGraph) -> list[str]:
-    """Paths of the model's repeated blocks: the entries of the outermost ModuleList that holds the mixers."""
-    first = graph.layers[0].path.split(".")
-    for depth in range(1, len(first)):
-        path = ".".join(first[:depth])
-        module = model.get_submodule(path)
-        if isinstance(module, nn.ModuleList):
-            return [f"{path}.{i}" for i in range(len(module))]
-    raise ModelError(f"{graph.model_class}: mixer {graph.layers[0].path} is not inside a ModuleList of blocks")
+def _to(value: Any, device: torch.device) -> Any:
+    """Tensors inside tuples, lists and dicts, on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_to(v, device) for v in value)
+    return value
+
+
+@contextmanager
+def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Modules with other forwards inside the block."""
+    for module, other in forwards.items():
+        module.forward = other
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 def within(path: str, block: str) -> bool:

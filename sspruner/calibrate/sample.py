@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.errors import InputError
+from sspruner.forward import forward
+
 
 @torch.no_grad()
 def sample_from(
@@ -23,20 +26,21 @@ def sample_from(
     The end-of-text token does not stop a sequence: what follows it is a new text, as in training data.
     """
     config: Any = model.config
+    if not hasattr(config, "bos_token_id"):  # mamba_ssm
+        raise InputError(f"calibration 'self': {type(model).__name__} cannot be sampled here; give text or tokens")
     device = next(model.parameters()).device
     bos = next(i for i in (config.bos_token_id, config.eos_token_id, 0) if isinstance(i, int))
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.full((count, 1), bos, device=device)
-    cache: dict[str, object] = {}
-    training = model.training
-    model.eval()
+    cache: dict[str, Any] = {}
     for done in range(1, seq_len):
-        out = model(input_ids=tokens[:, -1:], use_cache=True, **cache)
+        # Positions are said, because some models do not count them from the cache (Bamba).
+        position = torch.full((count, 1), done - 1, device=device)
+        out = forward(model, tokens[:, -1:], use_cache=True, position_ids=position, **cache)
         # Families name their cache differently; what forward returned is what it takes.
         cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
         probabilities = out.logits[:, -1].float().softmax(-1)  # (count, vocabulary)
         tokens = torch.cat([tokens, probabilities.multinomial(1, generator=generator)], 1)
         if progress:
             progress("sampling calibration text", done, seq_len - 1)
-    model.train(training)
     return tokens.cpu()

@@ -14,6 +14,7 @@ from torch import nn
 
 from sspruner.calibrate.sample import sample_from
 from sspruner.errors import InputError
+from sspruner.forward import embedding
 
 TEXT_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".csv", ".text"}
 
@@ -198,7 +199,7 @@ def _windows(text: str, tokenizer: Any, seq_len: int, count: int, seed: int, nam
 
 
 def _check(tokens: torch.Tensor, mask: torch.Tensor, model: nn.Module, name: str) -> None:
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = embedding(model).num_embeddings
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise InputError(f"calibration {name}: token id {high if low >= 0 else low} outside the vocabulary (0 to "

@@ -143,7 +143,7 @@ def scan_output(p: Projected, size: int = CHUNK) -> torch.Tensor:
         carried = c.decay[..., None] * (c.C[:, :, None] @ c.entry.transpose(-1, -2))  # (b, G, K, Q, P)
         outputs.append((score @ c.x + carried).flatten(1, 2).transpose(1, 2))  # (b, Q, H, P)
     y = torch.cat(outputs, 1)
-    return y + p.D.to(y.dtype)[:, None] * p.x.to(y.dtype)
+    return y + p.D.to(y.dtype).reshape(len(p.D), -1) * p.x.to(y.dtype)  # D (H,), or (H, P) in some models
 
 
 def _injection(c: Chunk) -> torch.Tensor:

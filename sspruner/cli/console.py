@@ -99,6 +99,39 @@ def options_from(pairs: list[str] | None) -> dict[str, Any]:
     return options
 
 
+def axes_from(text: str) -> str | dict[str, float]:
+    """`state` as it is; `state=0.5,head=0.25` as a dict of fractions. Raises InputError for anything between."""
+    if "=" not in text and "," not in text:
+        return text
+    return {name: _fraction(value, f"--axis {text!r}") for name, value in _pairs(text, f"--axis {text!r}")}
+
+
+def scorers_from(text: str) -> str | dict[str, str]:
+    """`ghost` as it is; `state=ghost,mlp=magnitude` as a dict of names."""
+    return dict(_pairs(text, f"--scorer {text!r}")) if "=" in text else text
+
+
+def ratios_from(given: list[str] | None) -> dict[str, float]:
+    """`--ratio PATTERN=FRACTION`, each."""
+    pairs = [pair for text in given or [] for pair in _pairs(text, f"--ratio {text!r}")]
+    return {pattern: _fraction(value, f"--ratio {pattern}={value}") for pattern, value in pairs}
+
+
+def _pairs(text: str, what: str) -> list[tuple[str, str]]:
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    names = [name.strip() for name, _, _ in pairs]
+    if not all(names) or len(set(names)) != len(names):
+        raise InputError(f"{what}: expected NAME=VALUE, several separated by commas, each name once")
+    return [(name, value.strip()) for name, (_, _, value) in zip(names, pairs, strict=True)]
+
+
+def _fraction(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{what}: {text!r} is not a number") from None
+
+
 def show(renderable: Any) -> None:
     """Print a rich renderable on standard output; when that is not a terminal, without colour and never cut off."""
     from rich.console import Console

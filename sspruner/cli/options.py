@@ -10,11 +10,21 @@ import typer
 Model = Annotated[
     Optional[str], typer.Argument(help="Model folder or hub id. Default: the reference model.", show_default=False)
 ]
-Scorer = Annotated[str, typer.Option(help="Scorer; `sspruner scorers` lists them.")]
+Scorer = Annotated[
+    str, typer.Option(help="Scorer (`sspruner scorers` lists them), or one per axis: state=ghost,mlp=magnitude.")
+]
 ScorerOption = Annotated[
     Optional[list[str]], typer.Option("--option", help="An option of the scorer, name=value. Repeatable.")
 ]
-Axis = Annotated[str, typer.Option(help="What to remove.")]
+Axis = Annotated[str, typer.Option(help="What to remove; several with their fractions: state=0.5,head=0.25.")]
+ScoredAxes = Annotated[str, typer.Option(help="What to score; several separated by commas.")]
+Ratio = Annotated[
+    Optional[list[str]],
+    typer.Option(help="PATTERN=FRACTION: remove another fraction where a layer's name matches. Repeatable."),
+]
+Ignore = Annotated[
+    Optional[list[str]], typer.Option(help="Leave alone what matches this pattern, e.g. 'layers.0.*'. Repeatable.")
+]
 Sparsity = Annotated[Optional[float], typer.Option(help="Fraction of units to remove, in [0, 1).", show_default="0.5")]
 Keep = Annotated[Optional[int], typer.Option(help="Units to keep in every group, instead of --sparsity.")]
 Allocation = Annotated[str, typer.Option(help="How the budget is spread over layers.")]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import prepare, reports_errors
+from sspruner.cli.console import axes_from, prepare, ratios_from, reports_errors
+from sspruner.errors import InputError
 
 NAME = "plan"
 
@@ -17,10 +18,13 @@ NAME = "plan"
 def command(
     model: o.Model = None,
     scores: Annotated[Path, typer.Option(help="What `sspruner score` wrote.")] = Path("scores.safetensors"),
+    axis: Annotated[Optional[str], typer.Option(help="Fractions by axis: state=0.5,head=0.25.")] = None,
     sparsity: o.Sparsity = None,
     keep: o.Keep = None,
     allocation: o.Allocation = "uniform",
     multiple_of: o.MultipleOf = 1,
+    ratio: o.Ratio = None,
+    ignore: o.Ignore = None,
     dtype: o.Dtype = "auto",
     plugin: o.Plugin = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("plan.json"),
@@ -30,8 +34,13 @@ def command(
     from sspruner.io.output import check_file
     from sspruner.planning.plan import check_plan
 
-    if sparsity is None and keep is None:
+    fractions = axes_from(axis) if axis else None
+    if isinstance(fractions, str):
+        raise InputError(f"--axis {axis}: give a fraction for it, {axis}=0.5; the scores say which axes there are")
+    if sparsity is None and keep is None and fractions is None:
         sparsity = 0.5
+    if fractions is not None and (sparsity is not None or keep is not None):
+        raise InputError("give fractions by axis or one sparsity or keep for all, not both")
     check_file(out)
     prepare(plugin)
     loaded, _ = sspruner.load(model, dtype=dtype)
@@ -39,10 +48,12 @@ def command(
     made = sspruner.plan(
         graph,
         sspruner.Scores.load(scores),
-        sparsity=sparsity,
+        sparsity=fractions if fractions is not None else sparsity,
         keep=keep,
         allocation=allocation,
         multiple_of=multiple_of,
+        ratios=ratios_from(ratio),
+        ignore=ignore or [],
     )
     check_plan(made, graph, sspruner.fingerprint(loaded))
     made.save(out)

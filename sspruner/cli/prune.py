@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from sspruner.cli import options as o
 from sspruner.cli.console import (
+    axes_from,
     check_json,
     command_line,
     emit,
     options_from,
     prepare,
     progress_bar,
+    ratios_from,
     reports_errors,
+    scorers_from,
     show,
 )
 
@@ -28,6 +33,8 @@ def command(
     keep: o.Keep = None,
     allocation: o.Allocation = "uniform",
     multiple_of: o.MultipleOf = 1,
+    ratio: o.Ratio = None,
+    ignore: o.Ignore = None,
     mode: o.Mode = "slice",
     one_shot: o.OneShot = False,
     calibration: o.Calibration = "self",
@@ -46,29 +53,34 @@ def command(
     import sspruner
     from sspruner.io.load import name_of
     from sspruner.io.output import check_output
-    from sspruner.planning.allocate import check_budget
+    from sspruner.pipeline import make_budget
     from sspruner.plugins import manager
     from sspruner.report.table import result_table
 
-    if sparsity is None and keep is None:
-        sparsity = 0.5
-    check_budget(sparsity, keep, allocation, multiple_of)
+    axes, scorers = axes_from(axis), scorers_from(scorer)
+    budget: dict[str, Any] = {
+        "axis": axes,
+        "sparsity": sparsity,
+        "keep": keep,
+        "allocation": allocation,
+        "multiple_of": multiple_of,
+        "ratios": ratios_from(ratio),
+        "ignore": ignore or [],
+    }
+    make_budget(**budget)  # what makes no sense fails before the model is read
     if out:
         check_output(out, overwrite)
     check_json(json)
     scorer_options = options_from(option)
     prepare(plugin)
-    manager.scorer(scorer)  # an unknown name fails before the model is read
+    for name in scorers.values() if isinstance(scorers, dict) else [scorers]:
+        manager.scorer(name)
     with progress_bar() as progress:
         loaded, tokenizer = sspruner.load(model, dtype=dtype)
         result = sspruner.prune(
             loaded,
-            scorer,
-            sparsity=sparsity,
-            keep=keep,
-            axis=axis,
-            allocation=allocation,
-            multiple_of=multiple_of,
+            scorers,
+            **budget,
             mode=mode,
             one_shot=one_shot,
             calibration=calibration,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import options_from, prepare, progress_bar, reports_errors
+from sspruner.cli.console import options_from, prepare, progress_bar, reports_errors, scorers_from
 
 NAME = "score"
 
@@ -17,7 +17,7 @@ NAME = "score"
 def command(
     model: o.Model = None,
     scorer: o.Scorer = "ghost",
-    axis: o.Axis = "state",
+    axis: o.ScoredAxes = "state",
     calibration: o.Calibration = "self",
     samples: o.Samples = 32,
     seq_len: o.SeqLen = 256,
@@ -36,13 +36,15 @@ def command(
     scorer_options = options_from(option)
     check_file(out)
     prepare(plugin)
-    manager.scorer(scorer)
+    scorers = scorers_from(scorer)
+    for name in scorers.values() if isinstance(scorers, dict) else [scorers]:
+        manager.scorer(name)
     with progress_bar() as progress:
         loaded, tokenizer = sspruner.load(model, dtype=dtype)
         scores = sspruner.score(
             loaded,
-            scorer,
-            axis=axis,
+            scorers,
+            axis=[part.strip() for part in axis.split(",")],
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,

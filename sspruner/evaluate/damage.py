@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan
 from sspruner.surgery.mask import masked
@@ -60,13 +61,7 @@ def damage(
 
 def log_probabilities(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """fp32 log-probabilities of each next token: (b, T-1, vocabulary)."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        out = model(input_ids=tokens.to(device), attention_mask=mask.to(device).long(), use_cache=False)
-    finally:
-        model.train(training)
+    out = forward(model, tokens, mask, use_cache=False)
     return torch.log_softmax(out.logits[:, :-1].float(), -1)
 
 

@@ -1,45 +1,46 @@
-"""Dependency groups: all the tensor slices of one layer that must be cut together along one axis."""
+"""Dependency groups: all the tensor slices that must be cut together along one axis, or the blocks that may go."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
-
-
-@dataclass(frozen=True)
-class Fold:
-    """What a slice must do to the values that stay, so that sliced = masked.
-
-    An RMS norm over the cut units divides by fewer of them after the cut. With the factor f = before / after,
-    `weight *= sqrt(f)` and `eps *= f` restore the masked result exactly. The member that carries the fold is the
-    norm's weight; `eps` is the path of its epsilon, relative to the layer.
-    """
-
-    eps: str
 
 
 @dataclass(frozen=True)
 class Member:
     """A tensor slice that the units of a group own.
 
-    index: int64 (groups, units, rows per unit) on the CPU, rows of `parameter` along `dim`.
-    row_size: number of elements in one such row.
+    index: int64 (groups, units, rows per unit) on the CPU: rows of `tensor` along `dims` (several are seen as one).
+    row_size: number of elements in one such row. counted: whether it is a parameter (buffers are cut, not counted).
     """
 
-    parameter: str
-    dim: int
+    tensor: str
+    dims: tuple[int, ...]
     rows: str
     index: torch.Tensor
     row_size: int
-    fold: Fold | None = None
+    counted: bool = True
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The member's values, unit by unit: (groups, units, elements per unit), fp32."""
         groups, units, _ = self.index.shape
-        rows = tensor.detach().index_select(self.dim, self.index.flatten().to(tensor.device))
-        return rows.movedim(self.dim, 0).reshape(groups, units, -1).float()
+        rows = as_rows(tensor.detach(), self.dims).index_select(0, self.index.flatten().to(tensor.device))
+        return rows.reshape(groups, units, -1).float()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unit of the axes `block` and `mixer`: a module that adds to the residual stream and may go as a whole.
+
+    path     the module
+    writers  the parameters that write its contribution: with them at zero the module adds nothing (its mask)
+    extras   modules elsewhere that only this one uses, and that go with it (Zamba2's adapters)
+    """
+
+    path: str
+    writers: tuple[str, ...]
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class DependencyGroup:
     """One layer x one axis: `groups` sets of `units` units, cut together in every member.
 
     Constraint: every set keeps the same number of units (`keep` index sets may differ between sets, counts may
-    not), because the model's forward reshapes a flat dimension by them.
+    not), because the model's forward reshapes a flat dimension by them; and a multiple of `multiple_of`, where the
+    model's code asks for one. A group of whole modules has `blocks`, one for each unit, and no members.
     """
 
     layer: str
@@ -55,9 +57,9 @@ class DependencyGroup:
     groups: int
     units: int
     members: tuple[Member, ...]
-    state_bytes_per_unit: int
-    sizes: dict[str, int]
-    attributes: dict[str, tuple[tuple[str, ...], ...]]
+    state_bytes_per_unit: int = 0
+    blocks: tuple[Block, ...] = ()
+    multiple_of: int = 1
 
     @property
     def name(self) -> str:
@@ -66,10 +68,20 @@ class DependencyGroup:
 
     @property
     def parameters_per_unit(self) -> int:
-        """Number of parameters that leave the model with one unit."""
-        return sum(m.index.shape[2] * m.row_size for m in self.members)
+        """Number of parameters that leave the model with one unit, if nothing else is cut."""
+        return sum(m.index.shape[2] * m.row_size for m in self.members if m.counted)
 
-    def attribute_values(self, after: int) -> dict[str, int]:
-        """The mixer's integer attributes once `after` units are kept in every set."""
-        sizes = self.sizes | {self.axis: after}
-        return {name: sum(prod(sizes[d] for d in term) for term in terms) for name, terms in self.attributes.items()}
+
+def as_rows(tensor: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """`tensor` with `dims` in front, seen as one dimension: (rows, ...). Shares memory where it can."""
+    return tensor.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
+
+
+def drop_rows(tensor: torch.Tensor, dims: tuple[int, ...], rows: torch.Tensor) -> torch.Tensor:
+    """`tensor` without `rows` along `dims`; of several dimensions the last one shrinks, by as much everywhere."""
+    flat = as_rows(tensor, dims)
+    keep = torch.ones(len(flat), dtype=torch.bool, device="cpu")
+    keep[rows] = False
+    kept = flat.index_select(0, keep.nonzero().flatten().to(tensor.device))
+    kept = kept.reshape(*(tensor.shape[d] for d in dims[:-1]), -1, *kept.shape[1:])
+    return kept.movedim(tuple(range(len(dims))), dims).contiguous()

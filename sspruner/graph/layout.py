@@ -1,4 +1,4 @@
-"""Where the rows of one mixer live, as data: every axis of a family follows from its Layout.
+"""Where the rows of one module live, as data: every axis of a family follows from its Layout.
 
 A layout gives names to dimensions (`group`, `head`, `head_dim`, `state`) and says, for each tensor, which runs
 of rows are a row-major product of which dimensions. For a Mamba2 mixer with one group of two heads:
@@ -11,13 +11,17 @@ number of parameters and the attributes to correct are all computed from the lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
 from torch import nn
 
-from sspruner.graph.group import DependencyGroup, Fold, Member
+from sspruner.graph.group import DependencyGroup, Member
+
+Dims = tuple[str, ...]
+Size = tuple[Dims, ...]  # a sum of products of dimensions
 
 
 @dataclass(frozen=True)
@@ -25,86 +29,141 @@ class Rows:
     """A run of consecutive rows of a tensor: the row-major product of the dimensions `dims`."""
 
     name: str
-    dims: tuple[str, ...]
+    dims: Dims
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a mixer: `parameter` (relative to the mixer) is made of `rows` along `dim`."""
+    """One tensor of a module: `tensor` (a parameter or buffer, relative to the module) is made of `rows` along `dim`.
 
-    parameter: str
-    dim: int
+    dim     a dimension of the tensor; or several, seen as one in that order, where rows differ by head in a tensor
+            (head, rows, ...). The leading ones are then only indices: they have a slot of their own to be cut in
+    outer   dimensions around the runs: for each index of `outer` all the runs follow one another (interleaved rows)
+    """
+
+    tensor: str
+    dim: int | tuple[int, ...]
     rows: tuple[Rows, ...]
-    fold: Fold | None = None
+    outer: Dims = ()
+
+    @property
+    def tensor_dims(self) -> tuple[int, ...]:
+        """`dim` as a tuple."""
+        return (self.dim,) if isinstance(self.dim, int) else self.dim
+
+    def cuts(self, axis: str, rows: Rows) -> bool:
+        """Whether dropping units of `axis` drops rows of this run here."""
+        return axis in rows.dims or (axis in self.outer and len(self.tensor_dims) == 1)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a slice must do to the values that stay, so that sliced = masked.
+
+    A norm over the cut units divides by fewer of them after the cut. With f = before / after of the dimensions
+    `over`, `target` is multiplied by f ** power: a tensor (only its run `rows`, if given) or a float attribute.
+    An RMS norm with its own weight needs weight *= sqrt(f), eps *= f.
+    """
+
+    target: str
+    over: Dims
+    power: float
+    rows: str | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All that a family has to say about one mixer.
+    """All that has to be said about one module.
 
     sizes       size of each named dimension
-    slots       the tensors that have such dimensions; a slot whose parameter is None in the mixer is skipped
+    slots       the tensors that have such dimensions; a slot whose tensor the module lacks is skipped
     axes        the dimensions that may be cut, each with the dimensions it is nested in: its groups
     state       the dimensions of the recurrent state of one sequence
-    attributes  integers that the mixer's forward reads: attribute path -> a sum of products of dimensions
+    attributes  integers that the module's forward reads: attribute path -> a sum of products of dimensions; one that
+                the module lacks is skipped
+    folds       corrections of the values that stay
     """
 
-    sizes: dict[str, int]
+    sizes: Mapping[str, int]
     slots: tuple[Slot, ...]
-    axes: dict[str, tuple[str, ...]]
-    state: tuple[str, ...]
-    attributes: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    axes: Mapping[str, Dims] = field(default_factory=dict)
+    state: Dims = ()
+    attributes: Mapping[str, Size] = field(default_factory=dict)
+    folds: tuple[Fold, ...] = ()
 
-    def count(self, dims: tuple[str, ...]) -> int:
+    def count(self, dims: Dims) -> int:
         """Product of the sizes of `dims`."""
         return prod(self.sizes[d] for d in dims)
 
-    def index_map(self, slot: Slot, rows: Rows, axis: str) -> torch.Tensor:
-        """Rows of `slot` that each unit of `axis` owns: int64 (groups, units, rows per unit)."""
-        offset = sum(self.count(r.dims) for r in slot.rows[: slot.rows.index(rows)])
-        at = rows.dims.index(axis)
-        shape = (self.count(rows.dims[:at]), self.sizes[axis], self.count(rows.dims[at + 1 :]))
+    def total(self, size: Size) -> int:
+        """A sum of products of dimensions as a number."""
+        return sum(self.count(term) for term in size)
+
+    def resized(self, sizes: Mapping[str, int]) -> Layout:
+        """The same layout after a cut: `sizes` replaces the sizes of the dimensions it names."""
+        return replace(self, sizes={**self.sizes, **sizes})
+
+    def rows_of(self, slot: Slot, rows: Rows) -> torch.Tensor:
+        """Row numbers of one run, in the shape of its dimensions: int64 (*outer, *rows.dims), on the CPU."""
+        before = sum(self.count(r.dims) for r in slot.rows[: slot.rows.index(rows)])
+        width = sum(self.count(r.dims) for r in slot.rows)
         # The device is named because the loader cuts inside `torch.device("meta")`.
-        return (torch.arange(prod(shape), device="cpu") + offset).reshape(shape)
+        outer = torch.arange(self.count(slot.outer), device="cpu") * width + before
+        inner = torch.arange(self.count(rows.dims), device="cpu")
+        return (outer[:, None] + inner).reshape([self.sizes[d] for d in slot.outer + rows.dims])
+
+    def index_map(self, slot: Slot, rows: Rows, axis: str, groups: Dims) -> torch.Tensor:
+        """Rows of `slot` that each unit of `axis` owns: int64 (groups, units, rows per unit)."""
+        dims = slot.outer + rows.dims
+        order = [*groups, axis, *[d for d in dims if d != axis and d not in groups]]
+        index = self.rows_of(slot, rows).permute([dims.index(d) for d in order])
+        return index.reshape(self.count(groups), self.sizes[axis], -1)
 
 
-#: Bytes per element of the recurrent state: transformers and mamba_ssm keep it in fp32, whatever the weights.
+#: Bytes per element of the recurrent state: transformers keeps it in fp32, whatever the weights. mamba_ssm's caches
+#: take a dtype; their bytes are counted as fp32, too.
 STATE_ITEMSIZE = 4
 
 
 def state_bytes(layout: Layout) -> int:
     """Bytes of recurrent state that one sequence keeps in this mixer at decode."""
-    return layout.count(layout.state) * STATE_ITEMSIZE
+    return layout.count(layout.state) * STATE_ITEMSIZE if layout.state else 0
 
 
-def dependency_group(layout: Layout, mixer: nn.Module, path: str, axis: str) -> DependencyGroup:
-    """The dependency group of `axis` in the mixer at `path`: every member that one unit owns."""
-    parameters = dict(mixer.named_parameters(remove_duplicate=False))
-    members = []
+def members(layout: Layout, module: nn.Module, path: str, axis: str, groups: Dims) -> list[Member]:
+    """Every tensor slice of the module at `path` that the units of `axis` own."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+    found = []
     for slot in layout.slots:
-        tensor = parameters.get(slot.parameter)
-        if tensor is None:
+        if slot.tensor not in tensors:
             continue
+        tensor = tensors[slot.tensor]
         for rows in slot.rows:
-            if axis in rows.dims:
-                members.append(
+            if slot.cuts(axis, rows):
+                extent = prod([int(tensor.shape[d]) for d in slot.tensor_dims])
+                found.append(
                     Member(
-                        parameter=f"{path}.{slot.parameter}",
-                        dim=slot.dim,
+                        tensor=f"{path}.{slot.tensor}",
+                        dims=slot.tensor_dims,
                         rows=rows.name,
-                        index=layout.index_map(slot, rows, axis),
-                        row_size=tensor.numel() // tensor.shape[slot.dim],
-                        fold=slot.fold,
+                        index=layout.index_map(slot, rows, axis, groups),
+                        row_size=tensor.numel() // extent,
+                        counted=slot.tensor in parameters,
                     )
                 )
-    groups, units = layout.count(layout.axes[axis]), layout.sizes[axis]
+    return found
+
+
+def dependency_group(layout: Layout, module: nn.Module, path: str, axis: str) -> DependencyGroup:
+    """The dependency group of `axis` in the module at `path`: every member that one unit owns."""
+    groups = layout.axes[axis]
+    sets, units = layout.count(groups), layout.sizes[axis]
     return DependencyGroup(
         layer=path,
         axis=axis,
-        groups=groups,
+        groups=sets,
         units=units,
-        members=tuple(members),
-        state_bytes_per_unit=state_bytes(layout) // (groups * units) if axis in layout.state else 0,
-        sizes=layout.sizes,
-        attributes={name: terms for name, terms in layout.attributes.items() if any(axis in term for term in terms)},
+        members=tuple(members(layout, module, path, axis, groups)),
+        state_bytes_per_unit=state_bytes(layout) // (sets * units) if axis in layout.state else 0,
     )

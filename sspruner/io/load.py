@@ -1,10 +1,11 @@
-"""Load a model: the reference model, a Hugging Face folder or hub id, or a folder that sspruner saved."""
+"""Load a model: a reference model, a Hugging Face folder or hub id, or a folder that sspruner saved."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from torch import nn
 
 from sspruner.errors import InputError, ModelError
 from sspruner.graph.ssm_graph import trace
+from sspruner.io.save import WEIGHTS
 from sspruner.planning.plan import Plan
-from sspruner.surgery.slice import recorded, slice_recorded
+from sspruner.surgery.record import RECORD, check_recorded, fields, recorded, restore_stock
+from sspruner.surgery.slice import cut_buffer, slice_model
 
-REFERENCE = Path(__file__).parent.parent / "reference"
-REFERENCE_NAME = "mamba2-books-4m (reference)"
+REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each reference model that ships
+DEFAULT = "mamba2-books-4m"
 
 
 def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder, a hub id, or, with no argument, the reference model that ships.
+    """(model, tokenizer) from a folder, a hub id, or a reference model that ships: by its name, or with no argument.
 
     The model is on the CPU in eval mode. The tokenizer is None if there is none. dtype: "auto" (as saved),
     "float32", "bfloat16" or "float16". Raises InputError for a path that is wrong, ModelError for a model that is
@@ -29,7 +32,7 @@ def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_c
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    where = str(REFERENCE if model is None else model)
+    where = str(_reference(model) or model)
     if _is_local(where):
         where = str(Path(where).expanduser())
         _check_folder(Path(where))
@@ -40,11 +43,14 @@ def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_c
     except Exception as error:  # transformers and the hub raise many types for a bad config or name
         raise ModelError(f"model {where}: config cannot be read: {_brief(error)}") from error
     try:
-        plan = recorded(config)
-        with _cut_after_init(type(config), plan):
+        cut = copy.deepcopy(config)
+        cuts = recorded(config)
+        restore_stock(config)  # the original model is built, then cut
+        with _cut_after_init(type(config), cuts):
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
+                subfolder=(getattr(cut, RECORD, None) or {}).get("weights", ""),
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -55,6 +61,8 @@ def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_c
     except Exception as error:
         raise ModelError(f"model {where}: cannot be loaded: {_brief(error)}") from error
     _check_complete(where, info)
+    if cuts:
+        _finish_cut(loaded, cut)
     check_finite(loaded, where)
     return loaded.eval(), _tokenizer(where, trust_remote_code)
 
@@ -72,7 +80,15 @@ def check_finite(model: nn.Module, where: str = "") -> None:
 
 def name_of(model: str | Path | None) -> str:
     """How reports call the model that `load` would read."""
-    return REFERENCE_NAME if model is None else str(model)
+    reference = _reference(model)
+    return f"{reference.name} (reference)" if reference else str(model)
+
+
+def _reference(model: str | Path | None) -> Path | None:
+    """The folder of a reference model, if that is meant. A folder of that name in the working directory goes first."""
+    folder = REFERENCES / str(DEFAULT if model is None else model)
+    named = str(model).replace("-", "").isalnum() and not Path(str(model)).exists()
+    return folder if model is None or (named and folder.is_dir()) else None
 
 
 def _is_local(name: str) -> bool:
@@ -112,7 +128,7 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"model {path}: config.json is not JSON ({error})") from error
     if not isinstance(data, dict) or "model_type" not in data:
         raise ModelError(f"model {path}: config.json has no model_type; native mamba_ssm folders cannot be read yet")
-    for file in sorted(path.glob("*.safetensors")):
+    for file in sorted([*path.glob("*.safetensors"), *path.glob(f"{WEIGHTS}/*.safetensors")]):
         try:
             with safe_open(str(file), framework="pt") as f:
                 f.keys()
@@ -121,13 +137,13 @@ def _check_folder(path: Path) -> None:
 
 
 @contextmanager
-def _cut_after_init(config_class: type, plan: Plan | None) -> Iterator[None]:
-    """While open, models built from this config class get the recorded cut right after their `__init__`.
+def _cut_after_init(config_class: type, cuts: list[Plan]) -> Iterator[None]:
+    """While open, models built from this config class get the recorded cuts right after their `__init__`.
 
     from_pretrained builds modules on the meta device and then loads weights by name: modules that have their
     final sizes by then are filled exactly, by stock code, conversions included.
     """
-    if plan is None:
+    if not cuts:
         yield
         return
     from transformers import AutoModelForCausalLM
@@ -135,15 +151,39 @@ def _cut_after_init(config_class: type, plan: Plan | None) -> Iterator[None]:
     model_class: Any = AutoModelForCausalLM._model_mapping[config_class]
     original = model_class.__init__
 
-    def cut_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def cut_init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        slice_recorded(self, plan, trace(self))
+        _tie(self)  # so that shared parameters are cut once
+        # Buffers that are not in the checkpoint are made anew after this, in their full size: they are cut at the end.
+        self._sspruner_buffers = []
+        for plan in cuts:
+            graph = trace(self)
+            check_recorded(plan, graph)
+            slice_model(self, plan, graph, later=self._sspruner_buffers)
 
     model_class.__init__ = cut_init
     try:
         yield
     finally:
         model_class.__init__ = original
+
+
+def _tie(model: Any) -> None:
+    """What `model.tie_weights()` does; from_pretrained switches that off until the weights are there."""
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        owner, _, leaf = target.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+
+
+def _finish_cut(model: Any, cut: Any) -> None:
+    """Cut the buffers that transformers made in their full size, and give the model the config that was saved."""
+    for buffer in model._sspruner_buffers:
+        cut_buffer(*buffer)
+    del model._sspruner_buffers
+    for name, value in fields(cut).items():
+        if getattr(model.config, name, None) != value:
+            with suppress(AttributeError):  # a property of what the blocks have set already
+                setattr(model.config, name, value)
 
 
 def _tokenizer(where: str, trust_remote_code: bool) -> Any:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sspruner.io.output import atomic_folder
+from sspruner.surgery.record import RECORD
+
+WEIGHTS = "weights"  # subfolder for weights that only `sspruner.load` can read
 
 
 def save(
@@ -19,11 +24,14 @@ def save(
     """Write `model` and `tokenizer` to the folder `out`, and return its path.
 
     With `result` (what `sspruner.prune` returned) also plan.json, report.json and sspruner/scores.safetensors. The
-    folder appears whole or not at all. Raises InputError if it exists and is not empty, unless `overwrite` is given and
-    it holds an earlier model.
+    folder appears whole or not at all. Weights that stock classes cannot load lie in its subfolder `weights`. Raises
+    InputError if the folder exists and is not empty, unless `overwrite` is given and it holds an earlier model.
     """
     with atomic_folder(out, overwrite) as folder:
-        model.save_pretrained(folder)
+        weights = weights_folder(model)
+        model.save_pretrained(folder / weights)
+        if weights:
+            (folder / weights / "config.json").rename(folder / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if result is not None:
@@ -33,3 +41,32 @@ def save(
             result.scores.save(folder / "sspruner" / "scores.safetensors")
             result.report.save(folder / "report.json")
     return Path(out)
+
+
+def weights_folder(model: Any) -> str:
+    """The subfolder for the weights, noted in the config's record: "" unless they are out of reach of stock classes.
+
+    Without weights beside config.json those refuse; else they fill what does not fit with random values.
+    """
+    record = getattr(model.config, RECORD, None)
+    if not record:
+        return ""
+    record["weights"] = "" if stock_can_build(model) else WEIGHTS
+    return str(record["weights"])
+
+
+def stock_can_build(model: Any) -> bool:
+    """Whether the model's class makes tensors of the same names and shapes from its config alone."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[model.config.model_type].from_dict(model.config.to_dict())
+        with torch.device("meta"):
+            stock = type(model)(config)
+    except (ValueError, KeyError, RuntimeError, ZeroDivisionError):
+        return False  # a combination of sizes that the config or the class refuses
+    return _shapes(stock) == _shapes(model)
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -33,29 +34,34 @@ class Selection:
         kept = set(self.keep[group])
         return [unit for unit in range(self.before) if unit not in kept]
 
-    def then(self, second: Selection) -> Selection:
-        """One selection that equals this one followed by `second`."""
-        return Selection(
-            self.before,
-            tuple(tuple(mine[i] for i in theirs) for mine, theirs in zip(self.keep, second.keep, strict=True)),
-        )
-
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays of each dependency group. `model` identifies the model; `made_by` says how the plan was made."""
+    """What stays of each dependency group, on one axis or on several.
 
-    axis: str
+    groups: `<module path>:<axis>` -> Selection. `model` identifies the model; `made_by` says how the plan was made.
+    """
+
     groups: dict[str, Selection]
     model: dict[str, str] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that the plan cuts, in its own order."""
+        return tuple(dict.fromkeys(axis_of(name) for name in self.groups))
+
+    @property
+    def drops(self) -> bool:
+        """Whether the plan removes anything at all."""
+        return any(s.after < s.before for s in self.groups.values())
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
         return {
             "version": VERSION,
             "model": self.model,
-            "axis": self.axis,
+            "axis": ",".join(self.axes),
             "groups": {
                 name: {"before": s.before, "after": s.after, "keep": [list(k) for k in s.keep]}
                 for name, s in self.groups.items()
@@ -73,7 +79,7 @@ class Plan:
                 str(name): Selection(_index(g["before"]), tuple(tuple(map(_index, k)) for k in g["keep"]))
                 for name, g in data["groups"].items()
             }
-            plan = cls(str(data["axis"]), groups, dict(data.get("model", {})), dict(data.get("made_by", {})))
+            plan = cls(groups, dict(data.get("model", {})), dict(data.get("made_by", {})))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{where}: malformed plan ({type(error).__name__}: {error})") from error
         for name, selection in plan.groups.items():
@@ -99,13 +105,21 @@ class Plan:
 
     def __str__(self) -> str:
         width = max(map(len, self.groups), default=0)
-        lines = [f"plan on axis {self.axis!r}"]
+        lines = [f"plan on {', '.join(self.axes)}"]
         lines += [f"  {name:<{width}}  {s.before} -> {s.after}" for name, s in self.groups.items()]
         return "\n".join(lines)
 
 
+def axis_of(name: str) -> str:
+    """The axis of the dependency group `<module path>:<axis>`."""
+    return name.rpartition(":")[2]
+
+
 def check_plan(plan: Plan, graph: SSMGraph, fingerprint: str | None = None) -> None:
-    """Raise PlanError unless every reduction of `plan` fits `graph` and, where both are known, the fingerprint."""
+    """Raise PlanError unless every reduction of `plan` fits `graph` and, where both are known, the fingerprint.
+
+    A plan that removes nothing is an error too: whoever applies it expects a smaller model.
+    """
     made_for = plan.model.get("fingerprint")
     if made_for and fingerprint and made_for != fingerprint:
         raise PlanError(
@@ -115,11 +129,35 @@ def check_plan(plan: Plan, graph: SSMGraph, fingerprint: str | None = None) -> N
     for name, selection in plan.groups.items():
         group = graph.groups.get(name)
         if group is None:
-            raise PlanError(f"{name}: the model has no such dependency group; its first is {next(iter(graph.groups))}")
-        if group.axis != plan.axis:
-            raise PlanError(f"{name}: the plan says that its axis is {plan.axis!r}")
+            near = difflib.get_close_matches(name, graph.groups, n=1, cutoff=0) or [""]
+            raise PlanError(f"{name}: the model has no such dependency group; the nearest is {near[0]}")
         _check_selection(name, selection)
         _check_fits(name, selection, group)
+        if selection.after % group.multiple_of and selection.after < selection.before:
+            raise PlanError(
+                f"{name}: keeps {selection.after} units; the model's code needs a multiple of {group.multiple_of}"
+            )
+        if selection.after == 0:
+            raise PlanError(f"{name}: keeps nothing; at least 1 unit has to stay (to drop whole layers: axis block)")
+    if not plan.drops:
+        raise PlanError("the plan keeps every unit: nothing would be removed; remove something with sparsity or keep")
+    _check_modules(plan, graph)
+
+
+def _check_modules(plan: Plan, graph: SSMGraph) -> None:
+    """Whole modules: a mixer has to stay, or it is no state-space model; and attention where there was some, because
+    the caches of hybrids count tokens in an attention layer."""
+    gone = [
+        graph.groups[name].blocks[unit].path
+        for name, selection in plan.groups.items()
+        for unit in (selection.dropped(0) if graph.groups[name].blocks else ())
+    ]
+    kinds = {"mixer": graph.layers, "attention layer": [s for s in graph.sites if s.kind == "attention"]}
+    for kind, sites in kinds.items() if gone else ():
+        paths = [path for site in sites for path in (site.path, *site.aliases)]
+        around = [next((g for g in gone if path == g or path.startswith(f"{g}.")), None) for path in paths]
+        if paths and all(around):
+            raise PlanError(f"the plan drops every {kind}; one has to stay: leave it alone with ignore {around[-1]!r}")
 
 
 def _index(value: Any) -> int:
@@ -138,8 +176,8 @@ def _check_fits(name: str, selection: Selection, group: DependencyGroup) -> None
 
 def _check_selection(name: str, selection: Selection) -> None:
     counts = {len(k) for k in selection.keep}
-    if len(counts) != 1 or counts == {0}:
-        raise PlanError(f"{name}: keeps {sorted(counts)} units; every group needs the same count, at least 1")
+    if len(counts) != 1:
+        raise PlanError(f"{name}: keeps {sorted(counts)} units; every group needs the same count")
     for keep in selection.keep:
-        if any(a >= b for a, b in pairwise(keep)) or keep[0] < 0 or keep[-1] >= selection.before:
+        if any(a >= b for a, b in pairwise(keep)) or (keep and not 0 <= keep[0] <= keep[-1] < selection.before):
             raise PlanError(f"{name}: indices must increase within 0 to {selection.before - 1}")

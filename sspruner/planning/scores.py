@@ -39,6 +39,8 @@ class Scores:
                 metadata = dict(sorted((f.metadata() or {}).items()))
         except (SafetensorError, OSError) as error:
             raise InputError(f"scores {path}: not a readable safetensors file ({error}); score again") from error
+        if not scores:
+            raise InputError(f"scores {path}: holds no scores; score again")
         for name, importance in scores.items():
             if importance.ndim != 2 or not importance.is_floating_point() or not importance.isfinite().all():
                 raise InputError(f"scores {path}: {name} is not a finite (groups, units) tensor; score again")

@@ -14,7 +14,7 @@ from sspruner.calibrate.view import SSMView
 from sspruner.errors import InputError, PluginError, SSPrunerError
 from sspruner.graph.group import DependencyGroup
 
-NEEDS = ("weights", "activations")
+NEEDS = ("weights", "activations", "gradients")
 
 
 class Scorer(ABC):
@@ -25,7 +25,8 @@ class Scorer(ABC):
     name    what the user types after --scorer
     axes    the axes it can score
     needs   "weights": observe is called once per layer, and the view holds weights only;
-            "activations": observe is called once per layer and calibration batch
+            "activations": observe is called once per layer and calibration batch;
+            "gradients": observe is called once per layer, after a backward pass over all calibration batches
     """
 
     name: ClassVar[str]

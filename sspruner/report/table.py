@@ -18,9 +18,13 @@ def result_table(report: Report) -> RenderableType:
     for header in ("", "dense", "pruned", "change"):
         table.add_column(header, justify="left" if not header else "right")
     dense, pruned = report.dense, report.pruned
-    units = {(layer["before"], layer["after"]) for layer in report.layers.values()}
-    before, after = sorted({b for b, _ in units}), sorted({a for _, a in units})
-    table.add_row(f"{report.axis} size", _span(before), _span(after), _percent(sum(before), sum(after)))
+    for axis in report.axis.split(", "):
+        units = [layer for name, layer in report.layers.items() if name.rpartition(":")[2] == axis]
+        if not units:
+            continue
+        before, after = (sorted({layer[when] for layer in units}) for when in ("before", "after"))
+        change = _percent(sum(layer["before"] for layer in units), sum(layer["after"] for layer in units))
+        table.add_row(f"{axis}{' units' if axis != 'state' else ' size'}", _span(before), _span(after), change)
     for label, key, show in (
         ("state bytes per sequence", "state_bytes", _bytes),
         ("parameters", "parameters", "{:,}".format),

@@ -3,105 +3,140 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from sspruner.errors import PlanError
-from sspruner.graph.group import DependencyGroup
-from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan, Selection
+from sspruner.graph.group import drop_rows
+from sspruner.graph.layout import Layout
+from sspruner.graph.ssm_graph import Site, SSMGraph
+from sspruner.planning.plan import Plan, axis_of
+from sspruner.surgery.blocks import drop_blocks
 from sspruner.surgery.mask import dropped_rows
 
-RECORD = "sspruner"  # key in config.json
-
-
-def slice_model(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Remove, from every member, the rows of the units that `plan` drops, and record the cut in the config."""
-    _cut(model, plan, graph)
-    record(model, plan, graph)
-
-
-def slice_recorded(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Bring a freshly built model to the sizes that its config records. Raises PlanError if it cannot be.
-
-    Groups that have their final size already are left alone: the config's stock field gave it to them.
-    """
-    todo = {}
-    for name, selection in plan.groups.items():
-        group = graph.groups.get(name)
-        if group is None or group.units not in (selection.before, selection.after):
-            raise PlanError(f"config.json: records a cut of {name} that does not fit the model that it describes")
-        if group.units == selection.before:
-            todo[name] = selection
-    _cut(model, Plan(plan.axis, todo), graph)
+Cuts = Mapping[tuple[int, ...], torch.Tensor]  # dimensions of a tensor, seen as one -> the rows that go
 
 
 @torch.no_grad()
-def _cut(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Drop rows, fold, and set the attributes that forward reads."""
-    rows: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)
+def slice_model(
+    model: nn.Module, plan: Plan, graph: SSMGraph, later: list[tuple[torch.nn.Module, str, Cuts]] | None = None
+) -> None:
+    """Remove, from every tensor, the rows of the units that `plan` drops; then the modules that it drops.
+
+    Parameters that several modules share stay shared. `surgery.record` writes the cut into the config. later: where
+    to note the cuts of buffers, (module, name, cuts), instead of making them: a loader makes those at the end.
+    """
+    for name, cuts in rows_to_drop(plan, graph).items():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if later is not None and leaf in owner._buffers:
+            later.append((owner, leaf, cuts))
+        else:
+            _drop(model, getattr(owner, leaf), cuts)
+    for site in graph.sites:
+        before, after = site.layout, cut_layout(site, plan, graph)
+        if before.sizes != after.sizes:
+            for path in (site.path, *site.aliases):
+                _correct(model.get_submodule(path), after)
+            _fold(model, site, before, after)
+    drop_blocks(model, plan, graph)
+
+
+def cut_buffer(module: nn.Module, leaf: str, cuts: Cuts) -> None:
+    """One of the cuts that `slice_model` put off."""
+    module._buffers[leaf] = _without(module._buffers[leaf], cuts)  # type: ignore[arg-type]
+
+
+def rows_to_drop(plan: Plan, graph: SSMGraph) -> dict[str, dict[tuple[int, ...], torch.Tensor]]:
+    """tensor -> its dimensions -> the rows that go: int64, every row once."""
+    rows: dict[str, dict[tuple[int, ...], list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
     for name, selection in plan.groups.items():
         for member in graph.groups[name].members:
-            rows[member.parameter, member.dim].append(dropped_rows(member, selection))
-    for (parameter, dim), parts in rows.items():
-        _drop(model, parameter, dim, torch.cat(parts))
-    for name, selection in plan.groups.items():
-        group = graph.groups[name]
-        _fold(model, group, selection)
-        for attribute, value in group.attribute_values(selection.after).items():
-            owner, _, leaf = f"{group.layer}.{attribute}".rpartition(".")
-            setattr(model.get_submodule(owner), leaf, value)
+            rows[member.tensor][member.dims].append(dropped_rows(member, selection))
+    return {name: {dims: torch.unique(torch.cat(parts)) for dims, parts in by.items()} for name, by in rows.items()}
 
 
-def _drop(model: nn.Module, name: str, dim: int, rows: torch.Tensor) -> None:
-    """Replace a parameter by one without `rows`."""
-    old = model.get_parameter(name)
-    keep = torch.ones(old.shape[dim], dtype=torch.bool, device="cpu")
-    keep[rows] = False
-    kept = old.data.index_select(dim, keep.nonzero().flatten().to(old.device))
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=old.requires_grad))
+def cut_layout(site: Site, plan: Plan, graph: SSMGraph) -> Layout:
+    """The layout of one module once the plan is applied."""
+    return site.layout.resized(sizes_after(site, plan))
 
 
-def _fold(model: nn.Module, group: DependencyGroup, selection: Selection) -> None:
-    """Norms over the cut units average over fewer: scale their weight and epsilon (see graph.group.Fold)."""
-    factor = selection.before / selection.after
-    for member in group.members:
-        if member.fold is None:
+def sizes_after(site: Site, plan: Plan) -> Mapping[str, int]:
+    """The dimensions of one module that the plan changes, with their new sizes."""
+    own = {axis: f"{site.path}:{axis}" for axis in site.layout.axes}
+    sizes = {axis: plan.groups[name].after for axis, name in own.items() if name in plan.groups}
+    if "hidden" in site.layout.sizes:
+        for name, selection in plan.groups.items():
+            if axis_of(name) == "hidden":
+                sizes["hidden"] = selection.after
+    return sizes
+
+
+def _drop(model: nn.Module, old: torch.Tensor, cuts: Cuts) -> None:
+    """Replace a tensor, wherever it is held, by one without some rows."""
+    new = _without(old.data, cuts)
+    replacement = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for leaf, value in held.items():
+                if value is old:
+                    held[leaf] = replacement  # type: ignore[assignment]
+                    _correct_shape(module)
+
+
+def _without(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """Dimensions seen as one go first: their row numbers count the rows of the others, too."""
+    for dims, rows in sorted(cuts.items(), key=lambda item: -len(item[0])):
+        tensor = drop_rows(tensor, dims, rows)
+    return tensor
+
+
+def _correct_shape(module: Any) -> None:
+    """The sizes that torch's own modules keep beside their weights."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv1d):  # depthwise: one filter per channel
+        module.in_channels = module.out_channels = module.groups = module.weight.shape[0]
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+
+
+def _correct(module: nn.Module, after: Layout) -> None:
+    """The integers that the module's forward reads."""
+    for attribute, size in after.attributes.items():
+        owner, leaf = _owner(module, attribute)
+        if owner is not None:
+            setattr(owner, leaf, after.total(size))
+
+
+def _fold(model: nn.Module, site: Site, before: Layout, after: Layout) -> None:
+    """Scale what stays (see graph.layout.Fold): tensors once, attributes in every module that shares them."""
+    for fold in after.folds:
+        factor = before.count(fold.over) / after.count(fold.over)
+        if factor == 1:
             continue
-        model.get_parameter(member.parameter).data.mul_(factor**0.5)
-        owner, _, leaf = f"{group.layer}.{member.fold.eps}".rpartition(".")
-        norm = model.get_submodule(owner)
-        setattr(norm, leaf, getattr(norm, leaf) * factor)
+        owner, leaf = _owner(model.get_submodule(site.path), fold.target)
+        value = getattr(owner, leaf, None)
+        if isinstance(value, torch.Tensor):
+            rows = slice(None)
+            if fold.rows:
+                slot = next(s for s in after.slots if s.tensor == fold.target and s.dim == 0)
+                index = after.rows_of(slot, next(r for r in slot.rows if r.name == fold.rows)).flatten()
+                rows = slice(int(index[0]), int(index[-1]) + 1)
+            value.data[rows] *= factor**fold.power
+        elif value is not None:
+            for path in (site.path, *site.aliases):
+                holder, _ = _owner(model.get_submodule(path), fold.target)
+                setattr(holder, leaf, value * factor**fold.power)
 
 
-def record(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Write into model.config what was cut: `sspruner`, and the stock field where one size serves all layers.
-
-    The record composes: after several cuts it holds one selection per dependency group, in the indices of the
-    original model, so that the loader can repeat the cut on freshly built modules.
-    """
-    config: Any = model.config
-    previous = recorded(config)
-    groups = dict(previous.groups) if previous else {}
-    for name, selection in plan.groups.items():
-        groups[name] = groups[name].then(selection) if name in groups else selection
-    stock = dict((getattr(config, RECORD, None) or {}).get("stock", {}))
-    for name in plan.groups:
-        layer = next(layer for layer in graph.layers if layer.path == graph.groups[name].layer)
-        field = layer.family.config_names.get(plan.axis)
-        if field is None:
-            continue
-        stock.setdefault(field, getattr(config, field))
-        everywhere = {groups[n].after if n in groups else g.units for n, g in graph.on_axis(plan.axis).items()}
-        # One value for all layers: stock classes load the result. Otherwise the original value stays, and they refuse.
-        setattr(config, field, everywhere.pop() if len(everywhere) == 1 else stock[field])
-    setattr(config, RECORD, {**Plan(plan.axis, groups).to_json(), "stock": stock})
-
-
-def recorded(config: Any) -> Plan | None:
-    """The cut that a config records, in the indices of the original model; None if it records none."""
-    data = getattr(config, RECORD, None)
-    return Plan.from_json(data, "config.json, key 'sspruner'") if data else None
+def _owner(module: nn.Module, attribute: str) -> tuple[nn.Module | None, str]:
+    """The submodule that has the attribute, None if there is none, and the attribute's own name."""
+    path, _, leaf = attribute.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return None, leaf
+    return (owner, leaf) if hasattr(owner, leaf) else (None, leaf)

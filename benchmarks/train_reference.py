@@ -1,0 +1,232 @@
+"""Train a small model of one family on a text file, as a Hugging Face folder with a measured perplexity.
+
+    python benchmarks/train_reference.py zamba2 --text ../shared/data/books-train.txt --minutes 40 --out zamba2-books
+
+The budget is minutes or tokens; the learning rate falls linearly to zero over it. The tokenizer is the reference
+model's. This made the reference models beside `mamba2-books-4m` (their cards say with which budget).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import progress, provenance
+from reference import first_windows, perplexity
+from torch import nn
+
+import sspruner
+
+LEARNING_RATE, WEIGHT_DECAY, WARM_UP, CLIP = 3e-3, 0.1, 0.02, 1.0  # warm-up as a fraction of the budget
+BATCH, SEQ_LEN = 8, 256
+
+FAMILIES: dict[str, dict[str, Any]] = {  # model_type -> its config: 2 to 4 million parameters
+    "mamba2": {"hidden_size": 256, "num_hidden_layers": 6, "num_heads": 8, "head_dim": 64, "n_groups": 1},
+    "mamba": {"hidden_size": 192, "num_hidden_layers": 6, "state_size": 16},
+    "zamba2": {
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "hybrid"] * 3,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 64,
+        "mamba_ngroups": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "intermediate_size": 384,
+        "num_mem_blocks": 1,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 8,
+        "use_mem_rope": True,
+    },
+}
+
+
+class SelectiveScan(torch.autograd.Function):
+    """Mamba1's recurrence, one step at a time in a state that stays in the processor's cache.
+
+        h_t = exp(dt_t A) h_{t-1} + u_t (x) B_t        y_t = h_t . C_t        (u = dt x)
+
+    Autograd through a Python loop of T steps would keep T graphs of states. Here only every KEEP-th state is kept; the
+    backward pass recomputes the others, and the gradient of h is the same recurrence run backwards.
+    Shapes: dt, u (T, b, D), B, C (T, b, N), A (D, N), y (T, b, D); T a multiple of KEEP.
+    """
+
+    KEEP = 16
+
+    @staticmethod
+    def forward(ctx: Any, dt: torch.Tensor, u: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A: torch.Tensor) -> Any:
+        T, b, D = u.shape
+        h, y = u.new_zeros(b, D, A.shape[1]), torch.empty_like(u)
+        entries = []
+        with torch.autocast("cpu", enabled=False):
+            for t in range(T):
+                if t % SelectiveScan.KEEP == 0:
+                    entries.append(h.clone())
+                h.mul_(torch.exp(dt[t, ..., None] * A)).addcmul_(u[t, ..., None], B[t, :, None])
+                torch.bmm(h, C[t, ..., None], out=y[t, ..., None])
+        ctx.save_for_backward(dt, u, B, C, A, *entries)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: torch.Tensor) -> Any:
+        dt, u, B, C, A, *entries = ctx.saved_tensors
+        (T, b, D), Q, gy = u.shape, SelectiveScan.KEEP, gy.contiguous()
+        g_dt, g_u, g_B, g_C, g_A = map(torch.empty_like, (dt, u, B, C, A))
+        g_A.zero_()
+        g = u.new_zeros(b, D, A.shape[1])  # dL/dh_t
+        with torch.autocast("cpu", enabled=False):
+            for start in range(T - Q, -1, -Q):
+                a = torch.exp(dt[start : start + Q, ..., None] * A)  # (Q, b, D, N)
+                h = [entries[start // Q]]
+                for q in range(Q):
+                    h.append((a[q] * h[q]).addcmul_(u[start + q, ..., None], B[start + q, :, None]))
+                for q in range(Q - 1, -1, -1):
+                    t = start + q
+                    g.addcmul_(gy[t, ..., None], C[t, :, None])
+                    torch.bmm(gy[t, :, None], h[q + 1], out=g_C[t, :, None])
+                    torch.bmm(g, B[t, ..., None], out=g_u[t, ..., None])
+                    torch.bmm(u[t, :, None], g, out=g_B[t, :, None])
+                    g.mul_(a[q])  # now dL/dh_{t-1}
+                    exponent = g * h[q]  # dL/d(dt_t A)
+                    torch.sum(exponent * A, -1, out=g_dt[t])
+                    g_A.add_((exponent * dt[t, ..., None]).sum(0))
+        return g_dt, g_u, g_B, g_C, g_A
+
+
+def selective_scan(
+    x: torch.Tensor,  # (b, D, T)
+    dt: torch.Tensor,  # (b, D, T)
+    A: torch.Tensor,  # (D, N)
+    B: torch.Tensor,  # (b, N, T)
+    C: torch.Tensor,  # (b, N, T)
+    D: torch.Tensor,  # (D,)
+    z: torch.Tensor,  # (b, D, T)
+    delta_bias: torch.Tensor,  # (D,)
+    **_: Any,
+) -> torch.Tensor:
+    """What transformers' Mamba computes step by step, for training: fp32, returns (b, D, T)."""
+    dt = nn.functional.softplus(dt.float() + delta_bias[:, None]).permute(2, 0, 1).contiguous()  # (T, b, D)
+    x, B, C = (v.float().permute(2, 0, 1).contiguous() for v in (x, B, C))
+    y = SelectiveScan.apply(dt, dt * x, B, C, A) + D * x  # (T, b, D)
+    return y.permute(1, 2, 0) * nn.functional.silu(z)
+
+
+@contextmanager
+def trainable_scan() -> Iterator[None]:
+    """transformers' Mamba1 with `selective_scan`: its own loop is too slow to train on a CPU."""
+    from transformers.models.mamba import modeling_mamba
+
+    original = modeling_mamba.mamba_selective_scan
+    modeling_mamba.mamba_selective_scan = selective_scan
+    try:
+        yield
+    finally:
+        modeling_mamba.mamba_selective_scan = original
+
+
+def new_model(family: str, vocabulary: int, seed: int) -> Any:
+    """A freshly initialised model of a family."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family,
+        **FAMILIES[family],
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+        **({} if family == "mamba" else {"chunk_size": 64}),  # transformers pads to it: 64 is quickest on a CPU
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def read_tokens(text: Path, tokenizer: Any) -> torch.Tensor:
+    """The whole text as one row of tokens, read by the megabyte: int64 (tokens,)."""
+    parts = []
+    with text.open(encoding="utf-8") as file:
+        while piece := file.read(1 << 20):
+            parts += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return torch.tensor(parts)
+
+
+def windows(tokens: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
+    """Batches of windows in a random order, all of them before any again: int64 (BATCH, SEQ_LEN)."""
+    whole = tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from (b for b in whole[torch.randperm(len(whole), generator=generator)].split(BATCH) if len(b) == BATCH)
+
+
+def train(model: Any, batches: Iterator[torch.Tensor], minutes: float | None, tokens: int | None) -> dict[str, Any]:
+    """AdamW until the budget is used up. Returns what the model card has to say."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.95),
+    )
+    start, seen, step, smooth = time.monotonic(), 0, 0, math.nan
+    model.train()
+    while True:
+        spent = (time.monotonic() - start) / 60
+        done = spent / minutes if minutes else seen / tokens  # type: ignore[operator]
+        if done >= 1:
+            return {"tokens": seen, "steps": step, "minutes": round(spent, 1), "training_loss": round(smooth, 3)}
+        rate = LEARNING_RATE * min(done / WARM_UP + 1e-3, 1 - done, 1)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = next(batches)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        seen, step = seen + batch.numel(), step + 1
+        smooth = float(loss) if step == 1 else 0.98 * smooth + 0.02 * float(loss)
+        if step % 20 == 0:
+            progress(f"{done:6.1%}  {seen:>12,} tokens  {spent:6.1f} min  loss {smooth:.3f}  learning rate {rate:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--text", type=Path, required=True, help="training text")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--minutes", type=float)
+    budget.add_argument("--tokens", type=int)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--held-out", type=Path, nargs="*", default=[], help="texts to report the perplexity of")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    save, tokenizer = sspruner.save, sspruner.load()[1]  # imported now: what cannot be saved need not be trained
+    model = new_model(arguments.family, len(tokenizer), arguments.seed)
+    progress(f"{arguments.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    tokens = read_tokens(arguments.text, tokenizer)
+    progress(f"{arguments.text}: {len(tokens):,} tokens")
+    with trainable_scan():
+        facts = train(model, windows(tokens, arguments.seed), arguments.minutes, arguments.tokens)
+    save(model.to(torch.bfloat16), arguments.out, tokenizer, overwrite=True)
+    loaded, tokenizer = sspruner.load(arguments.out, dtype="float32")
+    facts["threads"] = torch.get_num_threads()
+    facts["perplexity"] = {
+        f.name: round(perplexity(loaded, first_windows(f, tokenizer)), 2) for f in arguments.held_out
+    }
+    print(json.dumps(facts, indent=2))
+    print(provenance(f"seed {arguments.seed}"))
+
+
+if __name__ == "__main__":
+    main()

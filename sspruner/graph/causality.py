@@ -1,0 +1,56 @@
+"""A self-test of the installed model code: a token in the future must not change the past.
+
+transformers before 5.14 computed some mixers wrongly without their kernels: across chunks they looked ahead. Scores
+measured on such a forward would be of another model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sspruner.errors import ModelError
+
+CHUNK, TOKENS = 8, 19  # more than two chunks, and not a multiple of one
+
+_passed: set[type] = set()  # mixer classes that were found causal in this process
+
+
+@torch.no_grad()
+def check_causal(mixer: Any, path: str) -> None:
+    """Raise ModelError if the last token changes the mixer's output for earlier ones. Once per class; not on meta."""
+    weight = next((p for p in mixer.parameters() if p.ndim == 2 and p.is_floating_point()), None)
+    if weight is None or type(mixer) in _passed or any(p.is_meta for p in mixer.parameters()):
+        return
+    if type(mixer).__module__.startswith("mamba_ssm.") and weight.device.type == "cpu":
+        return  # its kernels run on a GPU alone; a model on the CPU can still be traced
+    width = mixer.in_proj.weight.shape[1] if hasattr(mixer, "in_proj") else weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, TOKENS, width, generator=generator).to(weight)
+    changed = hidden.clone()
+    changed[:, -1] += 1
+    chunk, training = getattr(mixer, "chunk_size", None), mixer.training
+    mixer.eval()
+    if chunk is not None:
+        mixer.chunk_size = CHUNK
+    try:
+        before, after = (_first(mixer(h))[:, :-1].float() for h in (hidden, changed))
+    finally:
+        mixer.train(training)
+        if chunk is not None:
+            mixer.chunk_size = chunk
+    if not before.isfinite().all():  # damaged weights are reported where they are loaded
+        return
+    # The same sums in the same order: equal to the bit where causal, but a kernel may round differently.
+    limit = 1e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if not (after - before).abs().max() <= limit * before.abs().max():
+        raise ModelError(
+            f"{path}: the installed code of {type(mixer).__name__} lets a later token change earlier outputs; what it "
+            "computes is not this model. Install transformers >= 5.15, or the kernels that the model asks for"
+        )
+    _passed.add(type(mixer))
+
+
+def _first(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out

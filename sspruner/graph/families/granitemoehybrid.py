@@ -1,0 +1,17 @@
+"""Granite 4 hybrids: Mamba2 or attention in each layer, each followed by an MLP and, in some models, experts."""
+
+from sspruner.graph.families.mamba2_type import Mamba2Type
+from sspruner.graph.family import Family
+from sspruner.plugins.hookspecs import hookimpl
+
+
+class GraniteMoeHybrid(Mamba2Type):
+    name, mixer_class = "granitemoehybrid", "GraniteMoeHybridMambaLayer"
+    config_sizes = {"mamba_d_state": (("state",),)}
+    config_lists = ("layer_types",)
+    mixer_axis = True
+
+
+@hookimpl
+def sspruner_families() -> list[Family]:
+    return [GraniteMoeHybrid()]

@@ -1,0 +1,40 @@
+"""Jamba: Mamba1 with RMS norms on dt, B and C, or attention, in each layer, each followed by an MLP or experts.
+
+Its config computes the kind of each layer from a period: after blocks have gone, the kinds are kept as a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sspruner.graph.families.mamba1_type import RANK, Mamba1Type, normed
+from sspruner.graph.family import Family
+from sspruner.graph.layout import Rows, Slot
+from sspruner.plugins.hookspecs import hookimpl
+
+
+class Jamba(Mamba1Type):
+    name, mixer_class = "jamba", "JambaMambaMixer"
+    config_sizes = {"mamba_d_state": (("state",),), "mamba_dt_rank": (RANK,)}
+    mixer_axis = True
+    folds = (
+        *normed("state", ("B", "C"), ("b_layernorm.weight", 0.5), ("c_layernorm.weight", 0.5)),
+        *normed("dt_rank", ("dt",), ("dt_layernorm.weight", 0.5)),
+    )
+
+    def dt_norm_slots(self, mixer: Any) -> tuple[Slot, ...]:
+        return (Slot("dt_layernorm.weight", 0, (Rows("dt", RANK),)),)
+
+    def keep_blocks(self, model: Any, keep: Sequence[int]) -> None:
+        config = model.config
+        kinds = [config.layers_block_type[i] for i in keep]
+        experts = [config.layers_num_experts[i] for i in keep]
+        super().keep_blocks(model, keep)
+        base = next(c for c in type(config).__mro__ if c.__name__ == "JambaConfig")
+        config.__class__ = type("JambaConfig", (base,), {"layers_block_type": kinds, "layers_num_experts": experts})
+
+
+@hookimpl
+def sspruner_families() -> list[Family]:
+    return [Jamba()]

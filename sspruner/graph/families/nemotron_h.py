@@ -1,0 +1,21 @@
+"""Nemotron-H: each block is one thing, a Mamba2 mixer, attention, an MLP or experts."""
+
+from sspruner.graph.families.mamba2_type import HEAD, Mamba2Type
+from sspruner.graph.family import Family
+from sspruner.plugins.hookspecs import hookimpl
+
+
+class NemotronH(Mamba2Type):
+    name, mixer_class = "nemotron_h", "NemotronHMamba2Mixer"
+    config_sizes = {
+        "ssm_state_size": (("state",),),
+        "n_groups": (("group",),),
+        "mamba_num_heads": (HEAD,),
+        "mamba_head_dim": (("head_dim",),),
+    }
+    config_lists = ("layers_block_type",)
+
+
+@hookimpl
+def sspruner_families() -> list[Family]:
+    return [NemotronH()]

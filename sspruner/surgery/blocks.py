@@ -1,0 +1,74 @@
+"""Dropping whole modules: blocks leave their list and the others are renumbered; a mixer alone leaves a gap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.planning.plan import Plan, axis_of
+
+
+class Nothing(nn.Module):
+    """In the place of a mixer that was dropped: it adds nothing to the residual stream.
+
+    The norm before it stays, and its weight still gets a gradient (zero): data-parallel training waits for one.
+    """
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        for name, buffer in mixer.named_buffers(recurse=False):  # the model's own initialisation may fill them
+            self.register_buffer(name, buffer, persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """hidden_states: (b, T, hidden size)."""
+        return hidden_states * 0
+
+
+def drop_blocks(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
+    """Remove the modules that `plan` drops on the axes `mixer` and `block`, with what only they use."""
+    for name, selection in plan.groups.items():
+        group = graph.groups[name]
+        gone = [group.blocks[unit] for unit in selection.dropped(0)] if group.blocks else []
+        for block in gone:
+            for path in block.extras:
+                _put(model, path, nn.Identity())
+            if group.axis == "mixer":
+                _put(model, block.path, Nothing(model.get_submodule(block.path)))
+    for name, selection in plan.groups.items():  # after the mixers: their paths count all blocks
+        if axis_of(name) == "block":
+            _keep(model, graph, name.rpartition(":")[0], selection.keep[0])
+
+
+def _keep(model: Any, graph: SSMGraph, path: str, keep: tuple[int, ...]) -> None:
+    """Keep some blocks of a list; repair layer numbers, the config's lists, lookup tables and tied names."""
+    old = model.get_submodule(path)
+    _put(model, path, nn.ModuleList(old[i] for i in keep))
+    for new, i in enumerate(keep):
+        for module in old[i].modules():
+            if getattr(module, "layer_idx", None) == i:
+                module.layer_idx = new
+    if graph.family:
+        graph.family.keep_blocks(model, keep)
+    retie(model)
+
+
+def retie(model: Any) -> None:
+    """Say anew which names share a parameter: transformers reads it when it saves and when it loads."""
+    for module in [m for m in model.modules() if getattr(m, "_tied_weights_keys", None)]:
+        first: dict[int, str] = {}
+        tied = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            source = first.setdefault(id(parameter), name)
+            if source != name:
+                tied[name] = source
+        module._tied_weights_keys = tied
+        if hasattr(module, "all_tied_weights_keys"):
+            module.all_tied_weights_keys = dict(tied)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
