@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 
 
 def provenance(note: str) -> str:
@@ -33,3 +34,13 @@ def table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str
 def progress(text: str) -> None:
     """One line on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def insert(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"{page}: there is no {begin} with an {end} after it")
+    page.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}", encoding="utf-8")

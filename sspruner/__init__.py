@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sspruner.io.load import load
     from sspruner.io.save import save
     from sspruner.pipeline import Result, prune, score
-    from sspruner.planning.allocate import plan
+    from sspruner.planning.decide import Choose, plan
     from sspruner.planning.plan import Plan
     from sspruner.planning.scores import Scores
     from sspruner.plugins.scorer import Scorer
@@ -33,8 +33,12 @@ AXES = {
     *("attn_head", "mlp", "hidden", "block", "mixer"),  # around it
 }
 
+#: Axes of single elements: zeros in tensors that keep their size (docs/graph.md).
+ELEMENT_AXES = {"weight", "decay"}
+
 _HOME = {
     "Calibration": "sspruner.calibrate.sources",
+    "Choose": "sspruner.planning.decide",
     "Family": "sspruner.graph.family",
     "Plan": "sspruner.planning.plan",
     "Result": "sspruner.pipeline",
@@ -47,7 +51,7 @@ _HOME = {
     "fingerprint": "sspruner.graph.fingerprint",
     "load": "sspruner.io.load",
     "masked": "sspruner.surgery.mask",
-    "plan": "sspruner.planning.allocate",
+    "plan": "sspruner.planning.decide",
     "prune": "sspruner.pipeline",
     "save": "sspruner.io.save",
     "score": "sspruner.pipeline",
@@ -58,6 +62,8 @@ _HOME = {
 __all__ = [
     "AXES",
     "Calibration",
+    "Choose",
+    "ELEMENT_AXES",
     "Family",
     "InputError",
     "ModelError",

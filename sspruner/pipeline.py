@@ -16,16 +16,16 @@ from sspruner.calibrate.sources import Calibration, Progress, calibration
 from sspruner.errors import InputError
 from sspruner.evaluate.continuation import continuation
 from sspruner.evaluate.damage import damage
-from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import trace
-from sspruner.planning.allocate import Budget, allocate, make_plan, select
+from sspruner.planning.budget import Budget, pattern_sparsity
+from sspruner.planning.cache import cache_key, cached, store
+from sspruner.planning.decide import check_budget, choosers, make_plan, selection
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.planning.scores import Scores
-from sspruner.plugins.scorer import Scorer
-from sspruner.report.result import Report, model_size, peak_memory_bytes, versions
-from sspruner.surgery.mask import mask, mask_group, unmask
+from sspruner.report.result import Report, model_size, peak_memory_bytes, sparsity_of, versions
+from sspruner.surgery.mask import mask, mask_elements, mask_group, unmask, update_tensors
 from sspruner.surgery.proof import slice_with_proof
-from sspruner.walk import TOKENS_PER_BATCH, Run, on_device
+from sspruner.walk import TOKENS_PER_BATCH, OneScorer, Run, on_device
 
 PROMPT_TOKENS, NEW_TOKENS = 24, 40
 
@@ -48,7 +48,7 @@ class Result:
 
 def score(
     model: nn.Module,
-    scorer: str | type[Scorer] | Mapping[str, str] = "ghost",
+    scorer: OneScorer | Sequence[OneScorer] = "ghost",
     *,
     calibration: Source = "self",
     samples: int = 32,
@@ -58,26 +58,32 @@ def score(
     options: dict[str, Any] | None = None,
     device: str | None = None,
     seed: int = 0,
+    cache: bool = False,
     progress: Progress | None = None,
-) -> Scores:
+) -> Any:
     """Score every unit of one axis or several on the dense model, in one pass over its layers. It is not changed.
 
-    scorer: the name of an installed scorer, a Scorer subclass, or a name for each axis; options are its constructor's
-    arguments. calibration: anything that `sspruner.calibration` takes, with samples and seq_len, or its result. Scorers
-    that need weights only ignore it.
+    scorer: the name of an installed scorer, a Scorer subclass, or a name for each axis: returns its `Scores`. A list of
+    such: returns a dict, name -> Scores; the forward passes are shared. options: the constructor's arguments;
+    `name.option` is for that scorer alone. calibration: anything that `sspruner.calibration` takes, with samples and
+    seq_len, or its result. Scorers that need weights only ignore it. cache: take scores that were made before, where
+    model, scorer, its code, options, calibration and seed are the same (docs/calibration.md).
     Raises InputError for an unknown scorer, axis or option, PluginError if the scorer breaks its contract.
     """
-    run = Run(model, scorer, [axis] if isinstance(axis, str) else list(axis), options, seed, device)
+    several = isinstance(scorer, list | tuple)
+    scorers: list[Any] = list(scorer) if isinstance(scorer, list | tuple) else [scorer]
+    run = Run(model, scorers, [axis] if isinstance(axis, str) else list(axis), options, seed, device)
     data = None
     if run.needs_data:
         with on_device(model, run.device):
             data = _calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
-    return run.walk(data, cut=None, progress=progress)
+    found = _scored(run, data, cache, progress)
+    return found if several else next(iter(found.values()))
 
 
 def prune(
     model: nn.Module,
-    scorer: str | type[Scorer] | Mapping[str, str] = "ghost",
+    scorer: OneScorer = "ghost",
     *,
     axis: str | Mapping[str, float] = "state",
     sparsity: float | None = None,
@@ -86,6 +92,9 @@ def prune(
     multiple_of: int = 1,
     ratios: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
+    pattern: str | None = None,
+    granularity: str | None = None,
+    rows: Sequence[str] = (),
     mode: str = "slice",
     one_shot: bool = False,
     calibration: Source = "self",
@@ -95,15 +104,17 @@ def prune(
     options: dict[str, Any] | None = None,
     device: str | None = None,
     seed: int = 0,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Prune `model` in place: score, plan and cut layer by layer, each layer on inputs made by the cut ones before it.
 
     axis: what to remove; several at once with the fraction of each, {"state": 0.5, "head": 0.25}, in one plan with one
     proof. For one axis, sparsity (fraction removed, default 0.5) or keep (units left in every set) is the budget;
-    ratios (pattern -> fraction) and ignore (patterns) say where it differs. With one_shot, all layers are scored on
-    the dense model and cut at once. mode "slice" makes tensors smaller after a proof that this equals the mask; "mask"
-    stops at the mask. The other arguments are those of `score` and `plan`.
+    ratios (pattern -> fraction) and ignore (patterns) say where it differs. On the axes of single elements pattern
+    ("2:4"), granularity and rows say which elements compete. With one_shot, all layers are scored on the dense model
+    and cut at once; so it is where layers compete with each other. mode "slice" makes tensors smaller after a proof
+    that this equals the mask; "mask" stops at the mask. The other arguments are those of `score` and `plan`.
 
     Sequential scoring: Menezes & Kyrillidis, GHOST, arXiv 2602.11408. Raises InputError for bad arguments and for a
     budget that removes nothing, PluginError for a scorer that breaks its contract, ProofError if the cut is not what
@@ -111,27 +122,51 @@ def prune(
     """
     if mode not in ("slice", "mask"):
         raise InputError(f"mode {mode!r}: must be slice or mask")
-    budget = make_budget(axis, sparsity, keep, allocation, multiple_of, ratios, ignore)
-    run = Run(model, scorer, [axis] if isinstance(axis, str) else list(axis), options, seed, device)
-    counts = allocate(run.groups, budget)
-    if all(counts[name] == group.units for name, group in run.groups.items()):
-        raise InputError("the budget removes nothing: every dependency group keeps all its units")
+    budget = make_budget(axis, sparsity, keep, allocation, multiple_of, ratios, ignore, pattern, granularity, rows)
+    run = Run(model, [scorer], [axis] if isinstance(axis, str) else list(axis), options, seed, device)
+    scorers = run.jobs[0].scorers
+    by_axis = {a: cls.granularity for a, (cls, _) in scorers.items()}
+    one_shot = one_shot or budget.compares_layers(run.groups, by_axis)
+    choose = {} if one_shot else choosers(run.groups, budget, by_axis)
+    check_budget(run.groups, budget)
     dense = model_size(model, run.graph)
     clock = _Clock()
     with on_device(model, run.device), clock("calibration"):
         data = _calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
     prompt = data.held_out[0][data.held_out_mask[0]][:PROMPT_TOKENS]
+    kept: dict[str, torch.Tensor] = {}
+    updates: dict[str, torch.Tensor] = {}
 
-    def cut(group: DependencyGroup, importance: torch.Tensor) -> None:
-        mask_group(model, group, select(importance, counts[group.name]))
+    def decide(importance: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        changed: dict[str, torch.Tensor] = {}
+        for name, scored in importance.items():
+            kept[name], new = run.reduce(run.groups[name], scored, choose[name])
+            twice = next((tensor for tensor in new if tensor in updates or tensor in changed), None)
+            if twice:
+                raise InputError(f"{twice}: changed by the scorers of two axes; prune one after the other")
+            changed |= {tensor: _as_stored(model, tensor, value) for tensor, value in new.items()}
+        updates.update(changed)
+        return changed
+
+    def cut(importance: dict[str, torch.Tensor]) -> None:
+        update_tensors(model, decide(importance))  # before the masks: new values are of whole tensors
+        for name in importance:
+            group = run.groups[name]
+            if group.tensor:
+                mask_elements(model, group, kept[name])
+            else:
+                mask_group(model, group, selection(kept[name]))
 
     with clock("scoring"):
         try:
-            scores = run.walk(data, cut=None if one_shot else cut, progress=progress)
+            found = _scored(run, data, cache, progress) if one_shot else run.walk(data, cut=cut, progress=progress)
         finally:
             unmask(model)
-    made = make_plan(run.graph, scores, budget)
-    check_plan(made, run.graph)  # what whole modules may not go is known only now
+        (scores,) = found.values()
+        choose = choosers(run.groups, budget, by_axis, scores.importance)
+        decide({name: scores.importance[name] for name in run.groups if name not in kept})
+    made = make_plan(run.groups, kept, updates, scores, budget)
+    check_plan(made, run.graph, model=model)  # what whole modules may not go is known only now
 
     with on_device(model, run.device):
         speaks = tokenizer is not None and hasattr(model, "generation_config")  # mamba_ssm's generate is another
@@ -144,9 +179,10 @@ def prune(
         if mode == "mask":
             mask(model, made, run.graph)
         says = continuation(model, tokenizer, prompt, NEW_TOKENS) if speaks else None
+    cut_graph = trace(model)
     report = Report(
-        scorer=run.label,
-        options=run.options,
+        scorer=run.jobs[0].label,
+        options=run.jobs[0].options,
         axis=", ".join(run.axes),
         budget=budget.to_json(),
         mode=mode,
@@ -160,12 +196,14 @@ def prune(
             "held_out_is_separate": data.held_out_is_separate,
         },
         dense=dense | {"perplexity": cost.dense_perplexity},
-        pruned=model_size(model, trace(model)) | {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl},
+        pruned=model_size(model, cut_graph) | {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl},
         layers={
-            name: {"before": group.units, "after": made.groups[name].after if name in made.groups else group.units}
+            name: {"before": group.units, "after": int(kept[name][0].sum())}
             for name, group in run.groups.items()
+            if not group.tensor
         },
         proof=proof,
+        sparsity=sparsity_of(model, cut_graph, run.axes),
         continuation={"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "dense": said, "pruned": says}
         if speaks
         else None,
@@ -185,14 +223,47 @@ def make_budget(
     multiple_of: int = 1,
     ratios: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
+    pattern: str | None = None,
+    granularity: str | None = None,
+    rows: Sequence[str] = (),
 ) -> Budget:
     """The arguments of `prune` as a Budget. Raises InputError for fractions given twice, or that make no sense."""
     if isinstance(axis, str):
-        sparsity = 0.5 if sparsity is None and keep is None else sparsity
-        return Budget(sparsity, keep, allocation, multiple_of, ratios or {}, ignore)
+        if sparsity is None and keep is None:
+            sparsity = pattern_sparsity(pattern) if pattern else 0.5
+        return Budget(sparsity, keep, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows)
     if sparsity is not None or keep is not None:
         raise InputError("every axis has its own fraction; leave out sparsity and keep, or name one axis alone")
-    return Budget(axis, None, allocation, multiple_of, ratios or {}, ignore)
+    return Budget(axis, None, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows)
+
+
+def _scored(run: Run, data: Calibration | None, cache: bool, progress: Progress | None) -> dict[str, Scores]:
+    """All jobs' scores on the dense model: what the cache has is taken from there, the rest in one pass.
+
+    Scorers that also change weights are run in any case, and so are those that read nothing but weights: quick enough.
+    """
+    keys = {}
+    for job in run.jobs:
+        if cache and data is not None and job.needs != {"weights"} and not job.changes_weights:
+            code = [*(cls for cls, _ in job.scorers.values()), *(type(site.family) for site in run.graph.layers)]
+            asked = {"axes": run.axes, "options": job.options, "seed": run.seed, "device": run.device.type}
+            keys[job.label] = cache_key(run.model, code, asked, data.tokens, data.mask)
+    found = {label: hit for label, key in keys.items() if key and (hit := cached(key))}
+    order, run.jobs = run.jobs, [job for job in run.jobs if job.label not in found]
+    made = run.walk(data, cut=None, progress=progress) if run.jobs else {}
+    run.jobs = order
+    for label, scores in made.items():
+        if key := keys.get(label):
+            store(key, scores)
+    ordered = {label: replace(s, importance={n: s.importance[n] for n in run.groups}) for label, s in found.items()}
+    return {job.label: (ordered | made)[job.label] for job in order}
+
+
+def _as_stored(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A new value in the dtype in which the model holds the parameter; a bias that it lacks is held as the weight is."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    like = held.get(name, held.get(name.removesuffix("bias") + "weight"))
+    return value if like is None else value.to(like.dtype)
 
 
 class _Clock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,69 +11,99 @@ import torch
 from torch import nn
 
 import sspruner
-from sspruner.calibrate.gradients import mean_gradients, predicted_tokens
-from sspruner.calibrate.replay import Replay, within
+from sspruner.calibrate.gradients import check_differentiable, mean_and_fisher, mean_gradients, predicted_tokens
+from sspruner.calibrate.local import LocalGradients
+from sspruner.calibrate.replay import Inputs, Replay, within
 from sspruner.calibrate.sources import Calibration, Progress
-from sspruner.calibrate.view import SSMView
-from sspruner.errors import InputError, PlanError
+from sspruner.calibrate.view import Observation, SSMView
+from sspruner.errors import InputError, ModelError, PlanError, PluginError
+from sspruner.evaluate.damage import mean_loss
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import WHOLE_MODEL, SSMGraph, trace
 from sspruner.io.load import check_finite
+from sspruner.planning.decide import Choose
+from sspruner.planning.plan import Selection, check_updates
 from sspruner.planning.scores import Scores
 from sspruner.plugins import manager
-from sspruner.plugins.scorer import Scorer, check_scorer_class, checked_importance, make_scorer
+from sspruner.plugins.scorer import Scorer, check_scorer_class, checked_importance, make_scorer, reduced
 from sspruner.plugins.scorer import observe as observe_layer
-from sspruner.surgery.mask import is_masked
+from sspruner.surgery.mask import is_masked, mask_group, unmask
 
 TOKENS_PER_BATCH = 4096  # tokens that go through one block at a time
 
+OneScorer = str | type[Scorer] | Mapping[str, str]  # a name, a class, or a name for each axis
+Cut = Callable[[dict[str, torch.Tensor]], None]  # dependency group -> importance: of those that have been scored
+
+
+class Job:
+    """One scorer for each axis, and its options: what becomes one Scores."""
+
+    def __init__(self, scorer: OneScorer, axes: Sequence[str], options: Mapping[str, Any], seed: int) -> None:
+        self.scorers = {axis: _scorer_for(axis, scorer) for axis in axes}
+        unused = [axis for axis in scorer if axis not in axes] if isinstance(scorer, Mapping) else []
+        if unused:
+            raise InputError(f"a scorer for axis {unused[0]!r}, which is not cut; these are: {', '.join(axes)}")
+        self.label = ", ".join(dict.fromkeys(cls.name for cls, _ in self.scorers.values()))
+        self.seed = seed
+        names = {cls.name for cls, _ in self.scorers.values()}
+        self.options = {k: v for k, v in options.items() if k.rpartition(".")[0] in ("", *names)}
+        self.changes_weights = [cls.name for cls, _ in self.scorers.values() if cls.reduce is not Scorer.reduce]
+        self.needs = {self.make(axis).needs for axis in axes}  # wrong options fail here, before any work
+
+    def make(self, axis: str) -> Scorer:
+        """A fresh instance for one dependency group. `name.option` is an option of that scorer alone."""
+        cls, _ = self.scorers[axis]
+        own = {k: v for k, v in self.options.items() if "." not in k}
+        own |= {k.removeprefix(f"{cls.name}."): v for k, v in self.options.items() if k.rpartition(".")[0] == cls.name}
+        return make_scorer(cls, axis=axis, seed=self.seed, options=own)
+
 
 class Run:
-    """A scorer for each axis, on one model: what `score` and `prune` share."""
+    """One or several jobs on one model, in one pass over its layers: what `score` and `prune` share."""
 
     def __init__(
         self,
         model: nn.Module,
-        scorer: str | type[Scorer] | Mapping[str, str],
+        scorers: Sequence[OneScorer],
         axes: list[str],
         options: dict[str, Any] | None,
         seed: int,
         device: str | None,
     ) -> None:
-        self.scorers = {axis: _scorer_for(axis, scorer) for axis in axes}
-        unused = [axis for axis in scorer if axis not in axes] if isinstance(scorer, Mapping) else []
-        if unused:
-            raise InputError(f"a scorer for axis {unused[0]!r}, which is not cut; these are: {', '.join(axes)}")
+        self.jobs = [Job(scorer, axes, options or {}, seed) for scorer in scorers]
+        labels = [job.label for job in self.jobs]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice:
+            raise InputError(f"scorer {twice!r} is given twice")
+        known = {option for job in self.jobs for option in job.options}
+        unknown = [option for option in options or {} if option not in known]
+        if unknown:
+            raise InputError(
+                f"option {unknown[0]!r}: no scorer of this run is called {unknown[0].rpartition('.')[0]!r}"
+            )
         if is_masked(model):
             raise PlanError("the model is masked; call sspruner.unmask(model) first")
-        self.model, self.axes, self.options, self.seed = model, axes, options or {}, seed
+        self.model, self.axes, self.seed = model, axes, seed
         check_finite(model)
         self.graph: SSMGraph = trace(model)
         self.groups = {name: g for axis in axes for name, g in self.graph.on_axis(axis).items()}
         self.device = resolve_device(device)
-        for axis in axes:
-            self.make(axis)  # wrong options fail here, before any work
-        self.label = ", ".join(dict.fromkeys(cls.name for cls, _ in self.scorers.values()))
-        self.needs = {cls.needs for cls, _ in self.scorers.values()}
+        self.needs = {need for job in self.jobs for need in job.needs}
         self.needs_data = self.needs != {"weights"}
+        if self.needs & {"gradients", "fisher"}:
+            check_differentiable(model)
+        self.scorers: dict[str, Scorer] = {}  # dependency group -> who scored it, if it has more to say (reduce)
 
-    def make(self, axis: str) -> Scorer:
-        return make_scorer(self.scorers[axis][0], axis=axis, seed=self.seed, options=self.options)
+    def walk(self, data: Calibration | None, cut: Cut | None, progress: Progress | None) -> dict[str, Scores]:
+        """Score every dependency group in layer order: a job's label -> its Scores.
 
-    def walk(
-        self,
-        data: Calibration | None,
-        cut: Callable[[DependencyGroup, torch.Tensor], None] | None,
-        progress: Progress | None,
-    ) -> Scores:
-        """Score every dependency group in layer order; `cut`, if given, is applied before the next layer's inputs.
-
-        Groups of the whole model (hidden, block, mixer) are scored on the way and never cut on the way.
+        `cut`, if given, is applied before the next layer's inputs are made; there is one job then. Groups of the whole
+        model (hidden, block, mixer) are scored on the way and never cut on the way.
         """
-        walk = _Walk(self, data)
-        name_of_model = fingerprint(self.model)
-        walk.score([g for g in self.groups.values() if self.scorers[g.axis][0].needs != "activations"])
+        walk = _Walk(self, data, sequential=cut is not None)
+        model = fingerprint(self.model)
+        walk.score(walk.at_once())
         if walk.replay is not None:
             blocks = walk.replay.blocks
             for number, block in enumerate(blocks):
@@ -81,82 +111,142 @@ class Run:
                     progress(f"scoring {block}", number, len(blocks))
                 walk.observe(block)
                 done = walk.complete(block)
-                walk.score([group for group in done if group.name in walk.at_work])
-                for group in done if cut else ():  # only now, so that no group is scored on another's cut
-                    if group.axis not in WHOLE_MODEL:
-                        cut(group, walk.importance[group.name])  # type: ignore[misc]
+                walk.score([(job, group) for job, group in walk.at_work if group in {g.name for g in done}])
+                if cut:  # only now, so that no group is scored on another's cut
+                    importance = walk.importance[self.jobs[0].label]
+                    cut({g.name: importance[g.name] for g in done if g.axis not in WHOLE_MODEL})
                 if block != blocks[-1]:
                     walk.replay.advance(block)
             if progress:
                 progress("scoring", len(blocks), len(blocks))
-        importance = {name: walk.importance[name] for name in self.groups}
-        return Scores(importance, self._metadata(name_of_model, data, sequential=cut is not None))
+        return {
+            job.label: Scores(
+                {name: walk.importance[job.label][name] for name in self.groups},
+                dict(sorted(self._metadata(job, model, data, sequential=cut is not None).items())),  # as from a file
+            )
+            for job in self.jobs
+        }
 
-    def _metadata(self, model: str, data: Calibration | None, sequential: bool) -> dict[str, str]:
-        used = data if self.needs_data else None
+    def reduce(
+        self, group: DependencyGroup, importance: torch.Tensor, choose: Choose
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What stays of a group that has been scored, and what the scorer makes of the rest. One job."""
+        (job,) = self.jobs
+        cls, plugin = job.scorers[group.axis]
+        if cls.reduce is Scorer.reduce:  # it has no more to say; such scores may also be from the cache
+            return choose(importance), {}
+        keep, updates = reduced(self.scorers[group.name], group, plugin, importance, choose)
+        try:
+            check_updates(updates, self.model, self.graph)
+        except PlanError as error:
+            raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} on {group.name}: {error}") from error
+        return keep, updates
+
+    def _metadata(self, job: Job, model: str, data: Calibration | None, sequential: bool) -> dict[str, str]:
+        used = data if job.needs != {"weights"} else None
+        elements = {axis: cls.granularity for axis, (cls, _) in job.scorers.items() if axis in sspruner.ELEMENT_AXES}
         return {
             "sspruner": sspruner.__version__,
-            "scorer": self.label,
-            "options": json.dumps(self.options, sort_keys=True),
+            "scorer": job.label,
+            "options": json.dumps(job.options, sort_keys=True),
             "model": model,
             "sequential": str(sequential).lower(),
             "calibration": used.source if used else "",
             "tokens": str(int(used.mask.sum())) if used else "0",
             "seed": str(self.seed),
+            **({"granularity": json.dumps(elements)} if elements else {}),
+            **({"changes_weights": ", ".join(dict.fromkeys(job.changes_weights))} if job.changes_weights else {}),
         }
 
 
 class _Walk:
     """One pass over a model: the scorers at work, and what they have returned."""
 
-    def __init__(self, run: Run, data: Calibration | None) -> None:
-        self.run, self.graph = run, run.graph
-        self.importance: dict[str, torch.Tensor] = {}
-        self.at_work = {name: run.make(group.axis) for name, group in run.groups.items()}
-        self.gradients: dict[str, torch.Tensor] | None = None
+    def __init__(self, run: Run, data: Calibration | None, sequential: bool) -> None:
+        self.run, self.graph, self.data = run, run.graph, data
+        self.jobs = {job.label: job for job in run.jobs}
+        self.importance: dict[str, dict[str, torch.Tensor]] = {label: {} for label in self.jobs}
+        self.at_work = {
+            (label, name): job.make(group.axis)
+            for name, group in run.groups.items()
+            for label, job in self.jobs.items()
+        }
+        self.seen: set[str] = set()  # dependency groups that activations were shown of
+        self.gradients: Mapping[str, torch.Tensor] | None = None  # of the whole dense model
+        self.fisher: Mapping[str, torch.Tensor] | None = None
+        self.local: LocalGradients | None = None  # of single blocks, on the inputs that the cut ones before them make
         self.replay: Replay | None = None
+        backward = {n for n, s in self.at_work.items() if s.needs in ("gradients", "fisher")}
+        self.in_turn = {n for n in backward if sequential and run.groups[n[1]].axis not in WHOLE_MODEL}
+        if not self.graph.blocks:
+            self.in_turn = set()  # no list of blocks to walk over
         if data is not None:
             per_batch = max(1, TOKENS_PER_BATCH // data.tokens.shape[1])
-            if "gradients" in run.needs:
-                with on_device(run.model, run.device):
-                    self.gradients = mean_gradients(run.model, data.batches(per_batch), predicted_tokens(data.mask))
-            if "activations" in run.needs:
+            if backward - self.in_turn:
+                self._whole_gradients(data, per_batch, {self.at_work[n].needs for n in backward - self.in_turn})
+            if self.in_turn or any(scorer.needs == "activations" for scorer in self.at_work.values()):
                 self.replay = Replay(run.model, run.graph, data.batches(per_batch), run.device)
+            if self.in_turn:
+                assert self.replay is not None
+                fisher = any(self.at_work[n].needs == "fisher" for n in self.in_turn)
+                self.local = LocalGradients(self.replay, fisher=fisher)
         self.sites = {path: site for site in run.graph.sites for path in (site.path, *site.aliases)}
+        self.linear = _linear_paths(run.model, run.groups.values())
 
-    def _active(self) -> list[DependencyGroup]:
-        return [g for name, g in self.run.groups.items() if name in self.at_work]
+    def _whole_gradients(self, data: Calibration, per_batch: int, needs: set[str]) -> None:
+        with on_device(self.run.model, self.run.device):
+            count = predicted_tokens(data.mask)
+            if "fisher" in needs:
+                self.gradients, self.fisher = mean_and_fisher(self.run.model, data.batches(per_batch), count)
+            else:
+                self.gradients = mean_gradients(self.run.model, data.batches(per_batch), count)
+
+    def at_once(self) -> list[tuple[str, str]]:
+        """The scorers that need no walk: weights, whole gradients, losses."""
+        return [n for n, scorer in self.at_work.items() if scorer.needs != "activations" and n not in self.in_turn]
 
     def observe(self, block: str) -> None:
         """Show one block's modules, and the block itself, to the scorers that need activations."""
         assert self.replay is not None
         watching: dict[str, list[DependencyGroup]] = {}
-        for group in self._active():
-            for path in self._paths(group):
+        active = {name for (_, name), scorer in self.at_work.items() if scorer.needs == "activations"}
+        for group in self.run.groups.values():
+            for path in self._paths(group) if group.name in active else ():
                 if within(path, block):
                     watching.setdefault(path, []).append(group)
         whole = [group for group in watching.get(block, []) if group.axis == "block"]
         watching = {p: [g for g in groups if g.axis != "block"] for p, groups in watching.items()}
         watching = {path: groups for path, groups in watching.items() if groups}
 
-        def show(path: str, hidden: torch.Tensor, mask: torch.Tensor) -> None:
-            family = self.sites[path].family
+        def show(path: str, hidden: torch.Tensor, mask: torch.Tensor, inputs: Inputs) -> None:
+            site = self.sites.get(path)
+            first = site.path if site else watching[path][0].layer
+            family = site.family if site else None
+            seen = Observation(self.run.model, path, mask, site=first, family=family, hidden=hidden, inputs=inputs)
             for group in watching[path]:
-                self._observe(group, SSMView(self.run.model, path, group, mask, family=family, hidden=hidden))
+                self._show(group, seen)
 
         if watching:
             self.replay.observe(block, list(watching), show)
         for hidden, output, counted in self.replay.outputs(block) if whole else ():
             for group in whole:
-                self._observe(group, SSMView(self.run.model, block, group, counted, hidden=hidden, output=output))
+                self._show(group, Observation(self.run.model, block, counted, hidden=hidden, output=output))
+        if self.local is not None and any(self._touches(self.run.groups[name], block) for _, name in self.in_turn):
+            self.local.add(block)
 
     def _paths(self, group: DependencyGroup) -> list[str]:
         """The modules that are observed for one group: a shared one wherever it is called."""
         if group.blocks:
             return [block.path for block in group.blocks]
+        if group.axis == "weight":
+            return self.linear[group.name]
         if group.layer in self.sites:
             return [group.layer, *self.sites[group.layer].aliases]
-        return [path for path, site in self.sites.items() if site.family]  # hidden: every mixer
+        inside = [path for path in self.sites if within(path, self.graph.blocks)]  # hidden: whatever reads or writes it
+        return [p for p in inside if any(isinstance(m, nn.Linear) for m in self.run.model.get_submodule(p).modules())]
+
+    def _touches(self, group: DependencyGroup, block: str) -> bool:
+        return any(within(path, block) for path in self._paths(group))
 
     def complete(self, block: str) -> list[DependencyGroup]:
         """The groups of which this block holds the last module."""
@@ -165,25 +255,71 @@ class _Walk:
         return [
             group
             for group in self.run.groups.values()
-            if any(within(path, block) for path in self._paths(group))
-            and not any(within(path, b) for path in self._paths(group) for b in later)
+            if self._touches(group, block) and not any(self._touches(group, b) for b in later)
         ]
 
-    def score(self, groups: list[DependencyGroup]) -> None:
+    def score(self, names: list[tuple[str, str]]) -> None:
         """Take the importances of groups that have been observed, or that need no more than weights and gradients."""
-        nothing = torch.ones(0, 0, dtype=torch.bool)
-        for group in groups:
-            scorer, plugin = self.at_work.pop(group.name), self.run.scorers[group.axis][1]
+        for label, name in names:
+            scorer, group = self.at_work.pop((label, name)), self.run.groups[name]
+            plugin = self.jobs[label].scorers[group.axis][1]
+            if scorer.needs == "activations" and name not in self.seen:
+                raise ModelError(
+                    f"{name}: its module never ran on the calibration text (a fused kernel, or an expert that got no "
+                    "token?); it cannot be scored by activations"
+                )
             if scorer.needs != "activations":
-                view = SSMView(self.run.model, group.layer, group, nothing, gradients=self.gradients)
-                observe_layer(scorer, view, plugin)
-            self.importance[group.name] = checked_importance(scorer, group, plugin)
+                observe_layer(scorer, self._still(scorer, group, (label, name) in self.in_turn), plugin)
+            self.importance[label][name] = checked_importance(scorer, group, plugin)
+            if type(scorer).reduce is not Scorer.reduce:
+                self.run.scorers[name] = scorer
 
-    def _observe(self, group: DependencyGroup, view: SSMView) -> None:
-        observe_layer(self.at_work[group.name], view, self.run.scorers[group.axis][1])
+    def _still(self, scorer: Scorer, group: DependencyGroup, in_turn: bool) -> SSMView:
+        """A view without activations: weights, and the gradients or losses that the scorer needs."""
+        seen = Observation(self.run.model, group.layer, torch.ones(0, 0, dtype=torch.bool))
+        local = self.local if in_turn else None
+        fisher = (local.fisher if local else self.fisher) if scorer.needs == "fisher" else None
+        gradients = local.gradients if local else self.gradients
+        return SSMView(
+            seen,
+            group,
+            gradients=gradients if scorer.needs in ("gradients", "fisher") else None,
+            fisher=fisher,
+            loss=(lambda units: self._loss(group, units)) if scorer.needs == "loss" else None,
+        )
+
+    def _loss(self, group: DependencyGroup, units: Sequence[int]) -> float:
+        """Mean calibration loss with some units of a group of whole modules masked. Before any cut."""
+        assert self.data is not None
+        if not group.blocks:
+            raise InputError("losses without a unit are measured on the axes block and mixer only")
+        keep = tuple(unit for unit in range(group.units) if unit not in set(units))
+        batches = self.data.batches(max(1, TOKENS_PER_BATCH // self.data.tokens.shape[1]))
+        with on_device(self.run.model, self.run.device):
+            mask_group(self.run.model, group, Selection(group.units, (keep,)))
+            try:
+                return mean_loss(self.run.model, batches)
+            finally:
+                unmask(self.run.model)
+
+    def _show(self, group: DependencyGroup, seen: Observation) -> None:
+        for label, job in self.jobs.items():
+            scorer = self.at_work.get((label, group.name))
+            if scorer is not None and scorer.needs == "activations":
+                self.seen.add(group.name)
+                observe_layer(scorer, SSMView(seen, group), job.scorers[group.axis][1])
 
 
-def _scorer_for(axis: str, scorer: str | type[Scorer] | Mapping[str, str]) -> tuple[type[Scorer], str]:
+def _linear_paths(model: nn.Module, groups: Iterable[DependencyGroup]) -> dict[str, list[str]]:
+    """The linear layers of each group of the axis `weight`: those that hold its tensor."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            paths.setdefault(id(module.weight), []).append(path)
+    return {g.name: paths[id(model.get_parameter(g.tensor))] for g in groups if g.axis == "weight"}
+
+
+def _scorer_for(axis: str, scorer: OneScorer) -> tuple[type[Scorer], str]:
     """The scorer class for one axis and its plugin. Raises InputError if there is none, or if it cannot score it."""
     if isinstance(scorer, Mapping):
         if axis not in scorer:

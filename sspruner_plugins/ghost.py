@@ -1,30 +1,38 @@
 """GHOST: how much the mixer's output would change if one unit were zero, from forward passes alone.
 
-    S[g,n] = sqrt( (1/Z) sum_samples sum_t sum_{k in group g} sum_p  h_t[k,p,n]^2 C_t[g,n]^2 )
+    S[g,n] = sqrt( (1/Z) sum_samples sum_t sum_{k in group g} sum_p  w_t[k,p] h_t[k,p,n]^2 C_t[g,n]^2 )
 
-Source: Menezes & Kyrillidis, "GHOST", arXiv 2602.11408. h^2 stands for controllability, C^2 for (instantaneous)
-observability; S^2 is exactly the mean squared change of y per token when state n of group g is zeroed. Z is the
-number of tokens that are not padding. In Mamba1 the sum runs over channels instead of heads and p (docs/methods.md).
+Source: Menezes & Kyrillidis, "GHOST", arXiv 2602.11408, where w = 1. h^2 stands for controllability, C^2 for
+(instantaneous) observability; S^2 is then the mean squared change of y per token when state n of group g is zeroed. Z
+is the number of tokens that are not padding. In Mamba1 the sum runs over channels instead of heads and p.
 
-On heads, head channels, groups and Mamba1's channels the same criterion, ours: S^2 is the mean squared change of y
-per token when the unit is zeroed, which there is the energy of what the unit adds, sum y^2.
+variant="output", ours, weighs the change of y by what the rest of the mixer makes of it, to first order:
 
-Cost: about one more scan per layer and batch, in the memory of one chunk of steps: no states are stored.
-Axes: state, head, head_dim, group, channel. Options: variant="joint" (default, the product inside the sum) or
-"means", on the axis state: the older sqrt(E[h^2] E[C^2]), which loses the correlation of h and C; for comparison.
+    w_t[k,p] = silu(z_t[k,p])^2 rms_t^-2 norm.weight[k,p]^2 ||W_out[:,(k,p)]||^2
+
+with the mean square of the gated norm (one for each group; 1 where there is no norm) held at its value, and without
+products between channels. On heads, head channels, groups and Mamba1's channels S^2 is the energy of what the unit
+adds, sum w y^2. docs/scorers/ghost.md has the derivations.
+
+Cost: about one more scan per layer and batch, in the memory of one chunk of steps; "output" on state makes the states
+themselves, four steps at a time: about four times the time of "joint". Axes: state, head, head_dim, group, channel.
+Options: variant="joint" (default), "output", or "means", on state the older sqrt(E[h^2] E[C^2]), for comparison.
 """
 
 import torch
+import torch.nn.functional as F
 
 import sspruner
+from sspruner.calibrate import selective, state
+from sspruner.graph.family import Projected
 
 
 class Ghost(sspruner.Scorer):
     name, axes, needs = "ghost", {"state", "head", "head_dim", "group", "channel"}, "activations"
 
     def __init__(self, variant: str = "joint") -> None:
-        if variant not in ("joint", "means"):
-            raise sspruner.InputError(f"scorer 'ghost': variant={variant!r}; known: joint, means")
+        if variant not in ("joint", "means", "output"):
+            raise sspruner.InputError(f"scorer 'ghost': variant={variant!r}; known: joint, means, output")
         self.variant = variant
         self.tokens = 0
         self.change: torch.Tensor | float = 0.0  # summed squared change of y: (G, N), or (H, P) of what is added
@@ -34,7 +42,9 @@ class Ghost(sspruner.Scorer):
     def observe(self, view: sspruner.SSMView) -> None:
         self.tokens += view.tokens
         self.shape = view.group.groups, view.group.units
-        if self.axis != "state":
+        if self.variant == "output":
+            self.change = self.change + _change_of_output(view, self.axis)
+        elif self.axis != "state":
             self.change = self.change + view.output_energy
         elif self.variant == "joint":
             self.change = self.change + view.ghost_sum
@@ -48,6 +58,33 @@ class Ghost(sspruner.Scorer):
         total = torch.as_tensor(self.h2 * self.c2 / self.tokens if means else self.change)
         # Heads and groups are runs of channels, in the order of memory: a unit's energy is the sum over its run.
         return torch.sqrt(total.reshape(*self.shape, -1).sum(-1) / self.tokens)
+
+
+def _change_of_output(view: sspruner.SSMView, axis: str) -> torch.Tensor:
+    """Summed squared change of out_proj's output: fp64 (G, N) on state, else (H, P)."""
+    w, p = _weights(view), view.projected
+    if axis != "state":
+        return (w * view.y.square() * view.mask[..., None, None]).sum((0, 1), dtype=torch.float64)
+    if isinstance(p, Projected):
+        return state.weighted_ghost_sum(p, w, view.mask)
+    return selective.weighted_ghost_sum(p, w, view.mask)
+
+
+def _weights(view: sspruner.SSMView) -> torch.Tensor:
+    """w_t[k,p]: squared gain from y to out_proj's input, times the column's: fp32 (b, T, H, P); Mamba1 (b, T, G, P)."""
+    y, gain = view.y.flatten(2), F.silu(view.z.float())  # (b, T, D)
+    channels = y.shape[-1]
+    if view.has("norm.weight"):
+        gain = gain * view.tensor("norm.weight")
+        # What the norm divided by, in either order of gate and norm: out_proj's input is y * gain / rms.
+        given = view.inputs["out_proj.weight"][:, -channels:]
+        given = given.reshape(len(given), view.B.shape[2], -1)  # (tokens, G, D / G)
+        before = (y * gain)[view.mask].view_as(given)
+        energy = before.square().sum(-1, keepdim=True)
+        scale = (before * given).sum(-1, keepdim=True) / energy.where(energy > 0, 1.0)  # (tokens, G, 1): 1 / rms
+        gain[view.mask] *= scale.expand_as(given).flatten(1)
+    reading = view.tensor("out_proj.weight")[:, -channels:].square().sum(0)  # (D,)
+    return (gain.square() * reading).view_as(view.y)
 
 
 @sspruner.hookimpl

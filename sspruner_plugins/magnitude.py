@@ -7,7 +7,9 @@ One ranking for B and C together, because they are cut together. The published b
 papers (GHOST, arXiv 2602.11408; SSM-Pruner, arXiv 2502.18886, which ranked B and C apart: a fault). The product
 writes a state times reads it; elsewhere the norm is the common group magnitude (Torch-Pruning, arXiv 2301.12900).
 
-Cost: none; no forward pass. Axes: all.
+On single elements S = |w|, compared within a tensor.
+
+Cost: none; no forward pass. Axes: all, and single elements.
 """
 
 import torch
@@ -16,7 +18,7 @@ import sspruner
 
 
 class Magnitude(sspruner.Scorer):
-    name, axes, needs = "magnitude", sspruner.AXES, "weights"
+    name, axes, needs = "magnitude", sspruner.AXES | sspruner.ELEMENT_AXES, "weights"
 
     def observe(self, view: sspruner.SSMView) -> None:
         if self.axis == "state":  # the projections that make B and C: linear weights, before any convolution

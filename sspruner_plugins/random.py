@@ -1,6 +1,6 @@
 """Random: the floor that every other scorer has to beat. A permutation seeded by the run's seed and the layer.
 
-Cost: none; no forward pass. Axes: all.
+Cost: none; no forward pass. Axes: all, and single elements.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ import sspruner
 
 
 class Random(sspruner.Scorer):
-    name, axes, needs = "random", sspruner.AXES, "weights"
+    name, axes, needs = "random", sspruner.AXES | sspruner.ELEMENT_AXES, "weights"
 
     def observe(self, view: sspruner.SSMView) -> None:
         digest = hashlib.sha256(f"{self.seed}:{view.layer}:{self.axis}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        shape = (view.group.groups, view.group.units)
-        self.score = torch.rand(shape, generator=generator).argsort(-1).float()
+        order = torch.rand(view.group.groups, view.group.units, generator=generator)  # (groups, units)
+        self.score = order if self.axis in sspruner.ELEMENT_AXES else order.argsort(-1).float()
 
     def importance(self) -> torch.Tensor:
         return self.score

@@ -13,9 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_cli import STATE, TEXT, done, one_thread, refused, saved_model, saved_zoo  # noqa: F401
+from test_scorers import calibrated
+from tiny import tokens
 from transformers import GPT2Config, GPT2LMHeadModel
+from zoo import zoo
 
 import sspruner
+from sspruner.plugins import manager
 from sspruner.plugins.manager import plugin_manager
 
 LAYER = "backbone.layers.0.mixer"
@@ -26,7 +30,8 @@ Says = tuple[str, ...]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good inputs: model/, other/ (other weights), wide/ (other shape), text.txt, s.safetensors, p.json; and hybrids:
+    """Good inputs: model/, other/ (other weights), wide/ (other shape), text.txt, s.safetensors, p.json, w.safetensors
+    (single weights); and hybrids:
     zamba2/, nemotron/ (Mamba, MLP, attention, Mamba, experts; a layer is one thing only) and mamba/, without tokenizer.
     """
     folder = tmp_path_factory.mktemp("inputs")
@@ -40,6 +45,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = sspruner.score(sspruner.load(folder / "model")[0], "magnitude")
     scores.save(folder / "s.safetensors")
     sspruner.plan(sspruner.trace(sspruner.load(folder / "model")[0]), scores, keep=4).save(folder / "p.json")
+    sspruner.score(sspruner.load(folder / "model")[0], "magnitude", axis="weight").save(folder / "w.safetensors")
     return folder
 
 
@@ -63,7 +69,7 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
     [
         (
             "--scorer ghots",
-            ("unknown scorer 'ghots'", "known: ghost, influence, magnitude, random", "did you mean 'ghost'?"),
+            ("unknown scorer 'ghots'", "known: block-influence, flap, ghost, gradmag", "did you mean 'ghost'?"),
         ),
         ("--sparsity -0.1", ("sparsity -0.1: must be at least 0 and below 1",)),
         ("--sparsity 1", ("sparsity 1: must be at least 0 and below 1",)),
@@ -92,12 +98,12 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
         ("--axis head --sparsity 0.9", (HEADS, "0.9 removes everything from 2 sets of 2", "is 0.5 (keeps 1)")),
         ("--axis group --sparsity 0.1", (f"{LAYER}:group", "0.1 removes nothing from 2 units", "is 0.5 (keeps 1)")),
         ("--axis stat", ("'ghost' does not score axis 'stat'; it scores channel, group, head, head_dim, state",)),
-        ("--axis mlp", ("'ghost' does not score axis 'mlp'", "these score mlp: magnitude, random")),
+        ("--axis mlp", ("'ghost' does not score axis 'mlp'", "these score mlp: flap, magnitude, random")),
         (
-            "--axis state --scorer influence",
-            ("'influence' does not score axis 'state'; it scores block;", "ghost, mag"),
+            "--axis state --scorer block-influence",
+            ("'block-influence' does not score axis 'state'; it scores block;", "these score state: ghost, last, magnitude"),
         ),
-        ("--axis state=0.5,mlp=0.2", ("'ghost' does not score axis 'mlp'", "these score mlp: magnitude, random")),
+        ("--axis state=0.5,mlp=0.2", ("'ghost' does not score axis 'mlp'", "these score mlp: flap, magnitude, random")),
         ("--axis mlp --scorer random", ("axis 'mlp': Mamba2ForCausalLM has none; it has state, head, head_dim,",)),
         (
             "--axis channel",
@@ -129,11 +135,11 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
         ("--scorer state=ghots", ("unknown scorer 'ghots'", "did you mean 'ghost'?")),
         ("--scorer head=ghost", ("no scorer for axis 'state': head have one; add state=NAME",)),
         ("--axis state=0.5,head=0.5 --scorer state=ghost", ("no scorer for axis 'head'", "add head=NAME")),
-        ("--scorer state=influence", ("'influence' does not score axis 'state'; it scores block",)),
+        ("--scorer state=block-influence", ("'block-influence' does not score axis 'state'; it scores block",)),
         ("--scorer state=ghost,magnitude", ("--scorer 'state=ghost,magnitude': expected NAME=VALUE",)),
         ("--scorer state=ghost,state=random", ("--scorer 'state=ghost,state=random'", "each name once")),
         ("--scorer =ghost", ("--scorer '=ghost': expected NAME=VALUE",)),
-        ("--scorer state=", ("unknown scorer ''", "known: ghost")),
+        ("--scorer state=", ("unknown scorer ''", "known: block-influence, flap, ghost")),
         ("--mode slim", ("mode 'slim': must be slice or mask",)),
         ("--dtype int8", ("dtype 'int8': must be auto, float32, bfloat16 or float16",)),
         ("--device gpu", ("device 'gpu': not available here",)),
@@ -151,6 +157,55 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
 )
 def test_options(args: str, says: Says, here: Path) -> None:
     prune(here, says, *args.split())
+
+
+IN_PROJ = f"{LAYER}.in_proj:weight"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("", ("'ghost' does not score axis 'weight'", "these score weight: gradmag, magnitude, random, snip, sparsegpt,")),
+        ("--scorer rrqr", ("'rrqr' does not score axis 'weight'; it scores state; these score weight: gradmag",)),
+        ("--scorer wanda --axis decay", ("'wanda' does not score axis 'decay'", "score decay: magnitude, random, snip")),
+        ("--axis decay --scorer magnitude", ("axis 'decay': Mamba2ForCausalLM has none; it has state,", "weight")),
+        ("--axis weights --scorer magnitude", ("'magnitude' does not score axis 'weights'; it scores",)),
+        ("--scorer wanda --pattern 4:2", ("pattern '4:2': expected N:M with 0 < N < M; 2:4 keeps 2 of every 4",)),
+        ("--scorer wanda --pattern a", ("pattern 'a': expected N:M",)),
+        ("--scorer wanda --pattern 2:", ("pattern '2:': expected N:M",)),
+        ("--scorer wanda --pattern 0:4", ("pattern '0:4': expected N:M",)),
+        ("--scorer wanda --pattern 2:5", (IN_PROJ, "rows of 16 elements; pattern 2:5 needs a multiple of 5", "ignore")),
+        ("--scorer wanda --pattern 2:4 --sparsity 0.3", ("pattern 2:4 removes 0.5, not 0.3; leave one out",)),
+        ("--scorer wanda --pattern 2:4 --ratio *:weight=0.3", (IN_PROJ, "pattern 2:4 removes 0.5, not 0.3",)),
+        ("--scorer wanda --pattern 2:4 --granularity row", ("pattern 2:4 compares 4 elements; leave out granularity",)),
+        ("--scorer wanda --pattern 2:4 --keep 2", ("keep counts units; of single elements give the fraction",)),
+        ("--scorer wanda --granularity column", ("unknown granularity 'column'; known: row, tensor, global",)),
+        ("--scorer wanda --granularity pattern", ("unknown granularity 'pattern'; known: row, tensor, global",)),
+        ("--scorer wanda --rows E", ("rows 'E': no tensor has such rows; these are known: B, C, dt, out, x, z",)),
+        ("--scorer wanda --rows B,C", ("rows 'B,C': no tensor has such rows",)),
+        ("--scorer wanda --keep 4", ("keep counts units; of single elements give the fraction to remove, sparsity",)),
+        ("--scorer wanda --sparsity 0", ("the budget removes nothing",)),
+        ("--scorer wanda --ignore *", ("the budget removes nothing",)),
+        ("--scorer wanda --granularity global --ignore layers.0.*.inproj", ("matches nothing that is cut", "layers.0.")),
+        ("--scorer wanda --granularity global --ratio layers.9.*=0.1", ("pattern 'layers.9.*': matches nothing",)),
+        ("--scorer sparsegpt --samples 1 --seq-len 8", ("scorer 'sparsegpt' on", "8 calibration tokens", "--samples")),
+        ("--scorer sparsegpt --option block=0", ("scorer 'sparsegpt': block=0",)),
+        ("--scorer sparsegpt --option block=6 --pattern 2:4", ("6 columns at once; pattern 2:4 needs a multiple of 4",)),
+        ("--scorer sparsegpt --option block=4 --granularity global", ("decides by blocks of columns", "row or tensor")),
+        ("--axis state --pattern 2:4", ("pattern, granularity and rows are for single elements: axis weight",)),
+        ("--axis state --granularity row", ("pattern, granularity and rows are for single elements: axis weight",)),
+        ("--axis state --rows B", ("pattern, granularity and rows are for single elements: axis weight",)),
+        ("--axis state --rows B --one-shot", ("pattern, granularity and rows are for single elements: axis weight",)),
+        ("--axis state --scorer sparsessm", (GROUP, "only Mamba1-type mixers",)),
+        ("--axis state --allocation global --keep 4", ("keep says how many units stay in every layer",)),
+        ("--axis state=0.5,weight=0.25 --scorer magnitude --pattern 2:4", (IN_PROJ, "removes 0.5, not 0.25")),
+        ("--axis head=0.5,head_dim=0.5 --scorer flap", (f"{LAYER}.out_proj.bias: changed by the scorers of two axes",)),
+        ("--axis head=0.5,head_dim=0.5 --scorer flap --one-shot", ("out_proj.bias: changed by the scorers of two axes",)),
+        ("--axis state=0.5,weight=0.5 --scorer wanda --option state.reduction=max", ("no scorer of this run is called",)),
+    ],
+)  # fmt: skip
+def test_options_for_single_elements(args: str, says: Says, here: Path) -> None:
+    prune(here, says, "--axis", "weight", *args.split())
 
 
 HYBRIDS: dict[str, tuple[str, str, Says]] = {  # a model, options, and what the error says
@@ -193,18 +248,18 @@ HYBRIDS: dict[str, tuple[str, str, Says]] = {  # a model, options, and what the 
     ),
     "more protected than kept": (
         "zamba2",
-        "--axis block --scorer influence --keep 2 --ignore layers.0 --ignore layers.1 --ignore layers.3",
+        "--axis block --scorer block-influence --keep 2 --ignore layers.0 --ignore layers.1 --ignore layers.3",
         ("model.layers:block: keeping 2 units is less than the 3 that --ignore protects",),
     ),
-    "all blocks": ("zamba2", "--axis block --scorer influence --sparsity 0.95", ("0.95 removes everything", "is 0.8 ")),
+    "all blocks": ("zamba2", "--axis block --scorer block-influence --sparsity 0.95", ("0.95 removes everything", "is 0.8 ")),
     "a unit of a block": (
         "zamba2",
-        "--axis block --scorer influence --ignore layers.5",
+        "--axis block --scorer block-influence --ignore layers.5",
         ("pattern 'layers.5'", "layers."),
     ),
     "a ratio for a block": (
         "zamba2",
-        "--axis block --scorer influence --ratio layers.1=0.5",
+        "--axis block --scorer block-influence --ratio layers.1=0.5",
         ("'layers.1'", "nothing"),
     ),
 }
@@ -237,6 +292,17 @@ def test_options_that_a_family_cannot_meet(case: str, here: Path) -> None:
         ("plan model --scores s.safetensors --sparsity 0.01", (GROUP, "removes nothing", "is 0.0625 (keeps 15)")),
         ("plan model --scores s.safetensors --ignore layers.7", ("pattern 'layers.7': matches nothing",)),
         ("plan model --scores s.safetensors --ratio layers.0.mixer=x", ("--ratio layers.0.mixer=x: 'x' is not a nu",)),
+        ("plan model --scores s.safetensors --pattern 2:4", ("are for single elements: axis weight",)),
+        ("plan model --scores s.safetensors --rows B", ("are for single elements: axis weight",)),
+        ("plan model --scores w.safetensors --pattern 3:2", ("pattern '3:2': expected N:M",)),
+        ("plan model --scores w.safetensors --pattern 2:4 --sparsity 0.25", ("removes 0.5, not 0.25",)),
+        ("plan model --scores w.safetensors --pattern 2:4 --axis weight=0.25", (IN_PROJ, "removes 0.5, not 0.25")),
+        ("plan model --scores w.safetensors --keep 4", ("keep counts units",)),
+        ("plan model --scores w.safetensors --granularity rows", ("unknown granularity 'rows'",)),
+        ("plan model --scores w.safetensors --rows y", ("rows 'y': no tensor has such rows",)),
+        ("plan wide --scores w.safetensors", (IN_PROJ, "scores of shape (132, 16) do not fit this model")),
+        ("score model --axis state,weight", ("'ghost' does not score axis 'weight'",)),
+        ("score model --scorer ghost --scorer ghost", ("scorer 'ghost' is given twice",)),
     ],
 )
 def test_options_of_the_steps(args: str, says: Says, here: Path) -> None:
@@ -637,7 +703,7 @@ PLUGINS: dict[str, tuple[str, str, Says]] = {
     "no tensor": ("torch.ones(self.shape)", "[1.0]", (GROUP, "returned list, expected a tensor")),
     "raises late": ("return torch.ones", "1 / 0\n        return torch.ones", (GROUP, "ZeroDivisionError")),
     "raises": ("self.shape = ", "self.shape = 1 / 0,", (LAYER, "scorer 'mine'", "ZeroDivisionError")),
-    "weights only": ('"activations"', '"weights"', (LAYER, "needs='weights' read activations")),
+    "weights only": ('"activations"', '"weights"', (LAYER, "does not need activations read them")),
     "no gradients": ("view.C.shape[2:]", "view.gradients", (LAYER, "set needs='gradients'")),
     "other axis": ('{"state"}', '{"head"}', ("'mine' does not score axis 'state'; it scores head",)),
 }
@@ -646,8 +712,8 @@ PLUGINS: dict[str, tuple[str, str, Says]] = {
 @pytest.fixture
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
     """Writes a plugin file; whatever plugins the test loads are forgotten after it."""
-    manager = plugin_manager()
-    installed = {name for name, _ in manager.list_name_plugin()}
+    plugins = plugin_manager()
+    installed = {name for name, _ in plugins.list_name_plugin()}
 
     def write(source: str) -> Path:
         path = tmp_path_factory.mktemp("plugin") / "mine.py"
@@ -655,9 +721,9 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         return path
 
     yield write
-    for name, module in manager.list_name_plugin():
+    for name, module in plugins.list_name_plugin():
         if name not in installed:
-            manager.unregister(module)
+            plugins.unregister(module)
 
 
 @pytest.mark.parametrize("case", PLUGINS)
@@ -675,3 +741,95 @@ def test_the_good_plugin_works(here: Path, plugin: Callable[[str], Path]) -> Non
     assert (here / "out" / "config.json").is_file()
     cells = "".join(done("scorers", "--plugin", path).stdout.replace("│", "").split())  # the path may be folded
     assert f"minestateactivations{path}" in cells
+
+
+# Models and text that give nothing to go by
+
+
+def constant(model: torch.nn.Module, kind: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A model and tokens by which nothing varies: activations of zero, or the same token everywhere."""
+    with torch.no_grad():
+        if kind == "zero":
+            model.get_input_embeddings().weight.zero_()
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+    return model, torch.full((4, 19), 3)
+
+
+SHIPPED = {name: cls for name, (cls, _) in manager.scorers().items()}
+
+
+@pytest.mark.parametrize("kind", ["zero", "one token"])
+@pytest.mark.parametrize("family", ["mamba2", "mamba", "zamba2"])
+@pytest.mark.parametrize("name", [n for n, cls in SHIPPED.items() if cls.needs != "weights" and ":" not in n])
+def test_constant_activations_give_finite_scores(name: str, family: str, kind: str) -> None:
+    """Also where nothing is active at all; and all options of the kind `variant`."""
+    model, ids = constant(zoo(family), kind)
+    graph = sspruner.trace(model)
+    axes = [a for a in (*graph.axes, *{g.axis for g in graph.elements.values()}) if a in SHIPPED[name].axes]
+    if name == "sparsessm" and family != "mamba":
+        axes = []
+    variants = {"ghost": [{"variant": v} for v in ("joint", "means", "output")],
+                "taylor": [{"order": o} for o in ("first", "second", "fisher")]}  # fmt: skip
+    for options in variants.get(name, [{}]) if axes else []:
+        found = sspruner.score(model, name, axis=axes, calibration=calibrated(ids), options=options)
+        assert {group.rpartition(":")[2] for group in found.importance} == set(axes)
+        for importance in found.importance.values():
+            assert importance.isfinite().all()
+
+
+@pytest.mark.parametrize("scorer", ["flap", "ghost", "wanda", "last"])
+def test_a_single_token(scorer: str) -> None:
+    """A variance of one token is none; other statistics have something to say."""
+    ids = torch.tensor([[5, 6]])
+    data = calibrated(ids, torch.tensor([[True, False]]))
+    model, axis = zoo("mamba2"), "head" if scorer == "flap" else "state"
+    if scorer == "flap":
+        with pytest.raises(sspruner.InputError, match=r"flap' on .*:head: a variance needs at least 2 calibration tok"):
+            sspruner.score(model, scorer, axis=axis, calibration=data)
+    else:
+        for importance in sspruner.score(model, scorer, axis=axis, calibration=data).importance.values():
+            assert importance.isfinite().all()
+
+
+@pytest.mark.parametrize("scorer", ["taylor", "snip", "gradmag"])
+@pytest.mark.parametrize("kind", ["int8", "packed", "inference"])
+@pytest.mark.parametrize("job", ["score", "prune"])
+def test_gradients_of_a_model_that_has_none(scorer: str, kind: str, job: str) -> None:
+    """By the parameter's name, before anything runs; scorers that need no gradients are not told so."""
+    name = "backbone.layers.1.mixer.out_proj.weight"
+    if kind == "inference":
+        with torch.inference_mode():
+            model = zoo("mamba2")
+        name, says = "backbone.embeddings.weight", r"made under torch\.inference_mode\(\), so that it has no gradient"
+    else:
+        model = zoo("mamba2")
+        layer = model.get_submodule(name.rpartition(".")[0])
+        values = layer.weight.detach().mul(9).to(torch.int8)
+        says = "weights of type int8 have no gradient" if kind == "int8" else r"packed weights \(int8\) have no gradient"
+        if kind == "int8":
+            layer.weight = torch.nn.Parameter(values, requires_grad=False)
+        else:
+            layer.register_buffer("packed_weight", values)
+    ran: list[object] = []
+    model.backbone.layers[0].register_forward_pre_hook(lambda *args: ran.append(args) and None)
+    axis = "weight" if scorer == "gradmag" else "state"
+    with pytest.raises(sspruner.ModelError, match=f"{says}; use a scorer that needs only weights or activations") as error:
+        getattr(sspruner, job)(model, scorer, axis=axis, calibration=tokens())
+    assert not ran
+    assert str(error.value).startswith(name.replace("weight", "packed_weight") if kind == "packed" else name)
+    if kind != "inference":
+        assert sspruner.score(model, "magnitude", axis=axis).importance
+
+
+def test_gradients_under_inference_mode() -> None:
+    model = zoo("mamba2")
+    with torch.inference_mode(), pytest.raises(sspruner.InputError, match="leave it first"):
+        sspruner.score(model, "taylor", calibration=tokens())
+
+
+def test_text_in_which_nothing_is_predicted() -> None:
+    ids, mask = torch.tensor([[5, 6, 7]]), torch.tensor([[True, False, True]])
+    with pytest.raises(sspruner.InputError, match="no two tokens follow each other, so that nothing is predicted"):
+        sspruner.score(zoo("mamba2"), "taylor", calibration=calibrated(ids, mask))

@@ -296,7 +296,7 @@ def test_whole_layers_go_by_their_influence(hybrid: Path, cheap: list[object], t
         "--axis",
         "block",
         "--scorer",
-        "influence",
+        "block-influence",
         "--sparsity",
         0.4,
         "--ignore",
@@ -343,6 +343,56 @@ def test_one_fraction_for_all_scored_axes(hybrid: Path, cheap: list[object], tmp
     assert found.axes == ("head", "head_dim")
     assert {(s.before, s.after) for n, s in found.groups.items() if n.endswith(":head")} == {(2, 1)}
     assert {(s.before, s.after) for n, s in found.groups.items() if n.endswith(":head_dim")} == {(4, 2)}
+
+
+def test_three_steps_on_single_weights_equal_one_shot(model: Path, cheap: list[object], tmp_path: Path) -> None:
+    """With a threshold over all tensors, which the scorer asks for; N:M; and named rows."""
+    scores, plan = tmp_path / "s.safetensors", tmp_path / "p.json"
+    scorer = ["--axis", "weight", "--scorer", "gradmag"]
+    done("score", model, *cheap, *scorer, "--out", scores)
+    budgets = [["--sparsity", 0.6], ["--pattern", "2:4"], ["--granularity", "row", "--rows", "B", "--rows", "C"], []]
+    for i, budget in enumerate(budgets):
+        shown = done("plan", model, "--scores", scores, *budget, "--out", plan).stdout
+        assert "in_proj:weight" in shown
+        done("apply", model, "--plan", plan, "--out", tmp_path / f"steps{i}")
+        done("prune", model, *cheap, *scorer, *budget, "--one-shot", "--out", tmp_path / f"once{i}")
+        for name in ("model.safetensors", "config.json"):
+            steps, once = (tmp_path / f"{kind}{i}" / name for kind in ("steps", "once"))
+            assert steps.read_bytes() == once.read_bytes(), name
+        assert Plan.load(plan) == Plan.load(tmp_path / f"once{i}" / "plan.json")
+        same_as_masked(model, tmp_path / f"once{i}")
+    kept = [Plan.load(tmp_path / f"once{i}" / "plan.json").elements for i in range(4)]
+    assert sum(int((~k).sum()) for k in kept[0].values()) == round(0.6 * sum(k.numel() for k in kept[0].values()))
+    assert all((k.unflatten(1, (-1, 4)).sum(-1) == 2).all() for k in kept[1].values())
+    assert {name.rpartition(".")[2] for name in kept[2]} == {"in_proj:weight"}
+    assert all((~k).sum(1).tolist() == [0] * 64 + [8] * 64 + [0] * 4 for k in kept[2].values())
+    assert len(kept[3]) == 4
+
+
+def test_states_and_single_weights_at_once(model: Path, cheap: list[object], tmp_path: Path) -> None:
+    """Layer by layer, the weights with new values; the saved model is the masked one."""
+    args = ["--axis", "state=0.5,weight=0.5", "--scorer", "state=ghost,weight=sparsegpt", "--out", tmp_path / "out"]
+    report = json.loads(done("prune", model, *cheap, *args, "--json", "-").stdout)
+    assert not report["one_shot"]
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    assert plan.axes == ("state", "weight")
+    assert set(plan.updates) == {name.replace(":", ".") for name in plan.elements}
+    same_as_masked(model, tmp_path / "out")
+
+
+def test_layers_compete(model: Path, cheap: list[object], tmp_path: Path) -> None:
+    """By scores over all layers: as many units in all as with the same fraction everywhere."""
+    scores, plan = tmp_path / "s.safetensors", tmp_path / "p.json"
+    fraction = ["--sparsity", 0.3, "--allocation", "global", "--multiple-of", 2]
+    report = json.loads(done("prune", model, *cheap, *fraction, "--out", tmp_path / "out", "--json", "-").stdout)
+    assert report["one_shot"]
+    assert report["budget"] == {"sparsity": 0.3, "allocation": "global", "multiple_of": 2}
+    after = [size["after"] for size in report["layers"].values()]
+    assert sum(after) == 22  # of 32; the nearest even number to 22.4
+    done("score", model, *cheap, "--out", scores)
+    done("plan", model, "--scores", scores, *fraction, "--out", plan)
+    assert Plan.load(plan) == Plan.load(tmp_path / "out" / "plan.json")
+    same_as_masked(model, tmp_path / "out")
 
 
 def test_mask_mode_saves_zeros_at_stock_sizes(model: Path, cheap: list[object], tmp_path: Path) -> None:
@@ -454,11 +504,11 @@ def test_scorers_lists_where_each_comes_from() -> None:
             rows[name] = [f"{row} {cell}".strip() for row, cell in zip(rows.get(name, [""] * 4), cells, strict=True)]
     for scorer, axes, needs in (
         ("ghost", "channel, group, head, head_dim, state", "activations"),
-        ("influence", "block", "activations"),
-        ("magnitude", ", ".join(sorted(sspruner.AXES)), "weights"),
-        ("random", ", ".join(sorted(sspruner.AXES)), "weights"),
+        ("block-influence", "block", "activations"),
+        ("magnitude", ", ".join(sorted(sspruner.AXES | sspruner.ELEMENT_AXES)), "weights"),
+        ("random", ", ".join(sorted(sspruner.AXES | sspruner.ELEMENT_AXES)), "weights"),
     ):
-        assert rows[scorer] == [scorer, axes, needs, scorer]  # the last is its plugin
+        assert rows[scorer] == [scorer, axes, needs, scorer.replace("-", "_")]  # the last is its plugin
 
 
 @pytest.mark.parametrize("charset", ["utf-8", "latin-1", "ascii"])

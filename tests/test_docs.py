@@ -28,8 +28,8 @@ from sspruner.plugins import hookspecs, manager
 from sspruner.plugins.manager import plugin_manager
 
 ROOT = Path(__file__).parents[1]
-README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
-every_page = pytest.mark.parametrize("page", [README, *DOCS], ids=lambda p: p.name)
+README, DOCS = ROOT / "README.md", sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/scorers").glob("*.md")])
+every_page = pytest.mark.parametrize("page", [README, *DOCS], ids=lambda p: str(p.relative_to(ROOT)))
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 every_command = pytest.mark.parametrize("command", COMMANDS)
@@ -216,7 +216,12 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 def test_the_index_lists_every_page() -> None:
     text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| \[[^\]]+\]\(([\w-]+\.md)\) \|", text, re.M))
-    assert listed == {page.name for page in DOCS} - {"index.md"}
+    assert listed == {page.name for page in DOCS if page.parent.name == "docs"} - {"index.md"}
+
+
+def test_every_scorer_has_a_page() -> None:
+    linked = set(re.findall(r"\]\((scorers/[\w-]+\.md)\)", section(ROOT / "docs/scorers.md", "The scorers that ship")))
+    assert linked == {f"scorers/{page.name}" for page in DOCS if page.parent.name == "scorers"}
 
 
 def test_the_architecture_lists_every_module_and_every_contract() -> None:
@@ -258,5 +263,6 @@ def test_the_scorers_are_listed_with_their_axes_and_needs() -> None:
     assert set(rows) == set(shipped)
     for name, (axes, needs, _) in rows.items():
         named = set(re.findall(r"`(\w+)`", axes))
-        assert (sspruner.AXES - named if axes.startswith("all") else named) == shipped[name].axes, name
+        every = sspruner.AXES | sspruner.ELEMENT_AXES
+        assert (every - named if axes.startswith("all") else named) == shipped[name].axes, name
         assert needs == shipped[name].needs, name

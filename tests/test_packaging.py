@@ -67,8 +67,9 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     assert "sspruner = sspruner.cli.main:main" in entries
     for name in FAMILIES:
         assert f"{name} = sspruner.graph.families.{name}\n" in f"{entries}\n"
-    for name in ("ghost", "influence", "magnitude", "random"):
-        assert f"{name} = sspruner_plugins.{name}\n" in f"{entries}\n"
+    for name in ("ghost", "block-influence", "magnitude", "random"):
+        module = name.replace("-", "_")
+        assert f"{module} = sspruner_plugins.{module}\n" in f"{entries}\n"
 
 
 def test_the_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
@@ -96,8 +97,8 @@ def test_the_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> No
     assert found["version"] == sspruner.__version__
     assert found["state"] == 6 * 8 * 64 * 128 * 4  # layers, heads, head size, state, bytes
     assert found["vocabulary"] == 4096
-    assert {"ghost", "influence", "magnitude", "random"} <= set(found["scorers"])
+    assert {"ghost", "block-influence", "magnitude", "random"} <= set(found["scorers"])
     assert set(FAMILIES) <= set(found["families"])
-    assert {*FAMILIES, "ghost", "influence", "magnitude", "random"} <= set(found["plugins"])
+    assert {*FAMILIES, "ghost", "block_influence", "magnitude", "random"} <= set(found["plugins"])
     assert found["command"][0] == "sspruner.cli.main:main"
     assert list(elsewhere.iterdir()) == []

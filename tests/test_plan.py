@@ -18,7 +18,9 @@ from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.graph.group import Block, DependencyGroup
-from sspruner.planning.allocate import Budget, allocate, select
+from sspruner.planning.allocate import allocate
+from sspruner.planning.budget import Budget
+from sspruner.planning.decide import select
 from sspruner.planning.plan import Plan, Selection, check_plan
 
 GRAPH = sspruner.trace(tiny_model(layers=3, groups=2, heads_per_group=4, state=8))

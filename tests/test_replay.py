@@ -53,7 +53,9 @@ def check_replay(model: nn.Module, mask: torch.Tensor, plan: Plan) -> None:
     graph = sspruner.trace(model)
     replay = Replay(model, graph, [(ids[:3], mask[:3]), (ids[3:], mask[3:])], "cpu")
     for block in replay.blocks:
-        replay.observe(block, [s.path for s in graph.layers if within(s.path, block)], lambda path, hidden, mask: None)
+        replay.observe(
+            block, [s.path for s in graph.layers if within(s.path, block)], lambda path, hidden, mask, inputs: None
+        )
         for name, selection in plan.groups.items():
             if within(graph.groups[name].layer, block):
                 mask_group(model, graph.groups[name], selection)
@@ -121,7 +123,7 @@ def test_what_a_scorer_sees_is_what_the_model_gives_its_modules(variant: tuple[s
     seen: dict[str, torch.Tensor] = {}
     for block in blocks:
         inside = [path for path in paths if within(path, block)]
-        replay.observe(block, inside, lambda path, hidden, m: seen.setdefault(path, hidden))
+        replay.observe(block, inside, lambda path, hidden, m, inputs: seen.setdefault(path, hidden))
         ((before, after, m),) = replay.outputs(block)
         assert torch.equal(before, expected[block])
         assert torch.equal(after, made[block])
@@ -164,11 +166,11 @@ def test_a_block_that_the_forward_never_calls() -> None:
 
 def test_a_module_of_a_block_that_never_runs() -> None:
     model, ids = tiny_model(layers=1), tokens(2, 9)
-    model.backbone.layers[0].spare = nn.Linear(2, 2)
+    model.backbone.layers[0].spare = nn.LayerNorm(2)
     replay = Replay(model, sspruner.trace(model), [(ids, torch.ones_like(ids, dtype=torch.bool))], "cpu")
     paths = [f"backbone.layers.0.{name}" for name in ("mixer", "spare")]
-    with pytest.raises(sspruner.ModelError, match="not every module of the block ran"):
-        replay.observe("backbone.layers.0", paths, lambda path, hidden, mask: None)
+    with pytest.raises(sspruner.ModelError, match=r"spare: not called by its block"):
+        replay.observe("backbone.layers.0", paths, lambda path, hidden, mask, inputs: None)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -206,7 +208,7 @@ def test_one_block_at_a_time_on_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     replay = Replay(model, sspruner.trace(model), [(ids, torch.ones_like(ids, dtype=torch.bool))], "cpu")
     replay.device = device
     for block in replay.blocks:
-        replay.observe(block, [f"{block}.mixer"], lambda path, hidden, mask: None)
+        replay.observe(block, [f"{block}.mixer"], lambda path, hidden, mask, inputs: None)
         replay.advance(block)
     assert log == [(0,), (), (0,), (), (1,), (), (1,), (), (2,), (), (2,), ()]
 
@@ -267,3 +269,33 @@ def test_an_error_in_a_later_layer_undoes_the_cuts_of_the_earlier() -> None:
     assert not is_masked(model)
     plan = sspruner.plan(sspruner.trace(model), sspruner.score(model, "random"), sparsity=0.5)
     assert sspruner.apply(model, plan, mode="mask") is model
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=_name)
+def test_the_rest_of_the_model_on_what_leaves_the_last_block(variant: tuple[str, dict]) -> None:
+    """`head` gives the model's own logits, in batches as they were and one by one; no block runs for it."""
+    model = zoo(variant[0], **variant[1])
+    ids, mask = tokens(3, 19), torch.ones(3, 19, dtype=torch.bool)
+    mask[0, :4] = False
+    mask[1, 15:] = False
+    whole = Replay(model, sspruner.trace(model), [(ids[:2], mask[:2]), (ids[2:], mask[2:])], "cpu")
+    whole.advance(whole.blocks[0])
+    single = whole.one_by_one()
+    assert [m.shape for m in single.masks] == [(1, 19)] * 3
+    for replay, rest in ((whole, whole.blocks[1:]), (single, whole.blocks)):
+        for block in rest:
+            replay.advance(block)
+        mixers = [model.get_submodule(site.path) for site in sspruner.trace(model).layers]
+        handles = [mixer.register_forward_pre_hook(lambda *_: pytest.fail("a block ran")) for mixer in mixers]
+        with torch.no_grad():
+            seen = [replay.head(batch, hidden).logits for batch, hidden in enumerate(replay.hidden)]
+        for handle in handles:
+            handle.remove()
+        start = 0
+        for logits in seen:
+            rows = slice(start, start + len(logits))
+            with torch.no_grad():
+                expected = model(input_ids=ids[rows], attention_mask=mask[rows].long(), use_cache=False).logits
+            assert torch.equal(logits, expected)
+            start = rows.stop
+        assert start == 3

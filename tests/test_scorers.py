@@ -22,7 +22,7 @@ import sspruner
 from sspruner.calibrate.sources import Calibration
 from sspruner.graph.family import Projected, SelectiveProjected
 from sspruner.graph.group import DependencyGroup
-from sspruner.planning.allocate import select
+from sspruner.planning.decide import select
 from sspruner.planning.plan import Plan, Selection
 from sspruner.surgery.mask import mask_group, unmask
 
@@ -132,8 +132,8 @@ def test_scaling_what_reads_a_state_scales_its_score(
         plain.observe(view)
         factor = torch.ones(G, N)
         factor[g, n] = c
-        view.__dict__["projected"] = replace(view.projected, C=view.projected.C * factor)
-        view.__dict__.pop("ghost_sum", None)
+        view.observation.__dict__["projected"] = replace(view.projected, C=view.projected.C * factor)
+        view.observation.__dict__.pop("ghost_sum", None)
         scaled.observe(view)
         torch.testing.assert_close(scaled.importance(), plain.importance() * factor.double(), rtol=1e-4, atol=1e-12)
 
@@ -479,7 +479,7 @@ def test_influence_is_one_minus_the_mean_cosine(model: torch.nn.Module, lengths:
         expected.append(1 - ((h * out).sum(-1) / (h.norm(dim=-1) * out.norm(dim=-1))).mean())
     for size in (4096, 19):
         with batches_of(size):
-            found = importance(model, ids, "influence", axis="block", mask=mask)
+            found = importance(model, ids, "block-influence", axis="block", mask=mask)
         assert list(found) == [group.name]
         torch.testing.assert_close(found[group.name], torch.stack(expected)[None].float(), rtol=1e-4, atol=loose(model))
 
@@ -592,11 +592,11 @@ class HiddenEnergy(sspruner.Scorer):
     name, axes = "hidden energy", {"hidden"}
 
     def __init__(self) -> None:
-        self.total, self.layers = torch.zeros(1), []
+        self.total = torch.zeros(1)
 
     def observe(self, view: sspruner.SSMView) -> None:
-        self.layers.append(view.layer)
-        self.total = self.total + view.hidden.double().square()[view.mask].sum(0)
+        if view.layer.endswith("mamba"):  # attention and MLPs are shown, too
+            self.total = self.total + view.hidden.double().square()[view.mask].sum(0)
 
     def importance(self) -> torch.Tensor:
         return self.total[None]
@@ -622,9 +622,9 @@ def test_a_hidden_scorer_through_prune_on_a_hybrid(family: str) -> None:
 def test_a_block_scorer_through_prune_on_a_hybrid(family: str, keep: int) -> None:
     model, ids = zoo(family), tokens(3, 19)
     (name,) = sspruner.trace(model).on_axis("block")
-    scores = importance(model, ids, "influence", axis="block")[name]
+    scores = importance(model, ids, "block-influence", axis="block")[name]
     blocks = list(model.model.layers)
-    result = sspruner.prune(model, "influence", axis="block", keep=keep, calibration=calibrated(ids))
+    result = sspruner.prune(model, "block-influence", axis="block", keep=keep, calibration=calibrated(ids))
     assert torch.equal(result.scores.importance[name], scores)  # whole blocks are never cut on the way
     assert result.plan.groups == {name: select(scores, keep)}
     assert [blocks.index(block) for block in model.model.layers] == list(result.plan.groups[name].keep[0])
@@ -656,7 +656,7 @@ def test_every_axis_needs_a_scorer_that_can_score_it() -> None:
     model = zoo("zamba2")
     with pytest.raises(sspruner.InputError, match=r"no scorer for axis 'mlp': head have one; add mlp=NAME"):
         sspruner.prune(model, {"head": "ghost"}, axis={"head": 0.5, "mlp": 0.2}, calibration=tokens())
-    says = r"'ghost' does not score axis 'mlp'; it scores .*; these score mlp: magnitude, random"
+    says = r"'ghost' does not score axis 'mlp'; it scores .*; these score mlp: flap, magnitude, random"
     with pytest.raises(sspruner.InputError, match=says):
         sspruner.prune(model, "ghost", axis={"head": 0.5, "mlp": 0.2}, calibration=tokens())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,7 @@ from zoo import FAMILIES, zoo
 import sspruner
 from sspruner.calibrate import state
 from sspruner.calibrate.replay import Replay, within
-from sspruner.calibrate.view import SSMView
+from sspruner.calibrate.view import Observation, SSMView
 from sspruner.graph.family import Projected
 
 TOLERANCE = 1e-4  # relative, of every sum in fp32
@@ -122,9 +124,9 @@ def views(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None =
     layers = {layer.path: layer for layer in graph.layers}
     seen: list[SSMView] = []
 
-    def show(path: str, hidden: torch.Tensor, m: torch.Tensor) -> None:
+    def show(path: str, hidden: torch.Tensor, m: torch.Tensor, inputs: Any) -> None:
         group = graph.groups[f"{path}:state"]
-        seen.append(SSMView(model, path, group, m, family=layers[path].family, hidden=hidden))
+        seen.append(SSMView(Observation(model, path, m, family=layers[path].family, hidden=hidden), group))
 
     for block in replay.blocks:
         replay.observe(block, [path for path in layers if within(path, block)], show)
@@ -212,10 +214,10 @@ def test_weights_only_view_refuses_activations() -> None:
     graph = sspruner.trace(model := tiny_model())
     layer = graph.layers[0]
     group, family = graph.groups[f"{layer.path}:state"], layer.family
-    view = SSMView(model, layer.path, group, torch.ones(0, 0, dtype=torch.bool), family=family)
+    view = SSMView(Observation(model, layer.path, torch.ones(0, 0, dtype=torch.bool), family=family), group)
     assert view.weights["in_proj.weight:B"].shape == (1, 6, model.config.hidden_size)
     for name in ("hidden", "x", "y", "ghost_sum"):
-        with pytest.raises(sspruner.PluginError, match=r"needs='weights' read activations"):
+        with pytest.raises(sspruner.PluginError, match=r"does not need activations read them"):
             getattr(view, name)
     with pytest.raises(sspruner.PluginError, match=r"set needs='gradients'"):
         _ = view.gradients

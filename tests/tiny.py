@@ -1,8 +1,6 @@
-"""Random tiny Mamba2 models, plans for any model, token batches: the breadth that property tests draw from."""
+"""Random tiny Mamba2 models, plans, token batches: the breadth that property tests draw from."""
 
 from __future__ import annotations
-
-import random
 
 import torch
 from hypothesis import assume, currently_in_test_context
@@ -12,6 +10,12 @@ from zoo import rounding
 
 import sspruner
 from sspruner.planning.plan import Plan, Selection
+from sspruner.testing.plans import plans, selection
+
+__all__ = [
+    "VOCABULARY", "close", "everything", "half", "logits", "models", "plans", "selection", "selections", "tiny_model",
+    "tokens",
+]  # fmt: skip
 
 VOCABULARY = 31
 
@@ -86,49 +90,11 @@ def models(
     )
 
 
-def selection(groups: int, units: int, after: int, seed: int, safe: tuple[int, ...] = ()) -> Selection:
-    """`after` units in every set, `safe` ones among them; which others is drawn from the seed, set by set."""
-    rng, free = random.Random(seed), [unit for unit in range(units) if unit not in safe]
-    keep = [sorted([*safe, *rng.sample(free, after - len(safe))]) for _ in range(groups)]
-    return Selection(units, tuple(map(tuple, keep)))
-
-
 @st.composite
 def selections(draw: st.DrawFn, groups: int, units: int, exactly: int | None = None) -> Selection:
     """The same number of units, at least one or `exactly` so many, in every group; which ones is free."""
     after = draw(st.integers(1, units)) if exactly is None else exactly
     return selection(groups, units, after, draw(st.integers(0, 2**16)))
-
-
-@st.composite
-def plans(draw: st.DrawFn, graph: sspruner.SSMGraph, axes: tuple[str, ...] = (), most: int = 5) -> Plan:
-    """A plan that removes something: up to `most` dependency groups on some axes (default: all), each to its own size.
-
-    One mixer and one attention layer stay where there are some, as check_plan asks.
-    """
-    staying = [draw(st.sampled_from(paths)) for paths in (_paths(graph, "mixer"), _paths(graph, "attention")) if paths]
-    able = {}
-    for name, group in graph.groups.items():
-        safe = tuple(i for i, b in enumerate(group.blocks) if any(f"{p}.".startswith(f"{b.path}.") for p in staying))
-        least, step = max(1, len(safe)), group.multiple_of
-        counts = [n for n in range(step, group.units, step) if n >= least]
-        if counts and (not axes or group.axis in axes):
-            able[name] = group, counts, safe
-    assert able, f"{graph.model_class} has nothing to cut on {axes}: draw a larger model"
-    names = draw(st.lists(st.sampled_from(list(able)), min_size=1, max_size=most, unique=True))
-    chosen = {}
-    for name in names:
-        group, counts, safe = able[name]
-        whole = [group.units] if name != names[0] else []  # the others may also keep everything
-        after = draw(st.sampled_from(counts + whole))
-        seed = draw(st.integers(0, 2**16))
-        chosen[name] = selection(group.groups, group.units, after, seed, safe)
-    return Plan({name: chosen[name] for name in able if name in chosen})
-
-
-def _paths(graph: sspruner.SSMGraph, kind: str) -> list[str]:
-    sites = graph.layers if kind == "mixer" else [site for site in graph.sites if site.kind == kind]
-    return [path for site in sites for path in (site.path, *site.aliases)]
 
 
 def half(graph: sspruner.SSMGraph, axis: str = "state") -> Plan:

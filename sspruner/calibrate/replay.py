@@ -5,19 +5,24 @@ One block at a time is on the compute device; the hidden states of all batches w
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from sspruner.calibrate.products import Products
 from sspruner.errors import ModelError
 from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
 
-Observer = Callable[[str, torch.Tensor, torch.Tensor], None]  # (module path, hidden (b, T, D), mask (b, T))
+Inputs = Callable[[], dict[str, torch.Tensor]]  # linear layer, relative to the module -> its input
+Flow = tuple[torch.Tensor, ...]  # what goes from block to block: (b, T, D), in mamba_ssm two of them, None at first
+Observer = Callable[[str, torch.Tensor, torch.Tensor, Inputs], None]  # (module path, hidden (b, T, D), mask (b, T), ..)
 
 
 class _Captured(Exception):
@@ -44,11 +49,22 @@ class Replay:
             )
         self.model, self.device = model, torch.device(device)
         self.blocks = [f"{graph.blocks}.{i}" for i in range(len(model.get_submodule(graph.blocks)))]  # type: ignore[arg-type]
-        self.hidden: list[tuple[torch.Tensor, ...]] = []  # what flows from block to block, per batch, on the CPU
+        self.hidden: list[Flow] = []  # what flows from block to block, per batch, on the CPU
         self.inputs: list[dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []  # the other arguments, by block
+        self.tokens: list[torch.Tensor] = []  # int64 (b, T)
         self.masks: list[torch.Tensor] = []  # bool (b, T)
+        self.returns: dict[str, tuple[int, int]] = {}  # see _what_blocks_return
         for tokens, mask in batches:
             self._start(tokens, mask)
+
+    def one_by_one(self) -> Replay:
+        """A replay of the same sequences, each a batch of its own, in front of the first block."""
+        other = copy.copy(self)
+        other.hidden, other.inputs, other.tokens, other.masks = [], [], [], []
+        for tokens, mask in zip(self.tokens, self.masks, strict=True):
+            for sequence in zip(tokens[:, None], mask[:, None], strict=True):
+                other._start(*sequence)
+        return other
 
     @torch.no_grad()
     def _start(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
@@ -56,10 +72,38 @@ class Replay:
 
         Beside the hidden states that is masks, positions, the original embeddings: none depends on other blocks.
         """
-        first: list[tuple[torch.Tensor, ...]] = []
+        first: list[Flow] = []
         inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        if not self.inputs:
-            self.returns = self._what_blocks_return(tokens[:1, :2], mask[:1, :2])
+        self.returns = self.returns or self._what_blocks_return(tokens[:1, :2], mask[:1, :2])
+
+        def keep(path: str, flowing: Flow, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
+            if not first:
+                first.append(flowing)
+            inputs[path] = rest, kwargs
+            if path == self.blocks[-1]:
+                raise _Captured  # what follows, the output head above all, is not needed
+            return flowing
+
+        with suppress(_Captured):
+            self._without_blocks(tokens, mask, keep)
+        missing = [path for path in self.blocks if path not in inputs]
+        if missing:
+            raise ModelError(f"{missing[0]}: the model's forward never calls this block; it cannot be replayed")
+        self.hidden.append(tuple(h.cpu() if h is not None else h for h in first[0]))
+        self.inputs.append(inputs)
+        self.tokens.append(tokens)
+        self.masks.append(mask)
+
+    def head(self, batch: int, last: Flow) -> Any:
+        """The model's own output where `last` leaves its last block: norm, output head, scaling. No block runs."""
+        return self._without_blocks(
+            self.tokens[batch],
+            self.masks[batch],
+            lambda path, flowing, *_: last if path == self.blocks[-1] else flowing,
+        )
+
+    def _without_blocks(self, tokens: torch.Tensor, mask: torch.Tensor, instead: Callable[..., Flow]) -> Any:
+        """The model's own forward, where what leaves a block is `instead(path, what enters it, args, kwargs)`."""
 
         def stand_in(path: str) -> Callable[..., Any]:
             carried, returned = self.returns[path]
@@ -67,25 +111,13 @@ class Replay:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if not args:
                     args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-                flowing, rest = args[:carried], args[carried:]
-                if not first:
-                    first.append(flowing)
-                inputs[path] = rest, kwargs
-                if path == self.blocks[-1]:
-                    raise _Captured  # what follows, the output head above all, is not needed
+                flowing = instead(path, args[:carried], args[carried:], kwargs)
                 return flowing + (None,) * (returned - carried) if returned else flowing[0]
 
             return forward
 
-        stand_ins = {self.model.get_submodule(p): stand_in(p) for p in self.blocks}
-        with _replaced(stand_ins), suppress(_Captured):
-            forward(self.model, tokens, mask, use_cache=False)
-        missing = [path for path in self.blocks if path not in inputs]
-        if missing:
-            raise ModelError(f"{missing[0]}: the model's forward never calls this block; it cannot be replayed")
-        self.hidden.append(tuple(h.cpu() if h is not None else h for h in first[0]))
-        self.inputs.append(inputs)
-        self.masks.append(mask)
+        with _replaced({self.model.get_submodule(p): stand_in(p) for p in self.blocks}):
+            return forward(self.model, tokens, mask, use_cache=False)
 
     def _what_blocks_return(self, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, tuple[int, int]]:
         """How many tensors flow on from each block, and the length of the tuple that it returns, 0 if it is none.
@@ -113,31 +145,43 @@ class Replay:
     def observe(self, block: str, paths: list[str], observer: Observer) -> None:
         """Give `observer` the input of every module of `paths`, inside `block`, batch by batch.
 
-        Nothing runs after the last of them has been called.
+        Nothing runs after the last of them has been called. What the linear layers inside a module are given is
+        captured in another run of the block, if the observer asks for it.
         """
-        with self._on_device(block) as module:
+        with self.on_device(block):
             for batch, mask in enumerate(self.masks):
-                for path, hidden in self._module_inputs(module, paths, batch):
-                    observer(path, hidden, mask.to(self.device))
+                for path, hidden in self._module_inputs(block, paths, batch):
+                    observer(path, hidden, mask.to(self.device), partial(self._linear_inputs, block, path, batch))
 
-    def _module_inputs(self, block: nn.Module, paths: list[str], batch: int) -> list[tuple[str, torch.Tensor]]:
+    def _module_inputs(self, block: str, paths: list[str], batch: int) -> list[tuple[str, torch.Tensor]]:
+        """(path, input) in the order of the calls. A linear layer may stay out of it (another layer's adapter)."""
         seen: list[tuple[str, torch.Tensor]] = []
+        modules = {path: self.model.get_submodule(path) for path in paths}
+        linear = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
+
+        def note(path: str, hidden: torch.Tensor) -> None:
+            seen.append((path, hidden))
+            if len({name for name, _ in seen}) == len(paths):
+                raise _Captured
 
         def capture(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen.append((path, args[0] if args else kwargs["hidden_states"]))
-                if len(seen) == len(paths):
-                    raise _Captured
+                note(path, args[0] if args else kwargs["hidden_states"])
 
             return hook
 
         handles = [
-            self.model.get_submodule(path).register_forward_pre_hook(capture(path), with_kwargs=True) for path in paths
+            module.register_forward_pre_hook(capture(path), with_kwargs=True)
+            for path, module in modules.items()
+            if path not in linear
         ]
         try:
             if paths:
-                self._run(block, batch)
-                raise ModelError(f"{', '.join(paths)}: not every module of the block ran; it cannot be scored")
+                with Products({module.weight: path for path, module in linear.items()}, note):
+                    self.run(block, batch, self.hidden[batch])
+                missing = set(modules) - set(linear) - {path for path, _ in seen}
+                if missing:
+                    raise ModelError(f"{', '.join(sorted(missing))}: not called by its block; it cannot be scored")
         except _Captured:
             pass
         finally:
@@ -146,11 +190,27 @@ class Replay:
         return seen
 
     @torch.no_grad()
+    def _linear_inputs(self, block: str, path: str, batch: int) -> dict[str, torch.Tensor]:
+        """The input of every linear layer inside the module at `path`, by its path relative to that."""
+        seen: dict[str, torch.Tensor] = {}
+        outer = self.model.get_submodule(path)
+        linear = {name: m for name, m in outer.named_modules() if isinstance(m, nn.Linear)}
+        with Products({module.weight: name for name, module in linear.items()}, seen.__setitem__):
+            self.run(block, batch, self.hidden[batch])
+        missing = [name for name in linear if "." not in name and name not in seen]
+        if missing:  # scores of zero for what was never seen are a published fault
+            raise ModelError(
+                f"{path}: the inputs of {', '.join(missing)} were not seen (a fused kernel?); use a scorer that does "
+                "not need them"
+            )
+        return seen
+
+    @torch.no_grad()
     def outputs(self, block: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(input, output, mask) of a block as it is now, batch by batch: (b, T, D) twice and (b, T)."""
-        with self._on_device(block) as module:
+        with self.on_device(block):
             for batch, mask in enumerate(self.masks):
-                before, after = self._residual(batch), self._run(module, batch)
+                before, after = self._residual(batch), self.run(block, batch, self.hidden[batch])
                 yield before.to(self.device), after[0] if len(after) == 1 else sum(after), mask.to(self.device)  # type: ignore[misc]
 
     def _residual(self, batch: int) -> torch.Tensor:
@@ -161,20 +221,24 @@ class Replay:
     @torch.no_grad()
     def advance(self, block: str) -> None:
         """Run `block` as it is now: its outputs become the inputs of the next block."""
-        with self._on_device(block) as module:
-            for batch in range(len(self.hidden)):
-                self.hidden[batch] = tuple(h.cpu() for h in self._run(module, batch))
+        with self.on_device(block):
+            for batch, hidden in enumerate(self.hidden):
+                self.hidden[batch] = tuple(h.cpu() for h in self.run(block, batch, hidden))
 
-    def _run(self, block: nn.Module, batch: int) -> tuple[torch.Tensor, ...]:
-        path = next(p for p in self.blocks if self.model.get_submodule(p) is block)
-        args, kwargs = self.inputs[batch][path]
-        flowing = tuple(_to(h, self.device) for h in self.hidden[batch])
-        with _evaluating(block):
-            out = block(*flowing, *(_to(a, self.device) for a in args), **_to(kwargs, self.device))
+    def run(self, block: str, batch: int, flowing: Flow, *, wide: bool = False) -> Flow:
+        """What leaves a block, which is on the device, where `flowing` enters it, with the batch's other arguments.
+
+        wide: narrow inputs as fp32, for a block whose weights are in fp32.
+        """
+        module = self.model.get_submodule(block)
+        args, kwargs = self.inputs[batch][block]
+        with _evaluating(module):
+            out = module(*_to((*flowing, *args), self.device, wide), **_to(kwargs, self.device, wide))
         return tuple(out[: len(flowing)]) if isinstance(out, tuple) else (out,)
 
     @contextmanager
-    def _on_device(self, block: str) -> Iterator[nn.Module]:
+    def on_device(self, block: str) -> Iterator[nn.Module]:
+        """One block on the compute device, and home after it."""
         module = self.model.get_submodule(block)
         home = next(module.parameters()).device
         module.to(self.device)
@@ -184,14 +248,15 @@ class Replay:
             module.to(home)
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors inside tuples, lists and dicts, on `device`."""
+def _to(value: Any, device: torch.device, wide: bool) -> Any:
+    """Tensors inside tuples, lists and dicts, on `device`; wide: bf16 and fp16 as fp32."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        narrow = wide and value.dtype in (torch.bfloat16, torch.float16)
+        return value.to(device, torch.float32 if narrow else value.dtype)
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        return {k: _to(v, device, wide) for k, v in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_to(v, device) for v in value)
+        return type(value)(_to(v, device, wide) for v in value)
     return value
 
 

@@ -65,6 +65,16 @@ def ghost_sum(p: SelectiveProjected, mask: torch.Tensor | None = None, size: int
     return _energy_sum(p, mask, size, observed=True)
 
 
+def weighted_ghost_sum(
+    p: SelectiveProjected, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = CHUNK
+) -> torch.Tensor:
+    """sum over samples, tokens and channels of the group of w_t[p] h_t[p,n]^2 C_t[n]^2: fp64 (G, N).
+
+    w: (b, T, G, P), not negative. As much work as ghost_sum. mask: as there.
+    """
+    return _energy_sum(p, mask, size, observed=True, w=w)
+
+
 def energy_sum(p: SelectiveProjected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
     """sum over samples, tokens and channels of the group of h_t[p,n]^2: fp64 (G, N). mask: as in ghost_sum.
 
@@ -73,10 +83,13 @@ def energy_sum(p: SelectiveProjected, mask: torch.Tensor | None = None, size: in
     return _energy_sum(p, mask, size, observed=False)
 
 
-def _energy_sum(p: SelectiveProjected, mask: torch.Tensor | None, size: int, observed: bool) -> torch.Tensor:
+def _energy_sum(
+    p: SelectiveProjected, mask: torch.Tensor | None, size: int, observed: bool, w: torch.Tensor | None = None
+) -> torch.Tensor:
     total = torch.zeros(p.B.shape[2:], dtype=torch.float64, device=p.x.device)
     for at, states in chunks(p, size):
-        q = states.square().sum(-1)  # (b, Q, G, N)
+        q = states.square()  # (b, Q, G, N, P)
+        q = q.sum(-1) if w is None else (q @ w[:, at, :, :, None].to(q.dtype)).squeeze(-1)  # (b, Q, G, N)
         if observed:
             q *= p.C[:, at].to(q.dtype).square()
         if mask is not None:
@@ -98,3 +111,17 @@ def scan_output(p: SelectiveProjected, size: int = CHUNK) -> torch.Tensor:
 
 def _dtype(p: SelectiveProjected) -> torch.dtype:
     return torch.promote_types(p.x.dtype, torch.float32)
+
+
+def energy_by_channel(p: SelectiveProjected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
+    """sum over samples and tokens of h_t[p,n]^2, for each channel: fp64 (G, P, N). mask: as in ghost_sum.
+
+    Its sum over the channels is energy_sum. Source: Tuo & Wang, arXiv 2506.09613, who weigh A_log^2 by it.
+    """
+    total = torch.zeros(p.A.shape, dtype=torch.float64, device=p.x.device)
+    for at, states in chunks(p, size):
+        q = states.square()  # (b, Q, G, N, P)
+        if mask is not None:
+            q *= mask[:, at, None, None, None]
+        total += q.sum((0, 1), dtype=torch.float64).transpose(-1, -2)
+    return total

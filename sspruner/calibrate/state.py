@@ -22,6 +22,7 @@ import torch
 from sspruner.graph.family import Projected
 
 CHUNK = 64
+EXPLICIT = 4  # steps whose states are held at once where a sum needs every state itself
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,31 @@ def ghost_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK)
     GHOST's joint sum: the product is taken inside the sum. Source: Menezes & Kyrillidis, arXiv 2602.11408.
     """
     return _energy_sum(p, mask, size, observed=True)
+
+
+def weighted_ghost_sum(
+    p: Projected, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = EXPLICIT
+) -> torch.Tensor:
+    """sum over samples, tokens, heads of the group and p of w_t[k,p] h_t[k,p,n]^2 C_t[g,n]^2: fp64 (G, N).
+
+    w: (b, T, H, P), not negative. It differs by p and t, so the products over P do not become x x^T. The states of
+    `size` steps are made, summed up and forgotten: a matrix product over the steps, Q P N multiplications per token
+    and head, and memory of b Q H P N numbers. What the weights are: docs/scorers/ghost.md.
+    """
+    b, T, H, P = p.x.shape
+    G, N = p.B.shape[2:]
+    w = w.view(b, T, G, H // G, P).permute(0, 2, 3, 1, 4)  # (b, G, K, T, P)
+    total, start = torch.zeros(G, N, dtype=torch.float64, device=p.x.device), 0
+    for c in chunks(p, mask, size):
+        Q = c.x.shape[-2]
+        made = (c.L * c.dt[..., None, :])[..., None, :] * c.x.transpose(-1, -2)[..., None, :, :]  # (b, G, K, Q, P, Q)
+        h = _per_group(made.flatten(3, 4), c.B).view(*made.shape[:-1], N)  # (b, G, K, Q, P, N)
+        h.addcmul_(c.decay[..., None, None], c.entry[:, :, :, None])
+        counted = (w[..., start : start + Q, :] * c.weight[:, :, None, :, None]).to(h.dtype)  # (b, G, K, Q, P)
+        q = (counted[..., None, :] @ h.square_()).squeeze(-2).sum(2)  # (b, G, Q, N)
+        total += (q * c.C.square()).sum((0, 2), dtype=torch.float64)
+        start += Q
+    return total
 
 
 def energy_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:

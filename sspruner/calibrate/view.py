@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import combinations
 
@@ -12,22 +12,115 @@ from torch import nn
 from sspruner.calibrate import selective, state
 from sspruner.errors import PluginError
 from sspruner.graph.family import Family, Projected, SelectiveProjected
-from sspruner.graph.group import Block, DependencyGroup, Member
+from sspruner.graph.group import Block, DependencyGroup
+
+
+class Observation:
+    """One module on one batch, or its weights alone: what all scorers and dependency groups that look at it share.
+
+    layer    path of the module; inside a shared block the path of this call, where `site` is the first path
+    inputs   what the linear layers inside the module are given, by their paths relative to it: asked for when needed
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str,
+        mask: torch.Tensor,
+        *,
+        site: str | None = None,
+        family: Family | None = None,
+        hidden: torch.Tensor | None = None,
+        output: torch.Tensor | None = None,
+        inputs: Callable[[], dict[str, torch.Tensor]] | None = None,
+    ) -> None:
+        self.model, self.layer, self.mask, self.site = model, layer, mask, site or layer
+        self._family, self._hidden, self._output, self._inputs = family, hidden, output, inputs
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        if self._hidden is None:
+            raise PluginError("a scorer that does not need activations read them; set needs='activations'")
+        return self._hidden
+
+    @property
+    def output(self) -> torch.Tensor:
+        if self._output is None:
+            raise PluginError("only whole blocks have an output here (axis block, needs='activations')")
+        return self._output
+
+    @cached_property
+    def tokens(self) -> int:
+        return int(self.mask.sum())
+
+    @cached_property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Full name of a linear layer's weight -> fp32 (tokens, in features), without padding."""
+        if isinstance(self.model.get_submodule(self.layer), nn.Linear):
+            given = {"": self.hidden}
+        elif self._inputs is None:
+            raise PluginError("a scorer that does not need activations read them; set needs='activations'")
+        else:
+            given = {f".{path}": value for path, value in self._inputs().items()}
+        return {f"{self.site}{path}.weight": self._counted(value).float() for path, value in given.items()}
+
+    def _counted(self, value: torch.Tensor) -> torch.Tensor:
+        """(tokens, features): the positions that are not padding; of tokens that a router has chosen, all."""
+        if value.shape[:-1] == self.mask.shape:
+            return value[self.mask]
+        flat = value.reshape(-1, value.shape[-1])
+        return flat[self.mask.flatten()] if len(flat) == self.mask.numel() else flat
+
+    @cached_property
+    def projected(self) -> Projected | SelectiveProjected:
+        hidden = self.hidden
+        if self._family is None:
+            raise PluginError(f"{self.layer} is not a mixer: it has no scan; use hidden and weights")
+        with torch.no_grad():
+            return self._family.project(self.model.get_submodule(self.layer), hidden, self.mask)
+
+    @cached_property
+    def y(self) -> torch.Tensor:
+        p = self.projected
+        return state.scan_output(p) if isinstance(p, Projected) else selective.scan_output(p)
+
+    @cached_property
+    def ghost_sum(self) -> torch.Tensor:
+        p = self.projected
+        return state.ghost_sum(p, self.mask) if isinstance(p, Projected) else selective.ghost_sum(p, self.mask)
+
+    @cached_property
+    def energy_sum(self) -> torch.Tensor:
+        p = self.projected
+        return state.energy_sum(p, self.mask) if isinstance(p, Projected) else selective.energy_sum(p, self.mask)
+
+    @cached_property
+    def output_energy(self) -> torch.Tensor:
+        return (self.y.square() * self.mask[..., None, None]).sum((0, 1), dtype=torch.float64)
+
+    @cached_property
+    def gramian(self) -> torch.Tensor:
+        if not isinstance(self.projected, Projected):
+            raise PluginError("the Gramian of a group's states is defined for Mamba2: Mamba1's decay differs by state")
+        return state.gramian(self.projected, self.mask)
 
 
 class SSMView:
     """One dependency group on one batch. Everything is read-only and in the model's dtype unless it says fp32.
 
-    layer       module path: the mixer, attention or MLP that is observed; on the axis `block` the block
+    layer       module path: the mixer, attention or MLP that is observed; on the axis `block` the block, on the axis
+                `weight` the linear layer
     group       the dependency group that is scored (sspruner.graph.group): groups, units, members
     unit        on the axes `block` and `mixer`: which unit this is; else None
     mask        bool (b, T): False where padding; padded positions must not enter statistics
     tokens      number of positions where mask is True
     hidden      (b, T, hidden size): the module's input
     output      (b, T, hidden size): on the axis `block`, what the block made of it
+    inputs      `<tensor>` -> fp32 (tokens, in features): what each linear layer inside the module is given
     weights     `<tensor>:<rows>` -> fp32 (groups, units, elements), the members of the scored group, e.g.
-                `in_proj.weight:B` (G, N, hidden size) on the axis `state`
+                `in_proj.weight:B` (G, N, hidden size) on the axis `state`; of single elements `weight` (out, in, 1)
     gradients   the same for the gradient of the mean calibration loss; with needs="gradients"
+    fisher      the same for the mean over sequences of the squared gradient; with needs="fisher"
     norms       fp32 (groups, units): L2 norm of everything that each unit owns
     x z dt A B C D   what a mixer feeds to its scan: see sspruner.graph.family, Projected and SelectiveProjected
     y           fp32 (b, T, H, P): the scan's output, before gate and norm
@@ -35,58 +128,76 @@ class SSMView:
 
     def __init__(
         self,
-        model: nn.Module,
-        layer: str,
+        observation: Observation,
         group: DependencyGroup,
-        mask: torch.Tensor,
         *,
-        family: Family | None = None,
-        hidden: torch.Tensor | None = None,
-        output: torch.Tensor | None = None,
         gradients: Mapping[str, torch.Tensor] | None = None,
+        fisher: Mapping[str, torch.Tensor] | None = None,
+        loss: Callable[[Sequence[int]], float] | None = None,
     ) -> None:
-        self.layer, self.group, self.mask, self._gradients = layer, group, mask, gradients
-        self._model, self._family, self._hidden, self._output = model, family, hidden, output
+        self.observation, self.group, self.layer, self.mask = observation, group, observation.layer, observation.mask
+        self._model, self._gradients, self._fisher, self._loss = observation.model, gradients, fisher, loss
 
     @property
     def hidden(self) -> torch.Tensor:
         """(b, T, hidden size): the module's input."""
-        if self._hidden is None:
-            raise PluginError("a scorer with needs='weights' read activations; set needs='activations'")
-        return self._hidden
+        return self.observation.hidden
 
     @property
     def output(self) -> torch.Tensor:
         """(b, T, hidden size): the block's output, on the axis `block`."""
-        if self._output is None:
-            raise PluginError("only whole blocks have an output here (axis block, needs='activations')")
-        return self._output
+        return self.observation.output
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """`<tensor>` -> fp32 (tokens, in features), for each linear layer inside the module; padding left out."""
+        return {self.group.key(name): value for name, value in self.observation.inputs.items()}
 
     @cached_property
     def unit(self) -> int | None:
         """Which unit of the axes `block` and `mixer` is observed."""
         return next((i for i, block in enumerate(self.group.blocks) if block.path == self.layer), None)
 
-    @cached_property
-    def projected(self) -> Projected | SelectiveProjected:
-        """x, z, dt, A, B, C, D together, as the functions of sspruner.calibrate.state and .selective take them."""
-        hidden = self.hidden
-        if self._family is None:
-            raise PluginError(f"{self.layer} is not a mixer: it has no scan; use hidden and weights")
-        with torch.no_grad():
-            return self._family.project(self._model.get_submodule(self.layer), hidden, self.mask)
+    def loss(self, units: Sequence[int]) -> float:
+        """Mean loss, in nats per predicted token, with these units of the axis `block` or `mixer` masked."""
+        if self._loss is None:
+            raise PluginError("the loss was not asked for; set needs='loss' (axes block and mixer)")
+        return self._loss(units)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A whole parameter by its key, such as `out_proj.weight`: an fp32 copy."""
+        return _tensor(self._model, f"{self.group.layer}.{key}").detach().float().clone()
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a parameter."""
+        path, _, leaf = f"{self.group.layer}.{key}".rpartition(".")
+        try:
+            return getattr(self._model.get_submodule(path), leaf, None) is not None
+        except AttributeError:
+            return False
 
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
         """The members of the scored group: `<tensor>:<rows>` -> fp32 (groups, units, elements)."""
-        return {self._key(m): m.gather(_tensor(self._model, m.tensor)) for m in self.group.members if m.counted}
+        return self._gather(lambda name: _tensor(self._model, name).detach())
 
     @cached_property
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of the members: `<tensor>:<rows>` -> fp32 (groups, units, elements)."""
         if self._gradients is None:
             raise PluginError("gradients were not computed; set needs='gradients'")
-        return {self._key(m): m.gather(self._gradients[m.tensor]) for m in self.group.members if m.counted}
+        return self._gather(self._gradients.__getitem__)
+
+    @cached_property
+    def fisher(self) -> dict[str, torch.Tensor]:
+        """Mean over sequences of the squared gradient: `<tensor>:<rows>` -> fp32 (groups, units, elements)."""
+        if self._fisher is None:
+            raise PluginError("squared gradients were not computed; set needs='fisher'")
+        return self._gather(self._fisher.__getitem__)
+
+    def _gather(self, tensor: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = [self.group.tensor] if self.group.tensor else [m.tensor for m in self.group.members if m.counted]
+        return self.group.gather({self.group.key(name): tensor(name) for name in names})
 
     @cached_property
     def norms(self) -> torch.Tensor:
@@ -113,13 +224,15 @@ class SSMView:
                 twice = twice + crossing.square()
         return twice
 
-    def _key(self, member: Member) -> str:
-        return f"{member.tensor.removeprefix(f'{self.group.layer}.')}:{member.rows}"
-
-    @cached_property
+    @property
     def tokens(self) -> int:
         """Number of tokens that count."""
-        return int(self.mask.sum())
+        return self.observation.tokens
+
+    @property
+    def projected(self) -> Projected | SelectiveProjected:
+        """x, z, dt, A, B, C, D together, as the functions of sspruner.calibrate.state and .selective take them."""
+        return self.observation.projected
 
     @property
     def x(self) -> torch.Tensor:
@@ -156,35 +269,30 @@ class SSMView:
         """(H,) skip weight; in Mamba1 (G, P)."""
         return self.projected.D
 
-    @cached_property
+    @property
     def y(self) -> torch.Tensor:
         """fp32 (b, T, H, P): y_t = C_t . h_t + D x_t; for Mamba1 (b, T, G, P)."""
-        p = self.projected
-        return state.scan_output(p) if isinstance(p, Projected) else selective.scan_output(p)
+        return self.observation.y
 
-    @cached_property
+    @property
     def ghost_sum(self) -> torch.Tensor:
         """fp64 (G, N): sum over tokens, heads of the group and p (in Mamba1: channels) of h^2 C^2."""
-        p = self.projected
-        return state.ghost_sum(p, self.mask) if isinstance(p, Projected) else selective.ghost_sum(p, self.mask)
+        return self.observation.ghost_sum
 
-    @cached_property
+    @property
     def energy_sum(self) -> torch.Tensor:
         """fp64 (G, N): sum over tokens, heads of the group and p (in Mamba1: channels) of h^2."""
-        p = self.projected
-        return state.energy_sum(p, self.mask) if isinstance(p, Projected) else selective.energy_sum(p, self.mask)
+        return self.observation.energy_sum
 
-    @cached_property
+    @property
     def output_energy(self) -> torch.Tensor:
         """fp64 (H, P): sum over tokens of y^2, for each channel of each head."""
-        return (self.y.square() * self.mask[..., None, None]).sum((0, 1), dtype=torch.float64)
+        return self.observation.output_energy
 
-    @cached_property
+    @property
     def gramian(self) -> torch.Tensor:
         """fp64 (G, N, N): sum over tokens, heads of the group and p of h h^T. Mamba2 only."""
-        if not isinstance(self.projected, Projected):
-            raise PluginError("the Gramian of a group's states is defined for Mamba2: Mamba1's decay differs by state")
-        return state.gramian(self.projected, self.mask)
+        return self.observation.gramian
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:

@@ -111,6 +111,11 @@ def scorers_from(text: str) -> str | dict[str, str]:
     return dict(_pairs(text, f"--scorer {text!r}")) if "=" in text else text
 
 
+def from_cache(scores: Any) -> str:
+    """A remark where scores were made earlier."""
+    return " (from the cache: nothing has changed since; --no-cache scores again)" if scores.from_cache else ""
+
+
 def ratios_from(given: list[str] | None) -> dict[str, float]:
     """`--ratio PATTERN=FRACTION`, each."""
     pairs = [pair for text in given or [] for pair in _pairs(text, f"--ratio {text!r}")]

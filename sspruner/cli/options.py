@@ -13,8 +13,17 @@ Model = Annotated[
 Scorer = Annotated[
     str, typer.Option(help="Scorer (`sspruner scorers` lists them), or one per axis: state=ghost,mlp=magnitude.")
 ]
+Scorers = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--scorer",
+        help="Scorer, or one per axis: state=ghost,mlp=magnitude. Repeatable: one pass serves all.",
+        show_default="ghost",
+    ),
+]
 ScorerOption = Annotated[
-    Optional[list[str]], typer.Option("--option", help="An option of the scorer, name=value. Repeatable.")
+    Optional[list[str]],
+    typer.Option("--option", help="An option of the scorer, name=value, or scorer.name=value. Repeatable."),
 ]
 Axis = Annotated[str, typer.Option(help="What to remove; several with their fractions: state=0.5,head=0.25.")]
 ScoredAxes = Annotated[str, typer.Option(help="What to score; several separated by commas.")]
@@ -25,9 +34,21 @@ Ratio = Annotated[
 Ignore = Annotated[
     Optional[list[str]], typer.Option(help="Leave alone what matches this pattern, e.g. 'layers.0.*'. Repeatable.")
 ]
+Pattern = Annotated[
+    Optional[str], typer.Option(help="Single elements (axis weight): keep N of every M of a row, e.g. 2:4.")
+]
+Granularity = Annotated[
+    Optional[str],
+    typer.Option(help="Single elements: which compete: row, tensor or global.", show_default="the scorer's own"),
+]
+Rows = Annotated[
+    Optional[list[str]], typer.Option(help="Single elements: prune only these runs of rows, e.g. B. Repeatable.")
+]
 Sparsity = Annotated[Optional[float], typer.Option(help="Fraction of units to remove, in [0, 1).", show_default="0.5")]
 Keep = Annotated[Optional[int], typer.Option(help="Units to keep in every group, instead of --sparsity.")]
-Allocation = Annotated[str, typer.Option(help="How the budget is spread over layers.")]
+Allocation = Annotated[
+    str, typer.Option(help="uniform: the same fraction of every layer. global: layers compete by their scores.")
+]
 MultipleOf = Annotated[int, typer.Option(help="Keep a multiple of this many units.")]
 Mode = Annotated[str, typer.Option(help="slice: smaller tensors, proved. mask: zeros, same sizes.")]
 OneShot = Annotated[bool, typer.Option("--one-shot", help="Score all layers on the dense model, then cut at once.")]
@@ -39,6 +60,7 @@ SeqLen = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
 Device = Annotated[Optional[str], typer.Option(help="Compute device.", show_default="cuda if there is one, else cpu")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling, windows and the random scorer.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Score again, even if nothing has changed since.")]
 Plugin = Annotated[Optional[list[Path]], typer.Option(help="Python file with a plugin. Repeatable.")]
 Out = Annotated[Optional[Path], typer.Option(help="Folder to write the model to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model in --out.")]

@@ -25,6 +25,9 @@ def command(
     multiple_of: o.MultipleOf = 1,
     ratio: o.Ratio = None,
     ignore: o.Ignore = None,
+    pattern: o.Pattern = None,
+    granularity: o.Granularity = None,
+    rows: o.Rows = None,
     dtype: o.Dtype = "auto",
     plugin: o.Plugin = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("plan.json"),
@@ -37,7 +40,7 @@ def command(
     fractions = axes_from(axis) if axis else None
     if isinstance(fractions, str):
         raise InputError(f"--axis {axis}: give a fraction for it, {axis}=0.5; the scores say which axes there are")
-    if sparsity is None and keep is None and fractions is None:
+    if sparsity is None and keep is None and fractions is None and pattern is None:
         sparsity = 0.5
     if fractions is not None and (sparsity is not None or keep is not None):
         raise InputError("give fractions by axis or one sparsity or keep for all, not both")
@@ -45,16 +48,22 @@ def command(
     prepare(plugin)
     loaded, _ = sspruner.load(model, dtype=dtype)
     graph = sspruner.trace(loaded)
+    read = sspruner.Scores.load(scores)
     made = sspruner.plan(
         graph,
-        sspruner.Scores.load(scores),
+        read,
         sparsity=fractions if fractions is not None else sparsity,
         keep=keep,
         allocation=allocation,
         multiple_of=multiple_of,
         ratios=ratios_from(ratio),
         ignore=ignore or [],
+        pattern=pattern,
+        granularity=granularity,
+        rows=rows or [],
     )
     check_plan(made, graph, sspruner.fingerprint(loaded))
     made.save(out)
+    if changes := read.metadata.get("changes_weights"):
+        typer.echo(f"{changes} changes weights, too: only `sspruner prune` does that; this plan selects", err=True)
     typer.echo(f"{made}\nin {out}")

@@ -12,6 +12,7 @@ from sspruner.cli.console import (
     check_json,
     command_line,
     emit,
+    from_cache,
     options_from,
     prepare,
     progress_bar,
@@ -35,6 +36,9 @@ def command(
     multiple_of: o.MultipleOf = 1,
     ratio: o.Ratio = None,
     ignore: o.Ignore = None,
+    pattern: o.Pattern = None,
+    granularity: o.Granularity = None,
+    rows: o.Rows = None,
     mode: o.Mode = "slice",
     one_shot: o.OneShot = False,
     calibration: o.Calibration = "self",
@@ -44,6 +48,7 @@ def command(
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     seed: o.Seed = 0,
+    no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
     out: o.Out = None,
     overwrite: o.Overwrite = False,
@@ -66,6 +71,9 @@ def command(
         "multiple_of": multiple_of,
         "ratios": ratios_from(ratio),
         "ignore": ignore or [],
+        "pattern": pattern,
+        "granularity": granularity,
+        "rows": rows or [],
     }
     make_budget(**budget)  # what makes no sense fails before the model is read
     if out:
@@ -90,6 +98,7 @@ def command(
             options=scorer_options,
             device=device,
             seed=seed,
+            cache=not no_cache,
             progress=progress,
         ).named(name_of(model), command_line())
     if out:
@@ -97,4 +106,6 @@ def command(
     emit(result.report.to_json(), json)
     if str(json) != "-":
         show(result_table(result.report))
+        if result.scores.from_cache:
+            typer.echo(f"scores of {scorer}{from_cache(result.scores)}")
         typer.echo(f"saved to {out}" if out else "nothing saved; add --out DIR to keep the pruned model")

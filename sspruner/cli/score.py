@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import options_from, prepare, progress_bar, reports_errors, scorers_from
+from sspruner.cli.console import from_cache, options_from, prepare, progress_bar, reports_errors, scorers_from
+from sspruner.errors import InputError
 
 NAME = "score"
 
@@ -16,7 +17,7 @@ NAME = "score"
 @reports_errors
 def command(
     model: o.Model = None,
-    scorer: o.Scorer = "ghost",
+    scorer: o.Scorers = None,
     axis: o.ScoredAxes = "state",
     calibration: o.Calibration = "self",
     samples: o.Samples = 32,
@@ -25,23 +26,37 @@ def command(
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     seed: o.Seed = 0,
+    no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("scores.safetensors"),
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="File to write; of several scorers a folder, for a file each.",
+            show_default="scores.safetensors, or scores",
+        ),
+    ] = None,
 ) -> None:
-    """Score every unit of an axis on the dense model and write scores.safetensors."""
+    """Score every unit of an axis on the dense model and write scores.safetensors, or one file for each scorer."""
     import sspruner
     from sspruner.io.output import check_file
     from sspruner.plugins import manager
 
+    names = scorer or ["ghost"]
+    if out is None:
+        out = Path("scores.safetensors" if len(names) == 1 else "scores")
+    files = [out] if len(names) == 1 else [out / f"{_file_name(name)}.safetensors" for name in names]
     scorer_options = options_from(option)
-    check_file(out)
+    if len(files) > 1 and out.exists() and not out.is_dir():
+        raise InputError(f"output {out}: is a file; of several scorers give a folder")
+    check_file(out if len(files) == 1 else out.parent / f"{out.name}.safetensors")
     prepare(plugin)
-    scorers = scorers_from(scorer)
-    for name in scorers.values() if isinstance(scorers, dict) else [scorers]:
-        manager.scorer(name)
+    scorers = [scorers_from(name) for name in names]
+    for each in scorers:
+        for name in each.values() if isinstance(each, dict) else [each]:
+            manager.scorer(name)
     with progress_bar() as progress:
         loaded, tokenizer = sspruner.load(model, dtype=dtype)
-        scores = sspruner.score(
+        found = sspruner.score(
             loaded,
             scorers,
             axis=[part.strip() for part in axis.split(",")],
@@ -52,7 +67,16 @@ def command(
             options=scorer_options,
             device=device,
             seed=seed,
+            cache=not no_cache,
             progress=progress,
         )
-    scores.save(out)
-    typer.echo(f"{len(scores.importance)} dependency groups scored by {scorer} in {out}")
+    if len(files) > 1:
+        out.mkdir(exist_ok=True)
+    for file, name, scores in zip(files, names, found.values(), strict=True):
+        scores.save(file)
+        typer.echo(f"{len(scores.importance)} dependency groups scored by {name} in {file}{from_cache(scores)}")
+
+
+def _file_name(scorer: str) -> str:
+    """A scorer's name, or its names by axis, as a file name."""
+    return "".join(c if c.isalnum() or c in "-_=" else "-" for c in scorer)

@@ -59,6 +59,19 @@ def damage(
     return Damage(_exp(dense_nll), _exp(pruned_nll), kl, count)
 
 
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean negative log-likelihood of a model, nats per predicted token, by the same protocol."""
+    total, count = 0.0, 0
+    for tokens, mask in batches:
+        logp = log_probabilities(model, tokens, mask)  # (b, T-1, V)
+        counted = (mask[:, 1:] & mask[:, :-1]).to(logp.device)  # (b, T-1)
+        nll = -logp.gather(-1, tokens[:, 1:, None].to(logp.device)).squeeze(-1)
+        total += float(nll[counted].double().sum())
+        count += int(counted.sum())
+    return total / max(count, 1)
+
+
 def log_probabilities(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """fp32 log-probabilities of each next token: (b, T-1, vocabulary)."""
     out = forward(model, tokens, mask, use_cache=False)

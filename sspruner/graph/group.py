@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,9 @@ class DependencyGroup:
     Constraint: every set keeps the same number of units (`keep` index sets may differ between sets, counts may
     not), because the model's forward reshapes a flat dimension by them; and a multiple of `multiple_of`, where the
     model's code asks for one. A group of whole modules has `blocks`, one for each unit, and no members.
+
+    On the axes of single elements `tensor` names a parameter of two dimensions, rows and columns: these are the sets
+    and the units, there are no members, and any number of elements may go. `runs` names some of the rows.
     """
 
     layer: str
@@ -60,6 +64,8 @@ class DependencyGroup:
     state_bytes_per_unit: int = 0
     blocks: tuple[Block, ...] = ()
     multiple_of: int = 1
+    tensor: str = ""
+    runs: Mapping[str, torch.Tensor] | None = None  # name -> int64 (rows,)
 
     @property
     def name(self) -> str:
@@ -70,6 +76,23 @@ class DependencyGroup:
     def parameters_per_unit(self) -> int:
         """Number of parameters that leave the model with one unit, if nothing else is cut."""
         return sum(m.index.shape[2] * m.row_size for m in self.members if m.counted)
+
+    def key(self, tensor: str) -> str:
+        """How scorers call a parameter: its name relative to the layer."""
+        return tensor.removeprefix(f"{self.layer}.")
+
+    def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The units' elements of tensors in the shapes of the parameters, by key: `<key>:<rows>` -> (groups, units, e).
+
+        What is not given is left out. On the axes of single elements the result has the tensor's own key.
+        """
+        if self.tensor:
+            return {key: t.float()[..., None] for key, t in tensors.items() if key == self.key(self.tensor)}
+        return {
+            f"{self.key(m.tensor)}:{m.rows}": m.gather(tensors[self.key(m.tensor)])
+            for m in self.members
+            if m.counted and self.key(m.tensor) in tensors
+        }
 
 
 def as_rows(tensor: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import StringIO
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from sspruner.errors import InputError, ModelError
 from sspruner.graph.causality import check_causal
+from sspruner.graph.elements import element_groups
 from sspruner.graph.family import Family
 from sspruner.graph.group import Block, DependencyGroup, Member
 from sspruner.graph.layout import Layout, dependency_group, members, state_bytes
@@ -48,9 +49,10 @@ class Site:
 class SSMGraph:
     """What can be removed from a model. `groups` maps `<module path>:<axis>` to its dependency group.
 
-    sites    every module that is described, in the model's order; `layers` are the mixers among them
-    blocks   path of the list of repeated blocks, "" if there is none
-    family   the family of the whole model, None if it is not a known one: then only its mixers are described
+    sites      every module that is described, in the model's order; `layers` are the mixers among them
+    blocks     path of the list of repeated blocks, "" if there is none
+    family     the family of the whole model, None if it is not a known one: then only its mixers are described
+    elements   the same as `groups` for the axes of single elements, `weight` and `decay`
     """
 
     model_class: str
@@ -60,6 +62,7 @@ class SSMGraph:
     groups: dict[str, DependencyGroup]
     blocks: str = ""
     family: Family | None = None
+    elements: dict[str, DependencyGroup] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> tuple[Site, ...]:
@@ -82,9 +85,10 @@ class SSMGraph:
 
     def on_axis(self, axis: str) -> dict[str, DependencyGroup]:
         """The dependency groups of one axis. Raises InputError if the model has no such axis."""
-        found = {name: g for name, g in self.groups.items() if g.axis == axis}
+        found = {name: g for name, g in {**self.groups, **self.elements}.items() if g.axis == axis}
         if not found:
-            raise InputError(f"axis {axis!r}: {self.model_class} has none; it has {', '.join(self.axes)}")
+            have = dict.fromkeys([*self.axes, *(g.axis for g in self.elements.values())])
+            raise InputError(f"axis {axis!r}: {self.model_class} has none; it has {', '.join(have)}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -205,6 +209,7 @@ def trace(model: nn.Module) -> SSMGraph:
         groups={group.name: group for group in groups},
         blocks=blocks,
         family=family,
+        elements=element_groups(model, sites, blocks),
     )
 
 

@@ -15,9 +15,9 @@ from torch import nn
 from sspruner.errors import InputError, ModelError
 from sspruner.graph.ssm_graph import trace
 from sspruner.io.save import WEIGHTS
-from sspruner.planning.plan import Plan
-from sspruner.surgery.record import RECORD, check_recorded, fields, recorded, restore_stock
+from sspruner.surgery.record import RECORD, Cut, check_recorded, fields, recorded, restore_stock
 from sspruner.surgery.slice import cut_buffer, slice_model
+from sspruner.surgery.tensors import add_bias
 
 REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each reference model that ships
 DEFAULT = "mamba2-books-4m"
@@ -60,7 +60,7 @@ def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_c
         raise
     except Exception as error:
         raise ModelError(f"model {where}: cannot be loaded: {_brief(error)}") from error
-    _check_complete(where, info)
+    _check_complete(where, info, cut=bool(cuts))
     if cuts:
         _finish_cut(loaded, cut)
     check_finite(loaded, where)
@@ -101,11 +101,15 @@ def _is_local(name: str) -> bool:
     )
 
 
-def _check_complete(where: str, info: dict[str, Any]) -> None:
-    """Raise ModelError for parameters that transformers would have filled with random values."""
+def _check_complete(where: str, info: dict[str, Any], cut: bool) -> None:
+    """Raise ModelError for parameters that transformers would have filled with random values; in a cut model, which is
+    built to measure, for weights that nothing reads, too."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         raise ModelError(f"model {where}: its weights lack {len(missing)} parameters, e.g. {missing[0]}")
+    unread = sorted(info["unexpected_keys"]) if cut else []
+    if unread:
+        raise ModelError(f"model {where}: config.json knows nothing of {len(unread)} of its weights, e.g. {unread[0]}")
     if mismatched:
         name, saved, expected = mismatched[0]
         raise ModelError(
@@ -137,7 +141,7 @@ def _check_folder(path: Path) -> None:
 
 
 @contextmanager
-def _cut_after_init(config_class: type, cuts: list[Plan]) -> Iterator[None]:
+def _cut_after_init(config_class: type, cuts: list[Cut]) -> Iterator[None]:
     """While open, models built from this config class get the recorded cuts right after their `__init__`.
 
     from_pretrained builds modules on the meta device and then loads weights by name: modules that have their
@@ -156,10 +160,12 @@ def _cut_after_init(config_class: type, cuts: list[Plan]) -> Iterator[None]:
         _tie(self)  # so that shared parameters are cut once
         # Buffers that are not in the checkpoint are made anew after this, in their full size: they are cut at the end.
         self._sspruner_buffers = []
-        for plan in cuts:
+        for cut in cuts:
+            for name in cut.biases:
+                add_bias(self, name)
             graph = trace(self)
-            check_recorded(plan, graph)
-            slice_model(self, plan, graph, later=self._sspruner_buffers)
+            check_recorded(cut.plan, graph)
+            slice_model(self, cut.plan, graph, later=self._sspruner_buffers)
 
     model_class.__init__ = cut_init
     try:

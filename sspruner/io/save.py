@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from sspruner.io.output import atomic_folder
-from sspruner.surgery.record import RECORD
+from sspruner.planning.tensors import FOLDER
+from sspruner.surgery.mask import added_biases
+from sspruner.surgery.record import RECORD, noted
 
 WEIGHTS = "weights"  # subfolder for weights that only `sspruner.load` can read
 
@@ -23,11 +25,12 @@ def save(
 ) -> Path:
     """Write `model` and `tokenizer` to the folder `out`, and return its path.
 
-    With `result` (what `sspruner.prune` returned) also plan.json, report.json and sspruner/scores.safetensors. The
-    folder appears whole or not at all. Weights that stock classes cannot load lie in its subfolder `weights`. Raises
-    InputError if the folder exists and is not empty, unless `overwrite` is given and it holds an earlier model.
+    With `result` (what `sspruner.prune` returned) also plan.json, report.json and, in the subfolder `sspruner`,
+    scores.safetensors and the plan's tensors, if it has some. The folder appears whole or not at all. Weights that
+    stock classes cannot load lie in its subfolder `weights`. Raises InputError if the folder exists and is not empty,
+    unless `overwrite` is given and it holds an earlier model.
     """
-    with atomic_folder(out, overwrite) as folder:
+    with atomic_folder(out, overwrite) as folder, noted(getattr(model, "config", None), added_biases(model)):
         weights = weights_folder(model)
         model.save_pretrained(folder / weights)
         if weights:
@@ -35,10 +38,10 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if result is not None:
-            result.plan.save(folder / "plan.json")
             # In a folder of its own: some runtimes read every *.safetensors that lies beside config.json.
-            (folder / "sspruner").mkdir()
-            result.scores.save(folder / "sspruner" / "scores.safetensors")
+            (folder / FOLDER).mkdir()
+            result.plan.save(folder / "plan.json", tensors=folder / FOLDER / "plan.safetensors")
+            result.scores.save(folder / FOLDER / "scores.safetensors")
             result.report.save(folder / "report.json")
     return Path(out)
 

@@ -1,114 +1,25 @@
-"""Allocation: from scores and a budget to a count per dependency group, and from counts to a plan."""
+"""Allocation: from a budget, and from scores where layers compete, to a count per dependency group."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 
-from sspruner.errors import InputError, PlanError
+from sspruner.errors import InputError
 from sspruner.graph.group import DependencyGroup
-from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan, Selection, axis_of
-from sspruner.planning.scores import Scores
+from sspruner.planning.budget import Budget, check_patterns, ignored, matches, protected, ratio_of
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How much to remove, and where.
+def allocate(
+    groups: Mapping[str, DependencyGroup], budget: Budget, importance: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, int]:
+    """Units to keep in every set of each dependency group, the axes of single elements left out.
 
-    sparsity     fraction to remove, in [0, 1); or one for each axis
-    keep         units left in every set, instead of sparsity
-    allocation   how the budget is spread over layers: uniform
-    multiple_of  keep a multiple of this many units (torch-pruning: round_to)
-    ratios       pattern -> fraction to remove in the groups it matches; later ones win (pruning_ratio_dict)
-    ignore       patterns of what is left alone (ignored_layers)
-
-    A pattern is matched against a dependency group's name, its path, or the end of either from a dot on:
-    `layers.0.*`, `*.mixer:head`. On the axes `block` and `mixer` it is matched against the modules, too.
-    """
-
-    sparsity: float | Mapping[str, float] | None = None
-    keep: int | None = None
-    allocation: str = "uniform"
-    multiple_of: int = 1
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    ignore: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        """Raise InputError unless the budget makes sense for some model."""
-        if (self.sparsity is None) == (self.keep is None):
-            raise InputError("give either sparsity (a fraction to remove) or keep (units left), not both or neither")
-        by_axis = self.sparsity if isinstance(self.sparsity, Mapping) else {"sparsity": self.sparsity}
-        for name, value in {**by_axis, **self.ratios}.items():
-            if value is not None and not 0 <= value < 1:  # also refuses NaN
-                label = name if name == "sparsity" else f"{name}: sparsity"
-                raise InputError(f"{label} {value:g}: must be at least 0 and below 1 (0.75 removes three quarters)")
-        if self.keep is not None and self.keep < 1:
-            raise InputError(f"keep {self.keep}: must be at least 1")
-        if self.multiple_of < 1:
-            raise InputError(f"multiple-of {self.multiple_of}: must be at least 1")
-        if self.allocation != "uniform":
-            raise InputError(f"unknown allocation {self.allocation!r}; known: uniform")
-
-    def to_json(self) -> dict[str, Any]:
-        """The budget as a plan's `made_by` and a report record it: what was asked for, nothing that was not."""
-        sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
-        asked: dict[str, Any] = {"sparsity": sparsity} if self.keep is None else {"keep": self.keep}
-        asked |= {"allocation": self.allocation, "multiple_of": self.multiple_of}
-        asked |= {"ratios": dict(self.ratios)} if self.ratios else {}
-        return asked | ({"ignore": list(self.ignore)} if self.ignore else {})
-
-
-def plan(
-    graph: SSMGraph,
-    scores: Scores,
-    *,
-    sparsity: float | Mapping[str, float] | None = None,
-    keep: int | None = None,
-    allocation: str = "uniform",
-    multiple_of: int = 1,
-    ratios: Mapping[str, float] | None = None,
-    ignore: Sequence[str] = (),
-) -> Plan:
-    """Keep the highest-scored units of every dependency group in `scores`, on one axis or on several.
-
-    The arguments are those of `Budget`: what to remove (`sparsity`, a fraction or one per axis, or `keep`), and where
-    (`ratios`, `ignore`). Raises InputError for an impossible budget, PlanError if the scores do not fit the graph.
-    """
-    return make_plan(graph, scores, Budget(sparsity, keep, allocation, multiple_of, ratios or {}, ignore))
-
-
-def make_plan(graph: SSMGraph, scores: Scores, budget: Budget) -> Plan:
-    """`plan`, from a Budget."""
-    for name, importance in scores.importance.items():
-        group = graph.groups.get(name)
-        if group is None or tuple(importance.shape) != (group.groups, group.units):
-            raise PlanError(f"{name}: scores of shape {tuple(importance.shape)} do not fit this model; score it again")
-    groups = {name: group for name, group in graph.groups.items() if name in scores.importance}
-    counts = allocate(groups, budget)
-    selections = {
-        name: select(scores.importance[name], counts[name], protected(group, budget.ignore))
-        for name, group in groups.items()
-        if counts[name] < group.units
-    }
-    if not selections:
-        raise InputError("the budget removes nothing: every dependency group keeps all its units")
-    made_by = {**scores.metadata, **budget.to_json()}
-    return Plan(selections, {"fingerprint": scores.metadata.get("model", "")}, made_by)
-
-
-def allocate(groups: Mapping[str, DependencyGroup], budget: Budget) -> dict[str, int]:
-    """Units to keep in every set of each dependency group.
-
-    Raises InputError for a pattern that matches nothing, and for a budget that a group cannot meet: it names the
-    nearest that it can.
+    importance: all scores, for the allocation "global". Raises InputError for a pattern that matches nothing, and for
+    a budget that a group cannot meet: it names the nearest that it can.
     """
     axes = {group.axis for group in groups.values()}
     for axis in budget.sparsity if isinstance(budget.sparsity, Mapping) else ():
@@ -116,62 +27,68 @@ def allocate(groups: Mapping[str, DependencyGroup], budget: Budget) -> dict[str,
             raise InputError(f"axis {axis!r}: was not scored; there are scores for {', '.join(sorted(axes))}")
     check_patterns(list(groups), list(budget.ratios))
     check_patterns([n for name, g in groups.items() for n in (name, *(b.path for b in g.blocks))], budget.ignore)
-    counts = {}
-    for name, group in groups.items():
+    units = {name: group for name, group in groups.items() if not group.tensor}
+    if budget.keep is not None and len(units) < len(groups):
+        raise InputError("keep counts units; of single elements give the fraction to remove, sparsity, or a pattern")
+    competing = [n for n, g in units.items() if budget.allocation == "global" and _competes(n, g, budget)]
+    counts = _global_counts({n: units[n] for n in competing}, budget, importance)
+    for name, group in units.items():
         guarded, step = len(protected(group, budget.ignore)), math.lcm(budget.multiple_of, group.multiple_of)
-        if _ignored(name, budget.ignore) or guarded == group.units:
+        if name in counts:
+            continue
+        if ignored(name, budget.ignore) or guarded == group.units:
             counts[name] = group.units
         elif budget.keep is not None:
             counts[name] = _checked_keep(budget.keep, group.units, step, name)
         else:
-            counts[name] = _uniform(group, _ratio(name, budget), step)
+            counts[name] = _uniform(group, ratio_of(name, budget), step)
         if counts[name] < guarded:
             raise InputError(f"{name}: keeping {counts[name]} units is less than the {guarded} that --ignore protects")
     return counts
 
 
-def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
-    """Raise InputError for a pattern that matches none of `names`."""
-    for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
-            short = {re.sub(r"^.*?(?=\blayers\.)", "", name) for name in names}
-            near = difflib.get_close_matches(pattern, sorted(short), n=1, cutoff=0) or [""]
-            raise InputError(f"pattern {pattern!r}: matches nothing that is cut; the nearest name is {near[0]}")
+def _competes(name: str, group: DependencyGroup, budget: Budget) -> bool:
+    """Whether a group takes part in a global allocation: nothing was said of it alone, and it is not the only one."""
+    alone = any(matches(pattern, name) for pattern in (*budget.ratios, *budget.ignore))
+    return not alone and not group.blocks and group.axis != "hidden" and ratio_of(name, budget) > 0
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of `Budget` means the dependency group or module `name`."""
-    path, _, axis = name.partition(":")
-    forms = [name, path] if axis else [path, f"{path}."]
-    return any(fnmatchcase(form, p) for form in forms for p in (pattern, f"*.{pattern}"))
+def _global_counts(
+    groups: Mapping[str, DependencyGroup], budget: Budget, importance: Mapping[str, torch.Tensor] | None
+) -> dict[str, int]:
+    """The counts that keep, on every axis, the best units of all layers, as near to the budget as steps allow.
+
+    A layer's sets keep equal counts: its r-th best unit stands for the r-th best of every set, at their mean. Ranks
+    stay or go in steps of the multiple, at the mean of a step, and every layer keeps its first step.
+    """
+    counts: dict[str, int] = {}
+    for axis in dict.fromkeys(group.axis for group in groups.values()):
+        on_axis = [g for g in groups.values() if g.axis == axis]
+        if importance is None:
+            raise InputError("allocation global compares all layers: their scores have to be known before any is cut")
+        steps = [_steps(g, importance[g.name], math.lcm(budget.multiple_of, g.multiple_of)) for g in on_axis]
+        owner = torch.cat([torch.full((len(sizes),), i) for i, (_, sizes) in enumerate(steps)])
+        worth, size = (torch.cat(parts) for parts in zip(*steps, strict=True))
+        order = worth.argsort(descending=True, stable=True)  # the first steps, which are worth most, before all others
+        sets = torch.tensor([g.groups for g in on_axis])[owner]
+        total = (size * sets)[order].cumsum(0)[len(on_axis) - 1 :]  # units that stay, with so many more steps
+        away = (total - sum(g.groups * g.units * (1 - ratio_of(g.name, budget)) for g in on_axis)).abs()
+        more = len(away) - 1 - int(away.flip(0).argmin())  # of two as near the larger
+        chosen = order[: len(on_axis) + more]
+        for i, g in enumerate(on_axis):
+            counts[g.name] = int(size[chosen[owner[chosen] == i]].sum())
+    return counts
 
 
-def protected(group: DependencyGroup, ignore: Sequence[str]) -> list[int]:
-    """The units of an axis of whole modules that the patterns leave alone."""
-    return [unit for unit, block in enumerate(group.blocks) if _ignored(block.path, ignore)]
-
-
-def select(importance: torch.Tensor, count: int, protected: Sequence[int] = ()) -> Selection:
-    """Keep the `count` best units of every set; of equal units the first. importance: (groups, units)."""
-    importance = importance.clone()
-    importance[:, list(protected)] = torch.inf
-    best = importance.argsort(dim=-1, descending=True, stable=True)[:, :count]
-    keep = tuple(tuple(sorted(row)) for row in best.tolist())
-    return Selection(importance.shape[1], keep)
-
-
-def _ignored(name: str, ignore: Sequence[str]) -> bool:
-    return any(matches(pattern, name) for pattern in ignore)
-
-
-def _ratio(name: str, budget: Budget) -> float:
-    """The fraction to remove from one group: that of its axis, or of the last pattern that matches it."""
-    sparsity = budget.sparsity
-    ratio = sparsity.get(axis_of(name), 0.0) if isinstance(sparsity, Mapping) else sparsity or 0.0
-    for pattern, value in budget.ratios.items():
-        if matches(pattern, name):
-            ratio = value
-    return ratio
+def _steps(group: DependencyGroup, importance: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each step of a group's ranks is worth, best first, and its size: (steps,) twice. The last may be shorter."""
+    ranked = importance.double().sort(descending=True).values.mean(0)  # (units,)
+    sizes = torch.full((math.ceil(group.units / step),), step)
+    padded = F.pad(ranked, (0, missing := len(sizes) * step - group.units))
+    sizes[-1] -= missing
+    worth = (padded.view(len(sizes), step).sum(-1) / sizes).cummin(0).values  # never more by a rounding
+    worth[0] = torch.inf
+    return worth, sizes
 
 
 def _uniform(group: DependencyGroup, sparsity: float, multiple_of: int) -> int:

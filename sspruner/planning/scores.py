@@ -18,10 +18,12 @@ class Scores:
     """importance: `<module path>:<axis>` -> fp32 (groups, units), higher = keep.
 
     metadata: sspruner version, scorer and its options, model fingerprint, calibration source, tokens, seed.
+    from_cache: whether they were made in an earlier run.
     """
 
     importance: dict[str, torch.Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    from_cache: bool = False
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import sys
 from functools import cache
@@ -47,7 +48,8 @@ def load_file(path: str | Path) -> str:
     manager, name = plugin_manager(), str(path)
     if manager.has_plugin(name):
         return name
-    spec = importlib.util.spec_from_file_location(f"sspruner_plugin_{path.stem}", path)
+    own = hashlib.sha256(name.encode()).hexdigest()[:8]  # two files may have one name
+    spec = importlib.util.spec_from_file_location(f"sspruner_plugin_{path.stem}_{own}", path)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin {name}: not a Python file")
     module = importlib.util.module_from_spec(spec)

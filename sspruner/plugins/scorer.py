@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 import torch
 
 from sspruner.calibrate.view import SSMView
-from sspruner.errors import InputError, PluginError, SSPrunerError
+from sspruner.errors import InputError, ModelError, PluginError, SSPrunerError
 from sspruner.graph.group import DependencyGroup
+from sspruner.planning.budget import GRANULARITIES
+from sspruner.planning.decide import Choose
 
-NEEDS = ("weights", "activations", "gradients")
+NEEDS = ("weights", "activations", "gradients", "fisher", "loss")
 
 
 class Scorer(ABC):
@@ -26,12 +28,17 @@ class Scorer(ABC):
     axes    the axes it can score
     needs   "weights": observe is called once per layer, and the view holds weights only;
             "activations": observe is called once per layer and calibration batch;
-            "gradients": observe is called once per layer, after a backward pass over all calibration batches
+            "gradients": observe is called once per layer, after a backward pass over all calibration batches;
+            "fisher": the same, with the mean of the squared gradients of single sequences beside the mean gradient;
+            "loss": observe is called once, with a view that tells the loss without some blocks or mixers.
+            An instance may set its own, where its options decide
+    granularity   on the axes of single elements: whether they compete within a "row", a "tensor", or "global"
     """
 
     name: ClassVar[str]
     axes: ClassVar[set[str]]
-    needs: ClassVar[str] = "activations"
+    needs: str = "activations"
+    granularity: ClassVar[str] = "tensor"
 
     axis: str = ""  # set by the engine: the axis being scored
     seed: int = 0  # set by the engine: the run's seed
@@ -43,6 +50,15 @@ class Scorer(ABC):
     @abstractmethod
     def importance(self) -> torch.Tensor:
         """One importance per unit: float (groups, units), finite, higher = keep."""
+
+    def reduce(self, choose: Choose) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Decide what stays and what the rest becomes. Override it for a method that changes weights, too.
+
+        choose(scores) says which units stay at the asked budget: float (groups, any units) -> bool, the same shape.
+        Returns what stays, bool (groups, units), and new values of whole tensors in their original sizes, by their
+        key in `view.weights` without its rows: {"out_proj.bias": (hidden size,)}.
+        """
+        return choose(self.importance()), {}
 
 
 def check_scorer_class(cls: Any, plugin: str) -> None:
@@ -58,6 +74,11 @@ def check_scorer_class(cls: Any, plugin: str) -> None:
         )
     if cls.needs not in NEEDS:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has needs={cls.needs!r}; known: {', '.join(NEEDS)}")
+    if cls.granularity not in GRANULARITIES:
+        raise PluginError(
+            f"plugin {plugin!r}: scorer {cls.name!r} has granularity={cls.granularity!r}; known: "
+            f"{', '.join(GRANULARITIES)}"
+        )
 
 
 def make_scorer(cls: type[Scorer], *, axis: str, seed: int, options: dict[str, Any]) -> Scorer:
@@ -104,6 +125,30 @@ def checked_importance(scorer: Scorer, group: DependencyGroup, plugin: str) -> t
     return importance
 
 
+def reduced(
+    scorer: Scorer, group: DependencyGroup, plugin: str, importance: torch.Tensor, choose: Choose
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """scorer.reduce(choose), checked: what stays, bool (groups, units), and finite updates. importance: what it gave.
+
+    The names of the updates are those of the model. Raises PluginError if the scorer breaks its contract.
+    """
+    where = _where(scorer, group, plugin)
+    with _blaming(where):
+        keep, updates = scorer.reduce(choose)
+    if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != importance.shape:
+        raise PluginError(f"{where}: reduce returned no bool tensor of shape {tuple(importance.shape)}")
+    counts, asked = keep.sum(-1).cpu(), choose(importance).sum(-1).cpu()
+    if not group.tensor and not torch.equal(counts, asked):
+        raise PluginError(f"{where}: reduce keeps {counts.tolist()} units in its sets, not {asked.tolist()}")
+    if not isinstance(updates, dict) or not all(isinstance(key, str) for key in updates):
+        raise PluginError(f"{where}: reduce returned new values as {type(updates).__name__}, not by name in a dict")
+    for key, value in updates.items():
+        if not isinstance(value, torch.Tensor) or not value.isfinite().all():
+            raise PluginError(f"{where}: the update of {key} is not a finite tensor")
+    prefix = group.tensor.rpartition(".")[0] or group.layer
+    return keep.cpu(), {f"{prefix}.{key}": value.detach().cpu() for key, value in updates.items()}
+
+
 def _where(scorer: Scorer, group: DependencyGroup, plugin: str) -> str:
     return f"plugin {plugin!r}: scorer {scorer.name!r} on {group.name}"
 
@@ -113,6 +158,10 @@ def _blaming(where: str) -> Iterator[None]:
     """Errors of a plugin's own code, of any type, as one PluginError that says where."""
     try:
         yield
+    except InputError as error:  # what the user asked for cannot be done: the scorer says why
+        raise InputError(f"{where.partition(': ')[2]}: {error}") from error
+    except ModelError:  # what the scorer asked of the model, the model has not
+        raise
     except Exception as error:
         detail = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
         raise PluginError(f"{where} failed: {detail}") from error

@@ -6,7 +6,8 @@ import json
 import platform
 import resource
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from sspruner.surgery.proof import Proof
 
 @dataclass(frozen=True)
 class Report:
-    """The result of one prune. Bytes, seconds, nats; state bytes per sequence; `proof` is None in mask mode."""
+    """The result of one prune. Bytes, seconds, nats; state bytes per sequence; `proof` is None in mask mode.
+
+    sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
+    """
 
     scorer: str
     options: dict[str, Any]
@@ -41,6 +45,7 @@ class Report:
     versions: dict[str, str]
     model: str = ""
     command: str = ""
+    sparsity: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of report.json."""
@@ -59,6 +64,27 @@ def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
         "weight_bytes": graph.weight_bytes,
         "state_bytes": graph.state_bytes,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def sparsity_of(model: nn.Module, graph: SSMGraph, axes: Sequence[str]) -> dict[str, Any]:
+    """Zeros among the single elements of some axes, counted in the model as it is, tensor by tensor and in total.
+
+    graph: the model's own, traced after the cut. Axes that are not of single elements are left out. {} without any.
+    """
+    parameters = {g.tensor: model.get_parameter(g.tensor) for g in graph.elements.values() if g.axis in axes}
+    zeros = {name: int((parameter == 0).sum()) for name, parameter in parameters.items()}
+    elements = sum(parameter.numel() for parameter in parameters.values())
+    if not elements:
+        return {}
+    return {
+        "elements": elements,
+        "zeros": sum(zeros.values()),
+        "sparsity": sum(zeros.values()) / elements,
+        "tensors": {
+            name: {"shape": list(p.shape), "zeros": zeros[name], "sparsity": zeros[name] / p.numel()}
+            for name, p in parameters.items()
+        },
     }
 
 

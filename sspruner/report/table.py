@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sspruner import ELEMENT_AXES
 from sspruner.report.result import Report
 
 
@@ -19,6 +20,8 @@ def result_table(report: Report) -> RenderableType:
         table.add_column(header, justify="left" if not header else "right")
     dense, pruned = report.dense, report.pruned
     for axis in report.axis.split(", "):
+        if axis in ELEMENT_AXES:
+            continue
         units = [layer for name, layer in report.layers.items() if name.rpartition(":")[2] == axis]
         if not units:
             continue
@@ -33,6 +36,8 @@ def result_table(report: Report) -> RenderableType:
     ):
         table.add_row(label, show(dense[key]), show(pruned[key]), _percent(dense[key], pruned[key]))
     table.add_row("KL to dense, nats/token", "", f"{pruned['kl_to_dense']:.4f}", "")
+    if report.sparsity:
+        table.add_row("element sparsity", "", f"{100 * report.sparsity['sparsity']:.2f} %", "")
     return Group(table, *_notes(report), *_continuations(report))
 
 
@@ -45,11 +50,19 @@ def _notes(report: Report) -> list[Text]:
         f"seconds: {', '.join(f'{phase} {s:.1f}' for phase, s in report.seconds.items())}; "
         f"peak memory {_bytes(report.peak_memory_bytes)}",
     ]
+    if report.sparsity:
+        found = report.sparsity
+        lines.append(
+            f"zeros: {found['zeros']:,} of {found['elements']:,} elements in {len(found['tensors'])} tensors, which "
+            "stay dense: zeros make nothing faster with dense kernels, and no file smaller"
+        )
     if report.proof:
         p = report.proof
         lines.append(
             f"proof: sliced = masked logits to {p.error:.1e} (limit {p.tolerance:.0e}); gone, as predicted: "
             f"{p.parameters_removed:,} parameters, {p.state_bytes_removed:,} B of state"
+            + (f"; added: {p.parameters_added:,} parameters of new biases" if p.parameters_added else "")
+            + (f"; {p.zeros:,} zeros in their places" if p.zeros else "")
         )
     return [Text(line) for line in lines]
 

@@ -16,15 +16,15 @@ def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
     """Apply `plan` to `model`, in place, and return it.
 
     mode "slice" makes the tensors smaller and proves the cut; mode "mask" zeroes the same units and can be undone
-    with `sspruner.unmask`. Raises InputError for another mode, PlanError if the plan does not fit this model,
-    ProofError if the slice is not equal to the mask.
+    with `sspruner.unmask`. Both write the plan's new values first and zero single elements. Raises InputError for
+    another mode, PlanError if the plan does not fit this model, ProofError if the slice is not equal to the mask.
     """
     if mode not in ("slice", "mask"):
         raise InputError(f"mode {mode!r}: must be slice or mask")
     if is_masked(model):
         raise PlanError("the model is masked; call sspruner.unmask(model) first")
     graph = trace(model)
-    check_plan(plan, graph, fingerprint(model))
+    check_plan(plan, graph, fingerprint(model), model)
     if mode == "mask":
         mask(model, plan, graph)
     else:

@@ -19,8 +19,9 @@ class Nothing(nn.Module):
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
-        for name, buffer in mixer.named_buffers(recurse=False):  # the model's own initialisation may fill them
-            self.register_buffer(name, buffer, persistent=False)
+        # The mixer's own: the model's initialisation may fill them, and a loader cuts them where it first met them.
+        self._buffers = mixer._buffers
+        self._non_persistent_buffers_set = set(mixer._buffers)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """hidden_states: (b, T, hidden size)."""

@@ -1,9 +1,13 @@
-"""Mask mode: the units that a plan drops are set to zero in place. Reversible to the bit; sizes do not change."""
+"""Mask mode: what a plan drops is set to zero in place. Reversible to the bit; sizes do not change.
+
+New values of a plan are written first, and undone with the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,44 +16,110 @@ from sspruner.errors import PlanError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import DependencyGroup, Member, as_rows
 from sspruner.graph.ssm_graph import SSMGraph, trace
-from sspruner.planning.plan import Plan, Selection, check_plan
+from sspruner.planning.plan import Plan, Selection, check_mask, check_plan
+from sspruner.surgery.tensors import add_bias, new_biases, remove_bias, tensor, write, zero
 
-_SAVED = "_sspruner_masked"  # attribute of a masked model: [(tensor, dims, rows, original values)]
+_SAVED = "_sspruner_masked"  # attribute of a masked model: the list of what was overwritten, in order
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Original values of one parameter: of `rows` along `dims`, of what a mask does not `keep`, or all of them.
+
+    values is None for a bias that the model did not have.
+    """
+
+    tensor: str
+    values: torch.Tensor | None
+    dims: tuple[int, ...] = ()
+    rows: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
 
 
 @torch.no_grad()
 def mask(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Zero, in every member, the rows of the units that `plan` drops. `unmask` restores the original bits.
+    """Write the plan's new values; zero, in every member, the rows of units that it drops, and the elements that it
+    drops. `unmask` restores the original bits.
 
     Raises PlanError if the model is masked already.
     """
     if getattr(model, _SAVED, None) is not None:
         raise PlanError("the model is masked already; call sspruner.unmask(model) first")
     setattr(model, _SAVED, [])
-    for name, selection in plan.groups.items():
-        mask_group(model, graph.groups[name], selection)
+    try:
+        if update_tensors(model, plan.updates):
+            graph = trace(model)  # the biases that it has now belong to units, too
+        for name, selection in plan.groups.items():
+            mask_group(model, graph.groups[name], selection)
+        for name, keep in plan.elements.items():
+            mask_elements(model, graph.elements[name], keep)
+    except BaseException:
+        unmask(model)
+        raise
 
 
 @torch.no_grad()
 def mask_group(model: nn.Module, group: DependencyGroup, selection: Selection) -> None:
     """Mask one dependency group of a model, on top of what is masked already."""
-    if getattr(model, _SAVED, None) is None:
-        setattr(model, _SAVED, [])
+    saved = _saved(model)
     for name, dims, rows in dropped(group, selection, model):
         flat = as_rows(tensor(model, name).data, dims)
         rows = rows.to(flat.device)
-        getattr(model, _SAVED).append((name, dims, rows, flat.index_select(0, rows)))
-        _write(model, name, dims, rows, torch.zeros_like(flat[rows]))
+        saved.append(_Saved(name, flat.index_select(0, rows), dims, rows))
+        _write_rows(model, name, dims, rows, torch.zeros_like(flat[rows]))
+
+
+@torch.no_grad()
+def mask_elements(model: nn.Module, group: DependencyGroup, keep: torch.Tensor) -> None:
+    """Zero the elements of one tensor that `keep`, bool (rows, cols), does not keep, on top of what is masked already.
+
+    Raises PlanError for a mask of another shape.
+    """
+    check_mask(keep, group)
+    data = tensor(model, group.tensor).data
+    keep = keep.to(data.device)
+    _saved(model).append(_Saved(group.tensor, data[~keep], keep=keep))
+    zero(data, keep)
+
+
+@torch.no_grad()
+def update_tensors(model: nn.Module, updates: Mapping[str, torch.Tensor]) -> bool:
+    """Write new values of parameters, full name -> value, on top of what is masked already.
+
+    A bias that a linear layer lacks is added; then the result is True, and groups that were traced before do not know
+    it. Raises PlanError for a parameter that does not exist, or that has another shape.
+    """
+    saved, added = _saved(model), new_biases(model, updates)
+    for name, value in updates.items():
+        if name in added:
+            add_bias(model, name)
+        saved.append(_Saved(name, None if name in added else tensor(model, name).data.clone()))
+        write(tensor(model, name), value)
+    return bool(added)
 
 
 def unmask(model: nn.Module) -> None:
     """Undo `mask`: every parameter has its original bits again. Does nothing on a model that is not masked."""
-    for name, dims, rows, values in reversed(getattr(model, _SAVED, None) or []):
-        _write(model, name, dims, rows, values)
+    for saved in reversed(getattr(model, _SAVED, None) or []):
+        if saved.values is None:
+            remove_bias(model, saved.tensor)
+        elif saved.rows is not None:
+            _write_rows(model, saved.tensor, saved.dims, saved.rows, saved.values)
+        else:
+            data = tensor(model, saved.tensor).data
+            where = ... if saved.keep is None else ~saved.keep.to(data.device)
+            data[where] = saved.values.to(data.device, data.dtype)
     setattr(model, _SAVED, None)
 
 
-def _write(model: nn.Module, name: str, dims: tuple[int, ...], rows: torch.Tensor, values: torch.Tensor) -> None:
+def _saved(model: nn.Module) -> list[_Saved]:
+    if getattr(model, _SAVED, None) is None:
+        setattr(model, _SAVED, [])
+    found: list[_Saved] = getattr(model, _SAVED)
+    return found
+
+
+def _write_rows(model: nn.Module, name: str, dims: tuple[int, ...], rows: torch.Tensor, values: torch.Tensor) -> None:
     """Write rows in place: through a view of the tensor where its dimensions lie apart."""
     data = tensor(model, name).data
     front = data.movedim(dims, tuple(range(len(dims))))  # a view
@@ -65,7 +135,7 @@ def masked(model: nn.Module, plan: Plan, graph: SSMGraph | None = None) -> Itera
     """
     if graph is None:
         graph = trace(model)
-        check_plan(plan, graph, fingerprint(model))
+        check_plan(plan, graph, fingerprint(model), model)
     mask(model, plan, graph)
     try:
         yield model
@@ -90,13 +160,11 @@ def dropped_rows(member: Member, selection: Selection) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """A parameter or buffer by its full name."""
-    owner, _, leaf = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(owner), leaf)
-    return found
-
-
 def is_masked(model: nn.Module) -> bool:
     """Whether a plan is applied to `model` as a mask."""
     return getattr(model, _SAVED, None) is not None
+
+
+def added_biases(model: nn.Module) -> list[str]:
+    """The biases that a masked model has and that `unmask` takes away."""
+    return [saved.tensor for saved in getattr(model, _SAVED, None) or [] if saved.values is None]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
+import torch
 from torch import nn
 
+from sspruner.graph.group import drop_rows
 from sspruner.graph.layout import state_bytes
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan
-from sspruner.surgery.mask import tensor
-from sspruner.surgery.slice import cut_layout, rows_to_drop
+from sspruner.planning.plan import Plan, axis_of
+from sspruner.surgery.slice import Cuts, cut_layout, rows_to_drop
+from sspruner.surgery.tensors import new_biases, tensor
 
 
 def removed_parameters(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
@@ -25,6 +28,44 @@ def removed_parameters(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
             kept = prod(extents[dims] - len(rows) for dims, rows in cuts.items())
             left[id(parameter)] = parameter.numel() * kept // prod(extents.values())  # whole: each cut is even
     return sum(p.numel() - left[id(p)] for p in model.parameters())
+
+
+def added_parameters(model: nn.Module, updates: Mapping[str, torch.Tensor]) -> int:
+    """Number of parameters of the biases that new values bring along."""
+    return sum(updates[name].numel() for name in new_biases(model, updates))
+
+
+def zeros_left(model: nn.Module, plan: Plan, graph: SSMGraph) -> dict[str, torch.Tensor]:
+    """Where zeros of the plan's element masks have to be after its cut: parameter, by its name then -> bool, its shape.
+
+    Those of what goes as a whole are left out.
+    """
+    rows: dict[int, Cuts] = {id(tensor(model, name)): cuts for name, cuts in rows_to_drop(plan, graph).items()}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = {}
+    for key, keep in plan.elements.items():
+        owner = id(tensor(model, graph.elements[key].tensor))
+        zeros = ~keep.cpu()
+        for dims, gone in sorted(rows.get(owner, {}).items(), key=lambda item: -len(item[0])):
+            zeros = drop_rows(zeros, dims, gone)
+        left = [new for name in names[owner] if (new := _name_after(name, plan, graph))]
+        if left:
+            found[left[0]] = zeros
+    return found
+
+
+def _name_after(name: str, plan: Plan, graph: SSMGraph) -> str:
+    """What a parameter is called after the cut: blocks are numbered anew. "" if it goes."""
+    if _inside(name, dropped_modules(plan, graph)):
+        return ""
+    for group, selection in plan.groups.items():
+        blocks = f"{group.rpartition(':')[0]}."
+        if axis_of(group) == "block" and name.startswith(blocks):
+            number, _, rest = name.removeprefix(blocks).partition(".")
+            return f"{blocks}{selection.keep[0].index(int(number))}.{rest}"
+    return name
 
 
 def removed_state_bytes(plan: Plan, graph: SSMGraph) -> int:

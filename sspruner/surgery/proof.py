@@ -15,9 +15,10 @@ from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan
 from sspruner.precision import in_fp32
 from sspruner.surgery.mask import masked
-from sspruner.surgery.predict import removed_parameters, removed_state_bytes
+from sspruner.surgery.predict import added_parameters, removed_parameters, removed_state_bytes, zeros_left
 from sspruner.surgery.record import fields, record
 from sspruner.surgery.slice import slice_model
+from sspruner.surgery.tensors import new_biases, tensor, write_for_good
 
 #: Largest |sliced - masked| logit allowed, relative to the largest |masked| logit, in fp32. Right cuts reach 1e-6; a
 #: model that is itself more sensitive than this to roundings of its embeddings and mixers is allowed SLACK times what
@@ -31,48 +32,77 @@ PROBE_SHAPE = (2, 80)  # sequences x tokens: longer than one chunk and not a mul
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared. error is relative to the largest masked logit; bytes of state are per sequence."""
+    """What was compared. error is relative to the largest masked logit; bytes of state are per sequence.
+
+    parameters_added: those of new biases; parameters_removed counts what is cut of them, too. zeros: elements that the
+    plan's masks zeroed and that no cut removed, each found to be zero.
+    """
 
     error: float
     tolerance: float
     parameters_removed: int
     state_bytes_removed: int
+    parameters_added: int = 0
+    zeros: int = 0
 
 
 @torch.no_grad()
 def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 0) -> Proof:
     """Slice `model`, record the cut in its config, and prove it on random tokens, in fp32 whatever its dtype.
 
-    Raises ProofError if masked and sliced logits differ by more than rounding explains, or if parameters or the state
-    bytes measured in the model's own cache did not shrink by what the graph predicts. The model is then unusable.
+    Raises ProofError if masked and sliced logits differ by more than rounding explains, if parameters or the state
+    bytes measured in the model's own cache did not shrink by what the graph predicts, or if new values or zeros are
+    not in their places. The model is then unusable.
     """
-    parameters, state = removed_parameters(model, plan, graph), removed_state_bytes(plan, graph)
+    added = added_parameters(model, plan.updates)
+    biases = new_biases(model, plan.updates)
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
     probe = probe.to(next(model.parameters()).device)
     before = _parameters(model), measured_state_bytes(model, probe)
     config = getattr(model, "config", None)
     fields_before = fields(config)
+    with masked(model, plan, graph), in_fp32(model):
+        reference = _logits(model, probe)
+        sites = [site.path for site in graph.layers]
+        rounding = _relative(_rounded_logits(model, probe, sites, generator), reference)
+    graph = write_for_good(model, plan, graph)
+    _check_written(model, plan, graph)
+    parameters, state = removed_parameters(model, plan, graph), removed_state_bytes(plan, graph)
+    zeros = zeros_left(model, plan, graph)
     with in_fp32(model):
-        with masked(model, plan, graph):
-            reference = _logits(model, probe)
-            sites = [site.path for site in graph.layers]
-            rounding = _relative(_rounded_logits(model, probe, sites, generator), reference)
         try:
             slice_model(model, plan, graph)
             result = _logits(model, probe)
         except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as fault:
             raise ProofError(f"proof failed: the cut model does not run ({type(fault).__name__}: {fault})") from fault
-    record(config, fields_before, plan, graph)
+    record(config, fields_before, plan, graph, biases)
     after = _parameters(model), measured_state_bytes(model, probe)
 
     error, tolerance = _relative(result, reference), max(TOLERANCE, SLACK * rounding)
     if not error <= tolerance:  # also catches NaN
         raise ProofError(f"proof failed: sliced and masked logits differ by {error:.1e}, more than {tolerance:.0e}")
-    for what, i, expected in (("parameters", 0, parameters), ("state bytes per sequence", 1, state)):
-        if before[i] - after[i] != expected:
-            raise ProofError(f"proof failed: {before[i] - after[i]:,} {what} are gone, the plan predicts {expected:,}")
-    return Proof(error, tolerance, parameters, state)
+    for what, i, more, expected in (("parameters", 0, added, parameters), ("state bytes per sequence", 1, 0, state)):
+        gone = before[i] + more - after[i]
+        if gone != expected:
+            raise ProofError(f"proof failed: {gone:,} {what} are gone, the plan predicts {expected:,}")
+    for name, zero in zeros.items():
+        found = int((tensor(model, name)[zero.to(probe.device)] == 0).sum())
+        if found != int(zero.sum()):
+            raise ProofError(f"proof failed: {name} has {found:,} zeros where the plan predicts {int(zero.sum()):,}")
+    return Proof(error, tolerance, parameters, state, added, sum(int(zero.sum()) for zero in zeros.values()))
+
+
+def _check_written(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
+    """Raise ProofError unless every new value is in its place, apart from the elements that the plan zeroes."""
+    masks = {id(tensor(model, graph.elements[key].tensor)): keep for key, keep in plan.elements.items()}
+    for name, value in plan.updates.items():
+        parameter = tensor(model, name)
+        expected = value.to(parameter.device, parameter.dtype)
+        if id(parameter) in masks:
+            expected = expected * masks[id(parameter)].to(parameter.device)
+        if not torch.equal(parameter, expected):
+            raise ProofError(f"proof failed: {name} does not hold the new value of the plan")
 
 
 def measured_state_bytes(model: Any, probe: torch.Tensor) -> int:

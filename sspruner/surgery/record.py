@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from sspruner.errors import PlanError
@@ -14,14 +17,25 @@ from sspruner.surgery.slice import cut_layout
 RECORD = "sspruner"  # key in config.json
 
 
-def record(config: Any, original: dict[str, Any], plan: Plan, graph: SSMGraph) -> None:
+@dataclass(frozen=True)
+class Cut:
+    """One cut of a record: `plan` has groups alone, for values are in the weights; `biases` were added before it."""
+
+    plan: Plan
+    biases: tuple[str, ...] = ()
+
+
+def record(config: Any, original: dict[str, Any], plan: Plan, graph: SSMGraph, biases: Sequence[str] = ()) -> None:
     """Write into a cut model's config what was cut (key `sspruner`), and the stock fields where they can express it.
 
     The record is the list of all cuts so far, each in the indices of the model that it was applied to: the loader
     builds the original model and repeats them. original: the config's fields before this cut (`fields`); those that
-    changed are kept in the record.
+    changed are kept in the record. biases: those that the cut added. Zeros and new values in tensors that the model
+    had anyway leave the config as it was.
     """
     if config is None:  # a model of its own kind, that is not loaded from a config
+        return
+    if not plan.groups and not biases:
         return
     previous = getattr(config, RECORD, None) or {}
     stock = dict(previous.get("stock", {}))
@@ -30,11 +44,27 @@ def record(config: Any, original: dict[str, Any], plan: Plan, graph: SSMGraph) -
     for field, value in fields(config).items():
         if field not in sizes and original.get(field) != value:
             stock.setdefault(field, original.get(field))
-    cuts = [*previous.get("cuts", []), Plan(plan.groups).to_json()]
+    cuts = [*previous.get("cuts", []), Plan(plan.groups).to_json() | ({"biases": [*biases]} if biases else {})]
     setattr(config, RECORD, {"version": VERSION, "cuts": cuts, "stock": stock})
 
 
-def recorded(config: Any) -> list[Plan]:
+@contextmanager
+def noted(config: Any, biases: Sequence[str]) -> Iterator[None]:
+    """While open, the config records biases that a mask has added: what is saved meanwhile can be loaded."""
+    before = getattr(config, RECORD, None)
+    if biases:
+        cuts = [*(before or {}).get("cuts", []), Plan({}).to_json() | {"biases": [*biases]}]
+        setattr(config, RECORD, {"version": VERSION, "stock": {}, **(before or {}), "cuts": cuts})
+    try:
+        yield
+    finally:
+        if biases and before is None:
+            delattr(config, RECORD)
+        elif biases:
+            setattr(config, RECORD, before)
+
+
+def recorded(config: Any) -> list[Cut]:
     """The cuts that a config records, in order; empty if it records none. Raises PlanError if they are malformed."""
     data = getattr(config, RECORD, None)
     if not data:
@@ -45,7 +75,13 @@ def recorded(config: Any) -> list[Plan]:
     for key, kind in {"cuts": list, "stock": dict}.items():
         if not isinstance(data.get(key), kind):
             raise PlanError(f"{where}: not a record of version {VERSION}: {key!r} is not a {kind.__name__}")
-    return [Plan.from_json(cut, where) for cut in data["cuts"]]
+    cuts = []
+    for cut in data["cuts"]:
+        plan, biases = Plan.from_json(cut, where), cut.get("biases", [])
+        if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
+            raise PlanError(f"{where}: not a record of version {VERSION}: 'biases' are not a list of names")
+        cuts.append(Cut(plan, tuple(biases)))
+    return cuts
 
 
 def restore_stock(config: Any) -> None:

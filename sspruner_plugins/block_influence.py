@@ -13,8 +13,8 @@ import torch
 import sspruner
 
 
-class Influence(sspruner.Scorer):
-    name, axes, needs = "influence", {"block"}, "activations"
+class BlockInfluence(sspruner.Scorer):
+    name, axes, needs = "block-influence", {"block"}, "activations"
 
     def __init__(self) -> None:
         self.sums: dict[int, float] = {}
@@ -33,4 +33,4 @@ class Influence(sspruner.Scorer):
 
 @sspruner.hookimpl
 def sspruner_scorers() -> list[type[sspruner.Scorer]]:
-    return [Influence]
+    return [BlockInfluence]

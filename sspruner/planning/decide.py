@@ -1,0 +1,178 @@
+"""Decide: from scores and a budget to what stays of every dependency group, and to the plan that says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from sspruner.errors import InputError, PlanError
+from sspruner.graph.group import DependencyGroup
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.planning.allocate import allocate
+from sspruner.planning.budget import Budget, ignored, pattern_sparsity, protected, ratio_of
+from sspruner.planning.elements import check_pattern, choose, choose_globally, competing
+from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.scores import Scores
+
+Choose = Callable[[torch.Tensor], torch.Tensor]  # scores (groups, units) -> what stays: bool, the same shape
+
+
+def plan(
+    graph: SSMGraph,
+    scores: Scores,
+    *,
+    sparsity: float | Mapping[str, float] | None = None,
+    keep: int | None = None,
+    allocation: str = "uniform",
+    multiple_of: int = 1,
+    ratios: Mapping[str, float] | None = None,
+    ignore: Sequence[str] = (),
+    pattern: str | None = None,
+    granularity: str | None = None,
+    rows: Sequence[str] = (),
+) -> Plan:
+    """Keep the highest-scored units of every dependency group in `scores`, on one axis or on several.
+
+    The arguments are those of `Budget`: what to remove (`sparsity`, a fraction or one per axis, or `keep`), and where
+    (`ratios`, `ignore`); `allocation="global"` lets layers compete. Scorers that change weights, too, do so in
+    `prune` only. Raises InputError for an impossible budget, PlanError if the scores do not fit the graph.
+    """
+    sparsity = pattern_sparsity(pattern) if sparsity is None and keep is None and pattern else sparsity
+    budget = Budget(sparsity, keep, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows)
+    known = {**graph.groups, **graph.elements}
+    for name, importance in scores.importance.items():
+        group = known.get(name)
+        if group is None or tuple(importance.shape) != (group.groups, group.units):
+            raise PlanError(f"{name}: scores of shape {tuple(importance.shape)} do not fit this model; score it again")
+    groups = {name: group for name, group in known.items() if name in scores.importance}
+    by_axis = json.loads(scores.metadata.get("granularity", "{}"))
+    choose = choosers(groups, budget, by_axis, scores.importance)
+    return make_plan(groups, {n: choose[n](scores.importance[n]) for n in groups}, {}, scores, budget)
+
+
+def make_plan(
+    groups: Mapping[str, DependencyGroup],
+    keep: Mapping[str, torch.Tensor],
+    updates: Mapping[str, torch.Tensor],
+    scores: Scores,
+    budget: Budget,
+) -> Plan:
+    """The plan that keeps what `keep` says, name -> bool (groups, units), and gives tensors new values.
+
+    Raises InputError if nothing is removed.
+    """
+    cut = {name: stays for name, stays in keep.items() if not stays.all()}
+    if not cut:
+        raise InputError("the budget removes nothing: every dependency group keeps all its units")
+    return Plan(
+        {name: selection(stays) for name, stays in cut.items() if not groups[name].tensor},
+        {"fingerprint": scores.metadata.get("model", "")},
+        {**scores.metadata, **budget.to_json()},
+        elements={name: stays for name, stays in cut.items() if groups[name].tensor},
+        updates=dict(updates),
+    )
+
+
+def choosers(
+    groups: Mapping[str, DependencyGroup],
+    budget: Budget,
+    granularity: Mapping[str, str],
+    importance: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Choose]:
+    """For every dependency group, which of its units stay: scores (groups, units) -> bool, the same shape.
+
+    granularity: the scorers' own, by axis. importance: all scores, where layers compete. Raises InputError for a
+    pattern that matches nothing, and for a budget that a group cannot meet: it names the nearest that it can.
+    """
+    counts = allocate(groups, budget, importance)
+    found: dict[str, Choose] = {
+        name: partial(_best_units, count=counts[name], protected=protected(group, budget.ignore))
+        for name, group in groups.items()
+        if not group.tensor
+    }
+    elements = {name: group for name, group in groups.items() if group.tensor}
+    return found | _element_choosers(elements, budget, granularity, importance)
+
+
+def _element_choosers(
+    groups: Mapping[str, DependencyGroup],
+    budget: Budget,
+    granularity: Mapping[str, str],
+    importance: Mapping[str, torch.Tensor] | None,
+) -> dict[str, Choose]:
+    if not groups:
+        if budget.pattern or budget.granularity or budget.rows:
+            raise InputError("pattern, granularity and rows are for single elements: axis weight")
+        return {}
+    known = sorted({run for group in groups.values() for run in group.runs or {}})
+    for run in budget.rows:
+        if run not in known:
+            raise InputError(f"rows {run!r}: no tensor has such rows; these are known: {', '.join(known)}")
+    found: dict[str, Choose] = {}
+    together: dict[tuple[str, float], list[str]] = {}
+    rows = {name: competing(group, tuple(budget.rows)) for name, group in groups.items()}
+    for name, group in groups.items():
+        sparsity = 0.0 if ignored(name, budget.ignore) else ratio_of(name, budget)
+        where = budget.granularity_of(group.axis, granularity)
+        if sparsity and budget.pattern and not math.isclose(sparsity, pattern_sparsity(budget.pattern)):
+            removes = pattern_sparsity(budget.pattern)
+            raise InputError(f"{name}: pattern {budget.pattern} removes {removes:g}, not {sparsity:g}; leave one out")
+        if not sparsity or not rows[name].any():
+            found[name] = _whole
+        elif where == "global":
+            together.setdefault((group.axis, sparsity), []).append(name)
+        else:
+            if budget.pattern:
+                check_pattern(group, budget.pattern)
+            found[name] = partial(choose, rows=rows[name], sparsity=sparsity, pattern=budget.pattern, granularity=where)
+    for (_, sparsity), names in together.items():
+        if importance is None:
+            raise InputError("elements of all tensors compete: their scores have to be known before any is cut")
+        kept = choose_globally({n: importance[n] for n in names}, {n: rows[n] for n in names}, sparsity)
+        found |= {n: partial(_decided, kept=kept[n]) for n in names}
+    return found
+
+
+def _whole(scores: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(scores, dtype=torch.bool)
+
+
+def _decided(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """What was decided when all scores were compared."""
+    if scores.shape != kept.shape:
+        raise InputError("decides by blocks of columns, which cannot compete globally; use granularity row or tensor")
+    return kept
+
+
+def _best_units(scores: torch.Tensor, count: int, protected: Sequence[int]) -> torch.Tensor:
+    """Keep the `count` best units of every set; of equal units the first. scores: (groups, units)."""
+    scores = scores.clone()
+    scores[:, list(protected)] = torch.inf
+    best = scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+
+
+def selection(keep: torch.Tensor) -> Selection:
+    """A bool tensor (groups, units) as the Selection of a plan."""
+    return Selection(keep.shape[1], tuple(tuple(row.nonzero().flatten().tolist()) for row in keep))
+
+
+def select(importance: torch.Tensor, count: int, protected: Sequence[int] = ()) -> Selection:
+    """Keep the `count` best units of every set. importance: (groups, units)."""
+    return selection(_best_units(importance, count, protected))
+
+
+def check_budget(groups: Mapping[str, DependencyGroup], budget: Budget) -> None:
+    """Raise InputError, before any work, if the budget cannot be met whatever the scores, or removes nothing."""
+    elements = {name: group for name, group in groups.items() if group.tensor}
+    within = budget if budget.pattern or not elements else replace(budget, granularity="tensor")
+    _element_choosers(elements, within, {}, None)
+    counts = allocate(groups, budget, {n: torch.zeros(g.groups, g.units) for n, g in groups.items() if not g.tensor})
+    zeros = any(not ignored(n, budget.ignore) and ratio_of(n, budget) > 0 for n in elements)
+    if not zeros and all(count == groups[name].units for name, count in counts.items()):
+        raise InputError("the budget removes nothing: every dependency group keeps all its units")

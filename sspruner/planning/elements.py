@@ -1,0 +1,86 @@
+"""Which single elements of a tensor stay: by row, by tensor, over all tensors, or n of every m."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from sspruner.errors import InputError
+from sspruner.graph.group import DependencyGroup
+
+FLOOR = 0.05  # of its elements every tensor keeps, where all tensors compete (docs/methods.md)
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """`2:4` as (2, 4): of every 4 consecutive elements of a row 2 stay. Raises InputError for anything else."""
+    found = re.fullmatch(r"(\d+):(\d+)", pattern)
+    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 < n < m:
+        raise InputError(f"pattern {pattern!r}: expected N:M with 0 < N < M; 2:4 keeps 2 of every 4 weights of a row")
+    return n, m
+
+
+def check_pattern(group: DependencyGroup, pattern: str) -> None:
+    """Raise InputError if the rows of a tensor cannot be divided as the pattern asks."""
+    _, m = parse_pattern(pattern)
+    if group.units % m:
+        raise InputError(f"{group.name}: rows of {group.units} elements; pattern {pattern} needs a multiple of {m}; "
+                         f"leave it out with ignore")  # fmt: skip
+
+
+def competing(group: DependencyGroup, runs: tuple[str, ...]) -> torch.Tensor:
+    """The rows that compete, bool (rows,): all of them, or the named runs. A tensor without such a run has none."""
+    if not runs:
+        return torch.ones(group.groups, dtype=torch.bool)
+    rows = torch.zeros(group.groups, dtype=torch.bool)
+    for run in runs:
+        rows[(group.runs or {}).get(run, torch.zeros(0, dtype=torch.long))] = True
+    return rows
+
+
+def choose(
+    scores: torch.Tensor, rows: torch.Tensor, sparsity: float, pattern: str | None, granularity: str
+) -> torch.Tensor:
+    """What stays of a tensor, or of some of its columns: bool, the shape of `scores` (rows, columns).
+
+    rows: bool (rows,), those that compete; the others stay whole. Of equal scores the first stay.
+    """
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    asked = scores[rows]
+    if pattern:
+        n, m = parse_pattern(pattern)
+        if scores.shape[1] % m:
+            raise InputError(f"{scores.shape[1]} columns at once; pattern {pattern} needs a multiple of {m}")
+        keep[rows] = _best(asked.reshape(-1, m), n).view_as(asked)
+    elif granularity == "row":
+        keep[rows] = _best(asked, round(asked.shape[1] * (1 - sparsity)))
+    else:
+        keep[rows] = _best(asked.reshape(1, -1), round(asked.numel() * (1 - sparsity))).view_as(asked)
+    return keep
+
+
+def choose_globally(
+    scores: Mapping[str, torch.Tensor], rows: Mapping[str, torch.Tensor], sparsity: float
+) -> dict[str, torch.Tensor]:
+    """One threshold over all tensors, of which every one keeps a floor of its best. Shapes as in `choose`."""
+    keep = {name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}
+    asked = {name: s[rows[name]] for name, s in scores.items()}  # (competing rows, columns)
+    safe = {
+        n: _best(a.reshape(1, -1), round(a.numel() * min(FLOOR, 1 - sparsity))).view_as(a) for n, a in asked.items()
+    }
+    total, kept = sum(a.numel() for a in asked.values()), sum(int(s.sum()) for s in safe.values())
+    pool = torch.cat([a[~safe[n]] for n, a in asked.items()])
+    best = _best(pool[None], max(0, round(total * (1 - sparsity)) - kept))[0]
+    for name in asked:
+        stays, rest = safe[name].clone(), ~safe[name]
+        stays[rest], best = best[: int(rest.sum())], best[int(rest.sum()) :]
+        keep[name][rows[name]] = stays
+    return keep
+
+
+def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` highest of every row, bool (rows, columns); of equal ones the first."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)

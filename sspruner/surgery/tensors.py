@@ -1,0 +1,101 @@
+"""New values and zeros in a model's tensors; biases that a linear layer gets, and loses again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sspruner.errors import PlanError
+from sspruner.graph.ssm_graph import SSMGraph, trace
+from sspruner.planning.plan import Plan
+from sspruner.surgery.blocks import retie
+
+
+def tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer by its full name."""
+    owner, _, leaf = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(owner), leaf)
+    return found
+
+
+def lacks(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer has no bias of this name. Raises PlanError if it is no such thing at all."""
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        module = None
+    if module is not None and module._parameters.get(leaf) is not None:
+        return False
+    if leaf != "bias" or not isinstance(module, nn.Linear):
+        raise PlanError(f"{name}: the model has no such parameter")
+    return True
+
+
+@torch.no_grad()
+def write_for_good(model: nn.Module, plan: Plan, graph: SSMGraph) -> SSMGraph:
+    """Write a plan's new values and zeros. Returns the graph, made anew where biases were added: it cuts them, too."""
+    added = new_biases(model, plan.updates)
+    for name, value in plan.updates.items():
+        if name in added:
+            add_bias(model, name)
+        write(tensor(model, name), value)
+    for name, keep in plan.elements.items():
+        zero(tensor(model, graph.elements[name].tensor), keep)
+    return trace(model) if added else graph
+
+
+def new_biases(model: nn.Module, updates: Mapping[str, torch.Tensor]) -> list[str]:
+    """The parameters among these that the model lacks."""
+    return [name for name in updates if lacks(model, name)]
+
+
+def write(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter another value, in its own dtype and on its own device. Raises PlanError for another shape."""
+    if parameter.shape != value.shape:
+        raise PlanError(f"a new value of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+    parameter.data.copy_(value)
+
+
+def zero(parameter: torch.Tensor, keep: torch.Tensor) -> None:
+    """Set to zero what a mask, bool in the parameter's shape, does not keep."""
+    parameter.data[~keep.to(parameter.device)] = 0
+
+
+def add_bias(model: nn.Module, name: str) -> None:
+    """Give a linear layer a bias of zeros; one bias for all the layers that share its weight.
+
+    Raises PlanError if there is no such layer, or if it has a bias.
+    """
+    if not lacks(model, name):
+        raise PlanError(f"{name}: the model has this bias already")
+    weight = _linear(model, name).weight
+    _set_bias(model, weight, nn.Parameter(weight.new_zeros(len(weight)), requires_grad=weight.requires_grad))
+
+
+def remove_bias(model: nn.Module, name: str) -> None:
+    """Undo `add_bias`."""
+    _set_bias(model, _linear(model, name).weight, None)
+
+
+def _set_bias(model: nn.Module, weight: torch.Tensor, bias: nn.Parameter | None) -> None:
+    holders = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight is weight
+    ]
+    for path, module in holders:
+        module.register_parameter("bias", bias)
+        parent, _, leaf = path.rpartition(".")
+        mixer: Any = model.get_submodule(parent)
+        if leaf == "out_proj" and hasattr(mixer, "use_bias"):  # Mamba1's fused kernel asks it, and not the bias
+            mixer.use_bias = bias is not None
+    if len(holders) > 1:
+        retie(model)
+
+
+def _linear(model: nn.Module, bias: str) -> Any:
+    return model.get_submodule(bias.rpartition(".")[0])

@@ -1,0 +1,302 @@
+"""Tiny random Hugging Face models of every state-space family: what conformance checks and the engine's tests run on.
+
+`zoo("zamba2", groups=1, use_mem_rope=False)` builds one. The names in SHAPE mean the same in every family that has
+such a thing (elsewhere they do nothing); any other name goes to the family's config. The defaults are the richest
+model that a family allows: biases, two B/C groups, adapters, experts, multipliers that are not 1. `zoo_models()`
+draws the family and the structure.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 31
+
+SHAPE: dict[str, Any] = {
+    "layers": "MMAM",  # M Mamba, A attention (together with Mamba in zamba, zamba2, falcon_h1), - MLP, E experts
+    "groups": 2,  # of B and C, Mamba2
+    "heads": 2,  # per group; Mamba2, and zamba, which has no groups
+    "channels": 4,  # per head, so that D = groups·heads·channels
+    "hidden": 8,  # Mamba1, where D = 2·hidden
+    "state": 6,
+    "rank": 3,  # of dt, Mamba1
+    "bias": True,  # of every Linear that has an option for it
+    "conv_bias": True,  # zamba2 has no option: always
+    "kv": 2,  # heads of k and v
+    "ratio": 2,  # heads of q per head of k and v
+    "adapters": True,  # zamba2
+    "experts": 3,  # granitemoehybrid (0: none), jamba (1: none)
+}
+# Where this differs. Experts run through grouped_mm, which wants rows of a multiple of 16 bytes: hidden sizes and
+# expert widths are multiples of 8 there, for bf16.
+SHAPES: dict[str, dict[str, Any]] = {
+    "mamba2": {"layers": "MMM"},
+    "mamba": {"layers": "MMM"},
+    "falcon_mamba": {"layers": "MMM"},
+    "zamba2": {"layers": "MAMAA", "ratio": 1},  # two blocks: the third hybrid layer shares the first one's
+    "bamba": {},
+    "granitemoehybrid": {"channels": 16},
+    "falcon_h1": {"layers": "AAA"},
+    "nemotron_h": {"layers": "M-AME"},
+    "jamba": {},
+    "zamba": {"layers": "MAMA", "channels": 8, "ratio": 1},
+}
+FAMILIES = tuple(SHAPES)
+TYPES = {"M": "linear_attention", "A": "full_attention", "-": "mlp", "E": "moe"}
+
+
+def _attention(s: SimpleNamespace) -> dict[str, Any]:
+    return {"num_attention_heads": s.kv * s.ratio, "num_key_value_heads": s.kv, "head_dim": 4}
+
+
+def _mamba2(s: SimpleNamespace) -> dict[str, Any]:
+    return {
+        "hidden_size": s.groups * s.heads * s.channels // 2,
+        "n_groups": s.groups,
+        "num_heads": s.groups * s.heads,
+        "head_dim": s.channels,
+        "state_size": s.state,
+        "chunk_size": 8,
+        "use_bias": s.bias,
+        "use_conv_bias": s.conv_bias,
+    }
+
+
+def _mamba(s: SimpleNamespace) -> dict[str, Any]:
+    return {
+        "hidden_size": s.hidden,
+        "state_size": s.state,
+        "time_step_rank": s.rank,
+        "use_bias": s.bias,
+        "use_conv_bias": s.conv_bias,
+    }
+
+
+def _zamba2(s: SimpleNamespace) -> dict[str, Any]:
+    """Attention sees [hidden, embedding], D channels: groups·heads of `channels`. With ratio > 1, one head of k and v
+    and no adapters, for those of k and v are as wide as that of q.
+    """
+    return {
+        "layers_block_type": ["hybrid" if letter == "A" else TYPES[letter] for letter in s.layers],
+        "hidden_size": s.groups * s.heads * s.channels // 2,
+        "mamba_ngroups": s.groups,
+        "n_mamba_heads": s.groups * s.heads,
+        "mamba_d_state": s.state,
+        "chunk_size": 8,
+        "add_bias_linear": s.bias,
+        "intermediate_size": 10,
+        "num_attention_heads": s.groups * s.heads,
+        "num_key_value_heads": s.groups * s.heads if s.ratio == 1 else 1,
+        "use_shared_attention_adapter": s.adapters and s.ratio == 1,
+        "adapter_rank": 3,
+        "num_mem_blocks": 2,
+        "use_mem_rope": True,
+        "tie_word_embeddings": True,  # stock shares the blocks only if it ties the embeddings
+    }
+
+
+def _bamba(s: SimpleNamespace) -> dict[str, Any]:
+    return {
+        "attn_layer_indices": [i for i, letter in enumerate(s.layers) if letter == "A"],
+        "hidden_size": s.groups * s.heads * s.channels // 2,
+        "mamba_n_groups": s.groups,
+        "mamba_n_heads": s.groups * s.heads,
+        "mamba_d_head": s.channels,
+        "mamba_d_state": s.state,
+        "mamba_chunk_size": 8,
+        "mamba_proj_bias": s.bias,
+        "mamba_conv_bias": s.conv_bias,
+        "intermediate_size": 10,
+        "mlp_bias": s.bias,
+        **_attention(s),
+        "attention_bias": s.bias,
+    }
+
+
+def _granitemoehybrid(s: SimpleNamespace) -> dict[str, Any]:
+    """Bamba with the experts and a shared MLP in every layer."""
+    return _bamba(s) | {
+        "layer_types": [TYPES[letter] for letter in s.layers],
+        "intermediate_size": 8,
+        "shared_intermediate_size": 10,
+        "num_local_experts": s.experts,
+        "num_experts_per_tok": 2,
+        "position_embedding_type": "rope",
+        "embedding_multiplier": 1.5,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.8,
+        "logits_scaling": 0.7,
+    }
+
+
+def _falcon_h1(s: SimpleNamespace) -> dict[str, Any]:
+    """Mamba and attention side by side in every layer; D and the hidden size are independent."""
+    return _bamba(s) | {
+        "hidden_size": 12,
+        "mamba_d_ssm": s.groups * s.heads * s.channels,
+        "mamba_rms_norm": True,
+        "projectors_bias": s.bias,
+        "ssm_multipliers": [0.7, 1.3, 0.8, 1.2, 0.6],  # z, x, B, C, dt
+        "ssm_in_multiplier": 1.2,
+        "ssm_out_multiplier": 0.9,
+        "attention_in_multiplier": 0.8,
+        "attention_out_multiplier": 1.1,
+        "key_multiplier": 0.7,
+        "mlp_multipliers": [1.2, 0.8],
+        "embedding_multiplier": 1.5,
+        "lm_head_multiplier": 0.7,
+    }
+
+
+def _nemotron_h(s: SimpleNamespace) -> dict[str, Any]:
+    """A layer is one thing only; D and the hidden size are independent; no rope."""
+    return {
+        "layers_block_type": [TYPES[letter] for letter in s.layers],
+        "hidden_size": 24,
+        "n_groups": s.groups,
+        "mamba_num_heads": s.groups * s.heads,
+        "mamba_head_dim": s.channels,
+        "ssm_state_size": s.state,
+        "chunk_size": 8,
+        "use_bias": s.bias,
+        "use_conv_bias": s.conv_bias,
+        "intermediate_size": 10,
+        "mlp_bias": s.bias,
+        **_attention(s),
+        "n_routed_experts": 6,
+        "n_group": 2,  # a token takes 2 of the 3 experts in the better one
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "moe_shared_expert_intermediate_size": 7,
+        "moe_latent_size": 16,
+        "routed_scaling_factor": 1.5,
+    }
+
+
+def _jamba(s: SimpleNamespace) -> dict[str, Any]:
+    """One attention layer, for layer types are periodic; every second MLP is a mixture of experts."""
+    return {
+        "attn_layer_period": len(s.layers),
+        "attn_layer_offset": s.layers.index("A"),
+        "hidden_size": s.hidden,
+        "mamba_d_state": s.state,
+        "mamba_dt_rank": s.rank,
+        "mamba_proj_bias": s.bias,
+        "mamba_conv_bias": s.conv_bias,
+        "intermediate_size": 16,
+        **_attention(s),
+        "num_experts": s.experts,
+        "num_experts_per_tok": 2,
+    }
+
+
+def _zamba(s: SimpleNamespace) -> dict[str, Any]:
+    """`heads` independent Mamba1s side by side, 2·hidden = heads·channels; all hybrid layers share one block."""
+    return {
+        "layers_block_type": ["hybrid" if letter == "A" else TYPES[letter] for letter in s.layers],
+        "hidden_size": s.heads * s.channels // 2,
+        "n_mamba_heads": s.heads,
+        "mamba_d_state": s.state,
+        "mamba_dt_rank": s.rank,
+        "mamba_proj_bias": s.bias,
+        "mamba_conv_bias": s.conv_bias,
+        "intermediate_size": 10,
+        "num_attention_heads": s.kv * s.ratio,
+        "num_key_value_heads": s.kv,
+        "attention_head_dim": 4,
+        "tie_word_embeddings": True,  # as in zamba2
+    }
+
+
+def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A random model in eval mode. Token 0 pads, begins and ends; embeddings are tied in zamba and zamba2 alone."""
+    shape = SHAPE | SHAPES[family] | {name: value for name, value in overrides.items() if name in SHAPE}
+    build = _mamba if family == "falcon_mamba" else globals()[f"_{family}"]
+    config = {"vocab_size": VOCABULARY, "tie_word_embeddings": False, "num_hidden_layers": len(shape["layers"])}
+    config |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    config |= build(SimpleNamespace(**shape)) | {n: value for n, value in overrides.items() if n not in SHAPE}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=dtype)
+        randomise(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    """Every parameter random, once where it is shared: nothing hides in a 0 or a 1, and activations stay O(1)."""
+    buffers = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]  # nemotron_h
+    for name, parameter in [*model.named_parameters(), *buffers]:
+        if name.endswith(("A_log", "bias")):
+            value = torch.randn(parameter.shape) * 0.7
+        elif parameter.ndim == 1 or name.endswith(".D"):  # D is (heads, channels) in zamba
+            value = torch.rand(parameter.shape) + 0.5
+        else:  # (..., fan-in): Linear, embedding, depthwise conv (C, 1, kernel), experts, zamba's per-head projections
+            value = torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def rounding(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """What one fp32 rounding of the embeddings becomes in the logits, relative to the largest: a tolerance's floor.
+
+    About 1e-6, but 1e-3 in an unlucky model, whose norms divide by next to nothing. The noise goes in behind the
+    embedding, for falcon_h1 does not scale `inputs_embeds` as it scales embeddings.
+    """
+    noise = torch.randn(model.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(0))
+    clean = model(input_ids=ids, use_cache=False).logits
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, _ids, out: out * (1 + 2.0**-22 * noise))
+    try:
+        return float((model(input_ids=ids, use_cache=False).logits - clean).abs().max() / clean.abs().max())
+    finally:
+        hook.remove()
+
+
+_SHAPES: dict[str, st.SearchStrategy[Any]] = {
+    "layers": st.sampled_from(["MM", "MMM", "MMMM"]),
+    "groups": st.integers(1, 2),
+    "heads": st.integers(1, 3),
+    "channels": st.sampled_from([4, 6, 8]),
+    "hidden": st.sampled_from([8, 16]),
+    "state": st.integers(1, 8),
+    "rank": st.integers(1, 4),
+    "kv": st.integers(1, 2),
+    "ratio": st.integers(1, 2),
+    **dict.fromkeys(("bias", "conv_bias", "adapters", "tie_word_embeddings"), st.booleans()),
+}
+_HYBRID = st.sampled_from(["AM", "MA", "AMA", "MAA", "MAMA", "AMAA"])  # zamba, zamba2: there is a Mamba in A too
+_MIXED = st.sampled_from(["MAM", "MMA", "AMM", "MMAM", "AMMA"])
+_OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "zamba2": {"layers": _HYBRID, "num_mem_blocks": st.integers(1, 2), "use_mem_rope": st.booleans()},
+    "bamba": {"layers": _MIXED},
+    "granitemoehybrid": {
+        "layers": _MIXED,
+        "channels": st.just(16),
+        "experts": st.sampled_from([0, 3]),
+        "position_embedding_type": st.sampled_from([None, "rope"]),
+    },
+    "falcon_h1": {
+        "layers": st.sampled_from(["AA", "AAA"]),
+        "mamba_rms_norm": st.booleans(),
+        "mamba_norm_before_gate": st.booleans(),
+    },
+    "nemotron_h": {
+        "layers": st.sampled_from(["MAM", "M-AM", "AMEM", "MM-A", "EMAM", "MEA-M"]),
+        "moe_latent_size": st.sampled_from([None, 16]),
+    },
+    "jamba": {"layers": st.sampled_from(["MAM", "MMA", "AMM", "MAMM"]), "experts": st.sampled_from([1, 3])},
+    "zamba": {"layers": st.sampled_from(["AA", "AMA", "MAA", "MAMA"])},  # stock cannot tie a single A
+}
+
+
+@st.composite
+def zoo_models(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES) -> PreTrainedModel:
+    """Any family with any structure; shrinks to a small model of the first family."""
+    family = draw(st.sampled_from(families))
+    structure = draw(st.fixed_dictionaries(_SHAPES | _OWN.get(family, {})))
+    return zoo(family, seed=draw(st.integers(0, 2**16)), **structure)

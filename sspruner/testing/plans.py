@@ -1,0 +1,88 @@
+"""Random plans for any model, and what a plan's units are in its tensors: permuted, zeroed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from sspruner.graph.group import DependencyGroup, Member, as_rows
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.planning.plan import Plan, Selection
+
+
+def selection(groups: int, units: int, after: int, seed: int, safe: tuple[int, ...] = ()) -> Selection:
+    """`after` units in every set, `safe` ones among them; which others is drawn from the seed, set by set."""
+    rng, free = random.Random(seed), [unit for unit in range(units) if unit not in safe]
+    keep = [sorted([*safe, *rng.sample(free, after - len(safe))]) for _ in range(groups)]
+    return Selection(units, tuple(map(tuple, keep)))
+
+
+@st.composite
+def plans(draw: st.DrawFn, graph: SSMGraph, axes: tuple[str, ...] = (), most: int = 5) -> Plan:
+    """A plan that removes something: up to `most` dependency groups on some axes (default: all), each to its own size.
+
+    One mixer and one attention layer stay where there are some, as check_plan asks.
+    """
+    staying = [draw(st.sampled_from(paths)) for paths in (_paths(graph, "mixer"), _paths(graph, "attention")) if paths]
+    able = {}
+    for name, group in graph.groups.items():
+        safe = tuple(i for i, b in enumerate(group.blocks) if any(f"{p}.".startswith(f"{b.path}.") for p in staying))
+        counts = [n for n in sizes(group) if n >= len(safe)]
+        if counts and (not axes or group.axis in axes):
+            able[name] = group, counts, safe
+    assert able, f"{graph.model_class} has nothing to cut on {axes}: draw a larger model"
+    names = draw(st.lists(st.sampled_from(list(able)), min_size=1, max_size=most, unique=True))
+    chosen = {}
+    for name in names:
+        group, counts, safe = able[name]
+        whole = [group.units] if name != names[0] else []  # the others may also keep everything
+        after = draw(st.sampled_from(counts + whole))
+        seed = draw(st.integers(0, 2**16))
+        chosen[name] = selection(group.groups, group.units, after, seed, safe)
+    return Plan({name: chosen[name] for name in able if name in chosen})
+
+
+def sizes(group: DependencyGroup) -> list[int]:
+    """How many units a cut may leave in every set."""
+    return list(range(group.multiple_of, group.units, group.multiple_of))
+
+
+def _paths(graph: SSMGraph, kind: str) -> list[str]:
+    sites = graph.layers if kind == "mixer" else [site for site in graph.sites if site.kind == kind]
+    return [path for site in sites for path in (site.path, *site.aliases)]
+
+
+@torch.no_grad()
+def permute(model: nn.Module, group: DependencyGroup, orders: torch.Tensor) -> None:
+    """Put unit orders[g, i] in the place of unit i of set g, in every tensor. orders: int64 (groups, units)."""
+    for member in group.members:
+        permute_rows(_tensor(model, member.tensor), member, orders)
+
+
+def permute_rows(values: torch.Tensor, member: Member, orders: torch.Tensor) -> None:
+    """The same in one tensor, in place: the member's, or anything else of that shape."""
+    source = member.index.gather(1, orders[..., None].expand_as(member.index))
+    _write(values, member, member.index, as_rows(values, member.dims)[source.flatten()].clone())
+
+
+@torch.no_grad()
+def zero_units(model: nn.Module, group: DependencyGroup, units: Sequence[int]) -> None:
+    """Zero everything that these units own, in every set."""
+    for member in group.members:
+        values, index = _tensor(model, member.tensor), member.index[:, list(units)]
+        _write(values, member, index, torch.zeros_like(as_rows(values, member.dims)[index.flatten()]))
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    found: torch.Tensor = getattr(model.get_submodule(owner), leaf).data
+    return found
+
+
+def _write(values: torch.Tensor, member: Member, index: torch.Tensor, rows: torch.Tensor) -> None:
+    front = values.movedim(member.dims, tuple(range(len(member.dims))))  # a view
+    front[torch.unravel_index(index.flatten(), front.shape[: len(member.dims)])] = rows

@@ -1,0 +1,391 @@
+"""check_scorer: the properties that every scorer must have, tried on random tiny models."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import sspruner
+from sspruner.calibrate.sources import Calibration
+from sspruner.errors import InputError, PluginError, SSPrunerError
+from sspruner.graph.ssm_graph import SSMGraph, trace
+from sspruner.plugins import manager
+from sspruner.plugins.scorer import Scorer, check_scorer_class, make_scorer
+from sspruner.testing.cases import Case, OneByOne, Trimmed, axes_of, cases, families_by_axis, windows
+from sspruner.testing.examples import try_examples
+from sspruner.testing.plans import permute, permute_rows, zero_units
+from sspruner.testing.watch import Touched, Watch, broken_update, chooser
+
+PROPERTIES = ("determinism", "memory", "needs", "permutation", "batches", "padding", "bfloat16", "reduce", "degenerate")
+ROUNDING = 2.0**-22  # about one rounding of fp32
+NARROW = 2.0**-7  # what the roundings of bf16 add up to
+WHOLE = ("block", "mixer")  # axes of modules: where one stands is what it is
+
+Importance = dict[str, torch.Tensor]
+
+
+class _Refused(Exception):
+    """The scorer says that this model or calibration is not for it, by an InputError."""
+
+
+def check_scorer(
+    scorer: type[Scorer] | str,
+    *,
+    axes: Collection[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    families: Collection[str] | None = None,
+    max_examples: int = 5,
+    tokens: tuple[int, int] = (6, 24),
+    skip: Collection[str] = (),
+) -> None:
+    """Check a scorer on random tiny models of every kind that has its axes. Call it in a test of your own.
+
+    scorer: the class, or the name of an installed one. axes: default all of its own. options: its constructor's
+    arguments. families: which models; default all that have the axes. max_examples: how many models, for each family
+    of axes that occur together. tokens: calibration sequences and their length. skip: names in PROPERTIES that this
+    scorer is not meant to have; a class with `positional = True` has no "permutation".
+
+    Raises AssertionError: one sentence that says what broke, in which dependency group, of which model.
+    """
+    cls = manager.scorer(scorer)[0] if isinstance(scorer, str) else scorer
+    try:
+        check_scorer_class(cls, getattr(cls, "__module__", "?"))
+    except PluginError as error:
+        raise AssertionError(str(error)) from error
+    wanted = sorted(cls.axes if axes is None else axes)
+    known = families_by_axis()
+    for axis in wanted:
+        if axis not in known:
+            raise AssertionError(f"scorer {cls.name!r}: {axis!r} is no axis; these are: {', '.join(sorted(known))}")
+    for name in skip:
+        if name not in PROPERTIES:
+            raise InputError(f"skip {name!r}: no such property; known: {', '.join(PROPERTIES)}")
+    check = _Check(cls, dict(options or {}), {*skip, *(["permutation"] if getattr(cls, "positional", False) else [])})
+    for axis in sorted(wanted, key=lambda a: (len(known[a]), a)):  # rare ones first: the others come with them
+        able = tuple(f for f in known[axis] if families is None or f in families)
+        if axis in check.seen or not able:
+            continue
+        try_examples(lambda case: check.case(case, wanted), max_examples, cases(able, *tokens))
+        check.require(axis)
+    if wanted and not check.seen:
+        check.fail(f"none of its axes is in the models of {', '.join(sorted(families or known))}")
+
+
+class _Check:
+    """One scorer with its options. `seen`: the axes on which a model was checked to the end."""
+
+    def __init__(self, cls: type[Scorer], options: dict[str, Any], skip: set[str]) -> None:
+        self.cls, self.options, self.skip, self.seen = cls, options, skip, set[str]()
+        self.watch = Watch(cls)
+        self.refusal = self.where = ""
+        self.shaken: Callable[[float, int], Importance] = lambda size, seed: {}
+        self.unstable: dict[str, str] = {}  # axis -> where rounding decided
+
+    def require(self, axis: str) -> None:
+        """Whether at least one model could be checked on an axis."""
+        if axis in self.seen:
+            return
+        if axis in self.unstable:
+            self.fail(f"scores on axis {axis} are made of rounding: they change by more than a tenth of the largest "
+                      f"when every weight changes by one part in 4 million; on {self.unstable[axis]}")  # fmt: skip
+        reason = f": {self.refusal}" if self.refusal else "; name other families"
+        self.fail(f"no model could be checked on axis {axis}{reason}")
+
+    def fail(self, what: str) -> None:
+        options = "".join(f", {k}={v!r}" for k, v in self.options.items())
+        raise AssertionError(f"scorer {self.cls.name!r}{options}: {what}")
+
+    def case(self, case: Case, wanted: Collection[str]) -> None:
+        """Every property on one model."""
+        with _alone():
+            self._case(case, wanted)
+
+    def _case(self, case: Case, wanted: Collection[str]) -> None:
+        model, data = case.model(), case.data()
+        axes = [axis for axis in axes_of(model) if axis in wanted]
+        self.where = str(case)
+        if not axes:
+            return
+        try:
+            first = self.untouched(model, data, axes)
+            self.determinism(case, first, axes)
+            tolerance = self.tolerance(case, first, axes)
+            for name in PROPERTIES[1:]:
+                if name not in self.skip:
+                    getattr(self, name)(case, first, tolerance, axes)
+        except _Refused as refused:
+            self.refusal = str(refused)
+            for axis in axes if len(axes) > 1 else ():
+                self._case(case, [axis])
+            return
+        for axis in axes:
+            if any(tolerance[name] < torch.inf for name in first if name.endswith(f":{axis}")):
+                self.seen.add(axis)
+
+    def score(self, model: Any, data: Calibration, axes: list[str], how: str = "", seed: int = 0) -> Importance:
+        """sspruner.score; what goes wrong becomes a sentence. how: what is special about the model."""
+        self.watch.start()
+        try:
+            found: Importance = sspruner.score(
+                model, self.watch.cls, axis=axes, options=self.options, calibration=data, seed=seed, device="cpu"
+            ).importance
+            return found
+        except InputError as error:
+            raise _Refused(str(error)) from error
+        except SSPrunerError as error:
+            if self.watch.problem:
+                what = self.watch.problem
+            else:
+                what = str(error).partition(f"scorer {self.cls.name!r} ")[2] or str(error)
+                fault = "reads what it did not declare" if "set needs=" in what else "fails"
+                what = f"{fault}: {what}"
+            self.fail(f"{what}{how and f', {how}'}; on {self.where}")
+            raise
+        finally:
+            if self.watch.problem:
+                self.fail(f"{self.watch.problem}{how and f', {how}'}; on {self.where}")
+
+    def untouched(self, model: Any, data: Calibration, axes: list[str]) -> Importance:
+        """No bit, gradient or flag of the model changes, nor torch's own state."""
+        before = Touched(model)
+        scores = self.score(model, data, axes)
+        change = before.change(model)
+        if change:
+            self.fail(f"changes the model: {change}; on {self.where}")
+        return scores
+
+    def determinism(self, case: Case, first: Importance, axes: list[str]) -> None:
+        for seed, why in (
+            (0, "two runs of one model with one seed differ: it remembers the first, or draws numbers without a seed"),
+            (1, "draws from the global random numbers: make a torch.Generator and seed it with self.seed"),
+        ):
+            if "determinism" not in self.skip:
+                _disturb(seed)
+                self.same(first, self.score(case.model(), case.data(), axes), why)
+
+    def memory(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        for factor in (2.0, 0.5):
+            other = case.other().model()
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    parameter.mul_(factor if parameter.ndim > 1 else 1)
+            self.score(other, case.other().data(), [axis for axis in axes_of(other) if axis in axes])
+        _disturb(0)
+        again = self.score(case.model(), case.data(), axes)
+        self.same(first, again, "remembers another model that was scored in between")
+
+    def tolerance(self, case: Case, first: Importance, axes: list[str]) -> dict[str, float]:
+        """What counts as equal: 1e-4 of the group's largest score, or 32 times what one rounding of the weights does.
+
+        Infinite where that is more than a tenth of it: there nothing can be compared.
+        """
+        self.shaken = lambda size, seed: self.score(_shaken(case.model(), size, seed), case.data(), axes)
+        found = {}
+        for name, scores in self.shaken(ROUNDING, case.seed).items():
+            largest = float(first[name].abs().max())
+            change = 32 * float((scores - first[name]).abs().max())
+            found[name] = max(1e-4 * largest, change, 1e-30) if change <= 0.1 * largest else torch.inf
+            if found[name] == torch.inf:
+                self.unstable[name.rpartition(":")[2]] = f"{name} of {case}"
+        return found
+
+    def decided_by(self, size: float, name: str) -> bool:
+        """Whether changes of the weights by `size` move scores by a tenth: ties then fall this way or that."""
+        one, *more = (self.shaken(size, seed)[name] for seed in range(4))
+        return any(bool((scores - one).abs().max() > 0.1 * one.abs().max()) for scores in more)
+
+    def permutation(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        graph, generator = trace(case.model()), torch.Generator().manual_seed(case.seed)
+        elements = [axis for axis in axes if axis in sspruner.ELEMENT_AXES]
+        scored = {group.tensor: name for name, group in graph.elements.items()}
+        for moving in _apart([axis for axis in graph.axes if axis not in WHOLE and (axis in axes or elements)], graph):
+            model, expected = case.model(), {}
+            groups = [group for axis in moving for group in graph.on_axis(axis).values()]
+            for group in groups:
+                orders = torch.stack([torch.randperm(group.units, generator=generator) for _ in range(group.groups)])
+                permute(model, group, orders)
+                if group.name in first:
+                    expected[group.name] = first[group.name].gather(1, orders)
+                for member in group.members:
+                    name = scored.get(member.tensor, "")
+                    if name in first:
+                        permute_rows(expected.setdefault(name, first[name].clone()), member, orders)
+            found = self.score(model, case.data(), [axis for axis in (*moving, *elements) if axis in axes])
+            why = f"scores depend on where a unit stands: they differ after units changed places on {', '.join(moving)}"
+            self.close(expected, {name: found[name] for name in expected}, tolerance, why)
+
+    def batches(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        alone = self.score(case.model(), OneByOne(**vars(case.data())), axes)
+        why = "scores depend on how the calibration is split into batches"
+        self.close(first, alone, tolerance, why)
+
+    def padding(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        lengths = f"(sequences of {', '.join(map(str, case.lengths))} tokens)"
+        garbage = self.score(case.model(), case.data(garbage=1), axes)
+        self.close(first, garbage, tolerance, f"scores depend on which tokens stand in the padding {lengths}")
+        trimmed = self.score(case.model(), Trimmed(**vars(case.data())), axes)
+        self.close(first, trimmed, tolerance, f"scores count padding {lengths}: without it they differ")
+
+    def bfloat16(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """Near the fp32 scores of the same weights: those that see no activations to 1e-3, the others on the whole."""
+        narrow, wide = case.model(torch.bfloat16), case.model()
+        with torch.no_grad():
+            for ours, theirs in zip(wide.state_dict().values(), narrow.state_dict().values(), strict=True):
+                ours.copy_(theirs)
+        expected = self.score(wide, case.data(), axes)
+        found = self.score(narrow, case.data(), axes, "in bfloat16")
+        for name, scores in found.items():
+            needs = make_scorer(self.cls, axis=name.rpartition(":")[2], seed=0, options=self.options).needs
+            largest = float(expected[name].abs().mean())
+            difference = float((scores - expected[name]).abs().mean())
+            allowed = (1e-3 if needs == "weights" else 0.5) * largest
+            if difference > allowed and tolerance[name] < torch.inf and not self.decided_by(NARROW, name):
+                self.fail(
+                    f"scores in bfloat16 are far from those of the same weights in float32: they differ by "
+                    f"{difference:.3g} on average, and are {largest:.3g}; on {name} of {self.where}"
+                )
+
+    def needs(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """A scorer of weights gives the same, whatever the calibration."""
+        blind = [a for a in axes if make_scorer(self.cls, axis=a, seed=0, options=self.options).needs == "weights"]
+        if blind:
+            found = self.score(case.model(), case.other().data(), blind)
+            self.same({n: first[n] for n in found}, found, "says needs='weights', but other calibration changes scores")
+
+    def reduce(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """keep: of the right shape and count; updates: finite, in the shapes of tensors that are there."""
+        if self.cls.reduce is Scorer.reduce:
+            return
+        model = case.model()
+        groups = {g.name: g for axis in axes for g in trace(model).on_axis(axis).values()}
+        self.score(model, case.data(), axes)
+        for name, group in groups.items():
+            instance, before = self.watch.instances[name], Touched(model)
+            choose = chooser(group, pattern=case.seed % 2 == 1)
+            try:
+                keep, updates = instance.reduce(choose)
+            except InputError:
+                continue
+            except Exception as error:
+                what = f"reduce fails: {type(error).__name__}: {error}; on {name} of {self.where}"
+                raise AssertionError(f"scorer {self.cls.name!r}: {what}") from error
+            shape = (group.groups, group.units)
+            if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != shape:
+                self.fail(f"reduce returns no bool tensor of shape {shape}; on {name} of {self.where}")
+            asked = choose(first[name]).sum(-1)
+            if not group.tensor and not torch.equal(keep.sum(-1).cpu(), asked):
+                self.fail(
+                    f"reduce keeps {keep.sum(-1).tolist()} units in its sets, not {asked.tolist()}; "
+                    f"on {name} of {self.where}"
+                )
+            for key, value in updates.items():
+                wrong = broken_update(model, group, key, value)
+                if wrong:
+                    self.fail(f"reduce's update of {key} {wrong}; on {name} of {self.where}")
+            change = before.change(model)
+            if change:
+                self.fail(f"reduce changes the model: {change}; on {name} of {self.where}")
+
+    def degenerate(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """Finite, or refused, where there is nothing to see. The score itself is checked by the watch."""
+        for how, spoil in SPOILT.items():
+            model = case.model()
+            with torch.no_grad():
+                spoil(model, axes)
+            try:
+                self.score(model, case.data(), axes, how)
+            except _Refused:
+                continue
+        try:
+            self.score(case.model(), windows(case.data().tokens[:1, :2], torch.ones(1, 2, dtype=torch.bool)), axes,
+                       "with a calibration of two tokens")  # fmt: skip
+        except _Refused:
+            return
+
+    def same(self, first: Importance, second: Importance, why: str) -> None:
+        self.close(first, second, dict.fromkeys(first, 0.0), why)
+
+    def close(self, first: Importance, second: Importance, tolerance: Mapping[str, float], why: str) -> None:
+        for name, scores in second.items():
+            difference = (scores - first[name]).abs()
+            if difference.max() > tolerance[name] and not (tolerance[name] and self.decided_by(ROUNDING, name)):
+                at = divmod(int(difference.argmax()), difference.shape[1])
+                self.fail(
+                    f"{why}; unit {at[1]} of set {at[0]} of {name} has {float(first[name][at]):.6g} and "
+                    f"{float(scores[at]):.6g}; on {self.where}"
+                )
+
+
+def _apart(axes: list[str], graph: SSMGraph) -> list[list[str]]:
+    """The axes in rounds: none of a round is nested in another, so that both can be permuted at once."""
+    nested = {axis: {d for site in graph.sites for d in site.layout.axes.get(axis, ())} for axis in axes}
+    rounds: list[list[str]] = []
+    for axis in axes:
+        free = (r for r in rounds if not any(axis in nested[other] or other in nested[axis] for other in r))
+        found = next(free, None)
+        if found is None:
+            rounds.append([axis])
+        else:
+            found.append(axis)
+    return rounds
+
+
+def _same_embeddings(model: Any, axes: list[str]) -> None:
+    weight = model.get_input_embeddings().weight
+    weight.copy_(weight[:1].clone().expand_as(weight))
+
+
+def _dead_units(model: Any, axes: list[str]) -> None:
+    graph = trace(model)
+    for axis in axes:
+        for group in graph.on_axis(axis).values():
+            if group.tensor:
+                model.get_parameter(group.tensor)[:, 0] = 0
+            zero_units(model, group, [0])
+            for name in group.blocks[0].writers if group.blocks else ():
+                model.get_parameter(name).zero_()
+
+
+def _silence(model: Any, axes: list[str]) -> None:
+    for parameter in model.get_submodule(trace(model).blocks).parameters():
+        parameter.zero_()
+
+
+SPOILT: dict[str, Callable[[Any, list[str]], None]] = {
+    "where every token has the same embedding": _same_embeddings,
+    "where one unit of every set is dead": _dead_units,
+    "where all weights of the blocks are 0": _silence,
+}
+
+
+@torch.no_grad()
+def _shaken(model: Any, size: float, seed: int) -> Any:
+    """The model after random relative changes of its weights."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.mul_(1 + size * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _disturb(seed: int) -> None:
+    """Set every global random number generator."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread, so that equal is equal to the bit; afterwards the random state is as before."""
+    threads, state = torch.get_num_threads(), copy.copy(random.getstate())
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(state)

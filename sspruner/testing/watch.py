@@ -1,0 +1,174 @@
+"""What a conformance check looks at beside the scores: the scorer's raw results, the model's bits, reduce's updates."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sspruner.calibrate.view import SSMView
+from sspruner.errors import PluginError
+from sspruner.graph.group import DependencyGroup
+from sspruner.plugins.scorer import Scorer
+
+
+class Watch:
+    """A scorer class that behaves as the one given, and notes what it returns and what it writes to.
+
+    cls         the class to score with, the same for all runs: what it keeps between them, it keeps
+    problem     the first fault of the present run, as a phrase
+    instances   dependency group -> the instance that scored it
+    """
+
+    def __init__(self, scorer: type[Scorer]) -> None:
+        self.start()
+        watch = self
+
+        def observe(self: Any, view: SSMView) -> None:
+            name = watch.names[id(self)] = view.group.name
+            watch.shapes[name] = (view.group.groups, view.group.units)
+            watch.instances[name] = self
+            shown = _activations(view)
+            before = {key: value.clone() for key, value in shown.items()}
+            scorer.observe(self, view)
+            changed = [key for key, value in shown.items() if not torch.equal(value, before[key])]
+            if changed and not watch.problem:
+                watch.problem = f"writes to view.{changed[0]}, which is shared, in {view.layer}"
+
+        def importance(self: Any) -> Any:
+            value = scorer.importance(self)
+            name = watch.names.get(id(self))
+            if name and not watch.problem:
+                watch.problem = _fault(value, watch.shapes[name], name)
+            return value
+
+        members = {"observe": observe, "importance": importance, "__module__": scorer.__module__}
+        self.cls: type[Scorer] = type(scorer.__name__, (scorer,), members)
+
+    def start(self) -> None:
+        """Forget the run before."""
+        self.problem = ""
+        self.instances: dict[str, Scorer] = {}
+        self.names: dict[int, str] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+
+
+def _activations(view: SSMView) -> dict[str, torch.Tensor]:
+    """What the view shows of the model's own tensors."""
+    shown = {"mask": view.mask}
+    for key in ("hidden", "output"):
+        try:
+            shown[key] = getattr(view, key)
+        except PluginError:
+            continue
+    return shown
+
+
+def _fault(value: Any, shape: tuple[int, int], name: str) -> str:
+    """What is wrong with an importance, "" if nothing."""
+    if not isinstance(value, torch.Tensor):
+        return f"importance returns {type(value).__name__}, not a tensor, in {name}"
+    if tuple(value.shape) != shape:
+        return f"importance has shape {tuple(value.shape)}, not (groups, units) = {shape}, in {name}"
+    if not value.is_floating_point():
+        return f"importance is {value.dtype}, not a floating type, in {name}"
+    bad = int((~value.isfinite()).sum())
+    return f"importance has {bad} of {value.numel()} values that are NaN or infinite, in {name}" if bad else ""
+
+
+class Touched:
+    """A model as it is: bits, gradients, flags, hooks; and torch's global state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self.tensors = {n: (t, t.detach().clone(), t.requires_grad, t.grad) for n, t in named}
+        self.modules = {n: _flags(m) for n, m in model.named_modules(remove_duplicate=False)}
+        self.world = _world()
+
+    def change(self, model: nn.Module) -> str:
+        """What differs now, as a phrase; "" if nothing does."""
+        now = Touched(model)
+        if now.tensors.keys() != self.tensors.keys():
+            return f"it gains or loses {min(now.tensors.keys() ^ self.tensors.keys())}"
+        for name, (was, bits, wanted, grad) in self.tensors.items():
+            tensor, new, wants, has = now.tensors[name]
+            if not torch.equal(_bits(bits), _bits(new)) or bits.dtype != new.dtype:
+                return f"{name} has other values"
+            if tensor is not was:
+                return f"{name} is another tensor"
+            if wants != wanted:
+                return f"{name} has requires_grad={wants}, it had {wanted}"
+            if has is not grad:
+                return f"{name} has another gradient (.grad) than before"
+        for name, flags in self.modules.items():
+            if now.modules.get(name) != flags:
+                return f"the training flag or the hooks of {name or 'the model'} differ"
+        for name, value in self.world.items():
+            if now.world[name] != value:
+                return f"torch's {name} differs afterwards"
+        return ""
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+
+
+def _flags(module: nn.Module) -> tuple[Any, ...]:
+    return module.training, *(
+        len(h) for h in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    )
+
+
+def _world() -> dict[str, Any]:
+    return {
+        "global random state": (torch.random.get_rng_state().sum().item(), hash(random.getstate())),
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+    }
+
+
+def chooser(group: DependencyGroup, pattern: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the engine would ask of reduce: half of every set; or, of single elements, 2 of every 4 columns."""
+
+    def choose(scores: torch.Tensor) -> torch.Tensor:
+        width = scores.shape[-1]
+        if group.tensor and pattern and width % 4 == 0:
+            parts = scores.view(len(scores), -1, 4)  # (groups, runs, 4)
+            return _best(parts, 2).flatten(-2)
+        count = max(width // 2, 1)
+        if width == group.units and not group.tensor:
+            count = max(count // group.multiple_of * group.multiple_of, min(group.multiple_of, width))
+        return _best(scores, count)
+
+    return choose
+
+
+def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+
+
+def broken_update(model: nn.Module, group: DependencyGroup, key: str, value: Any) -> str:
+    """What is wrong with one of reduce's updates, "" if nothing."""
+    name = f"{group.tensor.rpartition('.')[0] or group.layer}.{key}"
+    owner, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return f"names {name}, which the model does not have"
+    tensor = getattr(module, leaf, None)
+    if isinstance(tensor, torch.Tensor):
+        shape = tuple(tensor.shape)
+    elif leaf == "bias" and isinstance(module, nn.Linear):  # the engine adds it
+        shape = (module.out_features,)
+    else:
+        return f"names {name}, which the model does not have"
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        return f"is {got}, not a tensor of shape {shape}"
+    if not value.is_floating_point() or not value.isfinite().all():
+        return "is not finite"
+    return ""

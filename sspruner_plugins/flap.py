@@ -1,0 +1,68 @@
+"""FLAP: how much a unit's output fluctuates, weighed by what reads it; what is dropped is replaced by its mean.
+
+    metric_j = Var_t(y_j) sum_o W_out[o,j]^2           y: input of the Linear that reads the units, W_out its weight
+    S[u]     = mean over the channels j of u of (metric_j - mean) / std        mean and std over the layer
+    bias    += W_out[:, dropped] E_t[y_dropped]        the mean of what is dropped still reaches the output
+
+A channel that hardly varies can be replaced by its mean: with the bias, the squared error of the layer's output is
+that of the fluctuations alone. The z-score makes layers comparable, for budgets that are spread by score. Sources: An
+et al., FLAP, arXiv 2312.11983, section 3; on heads of Mamba2 SSM-FLAP in Ghattas et al., arXiv 2502.18886.
+
+Var is over all tokens that are not padding, the population variance, from fp64 sums of y minus its first value, so
+that a constant has none. A layer whose metrics are all equal scores 0. Needs two tokens.
+Cost: one more forward of each block. Axes: head, head_dim, channel, mlp. Options: none.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+import sspruner
+
+
+class Flap(sspruner.Scorer):
+    name, axes, needs = "flap", {"head", "head_dim", "channel", "mlp"}, "activations"
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.sum: torch.Tensor | float = 0.0  # of y - first: (in features,)
+        self.squares: torch.Tensor | float = 0.0
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        # The last Linear whose columns the units own: out_proj or down_proj. In Mamba1 x_proj reads them before.
+        reader = [m for m in view.group.members if m.dims == (1,)][-1]
+        key = view.group.key(reader.tensor)
+        y = view.inputs[key].double()  # (tokens, in features)
+        if not len(y):
+            return
+        if not self.tokens:
+            self.first = y[0]
+            self.key, self.weight = key, view.tensor(key).double()  # (out features, in features)
+            self.columns = reader.index.to(y.device)  # (groups, units, channels)
+            bias = self.key.removesuffix("weight") + "bias"
+            self.bias_key, self.bias = bias, view.tensor(bias).double() if view.has(bias) else None
+        y = y - self.first
+        self.tokens += len(y)
+        self.sum, self.squares = self.sum + y.sum(0), self.squares + y.square().sum(0)
+
+    def importance(self) -> torch.Tensor:
+        if self.tokens < 2:
+            raise sspruner.InputError(f"a variance needs at least 2 calibration tokens, not {self.tokens}")
+        variance = torch.as_tensor(self.squares - self.sum * self.sum / self.tokens).clamp_min(0) / self.tokens
+        metric = (variance * self.weight.square().sum(0))[self.columns]  # (groups, units, channels)
+        spread, away = metric.std(correction=0), metric - metric.mean()
+        rounding = 1e-12 * metric.max()
+        score = away / spread if spread > rounding else torch.zeros_like(away)
+        return score.mean(-1)  # (groups, units)
+
+    def reduce(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        keep = choose(self.importance())
+        dropped = self.columns[~keep.to(self.columns.device)].flatten()
+        mean = self.first + self.sum / self.tokens  # (in features,)
+        bias = self.weight[:, dropped] @ mean[dropped]  # (out features,)
+        return keep, {self.bias_key: (bias if self.bias is None else self.bias + bias).float()}
+
+
+@sspruner.hookimpl
+def sspruner_scorers() -> list[type[sspruner.Scorer]]:
+    return [Flap]

@@ -1,0 +1,61 @@
+"""RRQR: which states' inputs span what all of them carry. A QR with column pivoting of what a group writes.
+
+    X = the B_t of group g, stacked over all tokens (tokens, N);  X P = Q R,  |R_11| >= |R_22| >= ...
+    S[g,n] = |R_kk| / sqrt(tokens)      state n is the k-th pivot: the RMS of what B_n adds to the earlier pivots
+
+Source: Nazari & Rusch, "The Key to State Reduction in Linear Attention", arXiv 2602.04852, whose keys are our B; the
+pivoting is that of Businger & Golub (1965). Keeping k states keeps the first k pivots: a selection that looks at the
+span, not at each state alone. It sees neither C nor how long a state remembers.
+
+X is never stored: its Gram matrix is, in fp64, and a pivoted Cholesky of that takes the pivots of the QR. A Gram
+matrix squares: what is below 1e-7 of the largest counts as linearly dependent. Such states come after all pivots, by
+their own energy. Of equal residuals the first state is the pivot; in fp64 S falls from pivot to pivot.
+
+Cost: N^2 per token and group, N^3 at the end. Axes: state. Options: none.
+"""
+
+import torch
+
+import sspruner
+
+
+class RRQR(sspruner.Scorer):
+    name, axes, needs = "rrqr", {"state"}, "activations"
+
+    def __init__(self) -> None:
+        self.gram: torch.Tensor | float = 0.0  # sum_t B_t B_t^T: fp64 (G, N, N)
+        self.tokens = 0
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        B = view.B[view.mask].double()  # (tokens, G, N)
+        self.gram = self.gram + torch.einsum("tgn,tgm->gnm", B, B)
+        self.tokens += view.tokens
+
+    def importance(self) -> torch.Tensor:
+        return torch.stack([pivoted(gram / max(self.tokens, 1)) for gram in torch.as_tensor(self.gram)])
+
+
+def pivoted(gram: torch.Tensor) -> torch.Tensor:
+    """|R_kk| of the QR with column pivoting of X, for each column of X: fp64 (N,). gram: X^T X, fp64 (N, N)."""
+    energy = gram.diagonal()
+    residual = energy.clone()  # (N,): energy of each column outside the span of the pivots so far
+    waiting = torch.ones_like(energy, dtype=torch.bool)
+    R = gram.new_zeros(0, len(gram))  # rows of R, its columns in the order of X's
+    dependent = len(gram) * torch.finfo(gram.dtype).eps * energy.amax()  # an energy of rounding errors
+    # Dependent columns: below every pivot, in the order of their own energies.
+    score = 0.5 * (dependent * energy / energy.amax().clamp_min(torch.finfo(gram.dtype).tiny)).sqrt()
+    last = torch.inf
+    for _ in range(len(gram)):
+        pivot = int(torch.where(waiting, residual, -torch.inf).argmax())
+        if residual[pivot] <= dependent:
+            break
+        row = (gram[pivot] - R[:, pivot] @ R) / residual[pivot].sqrt()
+        last = min(float(residual[pivot].sqrt()), last * (1 - 1e-6))  # strictly falling, for fp32 and equal residuals
+        score[pivot], waiting[pivot] = last, False
+        R, residual = torch.cat([R, row[None]]), residual - row.square()
+    return score
+
+
+@sspruner.hookimpl
+def sspruner_scorers() -> list[type[sspruner.Scorer]]:
+    return [RRQR]

@@ -1,0 +1,33 @@
+"""SNIP: how much the loss would change, to first order, if what a unit owns were scaled.
+
+    S_ij = |w_ij g_ij|           g: gradient of the mean next-token loss over all calibration tokens
+    other axes  S[g,u] = the sum of |w g| over everything that unit u owns
+
+Source: Lee et al., "SNIP: Single-shot network pruning based on connection sensitivity", arXiv 1810.02340, section 4.1.
+The paper divides all scores by their sum over the model; one constant changes no ranking and is left out. The paper
+prunes before training, where this says which weights matter; here it ranks the weights of a trained model.
+
+Cost: one forward and backward pass over the calibration; one fp32 gradient per parameter.
+Axes: all of single tensors (not block, not mixer), weight, decay. Options: none.
+"""
+
+import torch
+
+import sspruner
+
+
+class Snip(sspruner.Scorer):
+    name, needs, granularity = "snip", "gradients", "global"
+    axes = sspruner.AXES - {"block", "mixer"} | sspruner.ELEMENT_AXES
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        parts = [(w * view.gradients[key]).abs().sum(-1) for key, w in view.weights.items()]  # (groups, units) each
+        self.score = torch.stack(parts).sum(0)
+
+    def importance(self) -> torch.Tensor:
+        return self.score
+
+
+@sspruner.hookimpl
+def sspruner_scorers() -> list[type[sspruner.Scorer]]:
+    return [Snip]

@@ -1,0 +1,63 @@
+"""Wanda: the size of a weight times the size of what it is multiplied by.
+
+    S_ij = |W_ij| sqrt(mean_t x_tj^2)                     W (out, in) of a linear layer, x its input
+    single elements   S_ij itself; they compete within their row, as in the paper
+    other axes        S[g,u] = reduction of S_ij over the rows and columns that unit u owns in all linear layers
+
+Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695, section 3;
+the structured form is ours. Means are over the tokens that are not padding.
+
+On other axes only linear layers count: convolutions, A_log, D, dt_bias, biases, norms and fused experts have no input
+x. On the axis hidden, layers are observed in every mixer, attention and MLP; embeddings and the head do not count.
+
+Cost: one more forward of each observed block and one pass over its inputs; an fp32 copy of the weights that are scored.
+Axes: all of single tensors (not block, not mixer), and weight.
+Options: reduction="sum" (default), "mean" or "max", on other axes than weight.
+"""
+
+import torch
+
+import sspruner
+
+REDUCTIONS = ("sum", "mean", "max")
+
+
+class Wanda(sspruner.Scorer):
+    name, needs, granularity = "wanda", "activations", "row"
+    axes = sspruner.AXES - {"block", "mixer"} | {"weight"}
+
+    def __init__(self, reduction: str = "sum") -> None:
+        if reduction not in REDUCTIONS:
+            raise sspruner.InputError(f"scorer 'wanda': reduction={reduction!r}; known: {', '.join(REDUCTIONS)}")
+        self.reduction = reduction
+        self.size: dict[str, torch.Tensor] = {}  # |W|: fp32 (out, in)
+        self.energy: dict[str, torch.Tensor] = {}  # sum_t x^2: fp64 (in,)
+        self.tokens: dict[str, int] = {}
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.group = view.group
+        for key in self._owned() & set(view.inputs):
+            x = view.inputs[key]  # (tokens, in)
+            if key not in self.size:
+                self.size[key], self.energy[key], self.tokens[key] = view.tensor(key).abs(), x.new_zeros(()).double(), 0
+            self.energy[key] = self.energy[key] + x.double().square().sum(0)
+            self.tokens[key] += len(x)
+
+    def importance(self) -> torch.Tensor:
+        if not any(self.tokens.values()):
+            raise sspruner.InputError("no linear layer of these units was given a token; choose another scorer")
+        rms = {key: (energy / max(self.tokens[key], 1)).sqrt() for key, energy in self.energy.items()}  # (in,)
+        owned = self.group.gather({key: size * rms[key] for key, size in self.size.items()})
+        scores = torch.cat([s.double() for s in owned.values()], -1)  # (groups, units, elements)
+        if self.reduction == "max":
+            return scores.amax(-1)
+        return scores.sum(-1) if self.reduction == "sum" else scores.mean(-1)
+
+    def _owned(self) -> set[str]:
+        """Keys of the tensors that the units own something of."""
+        return {self.group.key(name) for name in (self.group.tensor, *(m.tensor for m in self.group.members))}
+
+
+@sspruner.hookimpl
+def sspruner_scorers() -> list[type[sspruner.Scorer]]:
+    return [Wanda]

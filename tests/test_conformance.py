@@ -1,0 +1,517 @@
+"""The conformance kit: what ships passes it, and it finds every fault that we could think of."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from zoo import FAMILIES, randomise, zoo
+
+import sspruner
+from sspruner.calibrate.sources import Calibration
+from sspruner.graph.family import Family
+from sspruner.graph.layout import Fold, Layout, Slot
+from sspruner.plugins import manager
+from sspruner.testing import check_family, check_scorer
+
+FEW = 2 if settings.default.max_examples <= 25 else 4
+
+# Scorers that are not meant to have a property, and why.
+NOT_MEANT = {
+    "random": {"permutation"},  # a unit's number is all that there is
+    "head-merge": {"permutation"},  # of two heads that are nearest to each other either may stay: the seed decides
+}
+
+
+@pytest.mark.parametrize("name", sorted(manager.scorers()))
+def test_every_scorer_conforms(name: str) -> None:
+    check_scorer(name, max_examples=FEW, skip=NOT_MEANT.get(name, ()))
+
+
+@pytest.mark.parametrize("options", [{"variant": "means"}], ids=str)
+def test_options_reach_the_scorer(options: dict) -> None:
+    check_scorer("ghost", options=options, max_examples=FEW)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_conforms(family: str) -> None:
+    check_family(manager.families()[family], lambda seed: zoo(family, seed=seed), max_examples=FEW)
+
+
+# Scorers with one fault each
+
+
+class Good(sspruner.Scorer):
+    """The mean square of C over tokens that count: what the others below break."""
+
+    name, axes = "mine", {"state"}
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.total: Any = 0.0
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.shape = view.group.groups, view.group.units
+        self.tokens += view.tokens
+        self.total = self.total + (view.C.double().square() * view.mask[..., None, None]).sum((0, 1))  # (G, N)
+
+    def importance(self) -> torch.Tensor:
+        return self.total / self.tokens
+
+
+class Flat(Good):
+    def importance(self) -> torch.Tensor:
+        return super().importance().flatten()
+
+
+class Whole(Good):
+    def importance(self) -> torch.Tensor:
+        return super().importance().argsort(-1)
+
+
+class Nothing(Good):
+    def importance(self) -> Any:
+        return super().importance().tolist()
+
+
+class NotANumber(Good):
+    def importance(self) -> torch.Tensor:
+        return super().importance().log().sqrt()
+
+
+class Standardised(Good):
+    """0 / 0 where all units are the same."""
+
+    def importance(self) -> torch.Tensor:
+        score = super().importance()
+        return score / score.amax()
+
+
+class Unseeded(Good):
+    def importance(self) -> torch.Tensor:
+        return torch.rand(self.shape)
+
+
+class Counting(Good):
+    runs = 0
+
+    def importance(self) -> torch.Tensor:
+        Counting.runs += 1
+        return super().importance() + Counting.runs
+
+
+class Entropy(Good):
+    def importance(self) -> torch.Tensor:
+        generator = torch.Generator()
+        generator.seed()
+        return torch.rand(self.shape, generator=generator)
+
+
+class Reseeding(Good):
+    def importance(self) -> torch.Tensor:
+        torch.manual_seed(self.seed)
+        return torch.rand(self.shape)
+
+
+class Largest(Good):
+    """Scaled by the largest score ever seen, in any model."""
+
+    largest = torch.zeros(())
+
+    def importance(self) -> torch.Tensor:
+        score = super().importance()
+        Largest.largest = torch.maximum(Largest.largest, score.max())
+        return score / Largest.largest
+
+
+class Writing(Good):
+    def observe(self, view: sspruner.SSMView) -> None:
+        super().observe(view)
+        view.D.data.mul_(1.01)
+
+
+class Freezing(Good):
+    def observe(self, view: sspruner.SSMView) -> None:
+        super().observe(view)
+        view.D.requires_grad_(False)
+
+
+class Scaling(Good):
+    def observe(self, view: sspruner.SSMView) -> None:
+        super().observe(view)
+        view.hidden.mul_(0.5)
+
+
+class Position(Good):
+    def importance(self) -> torch.Tensor:
+        return super().importance() + torch.arange(self.shape[1])
+
+
+class Padding(Good):
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.shape = view.group.groups, view.group.units
+        self.tokens += view.mask.numel()
+        self.total = self.total + view.y.double().square().mean() + view.C.double().square().sum((0, 1))
+
+
+class Places(Good):
+    """The padding adds nothing, but it is counted."""
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        super().observe(view)
+        self.tokens += view.mask.numel() - view.tokens
+
+
+class Running(Good):
+    """The mean of the batches' means: rows of different lengths count alike."""
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        super().observe(view)
+        self.means = [*getattr(self, "means", []), self.total / self.tokens]
+        self.tokens, self.total = 0, 0.0
+
+    def importance(self) -> torch.Tensor:
+        return torch.stack(self.means).mean(0)
+
+
+class Undeclared(Good):
+    needs = "weights"
+
+
+class Gradients(Good):
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.total, self.tokens = sum(g.square().sum(-1) for g in view.gradients.values()), 1
+
+
+class Spying(Good):
+    """Says that weights are enough, and finds the calibration on the stack."""
+
+    needs = "weights"
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        frame = sys._getframe()
+        while not isinstance(frame.f_locals.get("calibration"), Calibration):
+            frame = frame.f_back
+        self.tokens = int(frame.f_locals["calibration"].tokens.sum())
+        self.total = view.norms
+
+
+class Narrow(Good):
+    """numpy has no bfloat16."""
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        super().observe(view)
+        view.C.detach().numpy()
+
+
+class Coarse(Good):
+    """Fine in float32; in bfloat16 4096 + x is 4096."""
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.shape = view.group.groups, view.group.units
+        self.tokens += view.tokens
+        square = (view.C * view.mask[..., None, None]).square()
+        self.total = self.total + (4096 + square - 4096).sum((0, 1), dtype=torch.float64)
+
+
+class Refusing(Good):
+    def observe(self, view: sspruner.SSMView) -> None:
+        raise sspruner.InputError("too few calibration tokens")
+
+
+class Crashing(Good):
+    def observe(self, view: sspruner.SSMView) -> None:
+        raise KeyError("in_proj")
+
+
+class Chaotic(Good):
+    needs = "weights"
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.total, self.tokens = torch.sin(view.norms.double() * 1e8), 1
+
+
+class Dead(Good):
+    """Minus infinity for a unit that owns nothing."""
+
+    needs = "weights"
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.total, self.tokens = view.norms.log(), 1
+
+
+class TooMany(Good):
+    def reduce(self, choose: Callable) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return torch.ones(self.shape, dtype=torch.bool), {}
+
+
+class Floating(Good):
+    def reduce(self, choose: Callable) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return choose(self.importance()).float(), {}
+
+
+class Misshapen(Good):
+    update = ("D", torch.zeros(77))
+
+    def reduce(self, choose: Callable) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        key, value = self.update
+        return choose(self.importance()), {key: value}
+
+
+class Unknown(Misshapen):
+    update = ("nowhere.weight", torch.zeros(1))
+
+
+class Infinite(Good):
+    def observe(self, view: sspruner.SSMView) -> None:
+        super().observe(view)
+        self.D = view.D
+
+    def reduce(self, choose: Callable) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return choose(self.importance()), {"D": torch.full_like(self.D, torch.inf)}
+
+
+class Merging(Infinite):
+    def reduce(self, choose: Callable) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.D.data.zero_()
+        return choose(self.importance()), {}
+
+
+class Columns(sspruner.Scorer):
+    name, axes, needs = "mine", {"weight"}, "weights"
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        (weight,) = view.weights.values()  # (rows, columns, 1)
+        self.score = weight[..., 0].abs() + torch.arange(weight.shape[1])
+
+    def importance(self) -> torch.Tensor:
+        return self.score
+
+
+class Rates(Columns):
+    axes = {"decay"}
+
+
+FAULTS = {
+    Flat: r"importance has shape \(12,\), not \(groups, units\) = \(2, 6\), in backbone\.layers\.0\.mixer:state",
+    Whole: r"importance is torch\.int64, not a floating type",
+    Nothing: r"importance returns list, not a tensor",
+    NotANumber: r"importance has \d+ of 12 values that are NaN or infinite",
+    Standardised: r"importance has 12 of 12 values that are NaN or infinite.*, where all weights of the blocks are 0",
+    Unseeded: r"changes the model: torch's global random state differs afterwards",
+    Reseeding: r"changes the model: torch's global random state differs afterwards",
+    Counting: r"two runs of one model with one seed differ: it remembers the first, or draws numbers without a seed",
+    Entropy: r"two runs of one model with one seed differ: it remembers the first, or draws numbers without a seed",
+    Largest: r"remembers another model that was scored in between; unit",
+    Writing: r"changes the model: backbone\.layers\.0\.mixer\.D has other values",
+    Freezing: r"changes the model: backbone\.layers\.0\.mixer\.D has requires_grad=False, it had True",
+    Scaling: r"writes to view\.hidden, which is shared, in backbone\.layers\.0\.mixer",
+    Position: r"depend on where a unit stands: they differ after units changed places on state; unit \d of set \d of",
+    Padding: r"depend on how the calibration is split into batches|on which tokens stand in the padding",
+    Places: r"scores count padding \(sequences of 24, 3, 3, 3, 3, 3 tokens\): without it they differ",
+    Running: r"scores depend on how the calibration is split into batches; unit",
+    Undeclared: r"reads what it did not declare: on backbone.*set needs='activations'",
+    Gradients: r"reads what it did not declare: on backbone.*set needs='gradients'",
+    Spying: r"says needs='weights', but other calibration changes scores",
+    Narrow: r"fails: on backbone.*TypeError.*, in bfloat16; on zoo\('mamba2'",
+    Coarse: r"scores in bfloat16 are far from those of the same weights in float32: they differ by .* on average",
+    Refusing: r"no model could be checked on axis state: .*too few calibration tokens",
+    Crashing: r"fails: on backbone\.layers\.0\.mixer:state failed: KeyError: 'in_proj'",
+    Chaotic: r"scores on axis state are made of rounding",
+    Dead: r"values that are NaN or infinite.*, where one unit of every set is dead",
+    TooMany: r"reduce keeps \[6, 6\] units in its sets, not \[3, 3\]",
+    Floating: r"reduce returns no bool tensor of shape \(2, 6\)",
+    Misshapen: r"reduce's update of D is \(77,\), not a tensor of shape \(4,\)",
+    Unknown: r"reduce's update of nowhere\.weight names backbone\.layers\.0\.mixer\.nowhere\.weight, which the",
+    Infinite: r"reduce's update of D is not finite",
+    Merging: r"reduce changes the model: backbone\.layers\.0\.mixer\.D has other values",
+    Columns: r"depend on where a unit stands: they differ after .*; unit \d+ of set \d+ of .*:weight has",
+    Rates: r"depend on where a unit stands: they differ after .*; unit \d+ of set \d+ of .*:decay has",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda cls: cls.__name__)
+def test_the_kit_catches(fault: type[sspruner.Scorer]) -> None:
+    Counting.runs, Largest.largest = 0, torch.zeros(())
+    families = ["mamba"] if fault is Rates else ["mamba2"]
+    with pytest.raises(AssertionError) as caught:
+        check_scorer(fault, families=families, max_examples=3)
+    text = str(caught.value)
+    assert re.search(FAULTS[fault], text), text
+    assert text.startswith("scorer 'mine': ")
+    assert "\n" not in text
+
+
+def test_what_they_break_is_sound() -> None:
+    check_scorer(Good, families=["mamba2", "mamba"], max_examples=3)
+
+
+def test_a_class_that_is_no_scorer_is_named() -> None:
+    for attributes, says in (
+        ({"axes": {"nope"}}, r"'nope' is no axis; these are: attn_head, block"),
+        ({"axes": "state"}, r"needs a name \(a string\) and axes \(a set of strings\)"),
+        ({"needs": "luck"}, r"has needs='luck'"),
+    ):
+        with pytest.raises(AssertionError, match=says):
+            check_scorer(type("Wrong", (Good,), attributes))
+    with pytest.raises(AssertionError, match="scorer 'mine': none of its axes is in the models of mamba2"):
+        check_scorer(Rates, families=["mamba2"])
+    with pytest.raises(sspruner.InputError, match="unknown scorer 'ghosts'"):
+        check_scorer("ghosts")
+    with pytest.raises(sspruner.InputError, match="skip 'dtype': no such property; known: determinism, memory"):
+        check_scorer(Good, skip=["dtype"])
+
+
+def test_properties_can_be_left_out() -> None:
+    check_scorer(Position, families=["mamba2"], max_examples=1, skip=["permutation"])
+    check_scorer(type("Says", (Position,), {"positional": True}), families=["mamba2"], max_examples=1)
+    check_scorer(Unseeded, families=["mamba2"], max_examples=1, axes=[])  # nothing asked
+
+
+def test_the_kit_leaves_no_trace() -> None:
+    state, threads, grad = torch.random.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
+    names = {name for name, _ in manager.plugin_manager().list_name_plugin()}
+    check_scorer(Good, families=["mamba2"], max_examples=1)
+    check_family(plain()["Plain"](), plain_model, max_examples=1, save=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (torch.get_num_threads(), torch.is_grad_enabled()) == (threads, grad)
+    assert {name for name, _ in manager.plugin_manager().list_name_plugin()} == names
+
+
+def test_only_the_kit_imports_hypothesis() -> None:
+    code = "import sys, sspruner.cli.main, sspruner.pipeline, sspruner.testing; print('hypothesis' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False"
+    code = "import sys; sys.modules['hypothesis'] = None; from sspruner.testing import check_scorer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (
+        "ImportError: sspruner.testing needs hypothesis, which is not installed: pip install 'sspruner[testing]'"
+        in (done.stderr)
+    )
+
+
+# Families with one fault each: variants of the one on the page
+
+
+def plain() -> dict[str, Any]:
+    """The example of docs/families.md: PlainModel and its family, as they are there."""
+    page = (Path(__file__).parents[1] / "docs/families.md").read_text(encoding="utf-8")
+    found = [b for b in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "PlainMixer" in b]
+    names: dict[str, Any] = {"__name__": "docs"}
+    with torch.random.fork_rng():
+        for block in found[:2]:
+            exec(block, names)
+    return names
+
+
+PLAIN = plain()
+
+
+def plain_model(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = PLAIN["PlainModel"](heads=2, head_dim=4, state=8)
+    randomise(model)
+    return model.eval()
+
+
+def test_the_family_of_the_page_conforms() -> None:
+    check_family(PLAIN["Plain"](), plain_model, save=False, max_examples=FEW)
+
+    def scan_to_output(mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return mixer.out(y * torch.nn.functional.silu(z))
+
+    check_family(PLAIN["Plain"](), plain_model, save=False, max_examples=1, scan_to_output=scan_to_output)
+
+
+def changed(**layout: Any) -> Callable[[], Family]:
+    """The page's family with another layout: a value, or a function of the right one's."""
+
+    def make() -> Family:
+        class Wrong(PLAIN["Plain"]):  # type: ignore[misc, name-defined]
+            def layout(self, mixer: torch.nn.Module) -> Layout:
+                right = super().layout(mixer)
+                new = {k: v(getattr(right, k)) if callable(v) else v for k, v in layout.items()}
+                return Layout(**{**vars(right), **new})
+
+        return Wrong()
+
+    return make
+
+
+def projecting(change: Callable[[Any, Any], dict[str, Any]], masked: bool = True) -> Callable[[], Family]:
+    def make() -> Family:
+        class Wrong(PLAIN["Plain"]):  # type: ignore[misc, name-defined]
+            def project(self, mixer: Any, hidden: torch.Tensor, mask: torch.Tensor) -> Any:
+                right = super().project(mixer, hidden, mask if masked else torch.ones_like(mask))
+                return type(right)(**{**vars(right), **change(mixer, right)})
+
+        return Wrong()
+
+    return make
+
+
+def other(**attributes: Any) -> Callable[[], Family]:
+    return lambda: type("Wrong", (PLAIN["Plain"],), attributes)()
+
+
+def rows(order: str) -> Callable[[tuple[Slot, ...]], tuple[Slot, ...]]:
+    """The first slot with its runs in another order."""
+    return lambda slots: (
+        Slot("rows.weight", 0, tuple(next(r for r in slots[0].rows if r.name == n) for n in order.split())),
+        *slots[1:],
+    )
+
+
+class Reads(PLAIN["Plain"]):  # type: ignore[misc, name-defined]
+    def layout(self, mixer: Any) -> Layout:
+        return Layout(
+            **{**vars(super().layout(mixer)), "sizes": {**super().layout(mixer).sizes, "extra": self.n(mixer)}}
+        )
+
+    def n(self, mixer: Any) -> int:
+        return int(mixer.A_log.sum().item() > -1e9)
+
+
+FAMILY_FAULTS: dict[str, tuple[Callable[[], Family], str]] = {
+    "order": (changed(slots=rows("z B x C dt")), r"axis state are not interchangeable: after they changed places"),
+    "missing rows": (changed(slots=rows("z x B C")), r"runs z 8 \+ x 8 \+ B 8 \+ C 8 do not fill dim 0 of blocks\.0"),
+    "missing slot": (changed(slots=lambda s: tuple(t for t in s if t.tensor != "out.weight")),
+                     r"axis head are not interchangeable"),
+    "attribute": (changed(attributes={"heads": (("group", "head"),), "head_dim": (("head_dim",),)}),
+                  r"a cut on axis state fails: proof failed: the cut model does not run"),
+    "size": (changed(attributes=lambda a: {**a, "heads": (("state",),)}),
+             r"blocks\.0\.mixer\.heads is 2, the layout's sizes make it 8"),
+    "state": (changed(state=("group", "head", "state")), r"state bytes per sequence are gone, the plan predicts"),
+    "fold": (changed(folds=(Fold("D", ("state",), 1.0),)), r"a cut on axis state fails: proof failed: sliced and"),
+    "axis": (changed(axes={"state": ("head_group",)}), r"axis state of blocks\.0\.mixer has no size in the layout"),
+    "values": (Reads, r"layout reads values: on the meta device it fails"),
+    "config": (other(config_sizes={"state": (("group", "head"),)}), r"config\.state is 8, config_sizes make it 2"),
+    "class": (other(mixer_class="NoMixer"), r"recognises no module of the model; it has Embedding, LayerNorm"),
+    "skip": (projecting(lambda mixer, p: {"D": p.D * 0}), r"project is not what blocks\.0\.mixer computes"),
+    "swap": (projecting(lambda mixer, p: {"B": p.C, "C": p.B, "dt": p.dt * 1.1}), r"project is not what blocks\.0"),
+    "padding": (projecting(lambda mixer, p: {}, masked=False), r"project does not zero padding in blocks\.0\.mixer"),
+    "shape": (projecting(lambda mixer, p: {"z": p.z[..., :2]}), r"project gives shapes that do not fit Projected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAMILY_FAULTS)
+def test_the_kit_catches_a_family(fault: str) -> None:
+    make, says = FAMILY_FAULTS[fault]
+    with pytest.raises(AssertionError) as caught:
+        check_family(make(), plain_model, save=False, max_examples=3)
+    text = str(caught.value)
+    assert re.search(says, text), text
+    assert text.startswith("family 'plain': ")
+    assert text.count("make_model(") == 1
+
+
+def test_a_model_that_cannot_be_saved_is_said_so() -> None:
+    with pytest.raises(AssertionError, match="family 'plain': a cut model cannot be saved and loaded"):
+        check_family(PLAIN["Plain"](), plain_model, max_examples=1)
