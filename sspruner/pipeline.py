@@ -260,7 +260,7 @@ def _scored(run: Run, data: Calibration | None, cache: bool, progress: Progress 
 
 
 def _as_stored(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
-    """A new value in the dtype in which the model holds the parameter; a bias that it lacks is held as the weight is."""
+    """A new value in the dtype in which the model holds the parameter; a new bias is held as the weight is."""
     held = dict(model.named_parameters(remove_duplicate=False))
     like = held.get(name, held.get(name.removesuffix("bias") + "weight"))
     return value if like is None else value.to(like.dtype)

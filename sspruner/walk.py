@@ -135,7 +135,8 @@ class Run:
         cls, plugin = job.scorers[group.axis]
         if cls.reduce is Scorer.reduce:  # it has no more to say; such scores may also be from the cache
             return choose(importance), {}
-        keep, updates = reduced(self.scorers[group.name], group, plugin, importance, choose)
+        scorer = self.scorers.pop(group.name)  # its statistics go with it
+        keep, updates = reduced(scorer, group, plugin, importance, choose)
         try:
             check_updates(updates, self.model, self.graph)
         except PlanError as error:

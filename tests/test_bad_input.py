@@ -101,7 +101,10 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
         ("--axis mlp", ("'ghost' does not score axis 'mlp'", "these score mlp: flap, magnitude, random")),
         (
             "--axis state --scorer block-influence",
-            ("'block-influence' does not score axis 'state'; it scores block;", "these score state: ghost, last, magnitude"),
+            (
+                "'block-influence' does not score axis 'state'; it scores block;",
+                "these score state: ghost, last, magnitude",
+            ),
         ),
         ("--axis state=0.5,mlp=0.2", ("'ghost' does not score axis 'mlp'", "these score mlp: flap, magnitude, random")),
         ("--axis mlp --scorer random", ("axis 'mlp': Mamba2ForCausalLM has none; it has state, head, head_dim,",)),
@@ -165,9 +168,18 @@ IN_PROJ = f"{LAYER}.in_proj:weight"
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ("", ("'ghost' does not score axis 'weight'", "these score weight: gradmag, magnitude, random, snip, sparsegpt,")),
+        (
+            "",
+            (
+                "'ghost' does not score axis 'weight'",
+                "these score weight: gradmag, magnitude, random, snip, sparsegpt,",
+            ),
+        ),
         ("--scorer rrqr", ("'rrqr' does not score axis 'weight'; it scores state; these score weight: gradmag",)),
-        ("--scorer wanda --axis decay", ("'wanda' does not score axis 'decay'", "score decay: magnitude, random, snip")),
+        (
+            "--scorer wanda --axis decay",
+            ("'wanda' does not score axis 'decay'", "score decay: magnitude, random, snip"),
+        ),
         ("--axis decay --scorer magnitude", ("axis 'decay': Mamba2ForCausalLM has none; it has state,", "weight")),
         ("--axis weights --scorer magnitude", ("'magnitude' does not score axis 'weights'; it scores",)),
         ("--scorer wanda --pattern 4:2", ("pattern '4:2': expected N:M with 0 < N < M; 2:4 keeps 2 of every 4",)),
@@ -176,7 +188,13 @@ IN_PROJ = f"{LAYER}.in_proj:weight"
         ("--scorer wanda --pattern 0:4", ("pattern '0:4': expected N:M",)),
         ("--scorer wanda --pattern 2:5", (IN_PROJ, "rows of 16 elements; pattern 2:5 needs a multiple of 5", "ignore")),
         ("--scorer wanda --pattern 2:4 --sparsity 0.3", ("pattern 2:4 removes 0.5, not 0.3; leave one out",)),
-        ("--scorer wanda --pattern 2:4 --ratio *:weight=0.3", (IN_PROJ, "pattern 2:4 removes 0.5, not 0.3",)),
+        (
+            "--scorer wanda --pattern 2:4 --ratio *:weight=0.3",
+            (
+                IN_PROJ,
+                "pattern 2:4 removes 0.5, not 0.3",
+            ),
+        ),
         ("--scorer wanda --pattern 2:4 --granularity row", ("pattern 2:4 compares 4 elements; leave out granularity",)),
         ("--scorer wanda --pattern 2:4 --keep 2", ("keep counts units; of single elements give the fraction",)),
         ("--scorer wanda --granularity column", ("unknown granularity 'column'; known: row, tensor, global",)),
@@ -186,24 +204,42 @@ IN_PROJ = f"{LAYER}.in_proj:weight"
         ("--scorer wanda --keep 4", ("keep counts units; of single elements give the fraction to remove, sparsity",)),
         ("--scorer wanda --sparsity 0", ("the budget removes nothing",)),
         ("--scorer wanda --ignore *", ("the budget removes nothing",)),
-        ("--scorer wanda --granularity global --ignore layers.0.*.inproj", ("matches nothing that is cut", "layers.0.")),
+        (
+            "--scorer wanda --granularity global --ignore layers.0.*.inproj",
+            ("matches nothing that is cut", "layers.0."),
+        ),
         ("--scorer wanda --granularity global --ratio layers.9.*=0.1", ("pattern 'layers.9.*': matches nothing",)),
         ("--scorer sparsegpt --samples 1 --seq-len 8", ("scorer 'sparsegpt' on", "8 calibration tokens", "--samples")),
         ("--scorer sparsegpt --option block=0", ("scorer 'sparsegpt': block=0",)),
-        ("--scorer sparsegpt --option block=6 --pattern 2:4", ("6 columns at once; pattern 2:4 needs a multiple of 4",)),
+        (
+            "--scorer sparsegpt --option block=6 --pattern 2:4",
+            ("6 columns at once; pattern 2:4 needs a multiple of 4",),
+        ),
         ("--scorer sparsegpt --option block=4 --granularity global", ("decides by blocks of columns", "row or tensor")),
         ("--axis state --pattern 2:4", ("pattern, granularity and rows are for single elements: axis weight",)),
         ("--axis state --granularity row", ("pattern, granularity and rows are for single elements: axis weight",)),
         ("--axis state --rows B", ("pattern, granularity and rows are for single elements: axis weight",)),
         ("--axis state --rows B --one-shot", ("pattern, granularity and rows are for single elements: axis weight",)),
-        ("--axis state --scorer sparsessm", (GROUP, "only Mamba1-type mixers",)),
+        (
+            "--axis state --scorer sparsessm",
+            (
+                GROUP,
+                "only Mamba1-type mixers",
+            ),
+        ),
         ("--axis state --allocation global --keep 4", ("keep says how many units stay in every layer",)),
         ("--axis state=0.5,weight=0.25 --scorer magnitude --pattern 2:4", (IN_PROJ, "removes 0.5, not 0.25")),
         ("--axis head=0.5,head_dim=0.5 --scorer flap", (f"{LAYER}.out_proj.bias: changed by the scorers of two axes",)),
-        ("--axis head=0.5,head_dim=0.5 --scorer flap --one-shot", ("out_proj.bias: changed by the scorers of two axes",)),
-        ("--axis state=0.5,weight=0.5 --scorer wanda --option state.reduction=max", ("no scorer of this run is called",)),
+        (
+            "--axis head=0.5,head_dim=0.5 --scorer flap --one-shot",
+            ("out_proj.bias: changed by the scorers of two axes",),
+        ),
+        (
+            "--axis state=0.5,weight=0.5 --scorer wanda --option state.reduction=max",
+            ("no scorer of this run is called",),
+        ),
     ],
-)  # fmt: skip
+)
 def test_options_for_single_elements(args: str, says: Says, here: Path) -> None:
     prune(here, says, "--axis", "weight", *args.split())
 
@@ -251,7 +287,11 @@ HYBRIDS: dict[str, tuple[str, str, Says]] = {  # a model, options, and what the 
         "--axis block --scorer block-influence --keep 2 --ignore layers.0 --ignore layers.1 --ignore layers.3",
         ("model.layers:block: keeping 2 units is less than the 3 that --ignore protects",),
     ),
-    "all blocks": ("zamba2", "--axis block --scorer block-influence --sparsity 0.95", ("0.95 removes everything", "is 0.8 ")),
+    "all blocks": (
+        "zamba2",
+        "--axis block --scorer block-influence --sparsity 0.95",
+        ("0.95 removes everything", "is 0.8 "),
+    ),
     "a unit of a block": (
         "zamba2",
         "--axis block --scorer block-influence --ignore layers.5",
@@ -807,7 +847,8 @@ def test_gradients_of_a_model_that_has_none(scorer: str, kind: str, job: str) ->
         model = zoo("mamba2")
         layer = model.get_submodule(name.rpartition(".")[0])
         values = layer.weight.detach().mul(9).to(torch.int8)
-        says = "weights of type int8 have no gradient" if kind == "int8" else r"packed weights \(int8\) have no gradient"
+        says = r"weights of type int8" if kind == "int8" else r"packed weights \(int8\)"
+        says += " have no gradient"
         if kind == "int8":
             layer.weight = torch.nn.Parameter(values, requires_grad=False)
         else:
@@ -815,7 +856,7 @@ def test_gradients_of_a_model_that_has_none(scorer: str, kind: str, job: str) ->
     ran: list[object] = []
     model.backbone.layers[0].register_forward_pre_hook(lambda *args: ran.append(args) and None)
     axis = "weight" if scorer == "gradmag" else "state"
-    with pytest.raises(sspruner.ModelError, match=f"{says}; use a scorer that needs only weights or activations") as error:
+    with pytest.raises(sspruner.ModelError, match=f"{says}; use a scorer that needs only weights or") as error:
         getattr(sspruner, job)(model, scorer, axis=axis, calibration=tokens())
     assert not ran
     assert str(error.value).startswith(name.replace("weight", "packed_weight") if kind == "packed" else name)

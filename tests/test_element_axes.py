@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,7 +104,8 @@ def test_rows_of_b_and_c_are_the_ones_that_make_them(family: str) -> None:
         for name, group in graph.elements.items():
             if name.startswith(f"{site.path}.") and group.axis == "weight":
                 runs = [set(rows.tolist()) for rows in (group.runs or {}).values()]
-                assert sum(map(len, runs)) == len(set().union(*runs)) <= group.groups  # no row twice
+                assert not runs or set().union(*runs) == set(range(group.groups))
+                assert sum(map(len, runs)) == (group.groups if runs else 0)  # no row twice
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
@@ -597,3 +599,15 @@ def test_plans_of_elements_beside_units_are_masked_and_sliced_alike() -> None:
     plan = Plan({**half(graph).groups, "backbone:hidden": Selection(8, (tuple(range(6)),))}, elements={name: keep})
     masked = logits(sspruner.apply(copy.deepcopy(model), plan, mode="mask"), IDS)
     torch.testing.assert_close(logits(sspruner.apply(model, plan), IDS), masked, rtol=1e-3, atol=1e-3)
+
+
+def test_a_saved_model_holds_the_scores_of_units_but_not_of_elements(tmp_path: Path) -> None:
+    model = tiny_model()
+    result = sspruner.prune(model, "magnitude", axis={"state": 0.5, "weight": 0.5}, calibration=tokens(4, 16))
+    assert any(name.endswith(":weight") for name in result.scores.importance)
+    sspruner.save(result.model, tmp_path / "both", result=result)
+    saved = sspruner.Scores.load(tmp_path / "both" / "sspruner" / "scores.safetensors").importance
+    assert set(saved) == {name for name in result.scores.importance if name.endswith(":state")}
+    result = sspruner.prune(tiny_model(), "magnitude", axis="weight", calibration=tokens(4, 16))
+    sspruner.save(result.model, tmp_path / "elements", result=result)
+    assert not (tmp_path / "elements" / "sspruner" / "scores.safetensors").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -423,6 +424,53 @@ def test_magnitude_is_the_norm_of_the_removed_weights(family: str, axis: str) ->
 def energy(model: torch.nn.Module) -> float:
     """Sum of the squares of all parameters, shared ones once, in fp64."""
     return sum(float(p.detach().double().square().sum()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("reduction", [None, "sum", "mean", "max"])
+@pytest.mark.parametrize("axis", ["state", "head", "hidden", "weight"])
+def test_magnitude_by_norm_and_reduction(p: int, reduction: str | None, axis: str) -> None:
+    """Against loops over the rows that each unit owns; an element that a unit owns twice counts twice but in L2."""
+    model = zoo("bamba")
+    options = {"p": p, "reduction": reduction}
+    graph = sspruner.trace(model)
+    scores = sspruner.score(model, "magnitude", axis=axis, options=options).importance
+    for name, group in list(graph.on_axis(axis).items())[:2]:
+        for g, u in [(0, 0), (group.groups - 1, group.units - 1)]:
+            if group.tensor:
+                expected = abs(float(model.get_parameter(group.tensor).data[g, u]))
+            else:
+                expected = by_hand(model, group, g, u, p, reduction)
+            assert float(scores[name][g, u]) == pytest.approx(expected, rel=1e-4), (name, g, u)
+
+
+def by_hand(model: torch.nn.Module, group: DependencyGroup, g: int, u: int, p: int, reduction: str | None) -> float:
+    owned = {}
+    for m in group.members:
+        if m.counted:
+            rows = model.get_parameter(m.tensor).data.double().movedim(m.dims[0], 0)[m.index[g, u]]
+            owned[f"{m.tensor}:{m.rows}"] = rows.flatten().tolist()
+    norms = {key: sum(abs(v) ** p for v in values) ** (1 / p) for key, values in owned.items()}
+    if reduction:
+        return {"sum": sum(norms.values()), "max": max(norms.values()), "mean": sum(norms.values()) / len(norms)}[
+            reduction
+        ]
+    if group.axis == "state":
+        made = {r: [n for key, n in norms.items() if "in_proj" in key and key.endswith(r)] for r in (":B", ":C")}
+        assert all(len(parts) == 2 for parts in made.values())  # weight and bias
+        return math.prod(sum(n**p for n in parts) ** (1 / p) for parts in made.values())
+    return sum(norm**p for norm in norms.values()) ** (1 / p)
+
+
+@pytest.mark.parametrize("options", [{"p": 3}, {"reduction": "prod"}])
+def test_magnitude_refuses_unknown_options(options: dict) -> None:
+    with pytest.raises(sspruner.InputError, match=r"scorer 'magnitude': .*; known: "):
+        sspruner.score(tiny_model(), "magnitude", options=options)
+
+
+def test_whole_blocks_have_one_norm() -> None:
+    with pytest.raises(sspruner.InputError, match=r"whole modules have their L2 norm only"):
+        sspruner.score(tiny_model(), "magnitude", axis="block", options={"p": 1})
 
 
 def test_magnitude_on_parameters_named_by_hand() -> None:

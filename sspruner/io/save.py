@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sspruner import ELEMENT_AXES
 from sspruner.io.output import atomic_folder
+from sspruner.planning.plan import axis_of
 from sspruner.planning.tensors import FOLDER
 from sspruner.surgery.mask import added_biases
 from sspruner.surgery.record import RECORD, noted
@@ -41,7 +44,9 @@ def save(
             # In a folder of its own: some runtimes read every *.safetensors that lies beside config.json.
             (folder / FOLDER).mkdir()
             result.plan.save(folder / "plan.json", tensors=folder / FOLDER / "plan.safetensors")
-            result.scores.save(folder / FOLDER / "scores.safetensors")
+            units = {n: s for n, s in result.scores.importance.items() if axis_of(n) not in ELEMENT_AXES}
+            if units:  # those of single elements would be as large as the model, in fp32
+                replace(result.scores, importance=units).save(folder / FOLDER / "scores.safetensors")
             result.report.save(folder / "report.json")
     return Path(out)
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 
-def try_examples(body: Callable[..., None], examples: int, *strategies: st.SearchStrategy[Any]) -> None:
+def try_examples(body: Callable[[Any], None], examples: int, strategy: st.SearchStrategy[Any]) -> None:
     """Call `body` on so many draws, the simplest first. Raises the first AssertionError, as it is."""
     found: list[AssertionError] = []
 
@@ -20,12 +20,12 @@ def try_examples(body: Callable[..., None], examples: int, *strategies: st.Searc
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.tuples(*strategies))
-    def run(drawn: tuple[Any, ...]) -> None:
+    @given(strategy)
+    def run(drawn: Any) -> None:
         if found:
             return
         try:
-            body(*drawn)
+            body(drawn)
         except AssertionError as error:
             found.append(error)
 

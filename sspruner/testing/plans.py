@@ -27,14 +27,8 @@ def plans(draw: st.DrawFn, graph: SSMGraph, axes: tuple[str, ...] = (), most: in
 
     One mixer and one attention layer stay where there are some, as check_plan asks.
     """
-    staying = [draw(st.sampled_from(paths)) for paths in (_paths(graph, "mixer"), _paths(graph, "attention")) if paths]
-    able = {}
-    for name, group in graph.groups.items():
-        safe = tuple(i for i, b in enumerate(group.blocks) if any(f"{p}.".startswith(f"{b.path}.") for p in staying))
-        counts = [n for n in sizes(group) if n >= len(safe)]
-        if counts and (not axes or group.axis in axes):
-            able[name] = group, counts, safe
-    assert able, f"{graph.model_class} has nothing to cut on {axes}: draw a larger model"
+    staying = [draw(st.sampled_from(paths)) for paths in _must_stay(graph)]
+    able = _able(graph, axes, staying)
     names = draw(st.lists(st.sampled_from(list(able)), min_size=1, max_size=most, unique=True))
     chosen = {}
     for name in names:
@@ -46,14 +40,38 @@ def plans(draw: st.DrawFn, graph: SSMGraph, axes: tuple[str, ...] = (), most: in
     return Plan({name: chosen[name] for name in able if name in chosen})
 
 
+def random_plan(graph: SSMGraph, axes: tuple[str, ...], seed: int, most: int = 5) -> Plan:
+    """The same from a seed: up to `most` dependency groups, each with fewer units."""
+    rng = random.Random(seed)
+    able = _able(graph, axes, [rng.choice(paths) for paths in _must_stay(graph)])
+    names = rng.sample(list(able), min(len(able), rng.randint(1, most)))
+    cut = {name: (*able[name], rng.choice(able[name][1]), rng.randrange(2**16)) for name in names}
+    return Plan({n: selection(g.groups, g.units, after, order, safe) for n, (g, _, safe, after, order) in cut.items()})
+
+
+def _able(
+    graph: SSMGraph, axes: tuple[str, ...], staying: list[str]
+) -> dict[str, tuple[DependencyGroup, list[int], tuple[int, ...]]]:
+    """The groups that can be cut: name -> group, how many units may stay, those that have to."""
+    able = {}
+    for name, group in graph.groups.items():
+        safe = tuple(i for i, b in enumerate(group.blocks) if any(f"{p}.".startswith(f"{b.path}.") for p in staying))
+        counts = [n for n in sizes(group) if n >= len(safe)]
+        if counts and (not axes or group.axis in axes):
+            able[name] = group, counts, safe
+    assert able, f"{graph.model_class} has nothing to cut on {axes}: draw a larger model"
+    return able
+
+
 def sizes(group: DependencyGroup) -> list[int]:
     """How many units a cut may leave in every set."""
     return list(range(group.multiple_of, group.units, group.multiple_of))
 
 
-def _paths(graph: SSMGraph, kind: str) -> list[str]:
-    sites = graph.layers if kind == "mixer" else [site for site in graph.sites if site.kind == kind]
-    return [path for site in sites for path in (site.path, *site.aliases)]
+def _must_stay(graph: SSMGraph) -> list[list[str]]:
+    """Paths of which one has to stay: of all mixers, and of all attention layers."""
+    kinds = [graph.layers, [site for site in graph.sites if site.kind == "attention"]]
+    return [[path for site in sites for path in (site.path, *site.aliases)] for sites in kinds if sites]
 
 
 @torch.no_grad()

@@ -66,35 +66,37 @@ def check_scorer(
         if name not in PROPERTIES:
             raise InputError(f"skip {name!r}: no such property; known: {', '.join(PROPERTIES)}")
     check = _Check(cls, dict(options or {}), {*skip, *(["permutation"] if getattr(cls, "positional", False) else [])})
-    for axis in sorted(wanted, key=lambda a: (len(known[a]), a)):  # rare ones first: the others come with them
-        able = tuple(f for f in known[axis] if families is None or f in families)
-        if axis in check.seen or not able:
-            continue
-        try_examples(lambda case: check.case(case, wanted), max_examples, cases(able, *tokens))
-        check.require(axis)
-    if wanted and not check.seen:
+    able = {axis: tuple(f for f in known[axis] if families is None or f in families) for axis in wanted}
+    if wanted and not any(able.values()):
         check.fail(f"none of its axes is in the models of {', '.join(sorted(families or known))}")
+    for axis in sorted(wanted, key=lambda a: (len(known[a]), a)):  # rare ones first: the others come with them
+        if able[axis] and axis not in check.seen:
+            try_examples(lambda case: check.case(case, wanted), max_examples, cases(able[axis], *tokens))
+    for axis in wanted:
+        if able[axis]:
+            check.require(axis)
 
 
 class _Check:
-    """One scorer with its options. `seen`: the axes on which a model was checked to the end."""
+    """One scorer with its options. `seen`: by axis, whether each group of the models that were checked was stable."""
 
     def __init__(self, cls: type[Scorer], options: dict[str, Any], skip: set[str]) -> None:
-        self.cls, self.options, self.skip, self.seen = cls, options, skip, set[str]()
+        self.cls, self.options, self.skip = cls, options, skip
+        self.seen: dict[str, list[bool]] = {}
         self.watch = Watch(cls)
         self.refusal = self.where = ""
         self.shaken: Callable[[float, int], Importance] = lambda size, seed: {}
         self.unstable: dict[str, str] = {}  # axis -> where rounding decided
 
     def require(self, axis: str) -> None:
-        """Whether at least one model could be checked on an axis."""
-        if axis in self.seen:
-            return
-        if axis in self.unstable:
+        """Whether a model could be checked on an axis, and rounding did not decide most of its scores."""
+        stable = self.seen.get(axis, [])
+        if not stable:
+            reason = f": {self.refusal}" if self.refusal else "; name other families"
+            self.fail(f"no model could be checked on axis {axis}{reason}")
+        if 2 * sum(stable) < len(stable):
             self.fail(f"scores on axis {axis} are made of rounding: they change by more than a tenth of the largest "
                       f"when every weight changes by one part in 4 million; on {self.unstable[axis]}")  # fmt: skip
-        reason = f": {self.refusal}" if self.refusal else "; name other families"
-        self.fail(f"no model could be checked on axis {axis}{reason}")
 
     def fail(self, what: str) -> None:
         options = "".join(f", {k}={v!r}" for k, v in self.options.items())
@@ -123,9 +125,8 @@ class _Check:
             for axis in axes if len(axes) > 1 else ():
                 self._case(case, [axis])
             return
-        for axis in axes:
-            if any(tolerance[name] < torch.inf for name in first if name.endswith(f":{axis}")):
-                self.seen.add(axis)
+        for name in first:
+            self.seen.setdefault(name.rpartition(":")[2], []).append(tolerance[name] < torch.inf)
 
     def score(self, model: Any, data: Calibration, axes: list[str], how: str = "", seed: int = 0) -> Importance:
         """sspruner.score; what goes wrong becomes a sentence. how: what is special about the model."""
