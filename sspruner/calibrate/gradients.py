@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sspruner.calibrate.token_steps import differentiable
 from sspruner.errors import InputError, ModelError
 from sspruner.forward import forward
 from sspruner.precision import in_fp32
@@ -130,7 +131,7 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
     before = [(p, p.grad) for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     try:
-        with requires_grad(model, True), in_fp32(model), torch.enable_grad():
+        with requires_grad(model, True), in_fp32(model), differentiable():
             yield
     finally:
         for p, grad in before:

@@ -29,6 +29,7 @@ from sspruner.calibrate.gradients import (
     requires_grad,
 )
 from sspruner.calibrate.replay import Flow, Replay, within
+from sspruner.calibrate.token_steps import differentiable
 from sspruner.precision import in_fp32
 
 
@@ -69,7 +70,7 @@ class LocalGradients:
             for run, (flow, g) in enumerate(zip(self._inputs(), upstream, strict=True)):
                 if self._want_fisher and not self._predicted[run]:
                     continue
-                with torch.enable_grad():
+                with differentiable():
                     out = self._runs.run(block, run, flow, wide=True)
                 for p, gradient in zip(sums, _pull_back(out, g, sums), strict=True):
                     sums[p] += gradient
@@ -124,7 +125,7 @@ class LocalGradients:
     def _through(self, block: str, run: int, entering: Flow, g: Flow) -> Flow:
         """g of the block before, from what enters this one and its g."""
         leaves = _leaves(entering)
-        with torch.enable_grad():
+        with differentiable():
             out = self._runs.run(block, run, leaves, wide=True)
         before = _cpu(_pull_back(out, g, leaves))
         for gradient in before:
@@ -140,7 +141,7 @@ class LocalGradients:
                 for row in _rows(flow):
                     tokens, mask = self._sequences.tokens[sequence], self._sequences.masks[sequence]
                     leaves = _leaves(tuple(h.to(self._replay.device) for h in row))
-                    with torch.enable_grad():
+                    with differentiable():
                         logits = self._sequences.head(sequence, leaves).logits
                         loss = next_token_loss(logits, tokens, mask) / self._total
                     rows.append(_cpu(_pull_back((loss,), (torch.ones_like(loss),), leaves)))
