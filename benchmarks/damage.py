@@ -1,6 +1,7 @@
 """What a cut costs by scorer and sparsity: perplexity and KL of a reference model on books that it never saw.
 
     python benchmarks/damage.py --data ../shared/data
+    python benchmarks/damage.py --rows magnitude ghost "ghost, output" "balanced, none" balanced --data ../shared/data
     python benchmarks/damage.py zamba2-books --axis head --sparsities 0.25 0.5 --data ../shared/data
 
 Calibration: seeded windows of books-val.txt, or text sampled from the model ("self"). Reported text: seeded windows of
@@ -34,8 +35,11 @@ ROWS: dict[str, dict[str, Any]] = {  # label -> arguments of sspruner.prune; `so
     "ghost, one-shot": {"scorer": "ghost", "one_shot": True},
     "ghost": {"scorer": "ghost"},
     "ghost, calibrated on self": {"scorer": "ghost", "source": "self"},
+    "ghost, output": {"scorer": "ghost", "options": {"variant": "output"}},
+    "balanced, none": {"scorer": "balanced", "options": {"weights": "none"}},
+    "balanced": {"scorer": "balanced"},
 }
-ONLY_STATE = ("ghost, means", "ghost, calibrated on self")  # rows that the other axes do without
+ONLY_STATE = ("ghost, means", "ghost, calibrated on self", "balanced, none", "balanced")  # not on the other axes
 PAIRS = [  # (worse as expected, better as expected)
     ("random", "magnitude"),
     ("magnitude", "ghost"),
@@ -43,6 +47,8 @@ PAIRS = [  # (worse as expected, better as expected)
     ("ghost, means", "ghost"),
     ("ghost, one-shot", "ghost"),
     ("ghost, calibrated on self", "ghost"),
+    ("ghost", "balanced"),
+    ("balanced, none", "balanced"),
 ]
 
 

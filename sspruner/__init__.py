@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sspruner.graph.family import Family
     from sspruner.graph.fingerprint import fingerprint
     from sspruner.graph.ssm_graph import SSMGraph, trace
+    from sspruner.io.export import export
     from sspruner.io.load import load
     from sspruner.io.save import save
     from sspruner.pipeline import Result, prune, score
@@ -48,6 +49,7 @@ _HOME = {
     "Scores": "sspruner.planning.scores",
     "apply": "sspruner.surgery.apply",
     "calibration": "sspruner.calibrate.sources",
+    "export": "sspruner.io.export",
     "fingerprint": "sspruner.graph.fingerprint",
     "load": "sspruner.io.load",
     "masked": "sspruner.surgery.mask",
@@ -79,6 +81,7 @@ __all__ = [
     "Scores",
     "apply",
     "calibration",
+    "export",
     "fingerprint",
     "hookimpl",
     "load",

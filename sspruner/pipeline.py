@@ -19,14 +19,18 @@ from sspruner.evaluate.damage import damage
 from sspruner.graph.ssm_graph import trace
 from sspruner.planning.budget import Budget, pattern_sparsity
 from sspruner.planning.cache import cache_key, cached, store
-from sspruner.planning.decide import check_budget, choosers, make_plan, selection
+from sspruner.planning.decide import check_budget, choosers, make_plan
 from sspruner.planning.plan import Plan, check_plan
+from sspruner.planning.reduction import reduction
 from sspruner.planning.scores import Scores
+from sspruner.plugins import manager
+from sspruner.plugins.scorer import SELECT
 from sspruner.report.result import Report, model_size, peak_memory_bytes, sparsity_of, versions
 from sspruner.surgery.mask import mask, mask_elements, mask_group, unmask, update_tensors
 from sspruner.surgery.proof import slice_with_proof
 from sspruner.walk import TOKENS_PER_BATCH, OneScorer, Run, on_device
 
+DEFAULT = "ghost"
 PROMPT_TOKENS, NEW_TOKENS = 24, 40
 
 Source = Calibration | str | Path | list[str] | torch.Tensor
@@ -83,8 +87,9 @@ def score(
 
 def prune(
     model: nn.Module,
-    scorer: OneScorer = "ghost",
+    scorer: OneScorer | None = None,
     *,
+    basis: str | None = None,
     axis: str | Mapping[str, float] = "state",
     sparsity: float | None = None,
     keep: int | None = None,
@@ -109,6 +114,8 @@ def prune(
 ) -> Result:
     """Prune `model` in place: score, plan and cut layer by layer, each layer on inputs made by the cut ones before it.
 
+    scorer, basis: what decides, and in which coordinates of the state; one of them is enough. The default is "ghost",
+    which keeps coordinates ("select"); basis="balanced" keeps directions (docs/balanced.md).
     axis: what to remove; several at once with the fraction of each, {"state": 0.5, "head": 0.25}, in one plan with one
     proof. For one axis, sparsity (fraction removed, default 0.5) or keep (units left in every set) is the budget;
     ratios (pattern -> fraction) and ignore (patterns) say where it differs. On the axes of single elements pattern
@@ -123,7 +130,8 @@ def prune(
     if mode not in ("slice", "mask"):
         raise InputError(f"mode {mode!r}: must be slice or mask")
     budget = make_budget(axis, sparsity, keep, allocation, multiple_of, ratios, ignore, pattern, granularity, rows)
-    run = Run(model, [scorer], [axis] if isinstance(axis, str) else list(axis), options, seed, device)
+    axes = [axis] if isinstance(axis, str) else list(axis)
+    run = Run(model, [with_basis(scorer, basis, axes)], axes, options, seed, device)
     scorers = run.jobs[0].scorers
     by_axis = {a: cls.granularity for a, (cls, _) in scorers.items()}
     one_shot = one_shot or budget.compares_layers(run.groups, by_axis)
@@ -155,7 +163,7 @@ def prune(
             if group.tensor:
                 mask_elements(model, group, kept[name])
             else:
-                mask_group(model, group, selection(kept[name]))
+                mask_group(model, group, reduction(kept[name], run.bases.get(name)))
 
     with clock("scoring"):
         try:
@@ -182,6 +190,7 @@ def prune(
     cut_graph = trace(model)
     report = Report(
         scorer=run.jobs[0].label,
+        basis=", ".join(dict.fromkeys(cls.basis for cls, _ in scorers.values())),
         options=run.jobs[0].options,
         axis=", ".join(run.axes),
         budget=budget.to_json(),
@@ -213,6 +222,23 @@ def prune(
         versions=versions(),
     )
     return Result(model, made, scores, report)
+
+
+def with_basis(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]) -> OneScorer:
+    """The scorer that was named; without one the scorer of the basis on the state, and the default elsewhere.
+
+    Raises InputError for a basis that no installed scorer has, or that the named one has not.
+    """
+    if scorer is None and basis in (None, SELECT):
+        return DEFAULT
+    if scorer is None:
+        return {axis: manager.scorer_of_basis(str(basis)) if axis == "state" else DEFAULT for axis in axes}
+    decides = scorer.get("state", DEFAULT) if isinstance(scorer, Mapping) else scorer
+    own = (manager.scorer(decides)[0] if isinstance(decides, str) else decides).basis
+    if basis is not None and own != basis:
+        label = decides if isinstance(decides, str) else decides.name
+        raise InputError(f"basis {basis!r}: scorer {label!r} has basis {own!r}; leave one of them out")
+    return scorer
 
 
 def make_budget(

@@ -23,10 +23,19 @@ from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import WHOLE_MODEL, SSMGraph, trace
 from sspruner.io.load import check_finite
 from sspruner.planning.decide import Choose
-from sspruner.planning.plan import Selection, check_updates
+from sspruner.planning.plan import basis_refused, check_updates
+from sspruner.planning.reduction import Basis, Selection
 from sspruner.planning.scores import Scores
 from sspruner.plugins import manager
-from sspruner.plugins.scorer import Scorer, check_scorer_class, checked_importance, make_scorer, reduced
+from sspruner.plugins.scorer import (
+    SELECT,
+    Scorer,
+    check_scorer_class,
+    checked_coordinates,
+    checked_importance,
+    make_scorer,
+    reduced,
+)
 from sspruner.plugins.scorer import observe as observe_layer
 from sspruner.surgery.mask import is_masked, mask_group, unmask
 
@@ -93,7 +102,17 @@ class Run:
         self.needs_data = self.needs != {"weights"}
         if self.needs & {"gradients", "fisher"}:
             check_differentiable(model)
+        for job in self.jobs:
+            self._check_basis(job)
+        self.bases: dict[str, Basis] = {}  # dependency group -> the directions that its units are, of the last job
         self.scorers: dict[str, Scorer] = {}  # dependency group -> who scored it, if it has more to say (reduce)
+
+    def _check_basis(self, job: Job) -> None:
+        """Raise InputError where a scorer wants another basis of a state that can have none."""
+        for name, group in self.groups.items():
+            cls, _ = job.scorers[group.axis]
+            if cls.basis != SELECT and (why := basis_refused(group, self.graph)):
+                raise InputError(f"{name}: no basis {cls.basis!r} of this state: {why}; use --basis {SELECT}")
 
     def walk(self, data: Calibration | None, cut: Cut | None, progress: Progress | None) -> dict[str, Scores]:
         """Score every dependency group in layer order: a job's label -> its Scores.
@@ -123,6 +142,7 @@ class Run:
             job.label: Scores(
                 {name: walk.importance[job.label][name] for name in self.groups},
                 dict(sorted(self._metadata(job, model, data, sequential=cut is not None).items())),  # as from a file
+                bases=walk.bases[job.label],
             )
             for job in self.jobs
         }
@@ -167,6 +187,7 @@ class _Walk:
         self.run, self.graph, self.data = run, run.graph, data
         self.jobs = {job.label: job for job in run.jobs}
         self.importance: dict[str, dict[str, torch.Tensor]] = {label: {} for label in self.jobs}
+        self.bases: dict[str, dict[str, Basis]] = {label: {} for label in self.jobs}
         self.at_work = {
             (label, name): job.make(group.axis)
             for name, group in run.groups.items()
@@ -272,6 +293,8 @@ class _Walk:
             if scorer.needs != "activations":
                 observe_layer(scorer, self._still(scorer, group, (label, name) in self.in_turn), plugin)
             self.importance[label][name] = checked_importance(scorer, group, plugin)
+            if scorer.basis != SELECT:
+                self.run.bases[name] = self.bases[label][name] = checked_coordinates(scorer, group, plugin)
             if type(scorer).reduce is not Scorer.reduce:
                 self.run.scorers[name] = scorer
 

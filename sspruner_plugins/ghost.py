@@ -20,7 +20,6 @@ Options: variant="joint" (default), "output", or "means", on state the older sqr
 """
 
 import torch
-import torch.nn.functional as F
 
 import sspruner
 from sspruner.calibrate import selective, state
@@ -62,29 +61,12 @@ class Ghost(sspruner.Scorer):
 
 def _change_of_output(view: sspruner.SSMView, axis: str) -> torch.Tensor:
     """Summed squared change of out_proj's output: fp64 (G, N) on state, else (H, P)."""
-    w, p = _weights(view), view.projected
+    w, p = view.output_weights, view.projected
     if axis != "state":
         return (w * view.y.square() * view.mask[..., None, None]).sum((0, 1), dtype=torch.float64)
     if isinstance(p, Projected):
         return state.weighted_ghost_sum(p, w, view.mask)
     return selective.weighted_ghost_sum(p, w, view.mask)
-
-
-def _weights(view: sspruner.SSMView) -> torch.Tensor:
-    """w_t[k,p]: squared gain from y to out_proj's input, times the column's: fp32 (b, T, H, P); Mamba1 (b, T, G, P)."""
-    y, gain = view.y.flatten(2), F.silu(view.z.float())  # (b, T, D)
-    channels = y.shape[-1]
-    if view.has("norm.weight"):
-        gain = gain * view.tensor("norm.weight")
-        # What the norm divided by, in either order of gate and norm: out_proj's input is y * gain / rms.
-        given = view.inputs["out_proj.weight"][:, -channels:]
-        given = given.reshape(len(given), view.B.shape[2], -1)  # (tokens, G, D / G)
-        before = (y * gain)[view.mask].view_as(given)
-        energy = before.square().sum(-1, keepdim=True)
-        scale = (before * given).sum(-1, keepdim=True) / energy.where(energy > 0, 1.0)  # (tokens, G, 1): 1 / rms
-        gain[view.mask] *= scale.expand_as(given).flatten(1)
-    reading = view.tensor("out_proj.weight")[:, -channels:].square().sum(0)  # (D,)
-    return (gain.square() * reading).view_as(view.y)
 
 
 @sspruner.hookimpl

@@ -69,7 +69,7 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
     [
         (
             "--scorer ghots",
-            ("unknown scorer 'ghots'", "known: block-influence, flap, ghost, gradmag", "did you mean 'ghost'?"),
+            ("unknown scorer 'ghots'", "known: balanced, block-influence, flap, ghost,", "did you mean 'ghost'?"),
         ),
         ("--sparsity -0.1", ("sparsity -0.1: must be at least 0 and below 1",)),
         ("--sparsity 1", ("sparsity 1: must be at least 0 and below 1",)),
@@ -103,7 +103,7 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
             "--axis state --scorer block-influence",
             (
                 "'block-influence' does not score axis 'state'; it scores block;",
-                "these score state: ghost, last, magnitude",
+                "these score state: balanced, ghost, last, magnitude",
             ),
         ),
         ("--axis state=0.5,mlp=0.2", ("'ghost' does not score axis 'mlp'", "these score mlp: flap, magnitude, random")),
@@ -142,7 +142,7 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
         ("--scorer state=ghost,magnitude", ("--scorer 'state=ghost,magnitude': expected NAME=VALUE",)),
         ("--scorer state=ghost,state=random", ("--scorer 'state=ghost,state=random'", "each name once")),
         ("--scorer =ghost", ("--scorer '=ghost': expected NAME=VALUE",)),
-        ("--scorer state=", ("unknown scorer ''", "known: block-influence, flap, ghost")),
+        ("--scorer state=", ("unknown scorer ''", "known: balanced, block-influence, flap, ghost")),
         ("--mode slim", ("mode 'slim': must be slice or mask",)),
         ("--dtype int8", ("dtype 'int8': must be auto, float32, bfloat16 or float16",)),
         ("--device gpu", ("device 'gpu': not available here",)),
@@ -808,9 +808,10 @@ def test_constant_activations_give_finite_scores(name: str, family: str, kind: s
     model, ids = constant(zoo(family), kind)
     graph = sspruner.trace(model)
     axes = [a for a in (*graph.axes, *{g.axis for g in graph.elements.values()}) if a in SHIPPED[name].axes]
-    if name == "sparsessm" and family != "mamba":
+    if (name == "sparsessm" and family != "mamba") or (name == "balanced" and family == "mamba"):
         axes = []
     variants = {"ghost": [{"variant": v} for v in ("joint", "means", "output")],
+                "balanced": [{"weights": w} for w in ("output", "none")],
                 "taylor": [{"order": o} for o in ("first", "second", "fisher")]}  # fmt: skip
     for options in variants.get(name, [{}]) if axes else []:
         found = sspruner.score(model, name, axis=axes, calibration=calibrated(ids), options=options)

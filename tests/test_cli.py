@@ -25,7 +25,8 @@ from zoo import zoo
 import sspruner
 from sspruner.cli.main import main
 from sspruner.io.load import DEFAULT, REFERENCES
-from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Selection
 from sspruner.planning.scores import Scores
 from sspruner.surgery import mask
 from sspruner.surgery import slice as slicing

@@ -20,7 +20,8 @@ import sspruner
 from sspruner.calibrate.products import Products
 from sspruner.calibrate.replay import Replay
 from sspruner.graph.elements import element_groups
-from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Selection
 from sspruner.surgery.mask import dropped, is_masked
 
 MAMBA1 = ("mamba", "falcon_mamba", "jamba")

@@ -15,7 +15,8 @@ from zoo import FAMILIES, zoo
 import sspruner
 from sspruner.evaluate.continuation import continuation
 from sspruner.evaluate.damage import damage
-from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Selection
 
 FP32 = (torch.float32,)
 

@@ -26,7 +26,8 @@ import sspruner
 from sspruner.errors import ModelError, PlanError, ProofError
 from sspruner.graph import causality
 from sspruner.graph.family import Family, Projected
-from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Selection
 from sspruner.plugins import manager
 from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask

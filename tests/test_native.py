@@ -22,7 +22,8 @@ import sspruner
 from sspruner.calibrate import selective, state
 from sspruner.graph.family import Projected
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Selection
 from sspruner.plugins import manager
 from sspruner.surgery import proof
 from sspruner.surgery.predict import removed_parameters, removed_state_bytes

@@ -21,7 +21,8 @@ from sspruner.graph.group import Block, DependencyGroup
 from sspruner.planning.allocate import allocate
 from sspruner.planning.budget import Budget
 from sspruner.planning.decide import select
-from sspruner.planning.plan import Plan, Selection, check_plan
+from sspruner.planning.plan import Plan, check_plan
+from sspruner.planning.reduction import Selection
 
 GRAPH = sspruner.trace(tiny_model(layers=3, groups=2, heads_per_group=4, state=8))
 STATES, HEADS = list(GRAPH.on_axis("state")), list(GRAPH.on_axis("head"))

@@ -20,7 +20,8 @@ from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
 from sspruner.io.load import DEFAULT, REFERENCES
-from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Selection
 from sspruner.surgery.record import fields
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -24,7 +24,8 @@ from sspruner.calibrate.sources import Calibration
 from sspruner.graph.family import Projected, SelectiveProjected
 from sspruner.graph.group import DependencyGroup
 from sspruner.planning.decide import select
-from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Selection
 from sspruner.surgery.mask import mask_group, unmask
 
 FP32 = (torch.float32,)

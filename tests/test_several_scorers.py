@@ -172,7 +172,7 @@ def test_linear_layers_are_seen_in_one_run_of_their_block() -> None:
 
 def test_one_backward_pass_serves_all() -> None:
     model = tiny_model()
-    with batches_of(2 * 19), counted(torch.autograd, "backward", lambda *_, **__: "backward") as passes:
+    with batches_of(2 * 19), counted(torch.autograd, "_engine_run_backward", lambda *_, **__: "backward") as passes:
         score(model, ["taylor", "snip"])
         assert passes["backward"] == 2
         score(model, ["taylor", "snip"], options={"taylor.order": "fisher"})

@@ -22,6 +22,7 @@ import torch
 from sspruner.graph.family import Projected
 
 CHUNK = 64
+WEIGHTED = 32  # chunk length where weights differ by channel: Q^2 P for each token
 EXPLICIT = 4  # steps whose states are held at once where a sum needs every state itself
 
 
@@ -145,20 +146,65 @@ def _energy_sum(p: Projected, mask: torch.Tensor | None, size: int, observed: bo
 
 def gramian(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
     """W_c = sum over samples, tokens, heads of the group and p of h_t h_t^T: (G, N, N), symmetric, fp64."""
-    G, N = p.B.shape[2:]
-    total = torch.zeros(G, N, N, dtype=torch.float64, device=p.x.device)
+    total = _no_gramian(p)
     for c in chunks(p, mask, size):
-        dB = c.dt[..., None] * c.B[:, :, None]  # (b, G, K, Q, N)
-        counted = c.L * c.weight[:, :, None, :, None]  # rows t that count
-        inside = (c.x @ c.x.transpose(-1, -2)) * (c.L.transpose(-1, -2) @ counted)  # (b, G, K, Q, Q)
-        total += torch.einsum("bgkqn,bgkqm->gnm", dB, inside @ dB)
-        decay = (c.decay * c.weight[:, :, None])[..., None, :]  # (b, G, K, 1, Q)
-        reach = (decay @ c.L).transpose(-1, -2)  # (b, G, K, Q, 1): sum_t weight_t decay_t L[t,s]
-        cross = torch.einsum("bgkqn,bgkqm->gnm", dB, reach * (c.x @ c.entry))
-        total += cross + cross.transpose(-1, -2)
-        left = (decay.squeeze(-2) * c.decay).sum(-1)[..., None, None]  # (b, G, K, 1, 1)
-        total += torch.einsum("bgkpn,bgkpm->gnm", left * c.entry, c.entry)
+        made = c.L * c.dt[..., None, :]  # (b, G, K, Q, Q): h_t = sum_s made[t,s] x_s (x) B_s + decay_t S0
+        counted = c.weight[:, :, None, :, None]  # steps t that count
+        inside = (c.x @ c.x.transpose(-1, -2)) * (made.transpose(-1, -2) @ (made * counted))  # (b, G, K, Q, Q)
+        reach = made.transpose(-1, -2) @ (c.decay[..., None] * counted)  # (b, G, K, Q, 1)
+        left = (c.decay.square()[..., None] * counted).sum(-2)  # (b, G, K, 1)
+        total += _chunk_gramian(c, inside, reach, left)
     return (total + total.transpose(-1, -2)) / 2  # symmetric up to rounding; made so exactly
+
+
+def weighted_gramian(
+    p: Projected, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = WEIGHTED
+) -> torch.Tensor:
+    """sum over samples, tokens, heads of the group and p of w_t[k,p] h_t h_t^T: (G, N, N), symmetric, fp64.
+
+    w: (b, T, H, P), not negative. In a chunk h_t[p] is a sum over steps s of numbers z_tp[s] times B_s, and of decay_t
+    S0[p]; the weights go into z, so that what is summed over t and p is one product z^T z of size Q x Q for each head:
+    Q^2 P multiplications per token and head, and memory of b H Q^2 P numbers. The states are never made.
+    """
+    b, T, H, P = p.x.shape
+    G = p.B.shape[2]
+    w = w.view(b, T, G, H // G, P).permute(0, 2, 3, 1, 4)  # (b, G, K, T, P)
+    total, start = _no_gramian(p), 0
+    for c in chunks(p, mask, size):
+        Q = c.x.shape[-2]
+        made = c.L * c.dt[..., None, :]  # (b, G, K, Q, Q)
+        counted = w[..., start : start + Q, :].to(made) * c.weight[:, :, None, :, None]  # (b, G, K, Q, P)
+        z = (made[..., None, :] * counted.sqrt()[..., None]).mul_(c.x.transpose(-1, -2)[..., None, :, :])
+        z = z.flatten(3, 4)  # (b, G, K, Q P, Q)
+        reach = made.transpose(-1, -2) @ (c.decay[..., None] * counted)  # (b, G, K, Q, P)
+        left = (c.decay.square()[..., None] * counted).sum(-2)  # (b, G, K, P)
+        total += _chunk_gramian(c, z.transpose(-1, -2) @ z, reach, left)
+        start += Q
+    return (total + total.transpose(-1, -2)) / 2
+
+
+def observability(C: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """W_o = sum over samples and tokens of C_t C_t^T: (G, N, N), fp64. C: (b, T, G, N). What reads the state."""
+    counted = C[mask].double()  # (tokens, G, N)
+    return torch.einsum("tgn,tgm->gnm", counted, counted)
+
+
+def _no_gramian(p: Projected) -> torch.Tensor:
+    G, N = p.B.shape[2:]
+    return torch.zeros(G, N, N, dtype=torch.float64, device=p.x.device)
+
+
+def _chunk_gramian(c: Chunk, inside: torch.Tensor, reach: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """B^T inside B + B^T cross + cross^T B + S0^T left S0, summed over the batch and the heads of a group: (G, N, N).
+
+    inside: (b, G, K, Q, Q) between steps; reach: (b, G, K, Q, P) from a step to what entered, or (.., 1) for all p;
+    left: (b, G, K, P) or (b, G, K, 1), of what entered. Heads share B, so that they are summed before it.
+    """
+    cross = ((reach * c.x) @ c.entry).sum(2)  # (b, G, Q, N)
+    half = inside.sum(2) @ c.B / 2 + cross  # (b, G, Q, N)
+    stepped = torch.einsum("bgqn,bgqm->gnm", c.B, half)
+    entered = torch.einsum("bgkpn,bgkpm->gnm", left[..., None] * c.entry, c.entry)
+    return stepped + stepped.transpose(-1, -2) + entered
 
 
 def scan_output(p: Projected, size: int = CHUNK) -> torch.Tensor:

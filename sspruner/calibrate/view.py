@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sspruner.calibrate import selective, state
+from sspruner.calibrate.gain import output_weights
 from sspruner.errors import PluginError
 from sspruner.graph.family import Family, Projected, SelectiveProjected
 from sspruner.graph.group import Block, DependencyGroup
@@ -100,9 +101,37 @@ class Observation:
 
     @cached_property
     def gramian(self) -> torch.Tensor:
+        return state.gramian(self._one_decay(), self.mask)
+
+    @cached_property
+    def weighted_gramian(self) -> torch.Tensor:
+        return state.weighted_gramian(self._one_decay(), self.output_weights, self.mask)
+
+    def _one_decay(self) -> Projected:
         if not isinstance(self.projected, Projected):
             raise PluginError("the Gramian of a group's states is defined for Mamba2: Mamba1's decay differs by state")
-        return state.gramian(self.projected, self.mask)
+        return self.projected
+
+    @cached_property
+    @torch.no_grad()
+    def output_weights(self) -> torch.Tensor:
+        channels = self.y.flatten(2).shape[-1]
+        out_proj = _tensor(self.model, f"{self.site}.out_proj.weight").float()[:, -channels:]
+        norm = getattr(getattr(self.model.get_submodule(self.site), "norm", None), "weight", None)
+        if norm is None:
+            return output_weights(self.y, self.projected.z, out_proj)
+        groups = self.projected.B.shape[2]
+        return output_weights(self.y, self.projected.z, out_proj, norm.float(), self._given(channels), groups)
+
+    def _given(self, channels: int) -> torch.Tensor:
+        """What out_proj is given of the scan's output: fp32 (b, T, D); zeros at padding."""
+        assert self._family is not None
+        known = self._family.readout(self.model.get_submodule(self.layer), self.y, self.projected.z)
+        if known is not None:
+            return known
+        given = self.y.new_zeros(*self.mask.shape, channels)
+        given[self.mask] = self.inputs[f"{self.site}.out_proj.weight"][:, -channels:]
+        return given
 
 
 class SSMView:
@@ -293,6 +322,21 @@ class SSMView:
     def gramian(self) -> torch.Tensor:
         """fp64 (G, N, N): sum over tokens, heads of the group and p of h h^T. Mamba2 only."""
         return self.observation.gramian
+
+    @property
+    def weighted_gramian(self) -> torch.Tensor:
+        """fp64 (G, N, N): the same sum, of w h h^T with w = output_weights. Mamba2 only."""
+        return self.observation.weighted_gramian
+
+    @property
+    def observability(self) -> torch.Tensor:
+        """fp64 (G, N, N): sum over tokens of C C^T."""
+        return state.observability(self.C, self.mask)
+
+    @property
+    def output_weights(self) -> torch.Tensor:
+        """fp32 (b, T, H, P), in Mamba1 (b, T, G, P): squared gain from y to the mixer's output (calibrate/gain.py)."""
+        return self.observation.output_weights
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:

@@ -11,7 +11,15 @@ Model = Annotated[
     Optional[str], typer.Argument(help="Model folder or hub id. Default: the reference model.", show_default=False)
 ]
 Scorer = Annotated[
-    str, typer.Option(help="Scorer (`sspruner scorers` lists them), or one per axis: state=ghost,mlp=magnitude.")
+    Optional[str],
+    typer.Option(
+        help="Scorer (`sspruner scorers` lists them), or one per axis: state=ghost,mlp=magnitude.",
+        show_default="ghost, or that of --basis",
+    ),
+]
+Basis = Annotated[
+    Optional[str],
+    typer.Option(help="select: keep coordinates of the state. balanced: keep directions.", show_default="the scorer's"),
 ]
 Scorers = Annotated[
     Optional[list[str]],

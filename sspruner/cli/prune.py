@@ -28,7 +28,8 @@ NAME = "prune"
 @reports_errors
 def command(
     model: o.Model = None,
-    scorer: o.Scorer = "ghost",
+    scorer: o.Scorer = None,
+    basis: o.Basis = None,
     axis: o.Axis = "state",
     sparsity: o.Sparsity = None,
     keep: o.Keep = None,
@@ -58,11 +59,11 @@ def command(
     import sspruner
     from sspruner.io.load import name_of
     from sspruner.io.output import check_output
-    from sspruner.pipeline import make_budget
+    from sspruner.pipeline import make_budget, with_basis
     from sspruner.plugins import manager
     from sspruner.report.table import result_table
 
-    axes, scorers = axes_from(axis), scorers_from(scorer)
+    axes, named = axes_from(axis), scorers_from(scorer) if scorer else None
     budget: dict[str, Any] = {
         "axis": axes,
         "sparsity": sparsity,
@@ -81,13 +82,15 @@ def command(
     check_json(json)
     scorer_options = options_from(option)
     prepare(plugin)
-    for name in scorers.values() if isinstance(scorers, dict) else [scorers]:
+    for name in named.values() if isinstance(named, dict) else [named] if named else []:
         manager.scorer(name)
+    with_basis(named, basis, list(axes) if isinstance(axes, dict) else [axes])
     with progress_bar() as progress:
         loaded, tokenizer = sspruner.load(model, dtype=dtype)
         result = sspruner.prune(
             loaded,
-            scorers,
+            named,
+            basis=basis,
             **budget,
             mode=mode,
             one_shot=one_shot,
@@ -107,5 +110,5 @@ def command(
     if str(json) != "-":
         show(result_table(result.report))
         if result.scores.from_cache:
-            typer.echo(f"scores of {scorer}{from_cache(result.scores)}")
+            typer.echo(f"scores of {result.report.scorer}{from_cache(result.scores)}")
         typer.echo(f"saved to {out}" if out else "nothing saved; add --out DIR to keep the pruned model")

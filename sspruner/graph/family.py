@@ -56,6 +56,8 @@ class Family(ABC):
     config_sizes   stock config fields that hold one value for all layers: field -> a sum of products of dimensions
     config_epsilon config field of the epsilon of the norms over the residual stream, if nothing else reads it
     config_lists   config fields with one entry per block, cut with the blocks
+    basis_refused  why the state cannot have another basis, "" if it can (needs `state_encode` and `state_decode` in
+                   layout and project, see mamba2_type.py)
     mixer_axis     whether the rest of a block still does something without its mixer (axis `mixer`)
     """
 
@@ -64,6 +66,7 @@ class Family(ABC):
     config_sizes: dict[str, Size] = {}
     config_epsilon: str = ""
     config_lists: tuple[str, ...] = ()
+    basis_refused: str = "the mixer's code has no projection of B and C"
     mixer_axis: bool = False
 
     def recognises(self, module: nn.Module) -> bool:
@@ -80,6 +83,13 @@ class Family(ABC):
 
         hidden: (b, T, hidden size), the mixer's input. mask: bool (b, T), False where padding.
         """
+
+    def readout(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:
+        """What `mixer` gives its out_proj, from the scan's output y, fp32 (b, T, H, P), and the gate z, (b, T, H*P).
+
+        fp32 (b, T, H*P); None if the family does not say: then it is observed, in one more run of the block.
+        """
+        return None
 
     def belongings(self, model: nn.Module, block: str) -> tuple[str, ...]:
         """Paths of modules outside `block` that only this block uses."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from sspruner.graph.group import DependencyGroup, Member
 
+ENCODE, DECODE = "state_encode", "state_decode"  # of a mixer whose state has coordinates of its own
 Dims = tuple[str, ...]
 Size = tuple[Dims, ...]  # a sum of products of dimensions
 
@@ -102,6 +103,42 @@ class Layout:
     def resized(self, sizes: Mapping[str, int]) -> Layout:
         """The same layout after a cut: `sizes` replaces the sizes of the dimensions it names."""
         return replace(self, sizes={**self.sizes, **sizes})
+
+    def projected(self, size: int) -> Layout:
+        """The same layout with a recurrent state of `size` coordinates of its own, a basis, beside rows that stay.
+
+        What was `state` is then `row`: the rows that make B and C. encode (group, state, row) reads them into the
+        state, decode (group, row, state) reads the state out.
+        """
+        if self.is_projected:
+            return self.resized({"state": size})
+        groups, state = ("group",), ("state",)
+        return replace(
+            self,
+            sizes={**self.sizes, "row": self.sizes["state"], "state": size},
+            slots=(
+                *(replace(s, rows=tuple(Rows(r.name, self.row_dims(r.dims)) for r in s.rows)) for s in self.slots),
+                Slot(ENCODE, 0, (Rows("group", groups),)),
+                Slot(ENCODE, (0, 1), (Rows("encode", state),), outer=groups),
+                Slot(DECODE, 0, (Rows("group", groups),)),
+                Slot(DECODE, (0, 2), (Rows("decode", state),), outer=groups),
+            ),
+            attributes={a: tuple(map(self.row_dims, size)) for a, size in self.attributes.items()},
+        )
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether the state has coordinates of its own."""
+        return "row" in self.sizes
+
+    def stock_total(self, size: Size) -> int:
+        """The value of a config's field: where the state has coordinates of its own, its `state` is the rows."""
+        return self.total(tuple(map(self.row_dims, size)) if self.is_projected else size)
+
+    @staticmethod
+    def row_dims(dims: Dims) -> Dims:
+        """Dimensions in a projected layout, of what is sized by the rows of B and C, not by the state."""
+        return tuple("row" if d == "state" else d for d in dims)
 
     def rows_of(self, slot: Slot, rows: Rows) -> torch.Tensor:
         """Row numbers of one run, in the shape of its dimensions: int64 (*outer, *rows.dims), on the CPU."""

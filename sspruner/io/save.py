@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sspruner import ELEMENT_AXES
 from sspruner.io.output import atomic_folder
 from sspruner.planning.plan import axis_of
 from sspruner.planning.tensors import FOLDER
-from sspruner.surgery.mask import added_biases
+from sspruner.surgery.mask import added_biases, masked_projections
 from sspruner.surgery.record import RECORD, noted
 
 WEIGHTS = "weights"  # subfolder for weights that only `sspruner.load` can read
@@ -33,7 +34,7 @@ def save(
     stock classes cannot load lie in its subfolder `weights`. Raises InputError if the folder exists and is not empty,
     unless `overwrite` is given and it holds an earlier model.
     """
-    with atomic_folder(out, overwrite) as folder, noted(getattr(model, "config", None), added_biases(model)):
+    with atomic_folder(out, overwrite) as folder, _noted(model):
         weights = weights_folder(model)
         model.save_pretrained(folder / weights)
         if weights:
@@ -49,6 +50,10 @@ def save(
                 replace(result.scores, importance=units).save(folder / FOLDER / "scores.safetensors")
             result.report.save(folder / "report.json")
     return Path(out)
+
+
+def _noted(model: Any) -> AbstractContextManager[None]:
+    return noted(getattr(model, "config", None), added_biases(model), masked_projections(model))
 
 
 def weights_folder(model: Any) -> str:

@@ -69,7 +69,7 @@ def store(key: str, scores: Scores) -> None:
     try:
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Scores(scores.importance, {**scores.metadata, "cache_key": key}).save(path)
+        replace(scores, metadata={**scores.metadata, "cache_key": key}).save(path)
     except (OSError, RuntimeError, InputError):
         return
 

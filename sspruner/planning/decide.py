@@ -16,7 +16,8 @@ from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.allocate import allocate
 from sspruner.planning.budget import Budget, ignored, pattern_sparsity, protected, ratio_of
 from sspruner.planning.elements import check_pattern, choose, choose_globally, competing
-from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Reduction, reduction
 from sspruner.planning.scores import Scores
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # scores (groups, units) -> what stays: bool, the same shape
@@ -70,7 +71,7 @@ def make_plan(
     if not cut:
         raise InputError("the budget removes nothing: every dependency group keeps all its units")
     return Plan(
-        {name: selection(stays) for name, stays in cut.items() if not groups[name].tensor},
+        {n: reduction(stays, scores.bases.get(n)) for n, stays in cut.items() if not groups[n].tensor},
         {"fingerprint": scores.metadata.get("model", "")},
         {**scores.metadata, **budget.to_json()},
         elements={name: stays for name, stays in cut.items() if groups[name].tensor},
@@ -157,14 +158,9 @@ def _best_units(scores: torch.Tensor, count: int, protected: Sequence[int]) -> t
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 
 
-def selection(keep: torch.Tensor) -> Selection:
-    """A bool tensor (groups, units) as the Selection of a plan."""
-    return Selection(keep.shape[1], tuple(tuple(row.nonzero().flatten().tolist()) for row in keep))
-
-
-def select(importance: torch.Tensor, count: int, protected: Sequence[int] = ()) -> Selection:
+def select(importance: torch.Tensor, count: int, protected: Sequence[int] = ()) -> Reduction:
     """Keep the `count` best units of every set. importance: (groups, units)."""
-    return selection(_best_units(importance, count, protected))
+    return reduction(_best_units(importance, count, protected))
 
 
 def check_budget(groups: Mapping[str, DependencyGroup], budget: Budget) -> None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +18,32 @@ from sspruner.errors import PlanError
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.io.output import atomic_file
+from sspruner.planning.reduction import (
+    Projection,
+    Reduction,
+    check_fits,
+    check_reduction,
+    from_json,
+    integer,
+    tensors_of,
+)
 from sspruner.planning.tensors import digest, pack, read_tensors, unpack
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Keep these units of a dependency group: `keep` holds, per set, increasing indices below `before`."""
-
-    before: int
-    keep: tuple[tuple[int, ...], ...]
-
-    @property
-    def after(self) -> int:
-        """Units kept in every set."""
-        return len(self.keep[0])
-
-    def dropped(self, group: int) -> list[int]:
-        """The units of one set that go, in increasing order."""
-        kept = set(self.keep[group])
-        return [unit for unit in range(self.before) if unit not in kept]
-
-
-@dataclass(frozen=True)
 class Plan:
     """What stays of each dependency group, on one axis or on several; what stays of single tensors; and new values.
 
-    groups: `<module path>:<axis>` -> Selection. `model` identifies the model; `made_by` says how the plan was made.
+    groups: `<module path>:<axis>` -> Selection or Projection. `model` identifies the model; `made_by` says how the
+    plan was made.
     elements: `<module path>:<axis>` of single elements -> bool (rows, cols), True for what stays.
     updates: full name of a parameter -> its new value, in the size that it has before anything is cut; of a bias that
     a linear layer lacks, too. New values are written first, then units and elements go.
     """
 
-    groups: dict[str, Selection]
+    groups: dict[str, Reduction]
     model: dict[str, str] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
     elements: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -75,19 +66,23 @@ class Plan:
         same = (self.groups, self.model, self.made_by) == (other.groups, other.model, other.made_by)
         return same and _same(self.elements, other.elements) and _same(self.updates, other.updates)
 
-    def to_json(self) -> dict[str, Any]:
-        """The content of plan.json. Masks of elements and new values are not in it, but their shapes and a digest."""
-        return self._json(pack(self.elements, self.updates))
+    def to_json(self, digest: bool = True) -> dict[str, Any]:
+        """The content of plan.json. Masks, new values and projections are not in it, but their shapes and a digest.
+
+        digest=False leaves that out: a config's record has the values among the weights.
+        """
+        return self._json(self._packed() if digest else {})
+
+    def _packed(self) -> dict[str, torch.Tensor]:
+        """What the file beside plan.json holds."""
+        return pack(self.elements, {**self.updates, **tensors_of(self.groups)})
 
     def _json(self, packed: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         data: dict[str, Any] = {
             "version": VERSION,
             "model": self.model,
             "axis": ",".join(self.axes),
-            "groups": {
-                name: {"before": s.before, "after": s.after, "keep": [list(k) for k in s.keep]}
-                for name, s in self.groups.items()
-            },
+            "groups": {name: reduction.to_json() for name, reduction in self.groups.items()},
             "made_by": self.made_by,
         }
         if packed:
@@ -111,26 +106,21 @@ class Plan:
             raise PlanError(f"{where}: not a plan of version {VERSION}")
         if _has_tensors(data):
             if tensors is None:
-                raise PlanError(f"{where}: its masks and new values lie in a file beside it; read it with Plan.load")
+                raise PlanError(f"{where}: its tensors lie in a file beside it; read it with Plan.load")
             if data.get("tensors") != digest(tensors):
-                raise PlanError(
-                    f"{where}: the masks and new values in its .safetensors file are not those of this plan"
-                )
+                raise PlanError(f"{where}: the tensors in its .safetensors file are not those of this plan")
         try:
-            groups = {
-                str(name): Selection(_index(g["before"]), tuple(tuple(map(_index, k)) for k in g["keep"]))
-                for name, g in data["groups"].items()
-            }
+            groups = {str(name): from_json(str(name), g, tensors or {}) for name, g in data["groups"].items()}
             elements = {
-                str(name): unpack((tensors or {})[name], tuple(map(_index, m["shape"])))
+                str(name): unpack((tensors or {})[name], tuple(map(integer, m["shape"])))
                 for name, m in data.get("elements", {}).items()
             }
             updates = {str(name): (tensors or {})[name] for name in data.get("updates", {})}
             plan = cls(groups, dict(data.get("model", {})), dict(data.get("made_by", {})), elements, updates)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{where}: malformed plan ({type(error).__name__}: {error})") from error
-        for name, selection in plan.groups.items():
-            _check_selection(f"{where}: {name}", selection)
+        for name, reduction in plan.groups.items():
+            check_reduction(f"{where}: {name}", reduction)
         for key, stated in plan._shapes().items():
             if stated != data.get(key, {}):
                 raise PlanError(f"{where}: malformed plan ({key!r} are not those in the file beside it)")
@@ -139,10 +129,10 @@ class Plan:
     def save(self, path: str | Path, tensors: str | Path | None = None) -> None:
         """Write plan.json, atomically: one line per dependency group, so that plans can be compared with diff.
 
-        Masks of elements and new values go to the file of the same name with the suffix .safetensors beside it, or
-        to `tensors`.
+        Masks of elements, new values and projections go to the file of the same name with the suffix .safetensors
+        beside it, or to `tensors`.
         """
-        packed = pack(self.elements, self.updates)
+        packed = self._packed()
         data = self._json(packed)
         parts = {key: data.pop(key) for key in ("groups", "elements", "updates") if key in data}
         text = json.dumps(data, indent=2).removesuffix("\n}")
@@ -194,15 +184,17 @@ def check_plan(plan: Plan, graph: SSMGraph, fingerprint: str | None = None, mode
             f"the plan was made for another model (fingerprint {made_for}, this model has {fingerprint}); "
             "make a plan for this one"
         )
-    for name, selection in plan.groups.items():
+    for name, reduction in plan.groups.items():
         group = _find(name, graph.groups, "dependency group")
-        _check_selection(name, selection)
-        _check_fits(name, selection, group)
-        if selection.after % group.multiple_of and selection.after < selection.before:
+        check_reduction(name, reduction)
+        check_fits(name, reduction, group)
+        if isinstance(reduction, Projection) and (why := basis_refused(group, graph)):
+            raise PlanError(f"{name}: cannot be projected: {why}")
+        if reduction.after % group.multiple_of and reduction.after < reduction.before:
             raise PlanError(
-                f"{name}: keeps {selection.after} units; the model's code needs a multiple of {group.multiple_of}"
+                f"{name}: keeps {reduction.after} units; the model's code needs a multiple of {group.multiple_of}"
             )
-        if selection.after == 0:
+        if reduction.after == 0:
             raise PlanError(f"{name}: keeps nothing; at least 1 unit has to stay (to drop whole layers: axis block)")
     for name, keep in plan.elements.items():
         check_mask(keep, _find(name, graph.elements, "tensor to zero elements of"))
@@ -210,6 +202,13 @@ def check_plan(plan: Plan, graph: SSMGraph, fingerprint: str | None = None, mode
     if not plan.drops:
         raise PlanError("the plan keeps every unit: nothing would be removed; remove something with sparsity or keep")
     _check_modules(plan, graph)
+
+
+def basis_refused(group: DependencyGroup, graph: SSMGraph) -> str:
+    """Why the units of a dependency group cannot be directions of another basis; "" if they can."""
+    if group.axis != "state":
+        return "only the state of Mamba2-type mixers can have another basis"
+    return next(site.family.basis_refused for site in graph.layers if site.path == group.layer and site.family)
 
 
 def check_mask(keep: torch.Tensor, group: DependencyGroup) -> None:
@@ -284,33 +283,10 @@ def _check_modules(plan: Plan, graph: SSMGraph) -> None:
 
 
 def _has_tensors(data: Any) -> bool:
-    return isinstance(data, dict) and bool(data.get("elements") or data.get("updates"))
+    return isinstance(data, dict) and any(data.get(key) for key in ("elements", "updates", "tensors"))
 
 
 def _same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(
         t.dtype == two[name].dtype and torch.equal(t.cpu(), two[name].cpu()) for name, t in one.items()
     )
-
-
-def _index(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{value!r} is not an integer")
-    return value
-
-
-def _check_fits(name: str, selection: Selection, group: DependencyGroup) -> None:
-    if (selection.before, len(selection.keep)) != (group.units, group.groups):
-        raise PlanError(
-            f"{name}: the plan starts from {len(selection.keep)} x {selection.before} units, the model has "
-            f"{group.groups} x {group.units}; make a plan for this model"
-        )
-
-
-def _check_selection(name: str, selection: Selection) -> None:
-    counts = {len(k) for k in selection.keep}
-    if len(counts) != 1:
-        raise PlanError(f"{name}: keeps {sorted(counts)} units; every group needs the same count")
-    for keep in selection.keep:
-        if any(a >= b for a, b in pairwise(keep)) or (keep and not 0 <= keep[0] <= keep[-1] < selection.before):
-            raise PlanError(f"{name}: indices must increase within 0 to {selection.before - 1}")

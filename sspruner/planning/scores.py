@@ -11,12 +11,17 @@ from safetensors.torch import save_file
 
 from sspruner.errors import InputError
 from sspruner.io.output import atomic_file
+from sspruner.planning.reduction import PARTS, Basis
+
+SUFFIXES = tuple(f".{part}" for part in PARTS)
 
 
 @dataclass(frozen=True)
 class Scores:
     """importance: `<module path>:<axis>` -> fp32 (groups, units), higher = keep.
 
+    bases: for units that are directions of the state, what these are: the same name -> encode fp32 (groups, units, N)
+    and decode fp32 (groups, N, units); unit i is row i of the one and column i of the other.
     metadata: sspruner version, scorer and its options, model fingerprint, calibration source, tokens, seed.
     from_cache: whether they were made in an earlier run.
     """
@@ -24,11 +29,14 @@ class Scores:
     importance: dict[str, torch.Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     from_cache: bool = False
+    bases: dict[str, Basis] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""
         with atomic_file(path) as temporary:
-            save_file({k: v.contiguous() for k, v in self.importance.items()}, temporary, metadata=self.metadata)
+            parts = {f"{n}.{part}": t for n, basis in self.bases.items() for part, t in zip(PARTS, basis, strict=True)}
+            tensors = {name: t.contiguous() for name, t in (self.importance | parts).items()}
+            save_file(tensors, temporary, metadata=self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -43,7 +51,22 @@ class Scores:
             raise InputError(f"scores {path}: not a readable safetensors file ({error}); score again") from error
         if not scores:
             raise InputError(f"scores {path}: holds no scores; score again")
+        bases = _bases(scores, str(path))
         for name, importance in scores.items():
             if importance.ndim != 2 or not importance.is_floating_point() or not importance.isfinite().all():
                 raise InputError(f"scores {path}: {name} is not a finite (groups, units) tensor; score again")
-        return cls(scores, metadata)
+        return cls(scores, metadata, bases=bases)
+
+
+def _bases(tensors: dict[str, torch.Tensor], path: str) -> dict[str, Basis]:
+    """Take the bases out of what a file holds. Raises InputError for one that is not whole."""
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(SUFFIXES)))
+    found = {}
+    for name in names:
+        encode, decode = (tensors.pop(f"{name}.{part}", torch.empty(0)) for part in PARTS)
+        units = tensors[name].shape if name in tensors else ()
+        whole = encode.ndim == 3 and encode.shape[:2] == units and decode.shape == encode.mT.shape
+        if not whole or not (encode.isfinite().all() and decode.isfinite().all()):
+            raise InputError(f"scores {path}: the basis of {name} is not whole; score again")
+        found[name] = encode, decode
+    return found

@@ -1,4 +1,4 @@
-"""The tensors of a plan, in a file beside plan.json: masks of elements packed to bits, new values as they are."""
+"""The tensors of a plan, in a file beside plan.json: masks of elements packed to bits, all others as they are."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tensors_file(plan: Path) -> Path:
     for path in (beside, plan.parent / FOLDER / beside.name):
         if path.is_file():
             return path
-    raise PlanError(f"plan {plan}: its masks and new values are missing: no file {beside.name} beside it")
+    raise PlanError(f"plan {plan}: its tensors are missing: no file {beside.name} beside it")
 
 
 def read_tensors(plan: Path) -> dict[str, torch.Tensor]:

@@ -88,6 +88,14 @@ def scorer(name: str) -> tuple[type[Scorer], str]:
     return known[name]
 
 
+def scorer_of_basis(basis: str) -> str:
+    """The name of the first scorer that has a basis. Raises InputError that lists the bases there are."""
+    known = {cls.basis: name for name, (cls, _) in sorted(scorers().items(), reverse=True)}
+    if basis not in known:
+        raise InputError(f"unknown basis {basis!r}; installed scorers have: {', '.join(sorted(known))}")
+    return known[basis]
+
+
 def families() -> dict[str, Family]:
     """Every model family by name. Raises PluginError on a clash or a malformed family."""
     from sspruner.graph.family import Family

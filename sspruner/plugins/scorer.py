@@ -15,7 +15,9 @@ from sspruner.errors import InputError, ModelError, PluginError, SSPrunerError
 from sspruner.graph.group import DependencyGroup
 from sspruner.planning.budget import GRANULARITIES
 from sspruner.planning.decide import Choose
+from sspruner.planning.reduction import Basis
 
+SELECT = "select"  # the basis that a model has
 NEEDS = ("weights", "activations", "gradients", "fisher", "loss")
 
 
@@ -32,12 +34,15 @@ class Scorer(ABC):
             "fisher": the same, with the mean of the squared gradients of single sequences beside the mean gradient;
             "loss": observe is called once, with a view that tells the loss without some blocks or mixers.
             An instance may set its own, where its options decide
+    basis   "select": units are what the model has, on the axis `state` its coordinates. Any other name: they are
+            directions of the state, and coordinates() says which; then axes is {"state"}
     granularity   on the axes of single elements: whether they compete within a "row", a "tensor", or "global"
     """
 
     name: ClassVar[str]
     axes: ClassVar[set[str]]
     needs: str = "activations"
+    basis: ClassVar[str] = "select"
     granularity: ClassVar[str] = "tensor"
 
     axis: str = ""  # set by the engine: the axis being scored
@@ -50,6 +55,14 @@ class Scorer(ABC):
     @abstractmethod
     def importance(self) -> torch.Tensor:
         """One importance per unit: float (groups, units), finite, higher = keep."""
+
+    def coordinates(self) -> Basis:
+        """With a basis of its own: encode (groups, units, N) and decode (groups, N, units), encode @ decode = I.
+
+        Unit i is the direction whose coordinate is row i of encode, and that column i of decode reads out. Called
+        after importance().
+        """
+        raise PluginError(f"scorer {self.name!r} has no basis of its own")
 
     def reduce(self, choose: Choose) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Decide what stays and what the rest becomes. Override it for a method that changes weights, too.
@@ -74,6 +87,10 @@ def check_scorer_class(cls: Any, plugin: str) -> None:
         )
     if cls.needs not in NEEDS:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has needs={cls.needs!r}; known: {', '.join(NEEDS)}")
+    if cls.basis != SELECT and cls.axes != {"state"}:
+        raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has a basis of its own: its only axis is 'state'")
+    if (cls.basis != SELECT) != (cls.coordinates is not Scorer.coordinates):
+        raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r}: basis={cls.basis!r} and coordinates() go together")
     if cls.granularity not in GRANULARITIES:
         raise PluginError(
             f"plugin {plugin!r}: scorer {cls.name!r} has granularity={cls.granularity!r}; known: "
@@ -123,6 +140,19 @@ def checked_importance(scorer: Scorer, group: DependencyGroup, plugin: str) -> t
     if bad:
         raise PluginError(f"{where} returned {bad} of {importance.numel()} values that are NaN or infinite")
     return importance
+
+
+def checked_coordinates(scorer: Scorer, group: DependencyGroup, plugin: str) -> Basis:
+    """scorer.coordinates() as fp32 on the CPU. Raises PluginError if it breaks the contract."""
+    where = _where(scorer, group, plugin)
+    with _blaming(where):
+        encode, decode = (part.detach().to("cpu", torch.float32) for part in scorer.coordinates())
+    shape = (group.groups, group.units, group.units)
+    if encode.shape != shape or decode.shape != shape:
+        raise PluginError(f"{where}: coordinates of {tuple(encode.shape)} and {tuple(decode.shape)}, not {shape} twice")
+    if not (encode.isfinite().all() and decode.isfinite().all()):
+        raise PluginError(f"{where}: coordinates that are NaN or infinite")
+    return encode, decode
 
 
 def reduced(

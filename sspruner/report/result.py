@@ -24,6 +24,7 @@ from sspruner.surgery.proof import Proof
 class Report:
     """The result of one prune. Bytes, seconds, nats; state bytes per sequence; `proof` is None in mask mode.
 
+    basis: whether units of the state are its coordinates ("select") or directions, by the scorer's name for it.
     sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
     """
 
@@ -46,6 +47,7 @@ class Report:
     model: str = ""
     command: str = ""
     sparsity: dict[str, Any] = field(default_factory=dict)
+    basis: str = "select"
 
     def to_json(self) -> str:
         """The content of report.json."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan, axis_of
+from sspruner.planning.reduction import Selection
 
 
 class Nothing(nn.Module):
@@ -39,7 +40,7 @@ def drop_blocks(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
             if group.axis == "mixer":
                 _put(model, block.path, Nothing(model.get_submodule(block.path)))
     for name, selection in plan.groups.items():  # after the mixers: their paths count all blocks
-        if axis_of(name) == "block":
+        if axis_of(name) == "block" and isinstance(selection, Selection):
             _keep(model, graph, name.rpartition(":")[0], selection.keep[0])
 
 

@@ -16,7 +16,9 @@ from sspruner.errors import PlanError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import DependencyGroup, Member, as_rows
 from sspruner.graph.ssm_graph import SSMGraph, trace
-from sspruner.planning.plan import Plan, Selection, check_mask, check_plan
+from sspruner.planning.plan import Plan, check_mask, check_plan
+from sspruner.planning.reduction import Basis, Projection, Reduction
+from sspruner.surgery.project import install, mask_state
 from sspruner.surgery.tensors import add_bias, new_biases, remove_bias, tensor, write, zero
 
 _SAVED = "_sspruner_masked"  # attribute of a masked model: the list of what was overwritten, in order
@@ -36,6 +38,15 @@ class _Saved:
     keep: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _SavedBasis:
+    """The basis that a mixer's state had before a projection was masked; None if it had none of its own."""
+
+    layer: str
+    projection: Projection
+    basis: Basis | None
+
+
 @torch.no_grad()
 def mask(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
     """Write the plan's new values; zero, in every member, the rows of units that it drops, and the elements that it
@@ -49,8 +60,8 @@ def mask(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
     try:
         if update_tensors(model, plan.updates):
             graph = trace(model)  # the biases that it has now belong to units, too
-        for name, selection in plan.groups.items():
-            mask_group(model, graph.groups[name], selection)
+        for name, reduction in plan.groups.items():
+            mask_group(model, graph.groups[name], reduction)
         for name, keep in plan.elements.items():
             mask_elements(model, graph.elements[name], keep)
     except BaseException:
@@ -59,10 +70,13 @@ def mask(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
 
 
 @torch.no_grad()
-def mask_group(model: nn.Module, group: DependencyGroup, selection: Selection) -> None:
+def mask_group(model: nn.Module, group: DependencyGroup, reduction: Reduction) -> None:
     """Mask one dependency group of a model, on top of what is masked already."""
     saved = _saved(model)
-    for name, dims, rows in dropped(group, selection, model):
+    if isinstance(reduction, Projection):
+        saved.append(_SavedBasis(group.layer, reduction, mask_state(model, group.layer, reduction)))
+        return
+    for name, dims, rows in dropped(group, reduction, model):
         flat = as_rows(tensor(model, name).data, dims)
         rows = rows.to(flat.device)
         saved.append(_Saved(name, flat.index_select(0, rows), dims, rows))
@@ -101,7 +115,9 @@ def update_tensors(model: nn.Module, updates: Mapping[str, torch.Tensor]) -> boo
 def unmask(model: nn.Module) -> None:
     """Undo `mask`: every parameter has its original bits again. Does nothing on a model that is not masked."""
     for saved in reversed(getattr(model, _SAVED, None) or []):
-        if saved.values is None:
+        if isinstance(saved, _SavedBasis):
+            install(model, saved.layer, saved.basis)
+        elif saved.values is None:
             remove_bias(model, saved.tensor)
         elif saved.rows is not None:
             _write_rows(model, saved.tensor, saved.dims, saved.rows, saved.values)
@@ -112,10 +128,10 @@ def unmask(model: nn.Module) -> None:
     setattr(model, _SAVED, None)
 
 
-def _saved(model: nn.Module) -> list[_Saved]:
+def _saved(model: nn.Module) -> list[_Saved | _SavedBasis]:
     if getattr(model, _SAVED, None) is None:
         setattr(model, _SAVED, [])
-    found: list[_Saved] = getattr(model, _SAVED)
+    found: list[_Saved | _SavedBasis] = getattr(model, _SAVED)
     return found
 
 
@@ -144,19 +160,19 @@ def masked(model: nn.Module, plan: Plan, graph: SSMGraph | None = None) -> Itera
 
 
 def dropped(
-    group: DependencyGroup, selection: Selection, model: nn.Module
+    group: DependencyGroup, reduction: Reduction, model: nn.Module
 ) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
     """(tensor, dims, rows) of everything that dropped units own; of dropped modules, what writes their contribution."""
     for member in group.members:
-        yield member.tensor, member.dims, dropped_rows(member, selection)
-    for unit in selection.dropped(0) if group.blocks else ():
+        yield member.tensor, member.dims, dropped_rows(member, reduction)
+    for unit in reduction.dropped(0) if group.blocks else ():
         for name in group.blocks[unit].writers:
             yield name, (0,), torch.arange(len(tensor(model, name)))
 
 
-def dropped_rows(member: Member, selection: Selection) -> torch.Tensor:
+def dropped_rows(member: Member, reduction: Reduction) -> torch.Tensor:
     """The rows of the member's tensor that belong to dropped units: int64 (rows,)."""
-    parts = [member.index[g, selection.dropped(g)].flatten() for g in range(len(selection.keep))]
+    parts = [member.index[g, reduction.dropped(g)].flatten() for g in range(reduction.sets)]
     return torch.cat(parts)
 
 
@@ -167,4 +183,12 @@ def is_masked(model: nn.Module) -> bool:
 
 def added_biases(model: nn.Module) -> list[str]:
     """The biases that a masked model has and that `unmask` takes away."""
-    return [saved.tensor for saved in getattr(model, _SAVED, None) or [] if saved.values is None]
+    saved = getattr(model, _SAVED, None) or []
+    return [s.tensor for s in saved if isinstance(s, _Saved) and s.values is None]
+
+
+def masked_projections(model: nn.Module) -> dict[str, Projection]:
+    """Dependency group -> the projector of a masked model as a projection of full size, as a record needs it."""
+    saved = getattr(model, _SAVED, None) or []
+    full = {f"{s.layer}:state": (s.projection.sets, s.projection.before) for s in saved if isinstance(s, _SavedBasis)}
+    return {name: Projection(*2 * (torch.empty(sets, n, n, device="meta"),)) for name, (sets, n) in full.items()}

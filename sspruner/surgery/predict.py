@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -12,6 +11,8 @@ from sspruner.graph.group import drop_rows
 from sspruner.graph.layout import state_bytes
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan, axis_of
+from sspruner.planning.reduction import Selection
+from sspruner.surgery.project import added_by_projections
 from sspruner.surgery.slice import Cuts, cut_layout, rows_to_drop
 from sspruner.surgery.tensors import new_biases, tensor
 
@@ -30,9 +31,10 @@ def removed_parameters(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
     return sum(p.numel() - left[id(p)] for p in model.parameters())
 
 
-def added_parameters(model: nn.Module, updates: Mapping[str, torch.Tensor]) -> int:
-    """Number of parameters of the biases that new values bring along."""
-    return sum(updates[name].numel() for name in new_biases(model, updates))
+def added_parameters(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
+    """Number of parameters of the biases that new values bring along, and of the bases of projected states."""
+    biases = sum(plan.updates[name].numel() for name in new_biases(model, plan.updates))
+    return biases + added_by_projections(model, plan, graph)
 
 
 def zeros_left(model: nn.Module, plan: Plan, graph: SSMGraph) -> dict[str, torch.Tensor]:
@@ -62,7 +64,7 @@ def _name_after(name: str, plan: Plan, graph: SSMGraph) -> str:
         return ""
     for group, selection in plan.groups.items():
         blocks = f"{group.rpartition(':')[0]}."
-        if axis_of(group) == "block" and name.startswith(blocks):
+        if isinstance(selection, Selection) and axis_of(group) == "block" and name.startswith(blocks):
             number, _, rest = name.removeprefix(blocks).partition(".")
             return f"{blocks}{selection.keep[0].index(int(number))}.{rest}"
     return name

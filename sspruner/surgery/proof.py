@@ -16,6 +16,7 @@ from sspruner.planning.plan import Plan
 from sspruner.precision import in_fp32
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import added_parameters, removed_parameters, removed_state_bytes, zeros_left
+from sspruner.surgery.project import project_states
 from sspruner.surgery.record import fields, record
 from sspruner.surgery.slice import slice_model
 from sspruner.surgery.tensors import new_biases, tensor, write_for_good
@@ -34,8 +35,8 @@ PROBE_SHAPE = (2, 80)  # sequences x tokens: longer than one chunk and not a mul
 class Proof:
     """What was compared. error is relative to the largest masked logit; bytes of state are per sequence.
 
-    parameters_added: those of new biases; parameters_removed counts what is cut of them, too. zeros: elements that the
-    plan's masks zeroed and that no cut removed, each found to be zero.
+    parameters_added: those of new biases and of the bases of projected states; parameters_removed counts what is cut
+    of them, too. zeros: elements that the plan's masks zeroed and that no cut removed, each found to be zero.
     """
 
     error: float
@@ -54,7 +55,7 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
     bytes measured in the model's own cache did not shrink by what the graph predicts, or if new values or zeros are
     not in their places. The model is then unusable.
     """
-    added = added_parameters(model, plan.updates)
+    added = added_parameters(model, plan, graph)
     biases = new_biases(model, plan.updates)
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
@@ -68,11 +69,12 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
         rounding = _relative(_rounded_logits(model, probe, sites, generator), reference)
     graph = write_for_good(model, plan, graph)
     _check_written(model, plan, graph)
-    parameters, state = removed_parameters(model, plan, graph), removed_state_bytes(plan, graph)
-    zeros = zeros_left(model, plan, graph)
+    state = removed_state_bytes(plan, graph)
+    rest, projected = project_states(model, plan, graph)  # what is left to cut: rows, and those of the bases with them
+    parameters, zeros = removed_parameters(model, rest, projected), zeros_left(model, rest, projected)
     with in_fp32(model):
         try:
-            slice_model(model, plan, graph)
+            slice_model(model, rest, projected)
             result = _logits(model, probe)
         except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as fault:
             raise ProofError(f"proof failed: the cut model does not run ({type(fault).__name__}: {fault})") from fault

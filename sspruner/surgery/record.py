@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from sspruner.errors import PlanError
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import VERSION, Plan, axis_of
+from sspruner.planning.reduction import Projection, Reduction
 from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.slice import cut_layout
 
@@ -44,23 +45,28 @@ def record(config: Any, original: dict[str, Any], plan: Plan, graph: SSMGraph, b
     for field, value in fields(config).items():
         if field not in sizes and original.get(field) != value:
             stock.setdefault(field, original.get(field))
-    cuts = [*previous.get("cuts", []), Plan(plan.groups).to_json() | ({"biases": [*biases]} if biases else {})]
+    cuts = [*previous.get("cuts", []), _line(plan.groups, biases)]
     setattr(config, RECORD, {"version": VERSION, "cuts": cuts, "stock": stock})
 
 
+def _line(groups: dict[str, Reduction], biases: Sequence[str]) -> dict[str, Any]:
+    """One cut as JSON. The values of projections are among the weights."""
+    return Plan(groups).to_json(digest=False) | ({"biases": [*biases]} if biases else {})
+
+
 @contextmanager
-def noted(config: Any, biases: Sequence[str]) -> Iterator[None]:
-    """While open, the config records biases that a mask has added: what is saved meanwhile can be loaded."""
-    before = getattr(config, RECORD, None)
-    if biases:
-        cuts = [*(before or {}).get("cuts", []), Plan({}).to_json() | {"biases": [*biases]}]
+def noted(config: Any, biases: Sequence[str], projections: Mapping[str, Projection]) -> Iterator[None]:
+    """While open, the config records biases and projectors that a mask has added: what is saved can be loaded."""
+    before, more = getattr(config, RECORD, None), bool(biases or projections)
+    if more:
+        cuts = [*(before or {}).get("cuts", []), _line(dict(projections), biases)]
         setattr(config, RECORD, {"version": VERSION, "stock": {}, **(before or {}), "cuts": cuts})
     try:
         yield
     finally:
-        if biases and before is None:
+        if more and before is None:
             delattr(config, RECORD)
-        elif biases:
+        elif more:
             setattr(config, RECORD, before)
 
 
@@ -103,7 +109,7 @@ def check_recorded(plan: Plan, graph: SSMGraph) -> None:
     """Raise PlanError unless a recorded cut fits the model that has been built so far."""
     for name, selection in plan.groups.items():
         group = graph.groups.get(name)
-        if group is None or (group.units, group.groups) != (selection.before, len(selection.keep)):
+        if group is None or (group.units, group.groups) != (selection.before, selection.sets):
             raise PlanError(f"config.json: records a cut of {name} that does not fit the model that it describes")
 
 
@@ -116,7 +122,7 @@ def _write_sizes(config: Any, stock: dict[str, Any], plan: Plan, graph: SSMGraph
         return
     gone = tuple(f"{path}." for path in dropped_modules(plan, graph))
     layouts = [cut_layout(site, plan, graph) for site in graph.layers if not f"{site.path}.".startswith(gone)]
-    values = {f: {layout.total(size) for layout in layouts} for f, size in graph.family.config_sizes.items()}
+    values = {f: {layout.stock_total(size) for layout in layouts} for f, size in graph.family.config_sizes.items()}
     uniform = all(len(v) == 1 for v in values.values())
     for field, value in values.items():
         stock.setdefault(field, getattr(config, field))

@@ -13,8 +13,10 @@ from sspruner.graph.group import drop_rows
 from sspruner.graph.layout import Layout
 from sspruner.graph.ssm_graph import Site, SSMGraph
 from sspruner.planning.plan import Plan, axis_of
+from sspruner.planning.reduction import Projection
 from sspruner.surgery.blocks import drop_blocks
 from sspruner.surgery.mask import dropped_rows
+from sspruner.surgery.project import project_states
 
 Cuts = Mapping[tuple[int, ...], torch.Tensor]  # dimensions of a tensor, seen as one -> the rows that go
 
@@ -23,11 +25,13 @@ Cuts = Mapping[tuple[int, ...], torch.Tensor]  # dimensions of a tensor, seen as
 def slice_model(
     model: nn.Module, plan: Plan, graph: SSMGraph, later: list[tuple[torch.nn.Module, str, Cuts]] | None = None
 ) -> None:
-    """Remove, from every tensor, the rows of the units that `plan` drops; then the modules that it drops.
+    """Project the states that `plan` projects; remove, from every tensor, the rows of the units that it drops; then
+    the modules that it drops.
 
     Parameters that several modules share stay shared. `surgery.record` writes the cut into the config. later: where
     to note the cuts of buffers, (module, name, cuts), instead of making them: a loader makes those at the end.
     """
+    plan, graph = project_states(model, plan, graph)
     for name, cuts in rows_to_drop(plan, graph).items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -60,7 +64,9 @@ def rows_to_drop(plan: Plan, graph: SSMGraph) -> dict[str, dict[tuple[int, ...],
 
 def cut_layout(site: Site, plan: Plan, graph: SSMGraph) -> Layout:
     """The layout of one module once the plan is applied."""
-    return site.layout.resized(sizes_after(site, plan))
+    state = plan.groups.get(f"{site.path}:state")
+    layout = site.layout.projected(state.after) if isinstance(state, Projection) else site.layout
+    return layout.resized(sizes_after(site, plan))
 
 
 def sizes_after(site: Site, plan: Plan) -> Mapping[str, int]:

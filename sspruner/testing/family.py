@@ -28,7 +28,7 @@ from sspruner.plugins import manager
 from sspruner.plugins.manager import plugin_manager
 from sspruner.surgery.proof import slice_with_proof
 from sspruner.testing.examples import try_examples
-from sspruner.testing.plans import permute, random_plan, sizes
+from sspruner.testing.plans import directions, permute, random_plan, sizes
 
 Scan = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]  # (mixer, y, z) -> the mixer's output
 
@@ -92,6 +92,8 @@ class _Check:
         for axis in axes:
             self.cut(seed, random_plan(graph, (axis,), seed), f"a cut on axis {axis}")
         cut = self.cut(seed, random_plan(graph, tuple(axes), seed), "a cut on several axes")
+        if not self.family.basis_refused and "state" in axes:
+            self.cut(seed, directions(random_plan(graph, ("state",), seed), graph, seed), "a projection of the state")
         if save:
             self.save(cut, seed)
 
@@ -161,6 +163,9 @@ class _Check:
                     f"project is not what {path} computes: y of its x, dt, A, B, C, D, or y * silu(z), is not "
                     f"{expected}: {near}", seed
                 )  # fmt: skip
+            read = self.family.readout(mixer, y, p.z)
+            if read is not None and not any(t.shape == read.shape and _relative(t, read) < 1e-3 for t in seen.fed):
+                self.fail(f"readout is not what any linear layer of {path} is fed", seed)
             mask[1, 11:] = False
             padded = self.project(mixer, hidden, mask, path, seed)
             if (padded.x[~mask].abs().amax() * padded.B[~mask].abs().amax() * padded.dt[~mask].abs().amax()) > 0:

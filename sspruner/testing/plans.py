@@ -11,7 +11,8 @@ from torch import nn
 
 from sspruner.graph.group import DependencyGroup, Member, as_rows
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan, Selection
+from sspruner.planning.plan import Plan, basis_refused
+from sspruner.planning.reduction import Projection, Selection
 
 
 def selection(groups: int, units: int, after: int, seed: int, safe: tuple[int, ...] = ()) -> Selection:
@@ -61,6 +62,26 @@ def _able(
             able[name] = group, counts, safe
     assert able, f"{graph.model_class} has nothing to cut on {axes}: draw a larger model"
     return able
+
+
+def directions(plan: Plan, graph: SSMGraph, seed: int) -> Plan:
+    """The same plan, but of states that can have another basis random directions stay, as many as units stayed."""
+    generator = torch.Generator().manual_seed(seed)
+    able = {name: r for name, r in plan.groups.items() if not basis_refused(graph.groups[name], graph)}
+    return Plan(plan.groups | {n: random_projection(r.sets, r.before, r.after, generator) for n, r in able.items()})
+
+
+def random_projection(sets: int, before: int, after: int, generator: torch.Generator) -> Projection:
+    """A projection that is neither orthogonal nor along coordinates."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    scale = (1 + 0.2 * normal(sets, after, 1)).clamp_min(0.5)
+    encode = torch.linalg.qr(normal(sets, before, before)).Q[:, :after] * scale  # (sets, k, N)
+    decode = torch.linalg.pinv(encode)  # (sets, N, k)
+    beside = torch.eye(before, dtype=torch.float64) - decode @ encode  # what no direction sees
+    return Projection(encode.float(), (decode + 0.3 * beside @ normal(*decode.shape)).float())
 
 
 def sizes(group: DependencyGroup) -> list[int]:

@@ -14,14 +14,18 @@ import sspruner
 from sspruner.calibrate.sources import Calibration
 from sspruner.errors import InputError, PluginError, SSPrunerError
 from sspruner.graph.ssm_graph import SSMGraph, trace
+from sspruner.planning.reduction import INVERSE
 from sspruner.plugins import manager
-from sspruner.plugins.scorer import Scorer, check_scorer_class, make_scorer
+from sspruner.plugins.scorer import SELECT, Scorer, check_scorer_class, checked_coordinates, make_scorer
 from sspruner.testing.cases import Case, OneByOne, Trimmed, axes_of, cases, families_by_axis, windows
 from sspruner.testing.examples import try_examples
 from sspruner.testing.plans import permute, permute_rows, zero_units
 from sspruner.testing.watch import Touched, Watch, broken_update, chooser
 
-PROPERTIES = ("determinism", "memory", "needs", "permutation", "batches", "padding", "bfloat16", "reduce", "degenerate")
+PROPERTIES = (
+    *("determinism", "memory", "needs", "permutation", "batches", "padding", "bfloat16", "basis", "reduce"),
+    "degenerate",
+)
 ROUNDING = 2.0**-22  # about one rounding of fp32
 NARROW = 2.0**-7  # what the roundings of bf16 add up to
 WHOLE = ("block", "mixer")  # axes of modules: where one stands is what it is
@@ -210,8 +214,9 @@ class _Check:
             for group in groups:
                 orders = torch.stack([torch.randperm(group.units, generator=generator) for _ in range(group.groups)])
                 permute(model, group, orders)
-                if group.name in first:
-                    expected[group.name] = first[group.name].gather(1, orders)
+                if group.name in first:  # directions of the state are where they were: only their coordinates move
+                    own = self.cls.basis != SELECT
+                    expected[group.name] = first[group.name] if own else first[group.name].gather(1, orders)
                 for member in group.members:
                     name = scored.get(member.tensor, "")
                     if name in first:
@@ -257,6 +262,20 @@ class _Check:
         if blind:
             found = self.score(case.model(), case.other().data(), blind)
             self.same({n: first[n] for n in found}, found, "says needs='weights', but other calibration changes scores")
+
+    def basis(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """Directions: of the right shape, and decode the inverse of encode."""
+        if self.cls.basis == SELECT:
+            return
+        self.score(case.model(), case.data(), axes)
+        for name, instance in self.watch.instances.items():
+            try:
+                encode, decode = checked_coordinates(instance, trace(case.model()).groups[name], "?")
+            except PluginError as error:
+                self.fail(f"{str(error).partition(': ')[2]}; on {name} of {self.where}")
+            off = float((encode.double() @ decode.double() - torch.eye(encode.shape[1])).abs().max())
+            if not off <= INVERSE:
+                self.fail(f"encode @ decode is not the identity (off by {off:.1e}); on {name} of {self.where}")
 
     def reduce(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
         """keep: of the right shape and count; updates: finite, in the shapes of tensors that are there."""

@@ -43,6 +43,7 @@ class Mamba1Type(Family):
     """Mixers with transformers' attribute names. A family adds its name, its class and its norms."""
 
     folds: tuple[Fold, ...] = ()
+    basis_refused = "every state of every channel decays at its own rate, so no other basis computes the same"
 
     def layout(self, mixer: Any) -> Layout:
         return Layout(

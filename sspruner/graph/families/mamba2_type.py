@@ -4,6 +4,7 @@ Rows (G groups, K heads per group, P head dim, N state; H = G*K heads):
     in_proj rows      [ z: H*P | x: H*P | B: G*N | C: G*N | dt: H ]
     conv1d channels   [ x: H*P | B: G*N | C: G*N ]
     dt_bias, A_log, D (H,), norm (H*P,), out_proj columns H*P
+A state with coordinates of its own (sspruner.runtime.projected_state) is k wide; the rows stay N.
 The norm after the scan averages over the channels of one group, so cuts of heads and of head channels are folded.
 """
 
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from sspruner.graph.family import Family, Projected
-from sspruner.graph.layout import Fold, Layout, Rows, Size, Slot
+from sspruner.graph.layout import ENCODE, Fold, Layout, Rows, Size, Slot
+from sspruner.runtime.projected_state import coordinates
 
 HEAD = ("group", "head")
 INNER = ("group", "head", "head_dim")
@@ -30,7 +32,14 @@ CONV: Size = (INNER, STATE, STATE)
 class Mamba2Type(Family):
     """Mixers with transformers' attribute names. A family adds its name, its class and its config's field names."""
 
+    basis_refused = ""
+
     def layout(self, mixer: Any) -> Layout:
+        layout = self._layout(mixer)
+        encode = getattr(mixer, ENCODE, None)
+        return layout if encode is None else layout.projected(encode.shape[1])
+
+    def _layout(self, mixer: Any) -> Layout:
         return Layout(
             sizes={
                 "group": mixer.n_groups,
@@ -77,6 +86,10 @@ class Mamba2Type(Family):
             ),
         )
 
+    def readout(self, mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:
+        read: torch.Tensor = mixer.norm(y.flatten(2), z)  # Falcon-H1 without a norm has no weight to ask for
+        return read.float()
+
     def project(self, mixer: Any, hidden: torch.Tensor, mask: torch.Tensor) -> Projected:
         H, P, G, N = mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size
         b, T, _ = hidden.shape
@@ -94,12 +107,14 @@ class Mamba2Type(Family):
         xBC = mixer.act(xBC).to(rows.dtype) * keep
         x, B, C = xBC.split([H * P, G * N, G * N], dim=-1)
         dt = F.softplus(dt + mixer.dt_bias.to(dt.dtype))
+        if hasattr(mixer, ENCODE):
+            B, C = coordinates(B, mixer.state_encode), coordinates(C, mixer.state_decode.transpose(1, 2))
         return Projected(
             x=x.view(b, T, H, P),
             z=z,
             dt=dt.clamp(*mixer.time_step_limit),
             A=-torch.exp(mixer.A_log.float()),
-            B=B.view(b, T, G, N),
-            C=C.view(b, T, G, N),
+            B=B.reshape(b, T, G, -1),
+            C=C.reshape(b, T, G, -1),
             D=mixer.D,
         )

@@ -32,11 +32,15 @@ NATIVE_ROWS = (Rows("z0", MLP), Rows("x0", MLP), *IN_PROJ_ROWS)
 
 class NativeMamba2(Mamba2Type):
     name, mixer_class = "mamba_ssm.Mamba2", "Mamba2"
+    basis_refused = "mamba_ssm's own code has no projection of B and C; load the model with transformers"
 
     def recognises(self, module: nn.Module) -> bool:
         return _has(module, "d_state", "d_inner", "d_ssm", "nheads", "headdim", "ngroups", "dt_bias") and _knows(
             self, module
         )
+
+    def readout(self, mixer: Any, y: torch.Tensor, z: torch.Tensor) -> None:
+        return None  # its norm is a kernel
 
     def layout(self, mixer: Any) -> Layout:
         return Layout(

@@ -21,6 +21,7 @@ HEAD, HEAD_DIM, INNER = ("head",), ("head_dim",), ("head", "head_dim")
 
 class Zamba(Family):
     name, mixer_class = "zamba", "ZambaMambaMixer"
+    basis_refused = "every state of every channel decays at its own rate, so no other basis computes the same"
     config_sizes = {"mamba_d_state": (STATE,), "mamba_dt_rank": (RANK,)}
     config_lists = ("layers_block_type",)
 

@@ -1,0 +1,166 @@
+"""Does refining the balanced basis on the joint error beat the closed form? The scorer `balanced` is the closed form.
+
+    python benchmarks/joint.py --data ../shared/data
+
+The closed form takes C and h for independent in time. The joint error of a layer does not:
+
+    J(encode, decode) = sum_t sum_p w_t[p] (C_t . h_t[p] - C_t . decode encode h_t[p])^2
+
+It is quadratic in encode and in decode, each with the other held; alternating steps solve for one and then the other by
+conjugate gradients, from the closed form on. Reported: J of all layers against that of the closed form, on the tokens
+that it was fitted to and on others; and perplexity on other books. Calibration: books-val.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import progress, provenance, table
+from damage import measure
+
+import sspruner
+from sspruner.calibrate.state import chunks
+from sspruner.evaluate.damage import log_probabilities
+from sspruner.planning import reduction
+from sspruner_plugins.balanced import Balanced
+
+reduction.INVERSE = torch.inf  # the least squares solution is of rank k, but no exact projector
+CONJUGATE_STEPS, RIDGE = 30, 1e-4
+
+
+def states(view: sspruner.SSMView) -> tuple[torch.Tensor, torch.Tensor]:
+    """C (tokens, N) and the weighted H_t = sum_p w h h^T (tokens, N, N), of a mixer with one group."""
+    w, total, start = view.output_weights, [], 0
+    for c in chunks(view.projected, size=4):  # four steps at a time: their states are made
+        made = (c.L * c.dt[..., None, :])[..., None, :] * c.x.transpose(-1, -2)[..., None, :, :]  # (b, 1, K, Q, P, Q)
+        h = torch.einsum("bgkqps,bgsn->bqkpn", made, c.B)
+        h = h + torch.einsum("bgkq,bgkpn->bqkpn", c.decay, c.entry)  # (b, Q, K, P, N)
+        Q = h.shape[1]
+        h = (h * w[:, start : start + Q, ..., None].sqrt()).flatten(2, 3)  # (b, Q, K P, N)
+        total.append(h.transpose(-1, -2) @ h)
+        start += Q
+    return view.C.float().flatten(0, 1).squeeze(1), torch.cat(total, 1).flatten(0, 1)
+
+
+def joint(C: torch.Tensor, H: torch.Tensor, encode: torch.Tensor, decode: torch.Tensor) -> float:
+    """J of one layer: the mean over tokens."""
+    lost = C - C @ decode @ encode  # (tokens, N): (I - decode encode)^T C
+    return float(torch.einsum("tn,tnm,tm->t", lost, H, lost).double().mean())
+
+
+def solve(apply: Callable[[torch.Tensor], torch.Tensor], right: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Conjugate gradients for a symmetric positive operator on matrices."""
+    x, r = start, right - apply(start)
+    p, energy = r, float((r * r).sum())
+    for _ in range(CONJUGATE_STEPS):
+        if energy == 0:
+            break
+        ap = apply(p)
+        step = energy / float((p * ap).sum())
+        x, r = x + step * p, r - step * ap
+        p, energy = r + float((r * r).sum()) / energy * p, float((r * r).sum())
+    return x
+
+
+def refine(C: torch.Tensor, H: torch.Tensor, encode: torch.Tensor, decode: torch.Tensor, turns: int) -> Any:
+    """encode (k, N) and decode (N, k) after so many turns of both steps; a ridge holds them near where they were."""
+    for _ in range(turns):
+        decode = better_decode(C, H, encode, decode)
+        encode = better_encode(C @ decode, C, H, encode)
+    return encode, decode
+
+
+def better_decode(C: torch.Tensor, H: torch.Tensor, encode: torch.Tensor, decode: torch.Tensor) -> torch.Tensor:
+    """The decode (N, k) of least J for this encode: sum_t C C^T decode G = sum_t C C^T H encode^T."""
+    G = encode @ H @ encode.T  # (tokens, k, k)
+    size = RIDGE * G.diagonal(dim1=-2, dim2=-1).mean() * C.square().mean()
+    right = torch.einsum("tn,tm,tmj->nj", C, C, H @ encode.T) / len(C)  # (N, k)
+
+    def apply(T: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("tn,tj,tjk->nk", C, C @ T, G) / len(C) + size * T
+
+    return solve(apply, right + size * decode, decode)
+
+
+def better_encode(c: torch.Tensor, C: torch.Tensor, H: torch.Tensor, encode: torch.Tensor) -> torch.Tensor:
+    """The encode (k, N) of least J for c = decode^T C, (tokens, k): sum_t c c^T encode H = sum_t c C^T H."""
+    size = RIDGE * H.diagonal(dim1=-2, dim2=-1).mean() * c.square().mean()
+    right = torch.einsum("tj,tn,tnm->jm", c, C, H) / len(C)  # (k, N)
+
+    def apply(E: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("tj,tn,tnm->jm", c, c @ E, H) / len(C) + size * E
+
+    return solve(apply, right + size * encode, encode)
+
+
+class Refined(Balanced):
+    """balanced, refined on the first half of the tokens that it sees; the other half only measures."""
+
+    name = basis = "refined"
+    log: dict[int, list[tuple[float, float]]] = {}  # turns -> J / J of the closed form, fitted and not, by layer
+
+    def __init__(self, k: int, turns: int) -> None:
+        super().__init__()
+        self.k, self.turns = k, turns
+        self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        super().observe(view)
+        self.parts.append(states(view))
+
+    def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        C, H = (torch.cat(part) for part in zip(*self.parts, strict=True))
+        half, k = len(C) // 2, self.k
+        first, other = (C[:half], H[:half]), (C[half:], H[half:])
+        closed = self.encode[0, :k].float(), self.decode[0, :, :k].float()
+        better = refine(*first, *closed, self.turns)
+        Refined.log.setdefault(self.turns, []).append(
+            (joint(*first, *better) / joint(*first, *closed), joint(*other, *better) / joint(*other, *closed))
+        )
+        encode, decode = self.encode.clone(), self.decode.clone()
+        encode[0, :k], decode[0, :, :k] = better[0].double(), better[1].double()
+        return encode, decode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=int, nargs="+", default=[32, 13, 4])
+    parser.add_argument("--turns", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--tokens", type=int, nargs=2, default=[16, 128], help="calibration sequences, their length")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with books-*.txt")
+    given = parser.parse_args()
+    dense, tokenizer = sspruner.load(dtype="float32")
+    size = {"samples": given.tokens[0], "seq_len": given.tokens[1], "held_out": 0}
+    data = sspruner.calibration(given.data / "books-val.txt", dense, tokenizer, **size)
+    size = {"samples": given.windows, "seq_len": 256, "held_out": 0}
+    windows = sspruner.calibration(given.data / "books-test.txt", dense, tokenizer, **size).tokens
+    with torch.no_grad():
+        parts = windows.split(8)
+        answers = torch.cat([log_probabilities(dense, part, torch.ones_like(part)) for part in parts])
+    rows = []
+    for keep in given.keep:
+        for turns in (0, *given.turns):
+            model, options = copy.deepcopy(dense), {"k": keep, "turns": turns} if turns else {}
+            Refined.log.clear()
+            sspruner.prune(
+                model, Refined if turns else "balanced", keep=keep, mode="mask", calibration=data, options=options
+            )
+            nll, kl = measure(model, windows, answers)
+            errors = [f"{sum(x) / len(x):.3f}" for x in zip(*Refined.log.get(turns, [(1.0, 1.0)]), strict=True)]
+            label = f"{turns} turns" if turns else "closed form"
+            rows.append([str(keep), label, *errors, f"{float(nll.mean().exp()):.3f}", f"{float(kl.mean()):.5f}"])
+            progress(" | ".join(rows[-1]))
+    head = ["kept", "basis", "J, fitted tokens", "J, other tokens", "perplexity", "KL"]
+    none = float(measure(dense, windows, answers)[0].mean().exp())
+    print(table(f"Joint refinement, mamba2-books-4m; dense {none:.3f}", head, rows))
+    print("\n" + provenance(f"seed 0; {given.tokens[0]} x {given.tokens[1]} tokens observed, half of them fitted"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Projections: a mixer's state in a few coordinates of its own, as a slice (size k) or as a mask (size N, rank k)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sspruner.graph.layout import DECODE, ENCODE
+from sspruner.graph.ssm_graph import SSMGraph, trace
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Basis, Projection, projections
+from sspruner.runtime.projected_state import project_state, unproject_state
+
+STRICT = "_keep_in_fp32_modules_strict"  # where a transformers model says what stays fp32 in a narrow checkpoint
+
+
+def project_states(model: nn.Module, plan: Plan, graph: SSMGraph) -> tuple[Plan, SSMGraph]:
+    """Give the mixers that a plan projects their smaller states. Returns the rest of the plan, and the graph for it."""
+    found = projections(plan.groups)
+    if not found:
+        return plan, graph
+    for name, projection in found.items():
+        install(model, graph.groups[name].layer, sliced(_held(model, graph.groups[name].layer), projection))
+    rest = {name: r for name, r in plan.groups.items() if name not in found}
+    return Plan(rest, plan.model, plan.made_by, plan.elements, plan.updates), trace(model)
+
+
+def mask_state(model: nn.Module, layer: str, projection: Projection) -> Basis | None:
+    """Apply the projector of a projection at run time; the state keeps its size. Returns the basis that was there."""
+    before = _held(model, layer)
+    install(model, layer, masked(before, projection))
+    return before
+
+
+def sliced(held: Basis | None, projection: Projection) -> Basis:
+    """encode and decode of the smaller state; on top of the basis that the mixer has: (G, k, N), (G, N, k)."""
+    if held is None:
+        return projection.encode, projection.decode
+    (encode, decode), wide = held, torch.float64
+    new, read = projection.encode.to(encode.device, wide), projection.decode.to(encode.device, wide)
+    return (new @ encode.to(wide)).float(), (decode.to(wide) @ read).float()
+
+
+def masked(held: Basis | None, projection: Projection) -> Basis:
+    """The state as it is, read out through the projector decode @ encode: (G, N, N) twice, without a basis so far."""
+    projector = projection.decode.double() @ projection.encode.double()  # (G, N, N)
+    if held is None:
+        return torch.eye(projection.before).repeat(projection.sets, 1, 1), projector.float()
+    encode, decode = held
+    return encode, (decode.double() @ projector.to(decode.device)).float()
+
+
+def install(model: nn.Module, layer: str, basis: Basis | None) -> None:
+    """Give the mixer at a path a basis of its state, or none."""
+    mixer: Any = model.get_submodule(layer)
+    if basis is None:
+        unproject_state(mixer)
+        return
+    to = {"device": mixer.in_proj.weight.device, "copy": True, "memory_format": torch.contiguous_format}  # as loaded
+    encode, decode = (part.to(**to) for part in basis)
+    project_state(mixer, encode, decode)
+    keep_fp32(model)
+
+
+def keep_fp32(model: Any) -> None:
+    """Say that encode and decode stay fp32 in a narrow checkpoint: rounded, their product is no identity."""
+    if hasattr(model, STRICT):
+        setattr(model, STRICT, {*(getattr(model, STRICT) or ()), ENCODE, DECODE})
+
+
+def _held(model: nn.Module, layer: str) -> Basis | None:
+    mixer: Any = model.get_submodule(layer)
+    return (mixer.state_encode.data, mixer.state_decode.data) if hasattr(mixer, ENCODE) else None
+
+
+def added_by_projections(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
+    """Number of parameters that a plan's projections add; on top of a basis that is there it may be below zero."""
+    total = 0
+    for name, projection in projections(plan.groups).items():
+        held = _held(model, graph.groups[name].layer)
+        rows = projection.before if held is None else held[0].shape[2]
+        total += 2 * projection.sets * projection.after * rows - (0 if held is None else 2 * held[0].numel())
+    return total

@@ -1,0 +1,77 @@
+"""Balanced: keep the directions of the state that are both reached and read, instead of its coordinates.
+
+In Mamba2 the decay is one number per head, so that any change of basis of a group's state, shared by its heads, leaves
+the layer as it is: B' = R B, C' = R^-T C. Balanced truncation takes the basis in which what reaches a coordinate and
+what reads it are equally large, and keeps the first k. Per B/C group, over tokens t, heads k and head channels p:
+
+    W_c = sum w_t[k,p] h_t[k,p] h_t[k,p]^T        W_o = sum C_t C_t^T                             (N, N)
+    W_c = L_c L_c^T    W_o = L_o L_o^T    L_o^T L_c = U S V^T
+    decode = L_c V S^-1/2    encode = S^-1/2 U^T L_o^T    encode decode = I
+
+S holds the empirical Hankel singular values; the importance of direction i is S_i per token. Of all projectors Pi of
+rank k, decode_k encode_k makes || L_o^T (I - Pi) L_c ||, the error of y if C and h were independent in time, smallest.
+
+weights="output" (default): w is the squared gain from y to the mixer's output, through gate, norm and out_proj
+(docs/scorers/ghost.md). weights="none": w = 1, the error of y itself.
+
+Source: balanced truncation (Moore, IEEE TAC 26, 1981) with empirical Gramians; ours for Mamba2, see docs/balanced.md.
+Cost: one Gramian for each layer and batch, with weights about as much as GHOST and half a forward; memory of one chunk;
+one eigen- and singular value decomposition of (N, N) per group. Axes: state, of Mamba2-type mixers.
+"""
+
+import torch
+
+import sspruner
+
+RIDGE = 1e-9  # of the mean of the diagonal: what no token reached or read still has a direction, the last in order
+TINY = 1e-30  # where nothing was reached or read at all
+
+
+class Balanced(sspruner.Scorer):
+    name, axes, needs, basis = "balanced", {"state"}, "activations", "balanced"
+
+    def __init__(self, weights: str = "output") -> None:
+        if weights not in ("output", "none"):
+            raise sspruner.InputError(f"scorer 'balanced': weights={weights!r}; known: output, none")
+        self.weights = weights
+        self.tokens = 0
+        self.reached: torch.Tensor | float = 0.0  # W_c, (G, N, N)
+        self.read: torch.Tensor | float = 0.0  # W_o, (G, N, N)
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.tokens += view.tokens
+        self.reached = self.reached + (view.weighted_gramian if self.weights == "output" else view.gramian)
+        self.read = self.read + view.observability
+
+    def importance(self) -> torch.Tensor:
+        self.encode, self.decode, values = balance(torch.as_tensor(self.reached), torch.as_tensor(self.read))
+        return values / self.tokens
+
+    def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.encode, self.decode
+
+
+def balance(reached: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """encode (G, N, N), decode (G, N, N) and the Hankel singular values (G, N), largest first, of two Gramians.
+
+    reached, read: W_c and W_o, fp64 (G, N, N), symmetric, positive semidefinite up to rounding.
+    """
+    from_inputs, to_outputs = _root(reached), _root(read)
+    U, S, Vh = torch.linalg.svd(to_outputs.mT @ from_inputs)  # (G, N, N), (G, N), (G, N, N)
+    scale = S.clamp_min(TINY).rsqrt()  # (G, N)
+    decode = from_inputs @ Vh.mT * scale[:, None]
+    encode = scale[:, :, None] * (U.mT @ to_outputs.mT)
+    return encode, decode, S
+
+
+def _root(gramian: torch.Tensor) -> torch.Tensor:
+    """L with L L^T = W, and no direction at zero: (G, N, N)."""
+    values, vectors = torch.linalg.eigh(gramian)  # (G, N), (G, N, N)
+    floor = RIDGE * gramian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + TINY  # (G, 1)
+    root: torch.Tensor = vectors * values.maximum(floor).sqrt()[:, None]
+    return root
+
+
+@sspruner.hookimpl
+def sspruner_scorers() -> list[type[sspruner.Scorer]]:
+    return [Balanced]
