@@ -12,6 +12,7 @@ from sspruner.plugins.hookspecs import hookimpl
 if TYPE_CHECKING:
     from sspruner.calibrate.sources import Calibration, calibration
     from sspruner.calibrate.view import SSMView
+    from sspruner.comparison import compare
     from sspruner.graph.family import Family
     from sspruner.graph.fingerprint import fingerprint
     from sspruner.graph.ssm_graph import SSMGraph, trace
@@ -49,6 +50,7 @@ _HOME = {
     "Scores": "sspruner.planning.scores",
     "apply": "sspruner.surgery.apply",
     "calibration": "sspruner.calibrate.sources",
+    "compare": "sspruner.comparison",
     "export": "sspruner.io.export",
     "fingerprint": "sspruner.graph.fingerprint",
     "load": "sspruner.io.load",
@@ -81,6 +83,7 @@ __all__ = [
     "Scores",
     "apply",
     "calibration",
+    "compare",
     "export",
     "fingerprint",
     "hookimpl",

@@ -80,7 +80,7 @@ def score(
     data = None
     if run.needs_data:
         with on_device(model, run.device):
-            data = _calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
+            data = calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
     found = _scored(run, data, cache, progress)
     return found if several else next(iter(found.values()))
 
@@ -140,7 +140,7 @@ def prune(
     dense = model_size(model, run.graph)
     clock = _Clock()
     with on_device(model, run.device), clock("calibration"):
-        data = _calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
+        data = calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
     prompt = data.held_out[0][data.held_out_mask[0]][:PROMPT_TOKENS]
     kept: dict[str, torch.Tensor] = {}
     updates: dict[str, torch.Tensor] = {}
@@ -305,7 +305,7 @@ class _Clock:
         self.seconds[phase] = round(time.perf_counter() - start, 3)
 
 
-def _calibrated(
+def calibrated(
     source: Source,
     model: nn.Module,
     tokenizer: Any,
@@ -314,6 +314,7 @@ def _calibrated(
     seed: int,
     progress: Progress | None,
 ) -> Calibration:
+    """The calibration itself, or one made from a source, the model being on the device that shall sample."""
     if isinstance(source, Calibration):
         return source
     return calibration(source, model, tokenizer, samples=samples, seq_len=seq_len, seed=seed, progress=progress)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from sspruner.calibrate.sources import Progress
 from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan
@@ -28,7 +29,6 @@ class Damage:
     tokens: int
 
 
-@torch.no_grad()
 def damage(
     model: nn.Module,
     plan: Plan,
@@ -40,23 +40,38 @@ def damage(
     A mask equals its slice (surgery.proof asserts it), so one copy of the model serves for both.
     batches: (tokens int64 (b, T), mask bool (b, T)).
     """
-    totals = torch.zeros(3, dtype=torch.float64)  # dense nll, pruned nll, kl
-    count = 0
-    for tokens, mask in batches:
+    return damages(model, [plan], graph, batches)[0]
+
+
+@torch.no_grad()
+def damages(
+    model: nn.Module,
+    plans: Sequence[Plan],
+    graph: SSMGraph,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    progress: Progress | None = None,
+) -> list[Damage]:
+    """The same for several plans; the dense model runs once on each batch."""
+    totals = torch.zeros(len(plans), 3, dtype=torch.float64)  # dense nll, pruned nll, kl
+    count, batches = 0, list(batches)
+    for done, (tokens, mask) in enumerate(batches):
         dense = log_probabilities(model, tokens, mask)  # (b, T-1, V)
-        with masked(model, plan, graph):
-            pruned = log_probabilities(model, tokens, mask)
         counted = (mask[:, 1:] & mask[:, :-1]).to(dense.device)  # (b, T-1)
         target = tokens[:, 1:, None].to(dense.device)
-        rows = (
-            -dense.gather(-1, target).squeeze(-1),
-            -pruned.gather(-1, target).squeeze(-1),
-            (dense.exp() * (dense - pruned)).sum(-1),
-        )
-        totals += torch.stack([row[counted].double().sum() for row in rows]).cpu()
         count += int(counted.sum())
-    dense_nll, pruned_nll, kl = (totals / max(count, 1)).tolist()
-    return Damage(_exp(dense_nll), _exp(pruned_nll), kl, count)
+        for total, plan in zip(totals, plans, strict=True):
+            if progress:
+                progress("measuring", done, len(batches))
+            with masked(model, plan, graph):
+                pruned = log_probabilities(model, tokens, mask)
+            rows = (
+                -dense.gather(-1, target).squeeze(-1),
+                -pruned.gather(-1, target).squeeze(-1),
+                (dense.exp() * (dense - pruned)).sum(-1),
+            )
+            total += torch.stack([row[counted].double().sum() for row in rows]).cpu()
+    means = (totals / max(count, 1)).tolist()
+    return [Damage(_exp(dense_nll), _exp(pruned_nll), kl, count) for dense_nll, pruned_nll, kl in means]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sspruner import ELEMENT_AXES
+from sspruner.comparison import Comparison
 from sspruner.report.result import Report
 
 
@@ -41,6 +42,33 @@ def result_table(report: Report) -> RenderableType:
     return Group(table, *_notes(report), *_continuations(report))
 
 
+def comparison_table(found: Comparison) -> RenderableType:
+    """One row for each scorer, one column for each cut: perplexity and KL to the dense model."""
+    title = f"{escape(found.model)}: axis {found.axis}; perplexity (KL, nats/token); dense {found.dense_perplexity:.3f}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("scorer")
+    for sparsity in found.sparsities:
+        table.add_column(f"{100 * sparsity:g} %", justify="right")
+    reasons = []
+    for label, row in found.cells.items():
+        shown = []
+        for cell in row.values():
+            if isinstance(cell, str):
+                reasons.append(f"– {label}: {cell}")
+                shown.append("–")
+            else:
+                shown.append(f"{cell.pruned_perplexity:.3f} ({cell.kl:.4f})")
+        table.add_row(label, *shown)
+    data = found.calibration
+    where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
+    note = (
+        f"one-shot scores; calibration: {data['source']}, {data['tokens']:,} tokens; measured on "
+        f"{data['held_out_tokens']:,} others ({where}); seed {found.seed}"
+    )
+    cached = [f"from the cache: {', '.join(found.from_cache)}; --no-cache scores again"] if found.from_cache else []
+    return Group(table, *[Text(line) for line in (*dict.fromkeys(reasons), note, *cached)])
+
+
 def _notes(report: Report) -> list[Text]:
     data = report.calibration
     where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
@@ -61,7 +89,7 @@ def _notes(report: Report) -> list[Text]:
         lines.append(
             f"proof: sliced = masked logits to {p.error:.1e} (limit {p.tolerance:.0e}); gone, as predicted: "
             f"{p.parameters_removed:,} parameters, {p.state_bytes_removed:,} B of state"
-            + (f"; added: {p.parameters_added:,} parameters of new biases" if p.parameters_added else "")
+            + (f"; added: {p.parameters_added:,} parameters" if p.parameters_added else "")
             + (f"; {p.zeros:,} zeros in their places" if p.zeros else "")
         )
     return [Text(line) for line in lines]
