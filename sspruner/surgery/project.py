@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.graph.layout import DECODE, ENCODE
+from sspruner.graph.layout import ENCODE
 from sspruner.graph.ssm_graph import SSMGraph, trace
 from sspruner.planning.plan import Plan
 from sspruner.planning.reduction import Basis, Projection, projections
 from sspruner.runtime.projected_state import project_state, unproject_state
-
-STRICT = "_keep_in_fp32_modules_strict"  # where a transformers model says what stays fp32 in a narrow checkpoint
 
 
 def project_states(model: nn.Module, plan: Plan, graph: SSMGraph) -> tuple[Plan, SSMGraph]:
@@ -61,13 +59,6 @@ def install(model: nn.Module, layer: str, basis: Basis | None) -> None:
     to = {"device": mixer.in_proj.weight.device, "copy": True, "memory_format": torch.contiguous_format}  # as loaded
     encode, decode = (part.to(**to) for part in basis)
     project_state(mixer, encode, decode)
-    keep_fp32(model)
-
-
-def keep_fp32(model: Any) -> None:
-    """Say that encode and decode stay fp32 in a narrow checkpoint: rounded, their product is no identity."""
-    if hasattr(model, STRICT):
-        setattr(model, STRICT, {*(getattr(model, STRICT) or ()), ENCODE, DECODE})
 
 
 def _held(model: nn.Module, layer: str) -> Basis | None:
