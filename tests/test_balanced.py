@@ -319,11 +319,12 @@ def test_on_the_trained_model_at_most_a_fifth_of_the_damage_of_selection(damage:
 def test_each_layer_is_scored_behind_the_projections_before_it() -> None:
     model = tiny_model(groups=2, state=6, layers=3)
     data = sspruner.calibration(tokens(6, 24), model, samples=6, held_out=0)
-    result = sspruner.prune(copy.deepcopy(model), "balanced", sparsity=0.5, calibration=data)
+    result = sspruner.prune(copy.deepcopy(model), "balanced", keep=1, calibration=data)
     last = "backbone.layers.2.mixer:state"
     before = Plan({name: r for name, r in result.plan.groups.items() if name != last})
     behind = sspruner.score(sspruner.apply(copy.deepcopy(model), before), "balanced", calibration=data)
     dense = sspruner.score(model, "balanced", calibration=data)
     found, expected = result.scores.importance[last], behind.importance[last]
-    assert (found - expected).abs().max() <= 1e-3 * expected.max()
-    assert (found - dense.importance[last]).abs().max() > 1e-2 * expected.max()
+    change = (dense.importance[last] - expected).abs().max()
+    assert change > 1e-3 * expected.max()
+    assert (found - expected).abs().max() <= 0.05 * change
