@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.sources import Progress
-from sspruner.errors import InputError
+from sspruner.errors import InputError, PlanError
 from sspruner.evaluate.damage import Damage, damages
 from sspruner.graph.ssm_graph import trace
-from sspruner.pipeline import Source, calibrated, score
+from sspruner.pipeline import Source, calibrated, make_budget, score
 from sspruner.planning.decide import plan
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.report.result import versions
@@ -78,6 +78,8 @@ def compare(
     """
     if not scorers or not sparsities:
         raise InputError("compare: name at least one scorer and one sparsity")
+    for sparsity in sparsities:  # what makes no sense fails before any work
+        make_budget(axis, sparsity, None, allocation, multiple_of, ratios, ignore)
     compute = resolve_device(device)
     with on_device(model, compute):
         data = calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
@@ -95,7 +97,7 @@ def compare(
                 made = plan(graph, scored, sparsity=sparsity, **budget)
                 check_plan(made, graph, model=model)
                 plans[label, sparsity] = made
-            except InputError as error:
+            except (InputError, PlanError) as error:  # PlanError: whole modules that have to stay
                 cells[label][sparsity] = str(error)
     if not plans:
         raise InputError(next(cell for row in cells.values() for cell in row.values() if isinstance(cell, str)))

@@ -227,17 +227,20 @@ def prune(
 def with_basis(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]) -> OneScorer:
     """The scorer that was named; without one the scorer of the basis on the state, and the default elsewhere.
 
-    Raises InputError for a basis that no installed scorer has, or that the named one has not.
+    Raises InputError for a basis that no installed scorer has, or that the named one has not, and without the state.
     """
-    if scorer is None and basis in (None, SELECT):
+    if basis is None:
+        return DEFAULT if scorer is None else scorer
+    if "state" not in axes and basis != SELECT:
+        raise InputError(f"basis {basis!r}: is one of the state; add axis state, or leave it out")
+    if scorer is None and basis == SELECT:
         return DEFAULT
     if scorer is None:
-        return {axis: manager.scorer_of_basis(str(basis)) if axis == "state" else DEFAULT for axis in axes}
+        return {axis: manager.scorer_of_basis(basis) if axis == "state" else DEFAULT for axis in axes}
     decides = scorer.get("state", DEFAULT) if isinstance(scorer, Mapping) else scorer
-    own = (manager.scorer(decides)[0] if isinstance(decides, str) else decides).basis
-    if basis is not None and own != basis:
-        label = decides if isinstance(decides, str) else decides.name
-        raise InputError(f"basis {basis!r}: scorer {label!r} has basis {own!r}; leave one of them out")
+    own, _ = manager.scorer(decides) if isinstance(decides, str) else (decides, "")
+    if own.basis != basis:
+        raise InputError(f"basis {basis!r}: scorer {own.name!r} has basis {own.basis!r}; leave one of them out")
     return scorer
 
 

@@ -258,6 +258,8 @@ def test_a_basis_without_a_scorer_and_a_scorer_without_the_basis() -> None:
     for wrong, why in (
         ({"basis": "polar"}, r"unknown basis 'polar'; installed scorers have: balanced, select"),
         ({"basis": "balanced", "scorer": "ghost"}, r"scorer 'ghost' has basis 'select'; leave one of them out"),
+        ({"basis": "balanced", "axis": "head"}, r"basis 'balanced': is one of the state; add axis state"),
+        ({"basis": "balanced", "axis": "head", "scorer": "ghost"}, r"is one of the state"),
         ({"basis": "select", "scorer": "balanced"}, r"scorer 'balanced' has basis 'balanced'"),
         ({"scorer": "balanced", "options": {"weights": "all"}}, r"weights='all'; known: output, none"),
     ):

@@ -80,6 +80,11 @@ def test_a_cut_that_cannot_be_made_is_a_cell_and_all_of_them_an_error() -> None:
     assert "0.01 removes nothing from" in str(found.cells["random"][0.01])
     with pytest.raises(sspruner.InputError, match=r"0\.01 removes nothing from"):
         sspruner.compare(model, ["random"], sparsities=(0.01,), axis="head", calibration=data_of(model))
+    with pytest.raises(sspruner.InputError, match=r"sparsity 1\.5: must be at least 0 and below 1"):
+        sspruner.compare(model, ["random"], sparsities=(0.5, 1.5), calibration="no such file")
+    hybrid = zoo("zamba2")  # a plan that drops every attention layer is another kind of error
+    blocks = sspruner.compare(hybrid, ["random"], sparsities=(0.2, 0.8), axis="block", calibration=data_of(hybrid))
+    assert any("drops every attention layer" in str(cell) for cell in blocks.cells["random"].values())
     for wrong in ({"sparsities": ()}, {"scorers": []}):
         with pytest.raises(sspruner.InputError, match="at least one scorer and one sparsity"):
             sspruner.compare(model, **{"scorers": ["random"], "calibration": data_of(model), **wrong})
@@ -105,5 +110,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     ran = set(json.loads(everything.stdout)["cells"])
     known = {name for name, (cls, _) in manager.scorers().items() if "state" in cls.axes and cls.needs == "weights"}
     assert ran == known | {"ghost"}
-    wrong = CliRunner().invoke(app, [*args, "--scorer", "ghots"])
-    assert wrong.exit_code == 2
+    for more, why in (
+        (["--scorer", "ghots"], "unknown scorer 'ghots'"),
+        (["--axis", "stat"], "'stat'"),
+        (["--sparsity", "2"], "sparsity 2: must be at least 0 and below 1"),
+    ):
+        wrong = CliRunner().invoke(app, [*args, *more])
+        assert wrong.exit_code == 2
+        assert why in wrong.output

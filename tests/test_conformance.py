@@ -386,3 +386,49 @@ def test_only_the_kit_imports_hypothesis() -> None:
         "ImportError: sspruner.testing needs hypothesis, which is not installed: pip install 'sspruner[testing]'"
         in (done.stderr)
     )
+
+
+class Principal(Good):
+    """A basis of its own: principal components of what is read from the state."""
+
+    basis = "principal"
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.tokens += view.tokens
+        self.total = self.total + view.observability
+
+    def importance(self) -> torch.Tensor:
+        values, self.vectors = torch.linalg.eigh(self.total)
+        return values / self.tokens
+
+    def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.vectors.mT, self.vectors
+
+
+class Doubled(Principal):
+    def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.vectors.mT, 2 * self.vectors
+
+
+class Clipped(Principal):
+    def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.vectors.mT[:, :, 1:], self.vectors
+
+
+class Firsts(Principal):
+    """Scores that are those of coordinates, not of its directions: they move where states change places."""
+
+    def importance(self) -> torch.Tensor:
+        super().importance()
+        return self.total.diagonal(dim1=-2, dim2=-1) / self.tokens
+
+
+def test_a_basis_of_its_own_is_checked_too() -> None:
+    check_scorer(Principal, families=["mamba2"], max_examples=2)
+    for fault, says in (
+        (Doubled, r"encode @ decode is not the identity \(off by 1.0e\+00\)"),
+        (Clipped, r"coordinates of \(2, \d+, \d+\) and .*, not \(2, \d+, \d+\) twice"),
+        (Firsts, "scores depend on where a unit stands"),
+    ):
+        with pytest.raises(AssertionError, match=says):
+            check_scorer(fault, families=["mamba2"], max_examples=3)

@@ -150,3 +150,12 @@ def test_the_kit_catches_a_family(fault: str) -> None:
 def test_a_model_that_cannot_be_saved_is_said_so() -> None:
     with pytest.raises(AssertionError, match="family 'plain': a cut model cannot be saved and loaded"):
         check_family(PLAIN["Plain"](), plain_model, max_examples=1)
+
+
+def test_a_readout_that_is_not_what_out_proj_reads_is_caught() -> None:
+    class Wrong(PLAIN["Plain"]):
+        def readout(self, mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            return y.flatten(2) * z
+
+    with pytest.raises(AssertionError, match=r"readout is not what any linear layer of .* is fed"):
+        check_family(Wrong(), plain_model, save=False, max_examples=1)

@@ -92,6 +92,20 @@ def test_any_sizes_are_expressed(family: str, axis: str, tmp_path: Path) -> None
     check_export(sspruner.apply(model, Plan({name: plan.groups[name]})), tmp_path)
 
 
+def test_a_bias_that_a_cut_added_is_exported(tmp_path: Path) -> None:
+    model = zoo("mamba")
+    name = f"{sspruner.trace(model).layers[0].path}.out_proj"
+    new = torch.arange(float(len(model.get_parameter(f"{name}.weight"))))
+    plan = Plan(half(sspruner.trace(model)).groups, updates={f"{name}.bias": new})
+    check_export(sspruner.apply(model, plan), tmp_path)
+
+
+def test_sspruner_does_not_read_an_export_without_trust(tmp_path: Path) -> None:
+    folder = sspruner.export(tiny_model(), tmp_path / "out")
+    with pytest.raises(sspruner.ModelError, match=r"config cannot be read: ValueError: .* contains custom code"):
+        sspruner.load(folder)
+
+
 def test_without_trust_it_is_not_read_as_something_else(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

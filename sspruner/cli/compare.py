@@ -16,7 +16,6 @@ from sspruner.cli.console import (
     progress_bar,
     ratios_from,
     reports_errors,
-    scorers_from,
     show,
 )
 
@@ -54,7 +53,7 @@ def command(
     import sspruner
     from sspruner.comparison import SPARSITIES
     from sspruner.io.load import name_of
-    from sspruner.pipeline import DEFAULT
+    from sspruner.pipeline import DEFAULT, make_budget
     from sspruner.plugins import manager
     from sspruner.report.table import comparison_table
 
@@ -63,10 +62,11 @@ def command(
     prepare(plugin)
     able = {name: cls for name, (cls, _) in sorted(manager.scorers().items()) if axis in cls.axes}
     quick = [name for name, cls in able.items() if name == DEFAULT or cls.needs == "weights"]
-    scorers = [scorers_from(name) for name in scorer or quick]
-    for each in scorers:
-        for name in each.values() if isinstance(each, dict) else [each]:
-            manager.scorer(name)
+    scorers = scorer or quick or [DEFAULT]
+    for name in scorers:
+        manager.scorer(name)
+    for fraction in sparsity or SPARSITIES:
+        make_budget(axis, fraction, None, allocation, multiple_of, ratios, ignore or [])
     with progress_bar() as progress:
         loaded, tokenizer = sspruner.load(model, dtype=dtype)
         found = sspruner.compare(
