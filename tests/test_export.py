@@ -93,8 +93,9 @@ def test_any_sizes_are_expressed(family: str, axis: str, tmp_path: Path) -> None
 
 
 def test_a_bias_that_a_cut_added_is_exported(tmp_path: Path) -> None:
-    model = zoo("mamba")
+    model = tiny_model(bias=False)
     name = f"{sspruner.trace(model).layers[0].path}.out_proj"
+    assert model.get_submodule(name).bias is None
     new = torch.arange(float(len(model.get_parameter(f"{name}.weight"))))
     plan = Plan(half(sspruner.trace(model)).groups, updates={f"{name}.bias": new})
     check_export(sspruner.apply(model, plan), tmp_path)
