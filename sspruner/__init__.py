@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sspruner.planning.plan import Plan
     from sspruner.planning.scores import Scores
     from sspruner.plugins.scorer import Scorer
+    from sspruner.refitting import Refit, refit
     from sspruner.surgery.apply import apply
     from sspruner.surgery.mask import masked, unmask
 
@@ -43,6 +44,7 @@ _HOME = {
     "Choose": "sspruner.planning.decide",
     "Family": "sspruner.graph.family",
     "Plan": "sspruner.planning.plan",
+    "Refit": "sspruner.refitting",
     "Result": "sspruner.pipeline",
     "SSMGraph": "sspruner.graph.ssm_graph",
     "SSMView": "sspruner.calibrate.view",
@@ -57,6 +59,7 @@ _HOME = {
     "masked": "sspruner.surgery.mask",
     "plan": "sspruner.planning.decide",
     "prune": "sspruner.pipeline",
+    "refit": "sspruner.refitting",
     "save": "sspruner.io.save",
     "score": "sspruner.pipeline",
     "trace": "sspruner.graph.ssm_graph",
@@ -75,6 +78,7 @@ __all__ = [
     "PlanError",
     "PluginError",
     "ProofError",
+    "Refit",
     "Result",
     "SSMGraph",
     "SSMView",
@@ -91,6 +95,7 @@ __all__ = [
     "masked",
     "plan",
     "prune",
+    "refit",
     "save",
     "score",
     "trace",

@@ -17,7 +17,7 @@ from sspruner.graph.ssm_graph import trace
 from sspruner.pipeline import Source, calibrated, make_budget, score
 from sspruner.planning.decide import plan
 from sspruner.planning.plan import Plan, check_plan
-from sspruner.report.result import versions
+from sspruner.report.result import measured, versions
 from sspruner.walk import TOKENS_PER_BATCH, OneScorer, on_device, resolve_device
 
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
@@ -47,7 +47,7 @@ class Comparison:
 
 
 def _cell(cell: Damage | str) -> dict[str, Any]:
-    return {"error": cell} if isinstance(cell, str) else {"perplexity": cell.pruned_perplexity, "kl_to_dense": cell.kl}
+    return {"error": cell} if isinstance(cell, str) else measured(cell)
 
 
 def compare(

@@ -15,7 +15,7 @@ from torch import nn
 from sspruner.calibrate.sources import Calibration, Progress, calibration
 from sspruner.errors import InputError
 from sspruner.evaluate.continuation import continuation
-from sspruner.evaluate.damage import damage
+from sspruner.evaluate.damage import damages
 from sspruner.graph.ssm_graph import trace
 from sspruner.planning.budget import Budget, pattern_sparsity
 from sspruner.planning.cache import cache_key, cached, store
@@ -25,7 +25,9 @@ from sspruner.planning.reduction import reduction
 from sspruner.planning.scores import Scores
 from sspruner.plugins import manager
 from sspruner.plugins.scorer import SELECT
-from sspruner.report.result import Report, model_size, peak_memory_bytes, sparsity_of, versions
+from sspruner.refitting import KINDS
+from sspruner.refitting import refit as refit_plan
+from sspruner.report.result import Report, measured, model_size, peak_memory_bytes, sparsity_of, versions
 from sspruner.surgery.mask import mask, mask_elements, mask_group, unmask, update_tensors
 from sspruner.surgery.proof import slice_with_proof
 from sspruner.walk import TOKENS_PER_BATCH, OneScorer, Run, on_device
@@ -102,6 +104,7 @@ def prune(
     rows: Sequence[str] = (),
     mode: str = "slice",
     one_shot: bool = False,
+    refit: str = "none",
     calibration: Source = "self",
     samples: int = 32,
     seq_len: int = 256,
@@ -120,8 +123,9 @@ def prune(
     proof. For one axis, sparsity (fraction removed, default 0.5) or keep (units left in every set) is the budget;
     ratios (pattern -> fraction) and ignore (patterns) say where it differs. On the axes of single elements pattern
     ("2:4"), granularity and rows say which elements compete. With one_shot, all layers are scored on the dense model
-    and cut at once; so it is where layers compete with each other. mode "slice" makes tensors smaller after a proof
-    that this equals the mask; "mask" stops at the mask. The other arguments are those of `score` and `plan`.
+    and cut at once; so it is where layers compete with each other. refit "output" or "bias" then solves for what stays
+    on the calibration text, in closed form (docs/refit.md). mode "slice" makes tensors smaller after a proof that this
+    equals the mask; "mask" stops at the mask. The other arguments are those of `score` and `plan`.
 
     Sequential scoring: Menezes & Kyrillidis, GHOST, arXiv 2602.11408. Raises InputError for bad arguments and for a
     budget that removes nothing, PluginError for a scorer that breaks its contract, ProofError if the cut is not what
@@ -129,6 +133,8 @@ def prune(
     """
     if mode not in ("slice", "mask"):
         raise InputError(f"mode {mode!r}: must be slice or mask")
+    if refit not in KINDS:
+        raise InputError(f"refit {refit!r}: must be one of {', '.join(KINDS)}")
     budget = make_budget(axis, sparsity, keep, allocation, multiple_of, ratios, ignore, pattern, granularity, rows)
     axes = [axis] if isinstance(axis, str) else list(axis)
     run = Run(model, [with_basis(scorer, basis, axes)], axes, options, seed, device)
@@ -175,13 +181,19 @@ def prune(
         decide({name: scores.importance[name] for name in run.groups if name not in kept})
     made = make_plan(run.groups, kept, updates, scores, budget)
     check_plan(made, run.graph, model=model)  # what whole modules may not go is known only now
+    plans, errors = [made], {}
+    if refit != "none":
+        with clock("refit"):
+            refitted = refit_plan(model, made, refit, calibration=data, device=device, progress=progress)
+        plans, errors = [made, refitted.plan], refitted.errors
+    made = plans[-1]
 
     with on_device(model, run.device):
         speaks = tokenizer is not None and hasattr(model, "generation_config")  # mamba_ssm's generate is another
         said = continuation(model, tokenizer, prompt, NEW_TOKENS) if speaks else None
         with clock("evaluation"):
             per_batch = max(1, TOKENS_PER_BATCH // 2 // data.held_out.shape[1])
-            cost = damage(model, made, run.graph, data.held_out_batches(per_batch))
+            costs = damages(model, plans, run.graph, data.held_out_batches(per_batch))
         with clock("proof"):
             proof = slice_with_proof(model, made, run.graph, seed) if mode == "slice" else None
         if mode == "mask":
@@ -204,14 +216,15 @@ def prune(
             "held_out_tokens": int(data.held_out_mask.sum()),
             "held_out_is_separate": data.held_out_is_separate,
         },
-        dense=dense | {"perplexity": cost.dense_perplexity},
-        pruned=model_size(model, cut_graph) | {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl},
+        dense=dense | {"perplexity": costs[0].dense_perplexity},
+        pruned=model_size(model, cut_graph) | measured(costs[-1]),
         layers={
             name: {"before": group.units, "after": int(kept[name][0].sum())}
             for name, group in run.groups.items()
             if not group.tensor
         },
         proof=proof,
+        refit={"kind": refit, "without": measured(costs[0]), "errors": errors} if errors else {},
         sparsity=sparsity_of(model, cut_graph, run.axes),
         continuation={"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "dense": said, "pruned": says}
         if speaks

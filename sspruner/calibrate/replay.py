@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -192,11 +192,9 @@ class Replay:
     @torch.no_grad()
     def _linear_inputs(self, block: str, path: str, batch: int) -> dict[str, torch.Tensor]:
         """The input of every linear layer inside the module at `path`, by its path relative to that."""
-        seen: dict[str, torch.Tensor] = {}
         outer = self.model.get_submodule(path)
         linear = {name: m for name, m in outer.named_modules() if isinstance(m, nn.Linear)}
-        with Products({module.weight: name for name, module in linear.items()}, seen.__setitem__):
-            self.run(block, batch, self.hidden[batch])
+        seen, _ = self.given(block, batch, {module.weight: name for name, module in linear.items()})
         missing = [name for name in linear if "." not in name and name not in seen]
         if missing:  # scores of zero for what was never seen are a published fault
             raise ModelError(
@@ -204,6 +202,19 @@ class Replay:
                 "not need them"
             )
         return seen
+
+    @torch.no_grad()
+    def given(
+        self, block: str, batch: int, weights: Mapping[torch.Tensor, str]
+    ) -> tuple[dict[str, torch.Tensor], Flow]:
+        """What linear layers inside a block, weight -> name, are given, by name; and what leaves the block.
+
+        The block has to be on the device. A layer that the block does not call is not in it.
+        """
+        seen: dict[str, torch.Tensor] = {}
+        with Products(weights, seen.__setitem__):
+            out = self.run(block, batch, self.hidden[batch])
+        return seen, out
 
     @torch.no_grad()
     def outputs(self, block: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -60,6 +60,10 @@ Allocation = Annotated[
 MultipleOf = Annotated[int, typer.Option(help="Keep a multiple of this many units.")]
 Mode = Annotated[str, typer.Option(help="slice: smaller tensors, proved. mask: zeros, same sizes.")]
 OneShot = Annotated[bool, typer.Option("--one-shot", help="Score all layers on the dense model, then cut at once.")]
+Refit = Annotated[
+    str,
+    typer.Option(help="After the cut, solve for what stays: output (weights of out_proj and its like), bias, or none."),
+]
 Calibration = Annotated[
     str, typer.Option(help="Text file, datasets name (NAME[:CONFIG[:SPLIT]]), or self: sampled from the model.")
 ]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.evaluate.damage import Damage
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.io.output import atomic_file
 from sspruner.surgery.proof import Proof
@@ -25,6 +26,7 @@ class Report:
     """The result of one prune. Bytes, seconds, nats; state bytes per sequence; `proof` is None in mask mode.
 
     basis: whether units of the state are its coordinates ("select") or directions, by the scorer's name for it.
+    refit: what was solved for after the cut, the damage without it, each block's error before and after; {} without.
     sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
     """
 
@@ -48,6 +50,7 @@ class Report:
     command: str = ""
     sparsity: dict[str, Any] = field(default_factory=dict)
     basis: str = "select"
+    refit: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of report.json."""
@@ -67,6 +70,11 @@ def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
         "state_bytes": graph.state_bytes,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def measured(cost: Damage) -> dict[str, float]:
+    """Damage as reports name it."""
+    return {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl}
 
 
 def sparsity_of(model: nn.Module, graph: SSMGraph, axes: Sequence[str]) -> dict[str, Any]:

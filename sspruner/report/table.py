@@ -37,6 +37,11 @@ def result_table(report: Report) -> RenderableType:
     ):
         table.add_row(label, show(dense[key]), show(pruned[key]), _percent(dense[key], pruned[key]))
     table.add_row("KL to dense, nats/token", "", f"{pruned['kl_to_dense']:.4f}", "")
+    if report.refit:
+        without = report.refit["without"]
+        change = _percent(dense["perplexity"], without["perplexity"])
+        table.add_row(f"without refit {report.refit['kind']}: perplexity", "", f"{without['perplexity']:.3f}", change)
+        table.add_row("without refit: KL", "", f"{without['kl_to_dense']:.4f}", "")
     if report.sparsity:
         table.add_row("element sparsity", "", f"{100 * report.sparsity['sparsity']:.2f} %", "")
     return Group(table, *_notes(report), *_continuations(report))
