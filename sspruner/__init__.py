@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from sspruner.calibrate.sources import Calibration, calibration
     from sspruner.calibrate.view import SSMView
     from sspruner.comparison import compare
+    from sspruner.curves import Sensitivity, sensitivity
     from sspruner.graph.family import Family
     from sspruner.graph.fingerprint import fingerprint
     from sspruner.graph.ssm_graph import SSMGraph, trace
     from sspruner.io.export import export
     from sspruner.io.load import load
     from sspruner.io.save import save
+    from sspruner.limits import Limits
     from sspruner.pipeline import Result, prune, score
     from sspruner.planning.decide import Choose, plan
     from sspruner.planning.plan import Plan
@@ -43,6 +45,7 @@ _HOME = {
     "Calibration": "sspruner.calibrate.sources",
     "Choose": "sspruner.planning.decide",
     "Family": "sspruner.graph.family",
+    "Limits": "sspruner.limits",
     "Plan": "sspruner.planning.plan",
     "Refit": "sspruner.refitting",
     "Result": "sspruner.pipeline",
@@ -50,6 +53,7 @@ _HOME = {
     "SSMView": "sspruner.calibrate.view",
     "Scorer": "sspruner.plugins.scorer",
     "Scores": "sspruner.planning.scores",
+    "Sensitivity": "sspruner.curves",
     "apply": "sspruner.surgery.apply",
     "calibration": "sspruner.calibrate.sources",
     "compare": "sspruner.comparison",
@@ -62,6 +66,7 @@ _HOME = {
     "refit": "sspruner.refitting",
     "save": "sspruner.io.save",
     "score": "sspruner.pipeline",
+    "sensitivity": "sspruner.curves",
     "trace": "sspruner.graph.ssm_graph",
     "unmask": "sspruner.surgery.mask",
 }
@@ -73,6 +78,7 @@ __all__ = [
     "ELEMENT_AXES",
     "Family",
     "InputError",
+    "Limits",
     "ModelError",
     "Plan",
     "PlanError",
@@ -85,6 +91,7 @@ __all__ = [
     "SSPrunerError",
     "Scorer",
     "Scores",
+    "Sensitivity",
     "apply",
     "calibration",
     "compare",
@@ -98,6 +105,7 @@ __all__ = [
     "refit",
     "save",
     "score",
+    "sensitivity",
     "trace",
     "unmask",
 ]

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.asked import make_budget
 from sspruner.calibrate.sources import Progress
 from sspruner.errors import InputError, PlanError
 from sspruner.evaluate.damage import Damage, damages
 from sspruner.graph.ssm_graph import trace
-from sspruner.pipeline import Source, calibrated, make_budget, score
+from sspruner.pipeline import Source, calibrated, score
 from sspruner.planning.decide import plan
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.report.result import measured, versions
@@ -60,6 +61,7 @@ def compare(
     multiple_of: int = 1,
     ratios: Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
+    normalise: str | None = None,
     calibration: Source = "self",
     samples: int = 32,
     seq_len: int = 256,
@@ -79,7 +81,7 @@ def compare(
     if not scorers or not sparsities:
         raise InputError("compare: name at least one scorer and one sparsity")
     for sparsity in sparsities:  # what makes no sense fails before any work
-        make_budget(axis, sparsity, None, allocation, multiple_of, ratios, ignore)
+        make_budget(axis, sparsity, None, allocation, multiple_of, ratios, ignore, normalise=normalise)
     compute = resolve_device(device)
     with on_device(model, compute):
         data = calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
@@ -88,7 +90,13 @@ def compare(
         progress=progress,
     )  # fmt: skip
     graph = trace(model)
-    budget: dict[str, Any] = {"allocation": allocation, "multiple_of": multiple_of, "ratios": ratios, "ignore": ignore}
+    budget: dict[str, Any] = {
+        "allocation": allocation,
+        "multiple_of": multiple_of,
+        "ratios": ratios,
+        "ignore": ignore,
+        "normalise": normalise,
+    }
     cells: dict[str, dict[float, Damage | str]] = {label: {} for label in scores}
     plans: dict[tuple[str, float], Plan] = {}
     for label, scored in scores.items():

@@ -12,27 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.asked import make_budget, scorers_asked
 from sspruner.calibrate.sources import Calibration, Progress, calibration
 from sspruner.errors import InputError
 from sspruner.evaluate.continuation import continuation
 from sspruner.evaluate.damage import damages
 from sspruner.graph.ssm_graph import trace
-from sspruner.planning.budget import Budget, pattern_sparsity
+from sspruner.limits import Limits
 from sspruner.planning.cache import cache_key, cached, store
-from sspruner.planning.decide import check_budget, choosers, make_plan
+from sspruner.planning.decide import check_budget, choosers, compared, make_plan, plan
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.planning.reduction import reduction
 from sspruner.planning.scores import Scores
-from sspruner.plugins import manager
-from sspruner.plugins.scorer import SELECT
 from sspruner.refitting import KINDS
 from sspruner.refitting import refit as refit_plan
 from sspruner.report.result import Report, measured, model_size, peak_memory_bytes, sparsity_of, versions
+from sspruner.search import fraction_of_size, same_size, settle
 from sspruner.surgery.mask import mask, mask_elements, mask_group, unmask, update_tensors
 from sspruner.surgery.proof import slice_with_proof
 from sspruner.walk import TOKENS_PER_BATCH, OneScorer, Run, on_device
 
-DEFAULT = "ghost"
 PROMPT_TOKENS, NEW_TOKENS = 24, 40
 
 Source = Calibration | str | Path | list[str] | torch.Tensor
@@ -102,6 +101,10 @@ def prune(
     pattern: str | None = None,
     granularity: str | None = None,
     rows: Sequence[str] = (),
+    normalise: str | None = None,
+    floor: Mapping[str, int] | None = None,
+    cap: Mapping[str, int] | None = None,
+    limits: Limits | None = None,
     mode: str = "slice",
     one_shot: bool = False,
     refit: str = "none",
@@ -118,14 +121,17 @@ def prune(
     """Prune `model` in place: score, plan and cut layer by layer, each layer on inputs made by the cut ones before it.
 
     scorer, basis: what decides, and in which coordinates of the state; one of them is enough. The default is "ghost",
-    which keeps coordinates ("select"); basis="balanced" keeps directions (docs/balanced.md).
+    which keeps coordinates ("select"); basis="balanced" keeps directions (docs/balanced.md). "auto" takes the scorer
+    that costs least at this very cut, on calibration text (docs/budgets.md).
     axis: what to remove; several at once with the fraction of each, {"state": 0.5, "head": 0.25}, in one plan with one
-    proof. For one axis, sparsity (fraction removed, default 0.5) or keep (units left in every set) is the budget;
-    ratios (pattern -> fraction) and ignore (patterns) say where it differs. On the axes of single elements pattern
-    ("2:4"), granularity and rows say which elements compete. With one_shot, all layers are scored on the dense model
-    and cut at once; so it is where layers compete with each other. refit "output" or "bias" then solves for what stays
-    on the calibration text, in closed form (docs/refit.md). mode "slice" makes tensors smaller after a proof that this
-    equals the mask; "mask" stops at the mask. The other arguments are those of `score` and `plan`.
+    proof. For one axis, sparsity (fraction removed, default 0.5) or keep (units left in every set) is the budget, or
+    limits are, in users' units (docs/budgets.md); ratios (pattern -> fraction), ignore (patterns), floor and cap
+    (pattern -> units) say where it differs, allocation and normalise how layers share it (docs/allocation.md). On the
+    axes of single elements pattern ("2:4"), granularity and rows say which elements compete. With one_shot, all layers
+    are scored on the dense model and cut at once; so it is where layers or scorers compete, and where a limit of damage
+    has to be met. refit "output" or "bias" then solves for what stays on the calibration text, in closed form
+    (docs/refit.md). mode "slice" makes tensors smaller after a proof that this equals the mask; "mask" stops at the
+    mask. The other arguments are those of `score` and `plan`.
 
     Sequential scoring: Menezes & Kyrillidis, GHOST, arXiv 2602.11408. Raises InputError for bad arguments and for a
     budget that removes nothing, PluginError for a scorer that breaks its contract, ProofError if the cut is not what
@@ -135,14 +141,22 @@ def prune(
         raise InputError(f"mode {mode!r}: must be slice or mask")
     if refit not in KINDS:
         raise InputError(f"refit {refit!r}: must be one of {', '.join(KINDS)}")
-    budget = make_budget(axis, sparsity, keep, allocation, multiple_of, ratios, ignore, pattern, granularity, rows)
+    budget = make_budget(
+        axis, sparsity, keep, allocation, multiple_of, ratios, ignore, pattern, granularity, rows, normalise, floor,
+        cap, limits,
+    )  # fmt: skip
     axes = [axis] if isinstance(axis, str) else list(axis)
-    run = Run(model, [with_basis(scorer, basis, axes)], axes, options, seed, device)
-    scorers = run.jobs[0].scorers
-    by_axis = {a: cls.granularity for a, (cls, _) in scorers.items()}
-    one_shot = one_shot or budget.compares_layers(run.groups, by_axis)
+    asked = scorers_asked(scorer, basis, axes)
+    run = Run(model, asked, axes, options, seed, device, tolerant=len(asked) > 1)
+    by_axis = run.granularity
+    one_shot = one_shot or len(run.jobs) > 1 or budget.compares_layers(run.groups, by_axis)
+    if limits is None:
+        check_budget(run.groups, budget)
+    elif not (one_shot or limits.of_damage or run.has_basis):
+        budget = replace(budget, sparsity=fraction_of_size(model, run.graph, run.groups, budget, limits))
+    else:
+        one_shot = True
     choose = {} if one_shot else choosers(run.groups, budget, by_axis)
-    check_budget(run.groups, budget)
     dense = model_size(model, run.graph)
     clock = _Clock()
     with on_device(model, run.device), clock("calibration"):
@@ -176,24 +190,40 @@ def prune(
             found = _scored(run, data, cache, progress) if one_shot else run.walk(data, cut=cut, progress=progress)
         finally:
             unmask(model)
-        (scores,) = found.values()
-        choose = choosers(run.groups, budget, by_axis, scores.importance)
-        decide({name: scores.importance[name] for name in run.groups if name not in kept})
+    search: dict[str, Any] = {"limits": limits.to_json()} if limits else {}
+    curves = None
+    if one_shot:
+        with clock("search"), on_device(model, run.device):
+            settled = settle(model, run.graph, run.groups, found, budget, limits, data, progress)
+        run.jobs = [job for job in run.jobs if job.label == settled.label]
+        budget, curves, search = settled.budget, settled.curves, search | settled.evidence
+        if run.refused:
+            search["scorers"] = search.get("scorers", {}) | run.refused
+    scores = found[run.jobs[0].label]
+    choose = choosers(run.groups, budget, run.granularity, compared(scores, budget), curves)
+    decide({name: scores.importance[name] for name in run.groups if name not in kept})
     made = make_plan(run.groups, kept, updates, scores, budget)
     check_plan(made, run.graph, model=model)  # what whole modules may not go is known only now
-    plans, errors = [made], {}
+    plans, errors = {"cut": made}, {}
     if refit != "none":
         with clock("refit"):
             refitted = refit_plan(model, made, refit, calibration=data, device=device, progress=progress)
-        plans, errors = [made, refitted.plan], refitted.errors
-    made = plans[-1]
+        plans, errors = plans | {"refitted": refitted.plan}, refitted.errors
+    if one_size := same_size(made, run.graph, lambda keep: plan(run.graph, scores, keep=keep)):
+        plans["one size"] = one_size
+    made = plans.get("refitted", made)
 
     with on_device(model, run.device):
         speaks = tokenizer is not None and hasattr(model, "generation_config")  # mamba_ssm's generate is another
         said = continuation(model, tokenizer, prompt, NEW_TOKENS) if speaks else None
         with clock("evaluation"):
             per_batch = max(1, TOKENS_PER_BATCH // 2 // data.held_out.shape[1])
-            costs = damages(model, plans, run.graph, data.held_out_batches(per_batch))
+            found_costs = damages(model, list(plans.values()), run.graph, data.held_out_batches(per_batch))
+    costs = dict(zip(plans, found_costs, strict=True))
+    if one_size:
+        kept_by_all = next(iter(one_size.groups.values())).after
+        search["one_size"] = {"kept": kept_by_all, **measured(costs["one size"])}
+    with on_device(model, run.device):
         with clock("proof"):
             proof = slice_with_proof(model, made, run.graph, seed) if mode == "slice" else None
         if mode == "mask":
@@ -202,7 +232,7 @@ def prune(
     cut_graph = trace(model)
     report = Report(
         scorer=run.jobs[0].label,
-        basis=", ".join(dict.fromkeys(cls.basis for cls, _ in scorers.values())),
+        basis=", ".join(dict.fromkeys(cls.basis for cls, _ in run.jobs[0].scorers.values())),
         options=run.jobs[0].options,
         axis=", ".join(run.axes),
         budget=budget.to_json(),
@@ -216,15 +246,16 @@ def prune(
             "held_out_tokens": int(data.held_out_mask.sum()),
             "held_out_is_separate": data.held_out_is_separate,
         },
-        dense=dense | {"perplexity": costs[0].dense_perplexity},
-        pruned=model_size(model, cut_graph) | measured(costs[-1]),
+        dense=dense | {"perplexity": costs["cut"].dense_perplexity},
+        pruned=model_size(model, cut_graph) | measured(costs.get("refitted", costs["cut"])),
         layers={
             name: {"before": group.units, "after": int(kept[name][0].sum())}
             for name, group in run.groups.items()
             if not group.tensor
         },
         proof=proof,
-        refit={"kind": refit, "without": measured(costs[0]), "errors": errors} if errors else {},
+        refit={"kind": refit, "without": measured(costs["cut"]), "errors": errors} if errors else {},
+        search=search,
         sparsity=sparsity_of(model, cut_graph, run.axes),
         continuation={"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "dense": said, "pruned": says}
         if speaks
@@ -235,48 +266,6 @@ def prune(
         versions=versions(),
     )
     return Result(model, made, scores, report)
-
-
-def with_basis(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]) -> OneScorer:
-    """The scorer that was named; without one the scorer of the basis on the state, and the default elsewhere.
-
-    Raises InputError for a basis that no installed scorer has, or that the named one has not, and without the state.
-    """
-    if basis is None:
-        return DEFAULT if scorer is None else scorer
-    if "state" not in axes and basis != SELECT:
-        raise InputError(f"basis {basis!r}: is one of the state; add axis state, or leave it out")
-    if scorer is None and basis == SELECT:
-        return DEFAULT
-    if scorer is None:
-        return {axis: manager.scorer_of_basis(basis) if axis == "state" else DEFAULT for axis in axes}
-    decides = scorer.get("state", DEFAULT) if isinstance(scorer, Mapping) else scorer
-    own, _ = manager.scorer(decides) if isinstance(decides, str) else (decides, "")
-    if own.basis != basis:
-        raise InputError(f"basis {basis!r}: scorer {own.name!r} has basis {own.basis!r}; leave one of them out")
-    return scorer
-
-
-def make_budget(
-    axis: str | Mapping[str, float],
-    sparsity: float | None = None,
-    keep: int | None = None,
-    allocation: str = "uniform",
-    multiple_of: int = 1,
-    ratios: Mapping[str, float] | None = None,
-    ignore: Sequence[str] = (),
-    pattern: str | None = None,
-    granularity: str | None = None,
-    rows: Sequence[str] = (),
-) -> Budget:
-    """The arguments of `prune` as a Budget. Raises InputError for fractions given twice, or that make no sense."""
-    if isinstance(axis, str):
-        if sparsity is None and keep is None:
-            sparsity = pattern_sparsity(pattern) if pattern else 0.5
-        return Budget(sparsity, keep, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows)
-    if sparsity is not None or keep is not None:
-        raise InputError("every axis has its own fraction; leave out sparsity and keep, or name one axis alone")
-    return Budget(axis, None, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows)
 
 
 def _scored(run: Run, data: Calibration | None, cache: bool, progress: Progress | None) -> dict[str, Scores]:
@@ -298,7 +287,7 @@ def _scored(run: Run, data: Calibration | None, cache: bool, progress: Progress 
         if key := keys.get(label):
             store(key, scores)
     ordered = {label: replace(s, importance={n: s.importance[n] for n in run.groups}) for label, s in found.items()}
-    return {job.label: (ordered | made)[job.label] for job in order}
+    return {job.label: (ordered | made)[job.label] for job in order if job.label not in run.refused}
 
 
 def _as_stored(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:

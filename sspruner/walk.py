@@ -69,7 +69,10 @@ class Job:
 
 
 class Run:
-    """One or several jobs on one model, in one pass over its layers: what `score` and `prune` share."""
+    """One or several jobs on one model, in one pass over its layers: what `score` and `prune` share.
+
+    tolerant: a job whose scorer refuses this model is left out, with the reason in `refused`.
+    """
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class Run:
         options: dict[str, Any] | None,
         seed: int,
         device: str | None,
+        *,
+        tolerant: bool = False,
     ) -> None:
         self.jobs = [Job(scorer, axes, options or {}, seed) for scorer in scorers]
         labels = [job.label for job in self.jobs]
@@ -104,8 +109,19 @@ class Run:
             check_differentiable(model)
         for job in self.jobs:
             self._check_basis(job)
+        self.tolerant, self.refused = tolerant, dict[str, str]()
         self.bases: dict[str, Basis] = {}  # dependency group -> the directions that its units are, of the last job
         self.scorers: dict[str, Scorer] = {}  # dependency group -> who scored it, if it has more to say (reduce)
+
+    @property
+    def granularity(self) -> dict[str, str]:
+        """Where single elements compete, by axis, as the first job's scorers say."""
+        return {axis: cls.granularity for axis, (cls, _) in self.jobs[0].scorers.items()}
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether a scorer has a basis of its own."""
+        return any(cls.basis != SELECT for job in self.jobs for cls, _ in job.scorers.values())
 
     def _check_basis(self, job: Job) -> None:
         """Raise InputError where a scorer wants another basis of a state that can have none."""
@@ -145,6 +161,7 @@ class Run:
                 bases=walk.bases[job.label],
             )
             for job in self.jobs
+            if job.label not in self.refused
         }
 
     def reduce(
@@ -175,6 +192,7 @@ class Run:
             "calibration": used.source if used else "",
             "tokens": str(int(used.mask.sum())) if used else "0",
             "seed": str(self.seed),
+            "comparable": json.dumps({axis: cls.comparable for axis, (cls, _) in job.scorers.items()}, sort_keys=True),
             **({"granularity": json.dumps(elements)} if elements else {}),
             **({"changes_weights": ", ".join(dict.fromkeys(job.changes_weights))} if job.changes_weights else {}),
         }
@@ -283,20 +301,39 @@ class _Walk:
     def score(self, names: list[tuple[str, str]]) -> None:
         """Take the importances of groups that have been observed, or that need no more than weights and gradients."""
         for label, name in names:
-            scorer, group = self.at_work.pop((label, name)), self.run.groups[name]
-            plugin = self.jobs[label].scorers[group.axis][1]
-            if scorer.needs == "activations" and name not in self.seen:
-                raise ModelError(
-                    f"{name}: its module never ran on the calibration text (a fused kernel, or an expert that got no "
-                    "token?); it cannot be scored by activations"
-                )
-            if scorer.needs != "activations":
-                observe_layer(scorer, self._still(scorer, group, (label, name) in self.in_turn), plugin)
-            self.importance[label][name] = checked_importance(scorer, group, plugin)
-            if scorer.basis != SELECT:
-                self.run.bases[name] = self.bases[label][name] = checked_coordinates(scorer, group, plugin)
-            if type(scorer).reduce is not Scorer.reduce:
-                self.run.scorers[name] = scorer
+            with self._tolerating(label):
+                self._score(label, name)
+
+    @contextmanager
+    def _tolerating(self, label: str) -> Iterator[None]:
+        """Go on without a job whose scorer refuses this model, if there are others."""
+        try:
+            yield
+        except InputError as error:
+            if not self.run.tolerant:
+                raise
+            self.run.refused[label] = str(error)
+            self.at_work = {key: scorer for key, scorer in self.at_work.items() if key[0] != label}
+            if len(self.run.refused) == len(self.jobs):
+                raise
+
+    def _score(self, label: str, name: str) -> None:
+        if label in self.run.refused:
+            return
+        scorer, group = self.at_work.pop((label, name)), self.run.groups[name]
+        plugin = self.jobs[label].scorers[group.axis][1]
+        if scorer.needs == "activations" and name not in self.seen:
+            raise ModelError(
+                f"{name}: its module never ran on the calibration text (a fused kernel, or an expert that got no "
+                "token?); it cannot be scored by activations"
+            )
+        if scorer.needs != "activations":
+            observe_layer(scorer, self._still(scorer, group, (label, name) in self.in_turn), plugin)
+        self.importance[label][name] = checked_importance(scorer, group, plugin)
+        if scorer.basis != SELECT:
+            self.run.bases[name] = self.bases[label][name] = checked_coordinates(scorer, group, plugin)
+        if type(scorer).reduce is not Scorer.reduce:
+            self.run.scorers[name] = scorer
 
     def _still(self, scorer: Scorer, group: DependencyGroup, in_turn: bool) -> SSMView:
         """A view without activations: weights, and the gradients or losses that the scorer needs."""
@@ -331,7 +368,8 @@ class _Walk:
             scorer = self.at_work.get((label, group.name))
             if scorer is not None and scorer.needs == "activations":
                 self.seen.add(group.name)
-                observe_layer(scorer, SSMView(seen, group), job.scorers[group.axis][1])
+                with self._tolerating(label):
+                    observe_layer(scorer, SSMView(seen, group), job.scorers[group.axis][1])
 
 
 def _linear_paths(model: nn.Module, groups: Iterable[DependencyGroup]) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ import sspruner
 
 class BlockInfluence(sspruner.Scorer):
     name, axes, needs = "block-influence", {"block"}, "activations"
+    comparable = True
 
     def __init__(self) -> None:
         self.sums: dict[int, float] = {}

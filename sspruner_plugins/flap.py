@@ -22,6 +22,7 @@ import sspruner
 
 class Flap(sspruner.Scorer):
     name, axes, needs = "flap", {"head", "head_dim", "channel", "mlp"}, "activations"
+    comparable = True
 
     def __init__(self) -> None:
         self.tokens = 0

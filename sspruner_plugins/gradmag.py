@@ -19,6 +19,7 @@ import sspruner
 
 class GradMag(sspruner.Scorer):
     name, axes, needs, granularity = "gradmag", {"weight"}, "gradients", "global"
+    comparable = True
 
     def __init__(self, alpha: float = 1.0) -> None:
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 <= alpha < math.inf:

@@ -30,6 +30,7 @@ import sspruner
 
 class Last(sspruner.Scorer):
     name, axes, needs = "last", {"state"}, "activations"
+    comparable = True
 
     def __init__(self, input: str = "activations") -> None:
         if input not in ("activations", "weights"):

@@ -22,6 +22,7 @@ import sspruner
 
 class PerplexityDrop(sspruner.Scorer):
     name, axes, needs = "perplexity-drop", {"block", "mixer"}, "loss"
+    comparable = True
 
     def __init__(self, stop: int | None = None) -> None:
         if stop is not None and (not isinstance(stop, int) or isinstance(stop, bool) or stop < 0):

@@ -18,6 +18,7 @@ import sspruner
 
 class Snip(sspruner.Scorer):
     name, needs, granularity = "snip", "gradients", "global"
+    comparable = True
     axes = sspruner.AXES - {"block", "mixer"} | sspruner.ELEMENT_AXES
 
     def observe(self, view: sspruner.SSMView) -> None:

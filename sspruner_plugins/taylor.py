@@ -21,6 +21,7 @@ import sspruner
 
 class Taylor(sspruner.Scorer):
     name, axes, needs = "taylor", (sspruner.AXES - {"block", "mixer"}) | sspruner.ELEMENT_AXES, "gradients"
+    comparable = True
 
     def __init__(self, order: str = "first") -> None:
         if order not in ("first", "second", "fisher"):

@@ -38,6 +38,7 @@ def command(
     multiple_of: o.MultipleOf = 1,
     ratio: o.Ratio = None,
     ignore: o.Ignore = None,
+    normalise: o.Normalise = None,
     calibration: o.Calibration = "self",
     samples: o.Samples = 32,
     seq_len: o.SeqLen = 256,
@@ -51,9 +52,9 @@ def command(
 ) -> None:
     """Score with several scorers in one pass, cut by each to several sizes, and show what every cut costs."""
     import sspruner
+    from sspruner.asked import DEFAULT, make_budget
     from sspruner.comparison import SPARSITIES
     from sspruner.io.load import name_of
-    from sspruner.pipeline import DEFAULT, make_budget
     from sspruner.plugins import manager
     from sspruner.report.table import comparison_table
 
@@ -66,7 +67,7 @@ def command(
     for name in scorers:
         manager.scorer(name)
     for fraction in sparsity or SPARSITIES:
-        make_budget(axis, fraction, None, allocation, multiple_of, ratios, ignore or [])
+        make_budget(axis, fraction, None, allocation, multiple_of, ratios, ignore or [], normalise=normalise)
     with progress_bar() as progress:
         loaded, tokenizer = sspruner.load(model, dtype=dtype)
         found = sspruner.compare(
@@ -78,6 +79,7 @@ def command(
             multiple_of=multiple_of,
             ratios=ratios,
             ignore=ignore or [],
+            normalise=normalise,
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,

@@ -122,6 +122,15 @@ def ratios_from(given: list[str] | None) -> dict[str, float]:
     return {pattern: _fraction(value, f"--ratio {pattern}={value}") for pattern, value in pairs}
 
 
+def bounds_from(given: list[str] | None, what: str) -> dict[str, int]:
+    """`UNITS`, which means all, or `PATTERN=UNITS`, each."""
+    pairs = [pair for text in given or [] for pair in _pairs(text if "=" in text else f"*={text}", f"{what} {text!r}")]
+    try:
+        return {pattern: int(units) for pattern, units in pairs}
+    except ValueError:
+        raise InputError(f"{what} {given}: expected UNITS or PATTERN=UNITS, a whole number") from None
+
+
 def _pairs(text: str, what: str) -> list[tuple[str, str]]:
     pairs = [part.rpartition("=") for part in text.split(",")]
     names = [name.strip() for name, _, _ in pairs]

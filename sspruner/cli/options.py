@@ -13,7 +13,8 @@ Model = Annotated[
 Scorer = Annotated[
     Optional[str],
     typer.Option(
-        help="Scorer (`sspruner scorers` lists them), or one per axis: state=ghost,mlp=magnitude.",
+        help="Scorer (`sspruner scorers` lists them), or one per axis: state=ghost,mlp=magnitude; or auto, or "
+        "auto:ghost,taylor: that which costs least on calibration text.",
         show_default="ghost, or that of --basis",
     ),
 ]
@@ -55,7 +56,45 @@ Rows = Annotated[
 Sparsity = Annotated[Optional[float], typer.Option(help="Fraction of units to remove, in [0, 1).", show_default="0.5")]
 Keep = Annotated[Optional[int], typer.Option(help="Units to keep in every group, instead of --sparsity.")]
 Allocation = Annotated[
-    str, typer.Option(help="uniform: the same fraction of every layer. global: layers compete by their scores.")
+    str,
+    typer.Option(
+        help="uniform: the same fraction of every layer. global: layers compete by their scores. adaptive: the best "
+        "split by measured damage. uniform-best: the smallest one size within --max-ppl-increase or --max-kl."
+    ),
+]
+Normalise = Annotated[
+    Optional[str],
+    typer.Option(
+        help="How --allocation global makes scores of layers comparable: energy, last or none.",
+        show_default="the scorer's own",
+    ),
+]
+Floor = Annotated[
+    Optional[list[str]],
+    typer.Option(help="UNITS, or PATTERN=UNITS: keep at least so many in every set, whatever the budget. Repeatable."),
+]
+Cap = Annotated[
+    Optional[list[str]], typer.Option(help="UNITS, or PATTERN=UNITS: keep at most so many in every set. Repeatable.")
+]
+Curves = Annotated[
+    Optional[Path], typer.Option(help="What `sspruner score --curves` wrote, for --allocation adaptive.")
+]
+StateBytes = Annotated[
+    Optional[str], typer.Option(help="Instead of a fraction: recurrent state per sequence, at most, e.g. 25MB.")
+]
+MaxBatch = Annotated[
+    Optional[int], typer.Option(help="Instead of a fraction: so many sequences and the weights fit in --memory.")
+]
+Memory = Annotated[Optional[str], typer.Option(help="Memory for --max-batch, e.g. 80GB.")]
+Params = Annotated[
+    Optional[str], typer.Option(help="Instead of a fraction: parameters, at most: 0.8x of the model's, or e.g. 900M.")
+]
+MaxPplIncrease = Annotated[
+    Optional[str],
+    typer.Option(help="Instead of a fraction: the largest cut that raises perplexity by at most this, e.g. 1%."),
+]
+MaxKl = Annotated[
+    Optional[float], typer.Option(help="Instead of a fraction: the largest cut within this KL, nats per token.")
 ]
 MultipleOf = Annotated[int, typer.Option(help="Keep a multiple of this many units.")]
 Mode = Annotated[str, typer.Option(help="slice: smaller tensors, proved. mask: zeros, same sizes.")]

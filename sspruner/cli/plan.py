@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import axes_from, prepare, ratios_from, reports_errors
+from sspruner.cli.console import axes_from, bounds_from, prepare, ratios_from, reports_errors
 from sspruner.errors import InputError
 
 NAME = "plan"
@@ -28,6 +28,10 @@ def command(
     pattern: o.Pattern = None,
     granularity: o.Granularity = None,
     rows: o.Rows = None,
+    normalise: o.Normalise = None,
+    floor: o.Floor = None,
+    cap: o.Cap = None,
+    curves: o.Curves = None,
     dtype: o.Dtype = "auto",
     plugin: o.Plugin = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("plan.json"),
@@ -61,6 +65,10 @@ def command(
         pattern=pattern,
         granularity=granularity,
         rows=rows or [],
+        normalise=normalise,
+        floor=bounds_from(floor, "--floor"),
+        cap=bounds_from(cap, "--cap"),
+        curves=sspruner.Sensitivity.load(curves).curves if curves else None,
     )
     check_plan(made, graph, sspruner.fingerprint(loaded))
     made.save(out)

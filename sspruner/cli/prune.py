@@ -9,6 +9,7 @@ import typer
 from sspruner.cli import options as o
 from sspruner.cli.console import (
     axes_from,
+    bounds_from,
     check_json,
     command_line,
     emit,
@@ -40,6 +41,15 @@ def command(
     pattern: o.Pattern = None,
     granularity: o.Granularity = None,
     rows: o.Rows = None,
+    normalise: o.Normalise = None,
+    floor: o.Floor = None,
+    cap: o.Cap = None,
+    state_bytes: o.StateBytes = None,
+    max_batch: o.MaxBatch = None,
+    memory: o.Memory = None,
+    params: o.Params = None,
+    max_ppl_increase: o.MaxPplIncrease = None,
+    max_kl: o.MaxKl = None,
     mode: o.Mode = "slice",
     one_shot: o.OneShot = False,
     refit: o.Refit = "none",
@@ -58,9 +68,10 @@ def command(
 ) -> None:
     """Score, plan and cut a model layer by layer; prove the cut; show what it cost; save the result."""
     import sspruner
+    from sspruner.asked import make_budget, scorers_asked
     from sspruner.io.load import name_of
     from sspruner.io.output import check_output
-    from sspruner.pipeline import make_budget, with_basis
+    from sspruner.limits import limits_from
     from sspruner.plugins import manager
     from sspruner.report.table import result_table
 
@@ -76,6 +87,17 @@ def command(
         "pattern": pattern,
         "granularity": granularity,
         "rows": rows or [],
+        "normalise": normalise,
+        "floor": bounds_from(floor, "--floor"),
+        "cap": bounds_from(cap, "--cap"),
+        "limits": limits_from(
+            state_bytes=state_bytes,
+            max_batch=max_batch,
+            memory=memory,
+            params=params,
+            max_ppl_increase=max_ppl_increase,
+            max_kl=max_kl,
+        ),
     }
     make_budget(**budget)  # what makes no sense fails before the model is read
     if out:
@@ -83,9 +105,9 @@ def command(
     check_json(json)
     scorer_options = options_from(option)
     prepare(plugin)
-    for name in named.values() if isinstance(named, dict) else [named] if named else []:
-        manager.scorer(name)
-    with_basis(named, basis, list(axes) if isinstance(axes, dict) else [axes])
+    for one in scorers_asked(named, basis, list(axes) if isinstance(axes, dict) else [axes]):
+        for name in one.values() if isinstance(one, dict) else [str(one)]:
+            manager.scorer(name)
     with progress_bar() as progress:
         loaded, tokenizer = sspruner.load(model, dtype=dtype)
         result = sspruner.prune(

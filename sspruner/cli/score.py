@@ -28,6 +28,10 @@ def command(
     seed: o.Seed = 0,
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
+    curves: Annotated[
+        Optional[Path],
+        typer.Option(help="Also measure what cutting each layer alone costs, for `plan --allocation adaptive`."),
+    ] = None,
     out: Annotated[
         Optional[Path],
         typer.Option(
@@ -46,6 +50,10 @@ def command(
         out = Path("scores.safetensors" if len(names) == 1 else "scores")
     files = [out] if len(names) == 1 else [out / f"{_file_name(name)}.safetensors" for name in names]
     scorer_options = options_from(option)
+    if curves:
+        check_file(curves)
+        if len(names) > 1:
+            raise InputError("--curves measures the layers of one scorer; name one")
     if len(files) > 1 and out.exists() and not out.is_dir():
         raise InputError(f"output {out}: is a file; of several scorers give a folder")
     check_file(out if len(files) == 1 else out.parent / f"{out.name}.safetensors")
@@ -56,11 +64,16 @@ def command(
             manager.scorer(name)
     with progress_bar() as progress:
         loaded, tokenizer = sspruner.load(model, dtype=dtype)
+        source: str | sspruner.Calibration = calibration
+        if curves:  # scored and measured on the same text
+            source = sspruner.calibration(
+                calibration, loaded, tokenizer, samples=samples, seq_len=seq_len, seed=seed, progress=progress
+            )
         found = sspruner.score(
             loaded,
             scorers,
             axis=[part.strip() for part in axis.split(",")],
-            calibration=calibration,
+            calibration=source,
             samples=samples,
             seq_len=seq_len,
             tokenizer=tokenizer,
@@ -70,11 +83,17 @@ def command(
             cache=not no_cache,
             progress=progress,
         )
+        if curves and isinstance(source, sspruner.Calibration):
+            (only,) = found.values()
+            measured = sspruner.sensitivity(loaded, only, source, device=device, progress=progress)
+            measured.save(curves)
     if len(files) > 1:
         out.mkdir(exist_ok=True)
     for file, name, scores in zip(files, names, found.values(), strict=True):
         scores.save(file)
         typer.echo(f"{len(scores.importance)} dependency groups scored by {name} in {file}{from_cache(scores)}")
+    if curves:
+        typer.echo(f"damage of cutting each layer alone, on {measured.tokens:,} tokens, in {curves}")
 
 
 def _file_name(scorer: str) -> str:

@@ -10,28 +10,36 @@ import torch.nn.functional as F
 
 from sspruner.errors import InputError
 from sspruner.graph.group import DependencyGroup
-from sspruner.planning.budget import Budget, check_patterns, ignored, matches, protected, ratio_of
+from sspruner.planning.budget import Budget, bounds_of, check_patterns, ignored, matches, protected, ratio_of
+from sspruner.planning.split import Curve, best_split, damage_at
 
 
 def allocate(
-    groups: Mapping[str, DependencyGroup], budget: Budget, importance: Mapping[str, torch.Tensor] | None = None
+    groups: Mapping[str, DependencyGroup],
+    budget: Budget,
+    importance: Mapping[str, torch.Tensor] | None = None,
+    curves: Mapping[str, Curve] | None = None,
 ) -> dict[str, int]:
     """Units to keep in every set of each dependency group, the axes of single elements left out.
 
-    importance: all scores, for the allocation "global". Raises InputError for a pattern that matches nothing, and for
+    importance: all scores, comparable between layers, for the allocation "global". curves: what cutting each layer
+    alone costs, for "adaptive". Raises InputError for a pattern that matches nothing, and for
     a budget that a group cannot meet: it names the nearest that it can.
     """
     axes = {group.axis for group in groups.values()}
     for axis in budget.sparsity if isinstance(budget.sparsity, Mapping) else ():
         if axis not in axes:
             raise InputError(f"axis {axis!r}: was not scored; there are scores for {', '.join(sorted(axes))}")
-    check_patterns(list(groups), list(budget.ratios))
+    check_patterns(list(groups), [*budget.ratios, *budget.floor, *budget.cap])
     check_patterns([n for name, g in groups.items() for n in (name, *(b.path for b in g.blocks))], budget.ignore)
     units = {name: group for name, group in groups.items() if not group.tensor}
     if budget.keep is not None and len(units) < len(groups):
         raise InputError("keep counts units; of single elements give the fraction to remove, sparsity, or a pattern")
-    competing = [n for n, g in units.items() if budget.allocation == "global" and _competes(n, g, budget)]
-    counts = _global_counts({n: units[n] for n in competing}, budget, importance)
+    competing = {n: g for n, g in units.items() if budget.allocation != "uniform" and _competes(n, g, budget)}
+    if budget.allocation == "adaptive":
+        counts = _adaptive_counts(competing, budget, curves)
+    else:
+        counts = _global_counts(competing, budget, importance)
     for name, group in units.items():
         guarded, step = len(protected(group, budget.ignore)), math.lcm(budget.multiple_of, group.multiple_of)
         if name in counts:
@@ -41,7 +49,8 @@ def allocate(
         elif budget.keep is not None:
             counts[name] = _checked_keep(budget.keep, group.units, step, name)
         else:
-            counts[name] = _uniform(group, ratio_of(name, budget), step)
+            least, most = bounds_of(name, group.units, step, budget)
+            counts[name] = min(max(_uniform(group, ratio_of(name, budget), step), least), most)
         if counts[name] < guarded:
             raise InputError(f"{name}: keeping {counts[name]} units is less than the {guarded} that --ignore protects")
     return counts
@@ -59,36 +68,77 @@ def _global_counts(
     """The counts that keep, on every axis, the best units of all layers, as near to the budget as steps allow.
 
     A layer's sets keep equal counts: its r-th best unit stands for the r-th best of every set, at their mean. Ranks
-    stay or go in steps of the multiple, at the mean of a step, and every layer keeps its first step.
+    stay or go in steps of the multiple, at the mean of a step; every layer keeps its first step, or up to its floor.
     """
     counts: dict[str, int] = {}
-    for axis in dict.fromkeys(group.axis for group in groups.values()):
-        on_axis = [g for g in groups.values() if g.axis == axis]
+    for on_axis in _by_axis(groups):
         if importance is None:
             raise InputError("allocation global compares all layers: their scores have to be known before any is cut")
-        steps = [_steps(g, importance[g.name], math.lcm(budget.multiple_of, g.multiple_of)) for g in on_axis]
+        steps = [_steps(g, importance[g.name], budget) for g in on_axis]
         owner = torch.cat([torch.full((len(sizes),), i) for i, (_, sizes) in enumerate(steps)])
         worth, size = (torch.cat(parts) for parts in zip(*steps, strict=True))
-        order = worth.argsort(descending=True, stable=True)  # the first steps, which are worth most, before all others
+        order = worth.argsort(descending=True, stable=True)  # what has to stay, at infinite worth, before all others
+        has_to = int(worth.isposinf().sum())
         sets = torch.tensor([g.groups for g in on_axis])[owner]
-        total = (size * sets)[order].cumsum(0)[len(on_axis) - 1 :]  # units that stay, with so many more steps
-        away = (total - sum(g.groups * g.units * (1 - ratio_of(g.name, budget)) for g in on_axis)).abs()
+        total = (size * sets)[order].cumsum(0)[has_to - 1 :]  # units that stay, with so many more steps
+        away = (total - _target(on_axis, budget)).abs()
         more = len(away) - 1 - int(away.flip(0).argmin())  # of two as near the larger
-        chosen = order[: len(on_axis) + more]
+        chosen = order[: has_to + more]
         for i, g in enumerate(on_axis):
             counts[g.name] = int(size[chosen[owner[chosen] == i]].sum())
     return counts
 
 
-def _steps(group: DependencyGroup, importance: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each step of a group's ranks is worth, best first, and its size: (steps,) twice. The last may be shorter."""
+def _adaptive_counts(
+    groups: Mapping[str, DependencyGroup], budget: Budget, curves: Mapping[str, Curve] | None
+) -> dict[str, int]:
+    """The counts of least total damage, on every axis, of all that are within the budget."""
+    counts: dict[str, int] = {}
+    for on_axis in _by_axis(groups):
+        missing = [g.name for g in on_axis if curves is None or g.name not in curves]
+        if curves is None or missing:
+            raise InputError(
+                f"allocation adaptive: what cutting {missing[0]} costs was not measured; "
+                "sspruner.sensitivity measures it, and so does `sspruner prune`"
+            )
+        options = {g.name: _options(g, budget) for g in on_axis}
+        costs = {g.name: damage_at(curves[g.name], options[g.name], g.units) for g in on_axis}
+        counts |= best_split(options, costs, {g.name: g.groups for g in on_axis}, _target(on_axis, budget))
+    return counts
+
+
+def _by_axis(groups: Mapping[str, DependencyGroup]) -> list[list[DependencyGroup]]:
+    axes = dict.fromkeys(group.axis for group in groups.values())
+    return [[group for group in groups.values() if group.axis == axis] for axis in axes]
+
+
+def _target(groups: list[DependencyGroup], budget: Budget) -> float:
+    """Units of all layers that the budget lets stay."""
+    return sum(g.groups * g.units * (1 - ratio_of(g.name, budget)) for g in groups)
+
+
+def _options(group: DependencyGroup, budget: Budget) -> list[int]:
+    """The sizes that a group may have."""
+    step = math.lcm(budget.multiple_of, group.multiple_of)
+    least, most = bounds_of(group.name, group.units, step, budget)
+    return sorted({*range(max(step, least), most + 1, step), most})
+
+
+def _steps(group: DependencyGroup, importance: torch.Tensor, budget: Budget) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each step of a group's ranks is worth, best first, and its size: (steps,) twice. The last may be shorter.
+
+    Steps up to the floor, and the first in any case, are worth anything; those beyond the cap are left out.
+    """
+    step = math.lcm(budget.multiple_of, group.multiple_of)
+    least, most = bounds_of(group.name, group.units, step, budget)
     ranked = importance.double().sort(descending=True).values.mean(0)  # (units,)
     sizes = torch.full((math.ceil(group.units / step),), step)
     padded = F.pad(ranked, (0, missing := len(sizes) * step - group.units))
     sizes[-1] -= missing
     worth = (padded.view(len(sizes), step).sum(-1) / sizes).cummin(0).values  # never more by a rounding
-    worth[0] = torch.inf
-    return worth, sizes
+    worth[: max(math.ceil(least / step), 1)] = torch.inf
+    within = math.ceil(most / step)
+    return worth[:within], sizes[:within]
 
 
 def _uniform(group: DependencyGroup, sparsity: float, multiple_of: int) -> int:

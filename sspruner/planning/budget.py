@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from sspruner.errors import InputError
 from sspruner.graph.group import DependencyGroup
+from sspruner.planning.comparable import check_normalisation
 from sspruner.planning.elements import parse_pattern
 from sspruner.planning.plan import axis_of
 
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("uniform", "global", "adaptive")
 GRANULARITIES = ("row", "tensor", "global")
+
+Value = TypeVar("Value", int, float)
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,11 @@ class Budget:
     sparsity     fraction to remove, in [0, 1); or one for each axis
     keep         units left in every set, instead of sparsity
     allocation   how the budget is spread over layers: "uniform", every layer loses the fraction; "global", the units of
-                 all layers compete by their scores (of all sets of a layer at the mean), and every layer keeps some
+                 all layers compete by their scores (of all sets of a layer at the mean), and every layer keeps some;
+                 "adaptive", the split of least damage by each layer's own, measured curve (sspruner.sensitivity)
+    normalise    how scores are made comparable between layers for "global": "energy", "last" or "none"
+                 (planning/comparable.py); None: as the scorer says
+    floor, cap   pattern -> units that stay in every set of what it matches, at least and at most; later ones win
     multiple_of  keep a multiple of this many units (torch-pruning: round_to)
     ratios       pattern -> fraction to remove in the groups it matches; later ones win (pruning_ratio_dict)
     ignore       patterns of what is left alone (ignored_layers)
@@ -46,6 +54,9 @@ class Budget:
     pattern: str | None = None
     granularity: str | None = None
     rows: Sequence[str] = ()
+    normalise: str | None = None
+    floor: Mapping[str, int] = field(default_factory=dict)
+    cap: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise InputError unless the budget makes sense for some model."""
@@ -70,8 +81,21 @@ class Budget:
             raise InputError(f"multiple-of {self.multiple_of}: must be at least 1")
         if self.allocation not in ALLOCATIONS:
             raise InputError(f"unknown allocation {self.allocation!r}; known: {', '.join(ALLOCATIONS)}")
-        if self.allocation == "global" and self.keep is not None:
-            raise InputError("keep says how many units stay in every layer; allocation global wants a sparsity")
+        if self.allocation != "uniform" and self.keep is not None:
+            raise InputError(
+                f"keep says how many units stay in every layer; allocation {self.allocation} wants a sparsity"
+            )
+        check_normalisation(self.normalise)
+        if self.normalise and self.allocation != "global":
+            raise InputError(
+                f"normalise {self.normalise}: is for allocation global; {self.allocation} compares no scores"
+            )
+        for kind, bounds in (("floor", self.floor), ("cap", self.cap)):
+            for pattern, units in bounds.items():
+                if units < 1:
+                    raise InputError(f"{kind} {pattern}={units}: must be at least 1")
+            if bounds and self.keep is not None:
+                raise InputError(f"keep says how many units stay in every layer; leave out {kind}")
 
     def to_json(self) -> dict[str, Any]:
         """The budget as a plan's `made_by` and a report record it: what was asked for, nothing that was not."""
@@ -82,11 +106,14 @@ class Budget:
         asked |= {"ignore": list(self.ignore)} if self.ignore else {}
         asked |= {"pattern": self.pattern} if self.pattern else {}
         asked |= {"granularity": self.granularity} if self.granularity else {}
+        asked |= {"normalise": self.normalise} if self.normalise else {}
+        asked |= {"floor": dict(self.floor)} if self.floor else {}
+        asked |= {"cap": dict(self.cap)} if self.cap else {}
         return asked | ({"rows": list(self.rows)} if self.rows else {})
 
     def compares_layers(self, groups: Mapping[str, DependencyGroup], granularity: Mapping[str, str]) -> bool:
         """Whether all scores have to be known before anything is cut. granularity: of a scorer, by axis."""
-        return self.allocation == "global" or any(
+        return self.allocation != "uniform" or any(
             self.granularity_of(g.axis, granularity) == "global" for g in groups.values() if g.tensor
         )
 
@@ -131,7 +158,26 @@ def ratio_of(name: str, budget: Budget) -> float:
     """The fraction to remove from one group: that of its axis, or of the last pattern that matches it."""
     sparsity = budget.sparsity
     ratio = sparsity.get(axis_of(name), 0.0) if isinstance(sparsity, Mapping) else sparsity or 0.0
-    for pattern, value in budget.ratios.items():
-        if matches(pattern, name):
-            ratio = value
-    return ratio
+    return _last_match(name, budget.ratios, ratio)
+
+
+def bounds_of(name: str, units: int, step: int, budget: Budget) -> tuple[int, int]:
+    """The least and the most units that a group may keep, in steps that it allows. Raises InputError if there is none.
+
+    A floor is rounded up to a step and a cap down; the whole group is always a step.
+    """
+    floor, cap = _last_match(name, budget.floor, 1), _last_match(name, budget.cap, units)
+    if floor > units:
+        raise InputError(f"floor {floor}: {name} has only {units} units")
+    least = min(math.ceil(floor / step) * step, units)
+    most = units if cap >= units else cap // step * step
+    if most < least:
+        raise InputError(
+            f"{name}: no size between floor {floor} and cap {min(cap, units)} in multiples of {step}; the nearest are "
+            f"{max(most, min(step, units))} and {least}"
+        )
+    return least, most
+
+
+def _last_match(name: str, by_pattern: Mapping[str, Value], otherwise: Value) -> Value:
+    return next((value for pattern, value in reversed(list(by_pattern.items())) if matches(pattern, name)), otherwise)

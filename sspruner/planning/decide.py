@@ -10,15 +10,18 @@ from functools import partial
 
 import torch
 
+from sspruner import ELEMENT_AXES
 from sspruner.errors import InputError, PlanError
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.allocate import allocate
 from sspruner.planning.budget import Budget, ignored, pattern_sparsity, protected, ratio_of
+from sspruner.planning.comparable import comparable
 from sspruner.planning.elements import check_pattern, choose, choose_globally, competing
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Reduction, reduction
+from sspruner.planning.plan import Plan, axis_of
+from sspruner.planning.reduction import Basis, Reduction, reduction
 from sspruner.planning.scores import Scores
+from sspruner.planning.split import Curve
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # scores (groups, units) -> what stays: bool, the same shape
 
@@ -36,15 +39,28 @@ def plan(
     pattern: str | None = None,
     granularity: str | None = None,
     rows: Sequence[str] = (),
+    normalise: str | None = None,
+    floor: Mapping[str, int] | None = None,
+    cap: Mapping[str, int] | None = None,
+    curves: Mapping[str, Curve] | None = None,
 ) -> Plan:
     """Keep the highest-scored units of every dependency group in `scores`, on one axis or on several.
 
     The arguments are those of `Budget`: what to remove (`sparsity`, a fraction or one per axis, or `keep`), and where
-    (`ratios`, `ignore`); `allocation="global"` lets layers compete. Scorers that change weights, too, do so in
+    (`ratios`, `ignore`, `floor`, `cap`); `allocation="global"` lets layers compete, "adaptive" takes the best split by
+    `curves`, which sspruner.sensitivity measures (docs/allocation.md). Scorers that change weights, too, do so in
     `prune` only. Raises InputError for an impossible budget, PlanError if the scores do not fit the graph.
     """
     sparsity = pattern_sparsity(pattern) if sparsity is None and keep is None and pattern else sparsity
-    budget = Budget(sparsity, keep, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows)
+    budget = Budget(
+        sparsity, keep, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows, normalise,
+        floor or {}, cap or {},
+    )  # fmt: skip
+    return plan_within(graph, scores, budget, curves)
+
+
+def plan_within(graph: SSMGraph, scores: Scores, budget: Budget, curves: Mapping[str, Curve] | None = None) -> Plan:
+    """The same, for a Budget."""
     known = {**graph.groups, **graph.elements}
     for name, importance in scores.importance.items():
         group = known.get(name)
@@ -52,7 +68,7 @@ def plan(
             raise PlanError(f"{name}: scores of shape {tuple(importance.shape)} do not fit this model; score it again")
     groups = {name: group for name, group in known.items() if name in scores.importance}
     by_axis = json.loads(scores.metadata.get("granularity", "{}"))
-    choose = choosers(groups, budget, by_axis, scores.importance)
+    choose = choosers(groups, budget, by_axis, compared(scores, budget), curves)
     return make_plan(groups, {n: choose[n](scores.importance[n]) for n in groups}, {}, scores, budget)
 
 
@@ -84,13 +100,15 @@ def choosers(
     budget: Budget,
     granularity: Mapping[str, str],
     importance: Mapping[str, torch.Tensor] | None = None,
+    curves: Mapping[str, Curve] | None = None,
 ) -> dict[str, Choose]:
     """For every dependency group, which of its units stay: scores (groups, units) -> bool, the same shape.
 
-    granularity: the scorers' own, by axis. importance: all scores, where layers compete. Raises InputError for a
+    granularity: the scorers' own, by axis. importance: all scores, where layers compete (`compared`). curves: what
+    cutting each layer alone costs, for the allocation "adaptive". Raises InputError for a
     pattern that matches nothing, and for a budget that a group cannot meet: it names the nearest that it can.
     """
-    counts = allocate(groups, budget, importance)
+    counts = allocate(groups, budget, importance, curves)
     found: dict[str, Choose] = {
         name: partial(_best_units, count=counts[name], protected=protected(group, budget.ignore))
         for name, group in groups.items()
@@ -98,6 +116,15 @@ def choosers(
     }
     elements = {name: group for name, group in groups.items() if group.tensor}
     return found | _element_choosers(elements, budget, granularity, importance)
+
+
+def compared(scores: Scores, budget: Budget) -> dict[str, torch.Tensor]:
+    """All scores as the allocation compares them between layers: by the budget's normalisation, or the scorer's own."""
+    own = json.loads(scores.metadata.get("comparable", "{}"))  # axis -> whether they are as they come
+    axes = {axis_of(name) for name in scores.importance} - ELEMENT_AXES
+    return comparable(
+        scores.importance, {axis: budget.normalise or ("none" if own.get(axis, True) else "energy") for axis in axes}
+    )
 
 
 def _element_choosers(
@@ -158,9 +185,11 @@ def _best_units(scores: torch.Tensor, count: int, protected: Sequence[int]) -> t
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 
 
-def select(importance: torch.Tensor, count: int, protected: Sequence[int] = ()) -> Reduction:
-    """Keep the `count` best units of every set. importance: (groups, units)."""
-    return reduction(_best_units(importance, count, protected))
+def select(
+    importance: torch.Tensor, count: int, protected: Sequence[int] = (), basis: Basis | None = None
+) -> Reduction:
+    """Keep the `count` best units of every set. importance: (groups, units). basis: what they are, if directions."""
+    return reduction(_best_units(importance, count, protected), basis)
 
 
 def check_budget(groups: Mapping[str, DependencyGroup], budget: Budget) -> None:
@@ -168,7 +197,10 @@ def check_budget(groups: Mapping[str, DependencyGroup], budget: Budget) -> None:
     elements = {name: group for name, group in groups.items() if group.tensor}
     within = budget if budget.pattern or not elements else replace(budget, granularity="tensor")
     _element_choosers(elements, within, {}, None)
-    counts = allocate(groups, budget, {n: torch.zeros(g.groups, g.units) for n, g in groups.items() if not g.tensor})
+    units = {name: group for name, group in groups.items() if not group.tensor}
+    counts = allocate(
+        groups, budget, {n: torch.zeros(g.groups, g.units) for n, g in units.items()}, {name: {} for name in units}
+    )
     zeros = any(not ignored(n, budget.ignore) and ratio_of(n, budget) > 0 for n in elements)
     if not zeros and all(count == groups[name].units for name, count in counts.items()):
         raise InputError("the budget removes nothing: every dependency group keeps all its units")

@@ -36,6 +36,8 @@ class Scorer(ABC):
             An instance may set its own, where its options decide
     basis   "select": units are what the model has, on the axis `state` its coordinates. Any other name: they are
             directions of the state, and coordinates() says which; then axes is {"state"}
+    comparable  whether importance can be compared between layers as it is: a loss, a share. If not, the allocation
+            "global" divides it by the root of the layer's sum of squares (sspruner.planning.comparable)
     granularity   on the axes of single elements: whether they compete within a "row", a "tensor", or "global"
     """
 
@@ -44,6 +46,7 @@ class Scorer(ABC):
     needs: str = "activations"
     basis: ClassVar[str] = "select"
     granularity: ClassVar[str] = "tensor"
+    comparable: ClassVar[bool] = False
 
     axis: str = ""  # set by the engine: the axis being scored
     seed: int = 0  # set by the engine: the run's seed

@@ -27,6 +27,8 @@ class Report:
 
     basis: whether units of the state are its coordinates ("select") or directions, by the scorer's name for it.
     refit: what was solved for after the cut, the damage without it, each block's error before and after; {} without.
+    search: what was looked at before the cut: limits and the curve of cuts, perplexity by scorer, damage by layer, all
+    on calibration text; and, of layers of different sizes, what one size for all would cost, on held-out text.
     sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
     """
 
@@ -51,6 +53,7 @@ class Report:
     sparsity: dict[str, Any] = field(default_factory=dict)
     basis: str = "select"
     refit: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of report.json."""

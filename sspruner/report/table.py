@@ -44,7 +44,41 @@ def result_table(report: Report) -> RenderableType:
         table.add_row("without refit: KL", "", f"{without['kl_to_dense']:.4f}", "")
     if report.sparsity:
         table.add_row("element sparsity", "", f"{100 * report.sparsity['sparsity']:.2f} %", "")
-    return Group(table, *_notes(report), *_continuations(report))
+    return Group(table, *_search(report.search), *_notes(report), *_continuations(report))
+
+
+def _search(found: dict[str, Any]) -> list[RenderableType]:
+    """What was looked at before the cut: the curve of cuts, the scorers, and one size for all layers."""
+    parts: list[RenderableType] = []
+    if "curve" in found:
+        table = Table(title="cuts looked at, on calibration text", title_justify="left")
+        for header in ("removed", "state bytes", "parameters", "perplexity", "KL"):
+            table.add_column(header, justify="right")
+        for point in found["curve"]:
+            shown = ("–", "–") if point["kl"] is None else (f"{point['perplexity']:.3f}", f"{point['kl']:.4f}")
+            size = _bytes(point["state_bytes"]), f"{point['parameters']:,}"
+            table.add_row(f"{100 * point['sparsity']:.1f} %", *size, *shown)
+        parts.append(table)
+    if "limits" in found:
+        asked = [f"{name.replace('_', ' ')} {limit:g}" for name, limit in found["limits"].items()]
+        parts.append(Text(f"limits: {', '.join(asked)}"))
+    if "scorers" in found:
+        costs = [f"{n} {c if isinstance(c, str) else format(c, '.3f')}" for n, c in _by_cost(found["scorers"])]
+        parts.append(Text(f"perplexity by scorer, on calibration text: {', '.join(costs)}"))
+    if "one_size" in found:
+        one = found["one_size"]
+        parts.append(
+            Text(
+                f"one size for all layers ({one['kept']} kept), which stock classes load: perplexity "
+                f"{one['perplexity']:.3f}, KL {one['kl_to_dense']:.4f}, held out, not refitted"
+            )
+        )
+    return parts
+
+
+def _by_cost(scorers: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What costs least first; reasons last."""
+    return sorted(scorers.items(), key=lambda item: (1, 0.0) if isinstance(item[1], str) else (0, item[1]))
 
 
 def comparison_table(found: Comparison) -> RenderableType:

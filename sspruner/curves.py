@@ -1,0 +1,100 @@
+"""Sensitivity: what cutting each layer alone costs, measured. The allocation "adaptive" splits a budget by it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sspruner.calibrate.sources import Calibration, Progress
+from sspruner.errors import InputError
+from sspruner.evaluate.damage import damages
+from sspruner.graph.group import DependencyGroup
+from sspruner.graph.ssm_graph import WHOLE_MODEL, trace
+from sspruner.io.output import atomic_file
+from sspruner.planning.decide import select
+from sspruner.planning.plan import Plan, axis_of
+from sspruner.planning.scores import Scores
+from sspruner.walk import TOKENS_PER_BATCH, on_device, resolve_device
+
+LEVELS = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 0.0)  # fractions of the units that stay; 0: one step
+TOKENS = 4096  # that are measured on
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """curves: dependency group -> units kept -> KL to the dense model, nats per token, of cutting this group alone."""
+
+    curves: Mapping[str, Mapping[int, float]]
+    tokens: int
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, atomically."""
+        data = {"version": 1, "tokens": self.tokens, "curves": {n: dict(c) for n, c in self.curves.items()}}
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sensitivity:
+        """Read what `save` wrote. Raises InputError if it is missing or malformed."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            curves = {str(n): {int(k): float(v) for k, v in curve.items()} for n, curve in data["curves"].items()}
+            found = cls(curves, int(data["tokens"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise InputError(f"sensitivity {path}: cannot be read ({detail}); measure it again") from error
+        if not all(math.isfinite(v) for curve in curves.values() for v in curve.values()):
+            raise InputError(f"sensitivity {path}: holds numbers that are not finite; measure it again")
+        return found
+
+
+def sensitivity(
+    model: nn.Module,
+    scores: Scores,
+    calibration: Calibration,
+    *,
+    multiple_of: int = 1,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Mask the worst units of one dependency group at a time, at a few levels, and measure KL to the dense model.
+
+    On the first TOKENS of `calibration.tokens`: one forward pass over them for each group and level, and one more.
+    Groups of the whole model and of single elements are left out. The model is left as it was.
+    """
+    graph = trace(model)
+    plans: dict[tuple[str, int], Plan] = {}
+    for name, importance in scores.importance.items():
+        group = graph.groups.get(name)
+        if group is not None and axis_of(name) not in WHOLE_MODEL:
+            for kept in levels(group, multiple_of):
+                plans[name, kept] = Plan({name: select(importance, kept, basis=scores.bases.get(name))})
+    if not plans:
+        raise InputError(
+            "allocation adaptive: nothing to measure; it wants an axis with a group of units in each layer"
+        )
+    seq_len = calibration.tokens.shape[1]
+    few = replace(calibration, tokens=calibration.tokens[: max(1, TOKENS // seq_len)])
+    few = replace(few, mask=calibration.mask[: len(few.tokens)])
+    batches = few.batches(max(1, TOKENS_PER_BATCH // 2 // seq_len))
+    with on_device(model, resolve_device(device)), torch.no_grad():
+        found = damages(model, list(plans.values()), graph, batches, progress)
+    curves: dict[str, dict[int, float]] = {}
+    for (name, kept), cost in zip(plans, found, strict=True):
+        if not math.isfinite(cost.kl):
+            raise InputError(f"{name}: cutting it to {kept} units gives logits that are not finite")
+        curves.setdefault(name, {})[kept] = max(cost.kl, 0.0)
+    return Sensitivity(curves, int(few.mask.sum()))
+
+
+def levels(group: DependencyGroup, multiple_of: int) -> list[int]:
+    """The sizes at which a group is measured, largest first: near LEVELS, in steps that it allows, below its own."""
+    step = math.lcm(multiple_of, group.multiple_of)
+    sizes = {max(round(group.units * level / step), 1) * step for level in LEVELS}
+    return sorted((size for size in sizes if size < group.units), reverse=True)

@@ -1,0 +1,50 @@
+"""Scores that can be compared between layers: what one threshold for all of them is laid on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from sspruner.errors import InputError
+
+NORMALISATIONS = ("none", "energy", "last")
+
+
+def comparable(importance: Mapping[str, torch.Tensor], how: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The scores of all layers on one scale: name -> (groups, units). how: axis -> one of NORMALISATIONS.
+
+    "energy"  divides by the root of the sum of the layer's squared scores. The squared scores of GHOST and of balanced
+              are mean squared errors of y, and their sum, cross terms left out, is the energy of what the layer's
+              states add to y: so this is error relative to the energy of the layer's own output
+    "last"    s² over the sum of s² of all units of the layer that are at least as strong (Gwak et al., LAST, arXiv
+              2411.02824, with s² in the place of its squared gain)
+    "none"    leaves them: for scores that measure the model's loss, or that are shares already
+    """
+    axes = {name: name.rpartition(":")[2] for name in importance}
+    scale = {"none": _as_it_is, "energy": _of_energy, "last": _last}
+    return {name: scale[how.get(axes[name], "none")](scores) for name, scores in importance.items()}
+
+
+def check_normalisation(how: str | None) -> None:
+    """Raise InputError for a normalisation that there is not."""
+    if how not in (None, *NORMALISATIONS):
+        raise InputError(f"unknown normalisation {how!r}; known: {', '.join(NORMALISATIONS)}")
+
+
+def _as_it_is(scores: torch.Tensor) -> torch.Tensor:
+    return scores
+
+
+def _of_energy(scores: torch.Tensor) -> torch.Tensor:
+    total = scores.double().square().sum().sqrt()
+    return scores.double() / total if total > 0 else scores.double()
+
+
+def _last(scores: torch.Tensor) -> torch.Tensor:
+    """The reverse cumulative sum of LAST. Equal scores count together."""
+    energy, order = scores.double().square().flatten().sort(descending=True)
+    total = energy.cumsum(0)
+    ends = torch.searchsorted(-energy, -energy, right=True) - 1  # the last of those that are as strong
+    share = torch.where(total[ends] > 0, energy / total[ends], 0.0)
+    return torch.zeros_like(share).scatter_(0, order, share).view(scores.shape)

@@ -1,0 +1,57 @@
+"""The best split of a budget over layers whose damage curves are known: exact dynamic programming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+Curve = Mapping[int, float]  # units kept -> damage of cutting this layer alone to so many
+
+
+def damage_at(curve: Curve, kept: Sequence[int], units: int) -> torch.Tensor:
+    """A measured curve between and beyond its points: fp64 (len(kept),), never less for fewer units.
+
+    Noise that makes a smaller cut cost more is levelled upwards. Between points damage is linear in the units kept,
+    which a convex curve stays below; below the smallest point the last slope goes on.
+    """
+    points = dict(sorted({**curve, units: 0.0}.items(), reverse=True))  # from the whole layer down
+    sizes = torch.tensor(list(points), dtype=torch.float64)
+    costs = torch.tensor(list(points.values()), dtype=torch.float64).clamp_min(0).cummax(0).values
+    asked = torch.tensor(kept, dtype=torch.float64)
+    if len(points) == 1:
+        return torch.zeros_like(asked)
+    right = torch.searchsorted(-sizes, -asked).clamp(1, len(sizes) - 1)  # sizes[right] <= asked, but for the last
+    slope = (costs[right] - costs[right - 1]) / (sizes[right] - sizes[right - 1])
+    return costs[right - 1] + slope * (asked - sizes[right - 1])
+
+
+def best_split(
+    options: Mapping[str, Sequence[int]], costs: Mapping[str, torch.Tensor], sets: Mapping[str, int], budget: float
+) -> dict[str, int]:
+    """The sizes, one of each layer's options, of least total damage whose total number of units is within the budget.
+
+    options: layer -> sizes that it may have. costs: layer -> the damage of each. sets: layer -> B/C groups or the like
+    that have this size. If not even the smallest fit, these. Of equal splits one with more units.
+    """
+    unit = math.gcd(*(sets[name] * size for name, sizes in options.items() for size in sizes))
+    weights = {name: torch.tensor([sets[name] * size // unit for size in sizes]) for name, sizes in options.items()}
+    least = sum(int(w.min()) for w in weights.values())
+    room = max(int(budget / unit + 1e-9), least)
+    total = torch.full((room + 1,), torch.inf, dtype=torch.float64)  # least damage with exactly so many units
+    total[0] = 0
+    choices = []
+    for name in options:
+        ways = torch.full((len(weights[name]), room + 1), torch.inf, dtype=torch.float64)
+        for row, (weight, cost) in enumerate(zip(weights[name].tolist(), costs[name].tolist(), strict=True)):
+            ways[row, weight:] = total[: max(room + 1 - weight, 0)] + cost
+        total, chosen = ways.min(0)
+        choices.append(chosen)
+    at = room - int(total.flip(0).argmin())  # of equal totals the larger
+    found: dict[str, int] = {}
+    for name, chosen in zip(reversed(list(options)), reversed(choices), strict=True):
+        row = int(chosen[at])
+        found[name] = options[name][row]
+        at -= int(weights[name][row])
+    return {name: found[name] for name in options}
