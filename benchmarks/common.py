@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import json
 import os
 import platform
 import shlex
@@ -10,6 +12,7 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 def provenance(note: str) -> str:
@@ -34,6 +37,54 @@ def table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str
 def progress(text: str) -> None:
     """One line on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+RESAMPLES = 10_000
+
+
+def interval(values: Any) -> str:
+    """Mean with a bootstrap 95 % interval, as exp: a ratio from differences of logarithms. values: (n,), fp64."""
+    import torch
+
+    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = values[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).exp().tolist()
+    return f"{float(values.mean().exp()):.3f} ({low:.3f} to {high:.3f})"
+
+
+def books(model: Any, tokenizer: Any, file: Path, windows: int, seq_len: int = 256, seed: int = 0) -> Any:
+    """Seeded windows of one text, all observed: a Calibration."""
+    import sspruner
+
+    return sspruner.calibration(file, model, tokenizer, samples=windows, seq_len=seq_len, held_out=0, seed=seed)
+
+
+def cuts(model: Any, data: Any, rows: Iterable[tuple[str, tuple[float, ...]]], options: Any = None) -> dict[Any, Any]:
+    """(scorer, fraction of the state removed) -> plan, from one-shot scores of all scorers in one pass."""
+    import sspruner
+
+    rows, graph = list(rows), sspruner.trace(model)
+    scores = sspruner.score(model, [name for name, _ in rows], calibration=data, options=options)
+    return {(n, s): sspruner.plan(graph, scores[n], sparsity=s) for n, fractions in rows for s in fractions}
+
+
+def options(description: str | None, name: str) -> argparse.ArgumentParser:
+    """The arguments that the benchmarks of docs/benchmarks.md share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the texts")
+    parser.add_argument("--quick", action="store_true", help="a few windows, to see that it runs")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
+    parser.add_argument("--table", type=Path, help=f"a page with the marks <!-- {name}: begin --> and end")
+    return parser
+
+
+def deliver(given: argparse.Namespace, name: str, text: str, numbers: Any) -> None:
+    """Print the tables; put them and the numbers where the arguments say."""
+    print(text)
+    if given.table:
+        insert(given.table, name, text)
+    if given.json:
+        given.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
 def insert(page: Path, name: str, text: str) -> None:

@@ -98,7 +98,7 @@ def rows(label: str, sparsities: list[float] | None, data: Path) -> list[list[st
         dense, none = costs["none"].dense_perplexity, costs["none"].pruned_perplexity
         cells = [f"{cost.pruned_perplexity:.2f} ({cost.kl:.4f})" for cost in costs.values()]
         left = [f"{(costs[k].pruned_perplexity - dense) / (none - dense):.2f}" for k in ("bias", "output")]
-        found.append([f"{label}, {sparsity:.0%}", f"{dense:.2f}", *(cells + ["–"])[:4], *left])
+        found.append([f"{label}, {sparsity:.0%}", f"{dense:.2f}", *[*cells, "–"][:4], *left])
         progress(" | ".join(found[-1]))
     return found
 
@@ -116,8 +116,8 @@ def main() -> None:
     found = [row for label in given.rows for row in rows(label, given.sparsities, given.data)]
     head = ["cut", "dense", "none", "bias", "output", "norm's scale", "share left, bias", "share left, output"]
     note = (
-        f"seed {SEED}; {WINDOWS} x {SEQ_LEN} tokens observed and fitted, {REPORTED} x {SEQ_LEN} reported; one-shot scores "
-        "of ghost, of balanced, of magnitude (hidden) and of block-influence (block)"
+        f"seed {SEED}; {WINDOWS} x {SEQ_LEN} tokens observed and fitted, {REPORTED} x {SEQ_LEN} reported; one-shot "
+        "scores of ghost, of balanced, of magnitude (hidden) and of block-influence (block)"
     )
     text = table("Refit: perplexity (KL to dense, nats per token)", head, found) + "\n\n" + provenance(note)
     print(text)

@@ -1,0 +1,63 @@
+"""The scorer that costs least on calibration text, against every scorer on other text.
+
+    python benchmarks/auto.py --threads 1 --data ../shared/data --table docs/benchmarks.md
+
+All scorers that `--scorer auto` would try, one-shot, on 32 x 256 tokens of books-val.txt, which also choose; reported
+on 32 x 256 of books-test.txt. The last rows: what auto took, and its perplexity over that of the best of them there.
+"""
+
+from __future__ import annotations
+
+import torch
+from common import books, deliver, options, progress, provenance, table
+
+import sspruner
+from sspruner.asked import candidates
+from sspruner.evaluate.damage import damages
+
+CUTS = (("mamba2-books-4m", "state"), ("mamba2-books-4m", "head"), ("mamba1-books", "state"))
+SPARSITIES = {"state": (0.25, 0.5, 0.75, 0.9), "head": (0.25, 0.5, 0.75)}
+WINDOWS, REPORTED, SEED = 32, 32, 0
+
+
+def main() -> None:
+    given = options(__doc__, "auto.py").parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    texts, numbers = [], {}
+    for name, axis in CUTS[:1] if given.quick else CUTS:
+        model, tokenizer = sspruner.load(name, dtype="float32")
+        data = books(model, tokenizer, given.data / "books-val.txt", WINDOWS, seed=SEED)
+        reported = books(model, tokenizer, given.data / "books-test.txt", REPORTED, seed=SEED)
+        graph, scores = sspruner.trace(model), {}
+        for scorer in candidates(axis, "select"):
+            try:
+                scores[scorer] = sspruner.score(model, scorer, axis=axis, calibration=data)
+            except sspruner.InputError as error:
+                progress(f"{name}, {scorer}: {error}")
+        found: dict[str, list[float]] = {scorer: [] for scorer in scores}
+        chosen: list[list[str]] = [[], []]
+        for sparsity in SPARSITIES[axis]:
+            plans = {n: sspruner.plan(graph, own, sparsity=sparsity) for n, own in scores.items()}
+            seen, test = (damages(model, list(plans.values()), graph, d.batches(8)) for d in (data, reported))
+            by_scorer = dict(zip(plans, test, strict=True))
+            for scorer, cost in by_scorer.items():
+                found[scorer].append(cost.pruned_perplexity)
+            took = min(zip(plans, seen, strict=True), key=lambda pair: pair[1].pruned_perplexity)[0]
+            best = min(cost.pruned_perplexity for cost in test)
+            chosen[0].append(took)
+            chosen[1].append(
+                f"{by_scorer[took].pruned_perplexity:.2f} ({by_scorer[took].pruned_perplexity / best:.4f})"
+            )
+            progress(f"{name} {axis} {sparsity:.0%}: {took} {chosen[1][-1]}")
+        rows = [[scorer, *[f"{value:.2f}" for value in values]] for scorer, values in found.items()]
+        rows += [["auto takes", *chosen[0]], ["auto (over the best here)", *chosen[1]]]
+        numbers[f"{name} {axis}"] = found | {"auto": chosen}
+        title = f"{name}, axis {axis}: perplexity on books-test; dense {test[0].dense_perplexity:.2f}"
+        texts.append(table(title, ["scorer", *[f"{s:.0%}" for s in SPARSITIES[axis]]], rows))
+    note = f"seed {SEED}; {WINDOWS} x 256 tokens observed and chosen on, {REPORTED} x 256 reported; one-shot scores"
+    deliver(given, "auto.py", "\n\n".join(texts) + "\n\n" + provenance(note), numbers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""LAMBADA: the last word of a passage, whose beginning has to be remembered, by scorer and cut.
+
+    python benchmarks/last_words.py --threads 1 --data ../shared/data --table docs/benchmarks.md
+
+Scores from 32 x 256 tokens of books-val.txt. Models of this size hit almost no last word; how far off they are, the
+negative log-likelihood of the true word, tells cuts apart all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from common import books, cuts, deliver, options, progress, provenance, table
+
+import sspruner
+from sspruner.evaluate.last_word import last_words, passages
+
+MODELS = ("mamba2-books-4m", "zamba2-books", "mamba1-books")
+ROWS = (
+    ("random", (0.9,)),
+    ("magnitude", (0.9,)),
+    ("taylor", (0.9,)),
+    ("ghost", (0.75, 0.9)),
+    ("balanced", (0.75, 0.9, 0.97)),
+)
+WINDOWS, PASSAGES, SEED = 32, 300, 0
+
+
+def spread(values: torch.Tensor, digits: int) -> str:
+    """Mean ± standard error. values: (passages,)."""
+    return f"{float(values.mean()):.{digits}f} ± {float(values.std()) / math.sqrt(len(values)):.{digits}f}"
+
+
+def main() -> None:
+    given = options(__doc__, "last_words.py").parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    with (given.data / "lambada-test.jsonl").open(encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    parts: list[str] = []
+    numbers: dict[str, Any] = {}
+    for name in MODELS[:1] if given.quick else MODELS:
+        model, tokenizer = sspruner.load(name, dtype="float32")
+        asked = passages(tokenizer, texts, 20 if given.quick else PASSAGES, SEED)
+        data = books(model, tokenizer, given.data / "books-val.txt", WINDOWS, seed=SEED)
+        rows = [row for row in ROWS if name != "mamba1-books" or row[0] != "balanced"]
+        nll, hit = last_words(model, asked)
+        found = [["dense", spread(nll, 3), "", f"{100 * float(hit.double().mean()):.2f}"]]
+        for (scorer, sparsity), plan in cuts(model, data, rows).items():
+            with sspruner.masked(model, plan):
+                own, right = last_words(model, asked)
+            label = f"{scorer}, {sparsity:.0%}"
+            found.append([label, spread(own, 3), spread(own - nll, 3), f"{100 * float(right.double().mean()):.2f}"])
+            numbers.setdefault(name, {})[label] = float((own - nll).mean())
+            progress(" | ".join(found[-1]))
+        head = ["cut", "nats per last word", "more than dense, same passages", "hit, %"]
+        parts.append(table(f"{name}: LAMBADA's last word", head, found))
+    note = f"seed {SEED}; {WINDOWS} x 256 tokens observed, {PASSAGES} passages; ± standard error over these; one-shot"
+    deliver(given, "last_words.py", "\n\n".join(parts) + "\n\n" + provenance(note), numbers)
+
+
+if __name__ == "__main__":
+    main()
