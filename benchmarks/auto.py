@@ -21,11 +21,14 @@ WINDOWS, REPORTED, SEED = 32, 32, 0
 
 
 def main() -> None:
-    given = options(__doc__, "auto.py").parse_args()
+    parser = options(__doc__, "auto.py")
+    parser.add_argument("--cuts", type=int, nargs="+", default=range(len(CUTS)), help="some of the cuts, by number")
+    given = parser.parse_args()
+    chosen_cuts = [CUTS[i] for i in given.cuts]
     if given.threads:
         torch.set_num_threads(given.threads)
     texts, numbers = [], {}
-    for name, axis in CUTS[:1] if given.quick else CUTS:
+    for name, axis in chosen_cuts[:1] if given.quick else chosen_cuts:
         model, tokenizer = sspruner.load(name, dtype="float32")
         data = books(model, tokenizer, given.data / "books-val.txt", WINDOWS, seed=SEED)
         reported = books(model, tokenizer, given.data / "books-test.txt", REPORTED, seed=SEED)

@@ -35,14 +35,16 @@ def spread(values: torch.Tensor, digits: int) -> str:
 
 
 def main() -> None:
-    given = options(__doc__, "last_words.py").parse_args()
+    parser = options(__doc__, "last_words.py")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
     with (given.data / "lambada-test.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     parts: list[str] = []
     numbers: dict[str, Any] = {}
-    for name in MODELS[:1] if given.quick else MODELS:
+    for name in given.models[:1] if given.quick else given.models:
         model, tokenizer = sspruner.load(name, dtype="float32")
         asked = passages(tokenizer, texts, 20 if given.quick else PASSAGES, SEED)
         data = books(model, tokenizer, given.data / "books-val.txt", WINDOWS, seed=SEED)

@@ -45,11 +45,13 @@ def buckets(values: torch.Tensor) -> list[torch.Tensor]:
 
 
 def main() -> None:
-    given = options(__doc__, "positions.py").parse_args()
+    parser = options(__doc__, "positions.py")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
     texts, numbers = [], {}
-    for name in MODELS[:1] if given.quick else MODELS:
+    for name in given.models[:1] if given.quick else given.models:
         model, tokenizer = sspruner.load(name, dtype="float32")
         windows = books(
             model, tokenizer, given.data / "books-test.txt", 2 if given.quick else WINDOWS, LENGTH, SEED

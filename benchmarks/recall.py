@@ -37,6 +37,8 @@ ROWS: dict[str, dict[str, Any]] = {  # label -> arguments of sspruner.prune
     "balanced, no weights": {"scorer": "balanced", "options": {"weights": "none"}},
     "balanced, output": {"scorer": "balanced", "options": {"weights": "output"}},
 }
+ROWS |= {f"{label}, refit": ROWS[label] | {"refit": "output"} for label in ("random", "magnitude", "taylor", "ghost")}
+ROWS["balanced, refit"] = {"scorer": "balanced", "refit": "output"}
 
 
 def tasks(model: Any, count: int, seed: int) -> torch.Tensor:
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--keep", type=int, nargs="+", help="states; default: 75, 50, 37.5, 25 and 12.5 %% of them")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some of the table's rows")
     parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
-    parser.add_argument("--table", type=Path, help="a page with the marks <!-- recall.py: begin --> and end")
+    parser.add_argument("--table", type=Path, help="a page with the marks <!-- recall-STATES: begin --> and end")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     given = parser.parse_args()
     if given.threads:
@@ -101,7 +103,7 @@ def main() -> None:
     text = table(title, ["scorer", *map(str, keep)], rows) + "\n\n" + provenance(note)
     print(text)
     if given.table:
-        insert(given.table, "recall.py", text)
+        insert(given.table, f"recall-{states}", text)
     if given.json:
         numbers = {"states": states, "pairs": pairs, "dense": dense, "accuracy": found}
         given.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

@@ -10,13 +10,12 @@ one factor for each norm's group, least squares as well. With --table the result
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import insert, progress, provenance, table
+from common import books, deliver, options, progress, provenance, table
 
 import sspruner
 from sspruner.evaluate.damage import damages
@@ -80,9 +79,8 @@ def rows(label: str, sparsities: list[float] | None, data: Path) -> list[list[st
     """One row for each cut: none, bias, output, and the norm's scale where there is a gated norm."""
     name, axis, scorer = CUTS[label]
     model, tokenizer = sspruner.load(name, dtype="float32")
-    size = {"seq_len": SEQ_LEN, "held_out": 0}
-    observed = sspruner.calibration(data / "books-val.txt", model, tokenizer, samples=WINDOWS, seed=SEED, **size)
-    reported = sspruner.calibration(data / "books-test.txt", model, tokenizer, samples=REPORTED, seed=SEED, **size)
+    observed = books(model, tokenizer, data / "books-val.txt", WINDOWS, SEQ_LEN, SEED)
+    reported = books(model, tokenizer, data / "books-test.txt", REPORTED, SEQ_LEN, SEED)
     graph = sspruner.trace(model)
     scores = sspruner.score(model, scorer, axis=axis, calibration=observed)
     found = []
@@ -104,25 +102,21 @@ def rows(label: str, sparsities: list[float] | None, data: Path) -> list[list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "refit.py")
     parser.add_argument("--rows", nargs="+", choices=CUTS, default=list(CUTS))
     parser.add_argument("--sparsities", type=float, nargs="+", help="default: by axis")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with books-*.txt")
-    parser.add_argument("--table", type=Path, help="a page with the marks <!-- refit.py: begin --> and end")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    found = [row for label in given.rows for row in rows(label, given.sparsities, given.data)]
+    labels = given.rows[:1] if given.quick else given.rows
+    found = [row for label in labels for row in rows(label, given.sparsities, given.data)]
     head = ["cut", "dense", "none", "bias", "output", "norm's scale", "share left, bias", "share left, output"]
     note = (
         f"seed {SEED}; {WINDOWS} x {SEQ_LEN} tokens observed and fitted, {REPORTED} x {SEQ_LEN} reported; one-shot "
         "scores of ghost, of balanced, of magnitude (hidden) and of block-influence (block)"
     )
     text = table("Refit: perplexity (KL to dense, nats per token)", head, found) + "\n\n" + provenance(note)
-    print(text)
-    if given.table:
-        insert(given.table, "refit.py", text)
+    deliver(given, "refit.py", text, [dict(zip(head, row, strict=True)) for row in found])
 
 
 if __name__ == "__main__":
