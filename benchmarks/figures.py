@@ -80,12 +80,12 @@ def _positions(found: dict[str, dict[str, list[float]]]) -> Any:
         for label, values in rows.items():
             cut, _, length = label.rpartition(", calibrated at ")
             if length == "256" and cut.partition(",")[0] not in ("random", "magnitude"):
-                faint = {"90%": 1.0, "75%": 0.55, "97%": 0.55}[cut.partition(", ")[2]]
-                ax.plot(labels, values, label=cut, alpha=faint, **_style(cut))
+                dashes = {"75%": ":", "90%": "-", "97%": "--"}[cut.partition(", ")[2]]
+                ax.plot(labels, values, label=cut, **_style(cut) | {"linestyle": dashes})
         ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
         ax.set(title=model, xlabel="positions", ylabel="perplexity over dense")
         ax.tick_params(axis="x", labelrotation=30)
-        ax.legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 
