@@ -80,6 +80,8 @@ def compare(
     """
     if not scorers or not sparsities:
         raise InputError("compare: name at least one scorer and one sparsity")
+    if allocation == "adaptive":
+        raise InputError("compare: allocation adaptive measures the layers of one scorer; use prune for each")
     for sparsity in sparsities:  # what makes no sense fails before any work
         make_budget(axis, sparsity, None, allocation, multiple_of, ratios, ignore, normalise=normalise)
     compute = resolve_device(device)

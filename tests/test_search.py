@@ -207,6 +207,11 @@ def test_auto_and_adaptive_exclude_each_other():
         sspruner.prune(copy.deepcopy(MODEL), "auto", sparsity=0.5, allocation="adaptive", calibration=DATA)
 
 
+def test_compare_refuses_adaptive_before_any_work():
+    with pytest.raises(sspruner.InputError, match="measures the layers of one scorer"):
+        sspruner.compare(MODEL, ["ghost"], allocation="adaptive", calibration="no such file")
+
+
 # One size, and prune
 
 
