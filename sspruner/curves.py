@@ -22,7 +22,7 @@ from sspruner.planning.plan import Plan, axis_of
 from sspruner.planning.scores import Scores
 from sspruner.walk import TOKENS_PER_BATCH, on_device, resolve_device
 
-LEVELS = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 0.0)  # fractions of the units that stay; 0: one step
+LEVELS = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)  # fractions of the units that stay; 0: one step
 TOKENS = 4096  # that are measured on
 
 

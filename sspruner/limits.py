@@ -12,7 +12,7 @@ from torch import nn
 from sspruner.errors import InputError
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan
-from sspruner.surgery.predict import added_parameters, removed_parameters, removed_state_bytes
+from sspruner.surgery.predict import added_parameters, dropped_modules, removed_parameters, removed_state_bytes
 from sspruner.surgery.project import added_by_projections
 from sspruner.surgery.slice import rows_to_drop
 from sspruner.surgery.tensors import tensor
@@ -95,7 +95,10 @@ def sizes(model: nn.Module, graph: SSMGraph, plan: Plan | None = None) -> Sizes:
     itemsize = next(model.parameters()).element_size()
     rows = rows_to_drop(plan, graph) if plan else {}
     conv = 0
+    dropped = dropped_modules(plan, graph) if plan else []
     for site in graph.layers:
+        if any(f"{site.path}.".startswith(f"{path}.") for path in dropped):
+            continue
         name = f"{site.path}.conv1d.weight"
         weight = tensor(model, name)  # (channels, 1, kernel)
         gone = len(rows.get(name, {}).get((0,), ()))

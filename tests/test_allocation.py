@@ -317,3 +317,10 @@ def test_curves_and_bounds_on_the_command_line(tmp_path):
         failed = run(app, [*asked, *wrong])
         assert failed.exit_code == 2
         assert says in failed.stderr
+
+
+def test_between_points_a_power_law_is_met_exactly():
+    curve = {k: 3.0 * k**-1.5 for k in (96, 32, 8, 2)}
+    kept = [2, 3, 5, 8, 20, 32, 64, 96]
+    assert damage_at(curve, kept, 128).tolist() == pytest.approx([3.0 * k**-1.5 for k in kept])
+    assert damage_at(curve, [1, 112, 128], 128).tolist() == pytest.approx([3.0, curve[96] / 2, 0])

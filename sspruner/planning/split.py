@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 
 Curve = Mapping[int, float]  # units kept -> damage of cutting this layer alone to so many
+NONE = 1e-9  # damage that is no more than rounding
 
 
 def damage_at(curve: Curve, kept: Sequence[int], units: int) -> torch.Tensor:
     """A measured curve between and beyond its points: fp64 (len(kept),), never less for fewer units.
 
-    Noise that makes a smaller cut cost more is levelled upwards. Between points damage is linear in the units kept,
-    which a convex curve stays below; below the smallest point the last slope goes on.
+    Noise by which fewer units would cost less is levelled upwards. Between two points damage is a power of the units
+    kept, c k^-p, so that equal ratios of sizes cost equal ratios of damage; next to no damage, as that of the whole
+    layer, it is linear. Below the smallest point the last piece goes on.
     """
     points = dict(sorted({**curve, units: 0.0}.items(), reverse=True))  # from the whole layer down
     sizes = torch.tensor(list(points), dtype=torch.float64)
@@ -23,8 +25,10 @@ def damage_at(curve: Curve, kept: Sequence[int], units: int) -> torch.Tensor:
     if len(points) == 1:
         return torch.zeros_like(asked)
     right = torch.searchsorted(-sizes, -asked).clamp(1, len(sizes) - 1)  # sizes[right] <= asked, but for the last
-    slope = (costs[right] - costs[right - 1]) / (sizes[right] - sizes[right - 1])
-    return costs[right - 1] + slope * (asked - sizes[right - 1])
+    larger, smaller, least, most = sizes[right - 1], sizes[right], costs[right - 1], costs[right]
+    linear = least + (most - least) * (larger - asked) / (larger - smaller)
+    steepness = (most / least.where(least > NONE, 1.0)).log() / (larger / smaller).log()
+    return linear.where(least <= NONE, least * (larger / asked) ** steepness)
 
 
 def best_split(
