@@ -49,7 +49,7 @@ def tasks(model: Any, count: int, seed: int) -> torch.Tensor:
 
 def accuracy(model: Any, calibration: sspruner.Calibration, test: torch.Tensor, keep: int, label: str) -> torch.Tensor:
     """The fraction of right answers in each test sequence, mean over seeds if the scorer is random: (sequences,)."""
-    seeds = SEEDS if label == "random" else SEEDS[:1]
+    seeds = SEEDS if ROWS[label]["scorer"] == "random" else SEEDS[:1]
     runs = []
     for seed in seeds:
         cut = copy.deepcopy(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch import nn
 from sspruner.errors import InputError
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import projections
 from sspruner.surgery.predict import added_parameters, dropped_modules, removed_parameters, removed_state_bytes
 from sspruner.surgery.project import added_by_projections
 from sspruner.surgery.slice import rows_to_drop
-from sspruner.surgery.tensors import tensor
 
 FP32 = 4  # bytes
-UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -93,26 +94,46 @@ def sizes(model: nn.Module, graph: SSMGraph, plan: Plan | None = None) -> Sizes:
     Bytes of weights are exact where all weights have one dtype; the bases of projected states are fp32.
     """
     itemsize = next(model.parameters()).element_size()
-    rows = rows_to_drop(plan, graph) if plan else {}
-    conv = 0
-    dropped = dropped_modules(plan, graph) if plan else []
-    for site in graph.layers:
-        if any(f"{site.path}.".startswith(f"{path}.") for path in dropped):
-            continue
-        name = f"{site.path}.conv1d.weight"
-        weight = tensor(model, name)  # (channels, 1, kernel)
-        gone = len(rows.get(name, {}).get((0,), ()))
-        conv += (weight.shape[0] - gone) * weight.shape[-1] * itemsize
+    conv = _conv_values(model, graph, plan) * itemsize
     if plan is None:
         return Sizes(graph.parameters, graph.weight_bytes, graph.state_bytes, conv)
-    bases = added_by_projections(model, plan, graph)
-    removed, biases = removed_parameters(model, plan, graph), added_parameters(model, plan, graph) - bases
+    biases = added_parameters(model, plan, graph) - added_by_projections(model, plan, graph)
+    removed, bases = removed_parameters(model, plan, graph), _bases_left(model, graph, plan)
     return Sizes(
         graph.parameters - removed + biases + bases,
         graph.weight_bytes - (removed - biases) * itemsize + bases * FP32,
         graph.state_bytes - removed_state_bytes(plan, graph),
         conv,
     )
+
+
+def _conv_values(model: nn.Module, graph: SSMGraph, plan: Plan | None) -> int:
+    """Numbers in the convolution states of one sequence; a mixer without a convolution has none."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows, gone = (rows_to_drop(plan, graph), dropped_modules(plan, graph)) if plan else ({}, [])
+    total = 0
+    for site in graph.layers:
+        name = f"{site.path}.conv1d.weight"
+        if name in parameters and not _inside(site.path, gone):
+            channels, _, kernel = parameters[name].shape
+            total += (channels - len(rows.get(name, {}).get((0,), ()))) * kernel
+    return total
+
+
+def _bases_left(model: nn.Module, graph: SSMGraph, plan: Plan) -> int:
+    """Parameters that projections add where their mixers stay, and of these in the B/C groups that stay."""
+    gone, total = dropped_modules(plan, graph), 0
+    for name, projection in projections(plan.groups).items():
+        layer = graph.groups[name].layer
+        if not _inside(layer, gone):
+            added = added_by_projections(model, Plan({name: projection}), graph)
+            sets = plan.groups.get(f"{layer}:group")
+            total += added * sets.after // sets.before if sets else added  # whole: each group has as many
+    return total
+
+
+def _inside(path: str, modules: Sequence[str]) -> bool:
+    return any(f"{path}.".startswith(f"{module}.") for module in modules)
 
 
 def parse_bytes(text: str, option: str) -> float:
@@ -142,13 +163,12 @@ def parse_increase(text: str, option: str) -> float:
 
 
 def _number(text: str, option: str, suffix: str, expected: str) -> float:
-    match = re.fullmatch(rf"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKMGT]?i?)\s*{suffix}\s*", text)
-    try:
-        assert match is not None
-        unit = match[2].replace("K", "k") if match[2] != "Ki" else "Ki"
-        value = float(match[1]) * UNITS[{"ki": "Ki"}.get(unit, unit)]
-    except (AssertionError, ValueError, KeyError):
-        raise InputError(f"{option} {text!r}: expected {expected}") from None
+    match = re.fullmatch(
+        rf"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*([kMGT]i?)?\s*{suffix}\s*", text.replace("K", "k"), re.A
+    )
+    if match is None:
+        raise InputError(f"{option} {text!r}: expected {expected}")
+    value = float(match[1] + (match[2] or "")) * UNITS[match[3] or ""]
     if not (value > 0 and math.isfinite(value)):
         raise InputError(f"{option} {text!r}: must be above 0")
     return value

@@ -152,7 +152,7 @@ def prune(
     one_shot = one_shot or len(run.jobs) > 1 or budget.compares_layers(run.groups, by_axis)
     if limits is None:
         check_budget(run.groups, budget)
-    elif not (one_shot or limits.of_damage or run.has_basis):
+    elif not (one_shot or limits.of_damage or run.has_basis or any(group.blocks for group in run.groups.values())):
         budget = replace(budget, sparsity=fraction_of_size(model, run.graph, run.groups, budget, limits))
     else:
         one_shot = True

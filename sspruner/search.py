@@ -111,7 +111,6 @@ def meet(
         chosen = _first(lambda i: bool(_too_much(cost(i), limits)), len(able)) - 1
         if chosen < 0:
             raise InputError(f"even the mildest cut, {able[0]:.1%}: {_too_much(cost(0), limits)}")
-        cost(chosen)
     return Found(able[chosen], tuple(seen[i] for i in sorted(seen)))
 
 
@@ -205,8 +204,9 @@ def settle(
 ) -> Settled:
     """From one-shot scores of one scorer or several to one scorer and one budget. The model is on its device.
 
-    With limits each scorer's cut is sought; of several the one that meets a limit of damage with the largest cut, and
-    of equal cuts the one that costs least, is taken. Raises InputError where none can make the cut.
+    With limits each scorer's cut is sought. Of several scorers, with limits of size, the one whose cut costs least is
+    taken; with limits of damage alone, the one with the largest cut, and of equal cuts the one that costs least.
+    Raises InputError where none can make the cut.
     """
     batches = list(data.batches(max(1, TOKENS_PER_BATCH // 2 // data.tokens.shape[1])))
     curves: Mapping[str, Curve] | None = None
@@ -220,31 +220,34 @@ def settle(
     def cut(scored: Scores, sparsity: float | Mapping[str, float] | None) -> Plan:
         return plan_within(graph, scored, replace(budget, sparsity=sparsity), curves)
 
-    able = dict(scores)
+    removes: dict[str, float | Mapping[str, float] | None] = dict.fromkeys(scores, budget.sparsity)
     refused: dict[str, str] = {}
-    sparsity = budget.sparsity
+    met: dict[str, Found] = {}
     if limits is not None:
-        met: dict[str, Found] = {}
+        candidates = fractions(groups, budget.multiple_of)
         for label, scored in scores.items():
             try:
-                candidates = fractions(groups, budget.multiple_of)
                 met[label] = meet(model, graph, partial(cut, scored), candidates, limits, batches, progress)
             except InputError as error:
                 refused[label] = str(error)
         if not met:
             raise InputError(next(iter(refused.values())))
-        sparsity = max(found.sparsity for found in met.values())
-        able = {label: scores[label] for label, found in met.items() if found.sparsity == sparsity}
-        evidence["curve"] = met[next(iter(able))].to_json()
-    label = next(iter(able))
+        most = max(found.sparsity for found in met.values())
+        less = {label: found.sparsity for label, found in met.items() if found.sparsity < most and not limits.of_size}
+        refused |= {
+            label: f"within the limits it removes {smaller:.1%}; another more" for label, smaller in less.items()
+        }
+        removes = {label: found.sparsity for label, found in met.items() if label not in less}
+    label = next(iter(removes))
     if len(scores) > 1:
-        makes = {name: partial(cut, scored, sparsity) for name, scored in able.items()}
+        makes = {name: partial(cut, scores[name], sparsity) for name, sparsity in removes.items()}
         choice = choose_scorer(model, graph, makes, batches, progress)
         label = choice.label
         evidence["scorers"] = choice.to_json() | refused
-        if limits is not None:
-            evidence["curve"] = met[label].to_json()
-    return Settled(label, replace(budget, sparsity=sparsity), curves, evidence)
+    if limits is not None:
+        evidence["curve"] = met[label].to_json()
+    budget = replace(budget, sparsity=removes[label])
+    return Settled(label, budget, curves, evidence)
 
 
 def fraction_of_size(

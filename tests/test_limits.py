@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
 from sspruner.limits import Limits, Sizes, limits_from, sizes
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Projection, Selection
 from sspruner.surgery.proof import measured_state_bytes
 from sspruner.testing.plans import directions, plans, random_plan
 
@@ -26,6 +29,8 @@ from sspruner.testing.plans import directions, plans, random_plan
         ("state_bytes", "4000", "state_bytes", 4000),
         ("state_bytes", "4000B", "state_bytes", 4000),
         ("state_bytes", "1e6", "state_bytes", 1e6),
+        ("state_bytes", "1E3 KB", "state_bytes", 1e6),
+        ("state_bytes", ".5MB", "state_bytes", 5e5),
         ("params", "0.8x", "parameters", 0.8),
         ("params", "900M", "parameters", 9e8),
         ("params", "1.1B", "parameters", 1.1e9),
@@ -52,7 +57,8 @@ def test_memory_and_batch_go_together():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MB", "25XB", "25MBit", "-25MB", "1.2.3MB", "nan", "inf", "twenty", "25%", "0MB", "1i"]
+    "text",
+    ["", "MB", "25XB", "25MBit", "-25MB", "1.2.3MB", "nan", "inf", "twenty", "25%", "0MB", "1i", "1e999", "٢٥MB"],
 )
 def test_what_is_no_size(text):
     with pytest.raises(sspruner.InputError, match=r"--state-bytes '.*': "):
@@ -107,12 +113,71 @@ def test_predicted_sizes_are_those_of_the_real_cut(data, projected):
     model = data.draw(zoo_models())
     graph = sspruner.trace(model)
     plan = data.draw(plans(graph))
-    whole = any(graph.groups[name].blocks for name in plan.groups)
-    if projected and not whole:  # limits are for one axis: no basis goes with its block
+    if projected:
         plan = directions(plan, graph, seed=data.draw(st.integers(0, 99)))
     predicted = sizes(model, graph, plan)
     sspruner.apply(model, plan)
     assert predicted == measured(model)
+
+
+def last_dropped(graph: sspruner.SSMGraph, axis: str) -> tuple[str, Selection, str]:
+    """The dependency group of whole modules without the last one that holds a mixer, and the path of that mixer."""
+    (group,) = graph.on_axis(axis).values()
+    unit, mixer = max(
+        (unit, site.path)
+        for unit, block in enumerate(group.blocks)
+        for site in graph.layers
+        if f"{site.path}.".startswith(f"{block.path}.")
+    )
+    return group.name, Selection(group.units, (tuple(i for i in range(group.units) if i != unit),)), mixer
+
+
+@pytest.mark.parametrize("axis", ["block", "mixer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_that_go_take_their_convolution_states_with_them(family, axis):
+    model = zoo(family)
+    graph = sspruner.trace(model)
+    if axis not in graph.axes:
+        assert axis == "mixer"
+        return
+    name, selection, _ = last_dropped(graph, axis)
+    plan = Plan({name: selection})
+    predicted = sizes(model, graph, plan)
+    sspruner.apply(model, plan)
+    assert predicted == measured(model)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "bamba", "zamba2"])
+@pytest.mark.parametrize("also", ["block", "group"])
+@pytest.mark.parametrize("again", [False, True])
+def test_bases_of_what_goes_are_not_counted(family, also, again):
+    model = zoo(family)
+    graph = sspruner.trace(model)
+    name, selection, mixer = last_dropped(graph, "block")
+    if again:  # on top of a basis that the mixer has
+        state = graph.groups[f"{mixer}:state"]
+        whole = Selection(state.units, (tuple(range(state.units - 1)),) * state.groups)
+        sspruner.apply(model, directions(Plan({state.name: whole}), graph, seed=3))
+        graph = sspruner.trace(model)
+    if also == "group":
+        sets = graph.groups[f"{mixer}:group"]
+        name, selection = sets.name, Selection(sets.units, (tuple(range(1, sets.units)),))
+    state = graph.groups[f"{mixer}:state"]
+    half = Selection(state.units, (tuple(range(state.units // 2)),) * state.groups)
+    plan = directions(Plan({state.name: half, name: selection}), graph, seed=4)
+    assert isinstance(plan.groups[state.name], Projection)
+    predicted = sizes(model, graph, plan)
+    sspruner.apply(model, plan)
+    assert predicted == measured(model)
+
+
+def test_a_mixer_without_a_convolution_has_no_state_of_one():
+    model = zoo("mamba2")
+    graph = sspruner.trace(model)
+    whole = sizes(model, graph)
+    for site in graph.layers:
+        del model.get_submodule(site.path).conv1d
+    assert sizes(model, graph) == replace(whole, conv_bytes=0)
 
 
 def test_biases_that_a_refit_adds_are_counted():
@@ -121,7 +186,7 @@ def test_biases_that_a_refit_adds_are_counted():
     plan = random_plan(graph, ("head",), seed=1)
     path = f"{next(iter(plan.groups)).removesuffix(':head')}.out_proj.bias"
     width = model.config.hidden_size
-    plan = sspruner.Plan(plan.groups, updates={path: torch.ones(width)})
+    plan = Plan(plan.groups, updates={path: torch.ones(width)})
     predicted = sizes(model, graph, plan)
     cut = copy.deepcopy(model)
     sspruner.apply(cut, plan)

@@ -23,7 +23,9 @@ from sspruner.asked import candidates, scorers_asked
 from sspruner.cli.main import app
 from sspruner.evaluate.damage import Damage, damages
 from sspruner.limits import Limits, sizes
+from sspruner.planning.budget import Budget
 from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Selection
 from sspruner.plugins import manager
 
 MODEL = tiny_model(layers=3, state=12)
@@ -37,9 +39,14 @@ def make(sparsity: float) -> Plan:
     return sspruner.plan(GRAPH, SCORES, sparsity=sparsity)
 
 
-def met(limits: Limits, patch: pytest.MonkeyPatch | None = None, costs: list[float] | None = None) -> Any:
+def met(
+    limits: Limits,
+    patch: pytest.MonkeyPatch | None = None,
+    costs: list[float] | None = None,
+    asked: list[float] | None = None,
+) -> Any:
     """`meet` on the model above; with costs, a perplexity increase for each of the eleven cuts instead of measuring."""
-    asked: list[float] = []
+    asked = [] if asked is None else asked
     cuts = search.fractions(GRAPH.on_axis("state"), 1)
 
     def pretend(model: Any, plans: Any, graph: Any, batches: Any) -> list[Damage]:
@@ -99,6 +106,13 @@ def test_a_limit_of_damage_takes_a_cut_that_was_measured_within_it(limit, seed, 
             curve = {point.sparsity: point.kl for point in found.curve}
             assert curve == pytest.approx({s: costs[cuts.index(s)] for s in asked})
             assert list(curve) == sorted(curve)
+
+
+def test_a_limit_that_no_cut_meets_measures_each_once(monkeypatch):
+    asked: list[float] = []
+    with pytest.raises(sspruner.InputError, match=r"even the mildest cut, 8\.3%: KL is 0\.5, more than 0\.1"):
+        met(Limits(kl=0.1), monkeypatch, [0.5] * 11, asked)
+    assert len(asked) == len(set(asked)) > 1
 
 
 def test_both_limits_have_to_be_met():
@@ -202,6 +216,53 @@ def test_auto_with_a_limit_takes_the_scorer_that_can_cut_most():
     assert alone[result.report.scorer] == max(alone.values())
 
 
+def test_with_a_limit_of_size_auto_takes_the_scorer_that_costs_least_though_another_has_to_cut_more():
+    model, data = zoo("zamba2"), calibrated(tokens(6, 20))
+    graph, limits = sspruner.trace(model), Limits(parameters=0.8)
+    groups = graph.on_axis("block")
+    ((name, group),) = groups.items()
+    differ = 0
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {f"s{i}": sspruner.Scores({name: torch.rand(1, group.units, generator=generator)}) for i in range(3)}
+        met: dict[str, float] = {}
+        for label, own in scores.items():
+            for sparsity in search.fractions(groups, 1):  # mildest first
+                plan = sspruner.plan(graph, own, sparsity=sparsity)
+                if not sizes(model, graph, plan).exceeds(limits, sizes(model, graph)):
+                    met[label] = sparsity
+                    break
+        plans = [sspruner.plan(graph, scores[label], sparsity=sparsity) for label, sparsity in met.items()]
+        costs = [cost.pruned_perplexity for cost in damages(model, plans, graph, data.batches(6))]
+        differ += len(set(met.values())) > 1
+        found = search.settle(model, graph, groups, scores, Budget(sparsity=0.5), limits, data)
+        assert found.label == list(met)[costs.index(min(costs))]
+        assert found.budget.sparsity == met[found.label]
+        assert found.evidence["scorers"] == pytest.approx(dict(zip(met, costs, strict=True)), rel=1e-6)
+        assert found.evidence["curve"][-1]["sparsity"] >= met[found.label]
+    assert differ > 2
+
+
+def test_the_scorers_that_can_cut_less_are_said():
+    scores = sspruner.score(MODEL, ["random", "ghost", "magnitude"], calibration=DATA)
+    alone = {}
+    for name, own in scores.items():
+        try:
+            alone[name] = search.meet(
+                MODEL, GRAPH, lambda s, own=own: sspruner.plan(GRAPH, own, sparsity=s),
+                search.fractions(GRAPH.on_axis("state"), 1), Limits(kl=0.08), BATCHES,
+            ).sparsity  # fmt: skip
+        except sspruner.InputError:
+            continue
+    found = search.settle(
+        MODEL, GRAPH, GRAPH.on_axis("state"), scores, Budget(sparsity=0.5), Limits(kl=0.08), DATA
+    ).evidence["scorers"]
+    less = {name for name, sparsity in alone.items() if sparsity < max(alone.values())}
+    assert less
+    for name in less:
+        assert found[name] == f"within the limits it removes {alone[name]:.1%}; another more"
+
+
 def test_auto_and_adaptive_exclude_each_other():
     with pytest.raises(sspruner.InputError, match="name it, instead of auto"):
         sspruner.prune(copy.deepcopy(MODEL), "auto", sparsity=0.5, allocation="adaptive", calibration=DATA)
@@ -223,6 +284,15 @@ def test_one_size_for_all_has_as_many_units():
     found = search.same_size(uneven, GRAPH, lambda keep: sspruner.plan(GRAPH, scores, keep=keep))
     assert {group.after for group in found.groups.values()} == {sum(kept) // 3}
     assert search.same_size(make(0.5), GRAPH, lambda keep: None) is None  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize(("kept", "one"), [((3, 6, 7), 5), ((12, 12, 11), 11), ((1, 1, 2), 1)])
+def test_one_size_is_not_above_the_plan_it_stands_for(kept, one):
+    groups = dict(zip(GRAPH.on_axis("state"), kept, strict=True))
+    uneven = Plan({n: Selection(12, (tuple(range(k)),)) for n, k in groups.items() if k < 12})
+    asked: list[int] = []
+    search.same_size(uneven, GRAPH, lambda keep: asked.append(keep) or uneven)  # type: ignore[func-returns-value]
+    assert asked == [one]
 
 
 def test_prune_says_what_one_size_would_cost():

@@ -28,7 +28,8 @@ def damage_at(curve: Curve, kept: Sequence[int], units: int) -> torch.Tensor:
     larger, smaller, least, most = sizes[right - 1], sizes[right], costs[right - 1], costs[right]
     linear = least + (most - least) * (larger - asked) / (larger - smaller)
     steepness = (most / least.where(least > NONE, 1.0)).log() / (larger / smaller).log()
-    return linear.where(least <= NONE, least * (larger / asked) ** steepness)
+    found = linear.where(least <= NONE, least * (larger / asked) ** steepness)
+    return found.maximum(least).minimum(most.where(asked >= smaller, torch.inf))  # not beyond its ends by a rounding
 
 
 def best_split(
