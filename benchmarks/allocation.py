@@ -57,7 +57,8 @@ def main() -> None:
             label = f"{name} {axis}, {scorer}, {sparsity:.0%}"
             numbers[label] = dict(zip(made, [cost.pruned_perplexity for cost in costs], strict=True))
             cells = [f"{cost.pruned_perplexity:.2f} ({cost.kl:.4f})" for cost in costs]
-            sizes = sorted(r.after for r in made["adaptive"].groups.values())
+            cut = made["adaptive"].groups
+            sizes = sorted(cut[n].after if n in cut else graph.groups[n].units for n in scores.importance)
             rows.append([label, f"{costs[0].dense_perplexity:.2f}", *cells, f"{sizes[0]} to {sizes[-1]}"])
             progress(" | ".join(rows[-1]))
     head = ["cut", "dense", *ALLOCATIONS, "sizes, adaptive"]

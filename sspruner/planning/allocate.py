@@ -13,6 +13,8 @@ from sspruner.graph.group import DependencyGroup
 from sspruner.planning.budget import Budget, bounds_of, check_patterns, ignored, matches, protected, ratio_of
 from sspruner.planning.split import Curve, best_split, damage_at
 
+EVEN = 1e-9  # nats, for a layer that loses everything: of splits that cost the same the most even one is taken
+
 
 def allocate(
     groups: Mapping[str, DependencyGroup],
@@ -30,11 +32,16 @@ def allocate(
     for axis in budget.sparsity if isinstance(budget.sparsity, Mapping) else ():
         if axis not in axes:
             raise InputError(f"axis {axis!r}: was not scored; there are scores for {', '.join(sorted(axes))}")
-    check_patterns(list(groups), [*budget.ratios, *budget.floor, *budget.cap])
+    check_patterns(list(groups), list(budget.ratios))
     check_patterns([n for name, g in groups.items() for n in (name, *(b.path for b in g.blocks))], budget.ignore)
     units = {name: group for name, group in groups.items() if not group.tensor}
     if budget.keep is not None and len(units) < len(groups):
         raise InputError("keep counts units; of single elements give the fraction to remove, sparsity, or a pattern")
+    if not units and (budget.floor or budget.cap):
+        raise InputError("floor and cap count units; on the axes of single elements give ratios instead")
+    check_patterns(list(units), [*budget.floor, *budget.cap])
+    if budget.allocation == "adaptive" and not any(_has_layers(group) for group in units.values()):
+        raise InputError("allocation adaptive: wants an axis with a group of units in each layer; use uniform")
     competing = {n: g for n, g in units.items() if budget.allocation != "uniform" and _competes(n, g, budget)}
     if budget.allocation == "adaptive":
         counts = _adaptive_counts(competing, budget, curves)
@@ -49,8 +56,7 @@ def allocate(
         elif budget.keep is not None:
             counts[name] = _checked_keep(budget.keep, group.units, step, name)
         else:
-            least, most = bounds_of(name, group.units, step, budget)
-            counts[name] = min(max(_uniform(group, ratio_of(name, budget), step), least), most)
+            counts[name] = _uniform(group, ratio_of(name, budget), step, bounds_of(name, group.units, step, budget))
         if counts[name] < guarded:
             raise InputError(f"{name}: keeping {counts[name]} units is less than the {guarded} that --ignore protects")
     return counts
@@ -59,7 +65,12 @@ def allocate(
 def _competes(name: str, group: DependencyGroup, budget: Budget) -> bool:
     """Whether a group takes part in a global allocation: nothing was said of it alone, and it is not the only one."""
     alone = any(matches(pattern, name) for pattern in (*budget.ratios, *budget.ignore))
-    return not alone and not group.blocks and group.axis != "hidden" and ratio_of(name, budget) > 0
+    return not alone and _has_layers(group) and ratio_of(name, budget) > 0
+
+
+def _has_layers(group: DependencyGroup) -> bool:
+    """Whether a group is one layer's: the axes of the whole model have nothing to share a budget with."""
+    return not group.blocks and group.axis != "hidden"
 
 
 def _global_counts(
@@ -92,7 +103,10 @@ def _global_counts(
 def _adaptive_counts(
     groups: Mapping[str, DependencyGroup], budget: Budget, curves: Mapping[str, Curve] | None
 ) -> dict[str, int]:
-    """The counts of least total damage, on every axis, of all that are within the budget."""
+    """The counts of least total damage, on every axis, of all that are within the budget; of equal ones the most even.
+
+    For this every layer costs EVEN times the squared fraction that it loses on top, far below what is measured.
+    """
     counts: dict[str, int] = {}
     for on_axis in _by_axis(groups):
         missing = [g.name for g in on_axis if curves is None or g.name not in curves]
@@ -102,9 +116,17 @@ def _adaptive_counts(
                 "sspruner.sensitivity measures it, and so does `sspruner prune`"
             )
         options = {g.name: _options(g, budget) for g in on_axis}
-        costs = {g.name: damage_at(curves[g.name], options[g.name], g.units) for g in on_axis}
+        costs = {
+            g.name: damage_at(curves[g.name], options[g.name], g.units) + EVEN * _lost(options[g.name], g.units) ** 2
+            for g in on_axis
+        }
         counts |= best_split(options, costs, {g.name: g.groups for g in on_axis}, _target(on_axis, budget))
     return counts
+
+
+def _lost(kept: list[int], units: int) -> torch.Tensor:
+    """Fractions of a layer that go: fp64 (len(kept),)."""
+    return 1 - torch.tensor(kept, dtype=torch.float64) / units
 
 
 def _by_axis(groups: Mapping[str, DependencyGroup]) -> list[list[DependencyGroup]]:
@@ -141,18 +163,21 @@ def _steps(group: DependencyGroup, importance: torch.Tensor, budget: Budget) -> 
     return worth[:within], sizes[:within]
 
 
-def _uniform(group: DependencyGroup, sparsity: float, multiple_of: int) -> int:
-    """The allowed count nearest to units * (1 - sparsity); of two as near the larger.
+def _uniform(group: DependencyGroup, sparsity: float, multiple_of: int, bounds: tuple[int, int]) -> int:
+    """The allowed count nearest to units * (1 - sparsity), of two as near the larger; lifted or lowered to the bounds.
 
-    A ratio that would remove nothing or everything by rounding is refused, with the nearest that can be met.
+    A ratio that would remove nothing or everything by rounding is refused, with the nearest that can be met, unless a
+    floor or a cap says what it shall be.
     """
+    least, most = bounds
     if sparsity == 0:
-        return group.units
+        return most
     allowed = list(range(multiple_of, group.units + 1, multiple_of))
     target = group.units * (1 - sparsity)
     nearest = min([0, *allowed, group.units], key=lambda n: (abs(n - target), -n))
-    if 0 < nearest < group.units:
-        return nearest
+    bounded = min(max(nearest, least), most)
+    if 0 < nearest < group.units or 0 < bounded != nearest:
+        return bounded
     can = sorted((n for n in allowed if n < group.units), key=lambda n: (abs(n - target), -n))
     sets = f"{group.groups} sets of {group.units} units" if group.groups > 1 else f"{group.units} units"
     steps = f" in multiples of {multiple_of}" if multiple_of > 1 else ""

@@ -164,17 +164,18 @@ def ratio_of(name: str, budget: Budget) -> float:
 def bounds_of(name: str, units: int, step: int, budget: Budget) -> tuple[int, int]:
     """The least and the most units that a group may keep, in steps that it allows. Raises InputError if there is none.
 
-    A floor is rounded up to a step and a cap down; the whole group is always a step.
+    A floor is rounded up to a step and a cap down; the whole group is always a step. Without a floor the least is 0.
     """
-    floor, cap = _last_match(name, budget.floor, 1), _last_match(name, budget.cap, units)
+    floor, cap = _last_match(name, budget.floor, 0), _last_match(name, budget.cap, units)
     if floor > units:
         raise InputError(f"floor {floor}: {name} has only {units} units")
     least = min(math.ceil(floor / step) * step, units)
     most = units if cap >= units else cap // step * step
-    if most < least:
+    smallest = max(least, min(step, units))
+    if most < smallest:
         raise InputError(
-            f"{name}: no size between floor {floor} and cap {min(cap, units)} in multiples of {step}; the nearest are "
-            f"{max(most, min(step, units))} and {least}"
+            f"{name}: no size between floor {max(floor, 1)} and cap {min(cap, units)} in multiples of {step}; "
+            f"the nearest are {max(most, min(step, units))} and {smallest}"
         )
     return least, most
 
