@@ -40,6 +40,14 @@ def progress(text: str) -> None:
 
 
 RESAMPLES = 10_000
+MODELS = ("mamba2-books-4m", "zamba2-books", "mamba1-books")
+STATE_CUTS = (
+    ("random", (0.9,)),
+    ("magnitude", (0.9,)),
+    ("taylor", (0.9,)),
+    ("ghost", (0.75, 0.9)),
+    ("balanced", (0.75, 0.9, 0.97)),
+)
 
 
 def interval(values: Any) -> str:
@@ -65,6 +73,11 @@ def cuts(model: Any, data: Any, rows: Iterable[tuple[str, tuple[float, ...]]], o
     rows, graph = list(rows), sspruner.trace(model)
     scores = sspruner.score(model, [name for name, _ in rows], calibration=data, options=options)
     return {(n, s): sspruner.plan(graph, scores[n], sparsity=s) for n, fractions in rows for s in fractions}
+
+
+def state_cuts(model: str) -> list[tuple[str, tuple[float, ...]]]:
+    """(scorer, fractions of the state) that the section on limits shows for a reference model."""
+    return [row for row in STATE_CUTS if model != "mamba1-books" or row[0] != "balanced"]
 
 
 def options(description: str | None, name: str) -> argparse.ArgumentParser:

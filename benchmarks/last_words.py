@@ -13,19 +13,11 @@ import math
 from typing import Any
 
 import torch
-from common import books, cuts, deliver, options, progress, provenance, table
+from common import MODELS, books, cuts, deliver, options, progress, provenance, state_cuts, table
 
 import sspruner
 from sspruner.evaluate.last_word import last_words, passages
 
-MODELS = ("mamba2-books-4m", "zamba2-books", "mamba1-books")
-ROWS = (
-    ("random", (0.9,)),
-    ("magnitude", (0.9,)),
-    ("taylor", (0.9,)),
-    ("ghost", (0.75, 0.9)),
-    ("balanced", (0.75, 0.9, 0.97)),
-)
 WINDOWS, PASSAGES, SEED = 32, 300, 0
 
 
@@ -48,7 +40,7 @@ def main() -> None:
         model, tokenizer = sspruner.load(name, dtype="float32")
         asked = passages(tokenizer, texts, 20 if given.quick else PASSAGES, SEED)
         data = books(model, tokenizer, given.data / "books-val.txt", WINDOWS, seed=SEED)
-        rows = [row for row in ROWS if name != "mamba1-books" or row[0] != "balanced"]
+        rows = state_cuts(name)
         nll, hit = last_words(model, asked)
         found = [["dense", spread(nll, 3), "", f"{100 * float(hit.double().mean()):.2f}"]]
         for (scorer, sparsity), plan in cuts(model, data, rows).items():

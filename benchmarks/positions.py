@@ -11,19 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import books, cuts, deliver, interval, options, progress, provenance, table
+from common import MODELS, books, cuts, deliver, interval, options, progress, provenance, state_cuts, table
 
 import sspruner
 from sspruner.evaluate.damage import log_probabilities
 
-MODELS = ("mamba2-books-4m", "zamba2-books", "mamba1-books")
-ROWS = (
-    ("random", (0.9,)),
-    ("magnitude", (0.9,)),
-    ("taylor", (0.9,)),
-    ("ghost", (0.75, 0.9)),
-    ("balanced", (0.75, 0.9, 0.97)),
-)
 CALIBRATED, LENGTHS, LENGTH, WINDOWS, SEED = 8192, (128, 256), 2048, 8, 0
 ENDS = (128, 256, 512, 1024, 2048)
 
@@ -57,7 +49,7 @@ def main() -> None:
             model, tokenizer, given.data / "books-test.txt", 2 if given.quick else WINDOWS, LENGTH, SEED
         ).tokens
         dense = losses(model, windows)
-        rows = [row for row in ROWS if name != "mamba1-books" or row[0] != "balanced"]
+        rows = state_cuts(name)
         found = []
         for length in LENGTHS:
             data = books(model, tokenizer, given.data / "books-val.txt", CALIBRATED // length, length, SEED)

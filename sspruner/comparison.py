@@ -12,6 +12,7 @@ from torch import nn
 
 from sspruner.asked import make_budget
 from sspruner.calibrate.sources import Progress
+from sspruner.device import on_device, resolve_device
 from sspruner.errors import InputError, PlanError
 from sspruner.evaluate.damage import Damage, damages
 from sspruner.graph.ssm_graph import trace
@@ -19,7 +20,7 @@ from sspruner.pipeline import Source, calibrated, score
 from sspruner.planning.decide import plan
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.report.result import measured, versions
-from sspruner.walk import TOKENS_PER_BATCH, OneScorer, on_device, resolve_device
+from sspruner.walk import TOKENS_PER_BATCH, OneScorer
 
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sspruner.calibrate.sources import Calibration, Progress
+from sspruner.device import on_device, resolve_device
 from sspruner.errors import InputError
 from sspruner.evaluate.damage import damages
 from sspruner.graph.group import DependencyGroup
@@ -20,22 +21,36 @@ from sspruner.io.output import atomic_file
 from sspruner.planning.decide import select
 from sspruner.planning.plan import Plan, axis_of
 from sspruner.planning.scores import Scores
-from sspruner.walk import TOKENS_PER_BATCH, on_device, resolve_device
+from sspruner.walk import TOKENS_PER_BATCH
 
 LEVELS = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)  # fractions of the units that stay; 0: one step
 TOKENS = 4096  # that are measured on
+MADE_WITH = ("model", "scorer", "options")  # of the scores' metadata
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """curves: dependency group -> units kept -> KL to the dense model, nats per token, of cutting this group alone."""
+    """curves: dependency group -> units kept -> KL to the dense model, nats per token, of cutting this group alone.
+
+    tokens: how many were measured on. made_with: model, scorer and options of the scores whose worst units were cut.
+    """
 
     curves: Mapping[str, Mapping[int, float]]
     tokens: int
+    made_with: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, scores: Scores) -> None:
+        """Raise InputError unless the curves were measured with these scores' model, scorer and options."""
+        for what, measured in self.made_with.items():
+            if (given := scores.metadata.get(what, "")) != measured:
+                raise InputError(
+                    f"sensitivity: measured with {what} {measured}, the scores are of {given}; measure again"
+                )
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, atomically."""
-        data = {"version": 1, "tokens": self.tokens, "curves": {n: dict(c) for n, c in self.curves.items()}}
+        data = {"version": 1, "tokens": self.tokens, "made_with": dict(self.made_with)}
+        data |= {"curves": {name: dict(curve) for name, curve in self.curves.items()}}
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
@@ -45,7 +60,7 @@ class Sensitivity:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             curves = {str(n): {int(k): float(v) for k, v in curve.items()} for n, curve in data["curves"].items()}
-            found = cls(curves, int(data["tokens"]))
+            found = cls(curves, int(data["tokens"]), {str(k): str(v) for k, v in data["made_with"].items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"{type(error).__name__}: {error}"
             raise InputError(f"sensitivity {path}: cannot be read ({detail}); measure it again") from error
@@ -90,7 +105,8 @@ def sensitivity(
         if not math.isfinite(cost.kl):
             raise InputError(f"{name}: cutting it to {kept} units gives logits that are not finite")
         curves.setdefault(name, {})[kept] = max(cost.kl, 0.0)
-    return Sensitivity(curves, int(few.mask.sum()))
+    made_with = {what: scores.metadata[what] for what in MADE_WITH if what in scores.metadata}
+    return Sensitivity(curves, int(few.mask.sum()), made_with)
 
 
 def levels(group: DependencyGroup, multiple_of: int) -> list[int]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from sspruner.asked import make_budget, scorers_asked
 from sspruner.calibrate.sources import Calibration, Progress, calibration
+from sspruner.device import on_device
 from sspruner.errors import InputError
 from sspruner.evaluate.continuation import continuation
 from sspruner.evaluate.damage import damages
@@ -30,7 +31,7 @@ from sspruner.report.result import Report, measured, model_size, peak_memory_byt
 from sspruner.search import fraction_of_size, same_size, settle
 from sspruner.surgery.mask import mask, mask_elements, mask_group, unmask, update_tensors
 from sspruner.surgery.proof import slice_with_proof
-from sspruner.walk import TOKENS_PER_BATCH, OneScorer, Run, on_device
+from sspruner.walk import TOKENS_PER_BATCH, OneScorer, Run
 
 PROMPT_TOKENS, NEW_TOKENS = 24, 40
 

@@ -26,6 +26,7 @@ from torch import nn
 from sspruner.calibrate.regression import Moments, ridge
 from sspruner.calibrate.replay import Flow, Replay, within
 from sspruner.calibrate.sources import Calibration, Progress
+from sspruner.device import resolve_device
 from sspruner.errors import InputError, ModelError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.ssm_graph import WHOLE_MODEL, Site, SSMGraph, trace
@@ -33,7 +34,7 @@ from sspruner.planning.plan import Plan, axis_of, check_plan
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.tensors import lacks, tensor
-from sspruner.walk import TOKENS_PER_BATCH, resolve_device
+from sspruner.walk import TOKENS_PER_BATCH
 
 KINDS = ("none", "bias", "output")
 LEFT_OUT = 4  # every fourth sequence chooses the ridge

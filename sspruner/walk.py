@@ -16,6 +16,7 @@ from sspruner.calibrate.local import LocalGradients
 from sspruner.calibrate.replay import Inputs, Replay, within
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.calibrate.view import Observation, SSMView
+from sspruner.device import on_device, resolve_device
 from sspruner.errors import InputError, ModelError, PlanError, PluginError
 from sspruner.evaluate.damage import mean_loss
 from sspruner.graph.fingerprint import fingerprint
@@ -399,26 +400,3 @@ def _scorer_for(axis: str, scorer: OneScorer) -> tuple[type[Scorer], str]:
             f"scorer {cls.name!r} does not score axis {axis!r}; it scores {', '.join(sorted(cls.axes))}{hint}"
         )
     return cls, plugin
-
-
-def resolve_device(device: str | None) -> torch.device:
-    """The compute device: the one named, else CUDA if there is one, else the CPU. Raises InputError for no device."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r}: not available here ({str(error).splitlines()[0]})") from error
-    return found
-
-
-@contextmanager
-def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The whole model on `device` inside the block, and back where it was after it."""
-    home = next(model.parameters()).device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(home)

@@ -336,7 +336,7 @@ def test_levels_are_sizes_that_the_layer_can_have():
 
 
 def test_a_sensitivity_goes_through_a_file(tmp_path):
-    found = sspruner.Sensitivity({"a:state": {3: 0.25, 1: 1.5}}, 64)
+    found = sspruner.Sensitivity({"a:state": {3: 0.25, 1: 1.5}}, 64, {"model": "f", "scorer": "ghost"})
     found.save(tmp_path / "curves.json")
     assert sspruner.Sensitivity.load(tmp_path / "curves.json") == found
     for content in ("", "[]", '{"curves": {"a": {"x": 1}}, "tokens": 1}', '{"curves": {"a": {"1": NaN}}, "tokens": 1}'):
@@ -345,6 +345,22 @@ def test_a_sensitivity_goes_through_a_file(tmp_path):
             sspruner.Sensitivity.load(tmp_path / "bad.json")
     with pytest.raises(sspruner.InputError, match="missing"):
         sspruner.Sensitivity.load(tmp_path / "missing.json")
+
+
+def test_curves_of_another_scorer_or_model_are_refused(tmp_path):
+    model, other, data = tiny_model(layers=2), tiny_model(layers=2, seed=1), calibrated(tokens(2, 12))
+    scores = {name: sspruner.score(model, name, calibration=data) for name in ("ghost", "magnitude")}
+    found = sspruner.sensitivity(model, scores["ghost"], data)
+    found.save(tmp_path / "curves.json")
+    read = sspruner.Sensitivity.load(tmp_path / "curves.json")
+    read.check(scores["ghost"])
+    with pytest.raises(sspruner.InputError, match="measured with scorer ghost, the scores are of magnitude"):
+        read.check(scores["magnitude"])
+    with pytest.raises(sspruner.InputError, match="measured with model"):
+        read.check(sspruner.score(other, "ghost", calibration=data))
+    means = sspruner.score(model, "ghost", calibration=data, options={"variant": "means"})
+    with pytest.raises(sspruner.InputError, match="measured with options"):
+        read.check(means)
 
 
 def test_prune_measures_and_splits_by_what_it_measured():
@@ -372,7 +388,11 @@ def test_curves_and_bounds_on_the_command_line(tmp_path):
     kept = {name: group.after for name, group in sspruner.Plan.load(plan).groups.items()}
     assert min(kept.values()) >= 8
     assert kept["backbone.layers.0.mixer:state"] <= 16
+    others = str(tmp_path / "others.safetensors")
+    assert run(app, ["score", *small, "--scorer", "magnitude", "--out", others]).exit_code == 0
+    of_others = ["--curves", curves, "--scores", others]
     for wrong, says in (([], "was not measured"), (["--curves", scores], "cannot be read"),
+                        (of_others, "measured with scorer ghost, the scores are of magnitude"),
                         (["--curves", curves, "--floor", "x"], "expected UNITS or PATTERN=UNITS")):  # fmt: skip
         failed = run(app, [*asked, *wrong])
         assert failed.exit_code == 2

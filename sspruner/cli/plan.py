@@ -53,6 +53,9 @@ def command(
     loaded, _ = sspruner.load(model, dtype=dtype)
     graph = sspruner.trace(loaded)
     read = sspruner.Scores.load(scores)
+    measured = sspruner.Sensitivity.load(curves) if curves else None
+    if measured:
+        measured.check(read)
     made = sspruner.plan(
         graph,
         read,
@@ -68,7 +71,7 @@ def command(
         normalise=normalise,
         floor=bounds_from(floor, "--floor"),
         cap=bounds_from(cap, "--cap"),
-        curves=sspruner.Sensitivity.load(curves).curves if curves else None,
+        curves=measured.curves if measured else None,
     )
     check_plan(made, graph, sspruner.fingerprint(loaded))
     made.save(out)
