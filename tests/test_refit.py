@@ -212,15 +212,18 @@ def test_the_bias_is_the_mean_of_what_is_lacking():
     assert torch.allclose(found.plan.updates[f"{layer}.out_proj.bias"].double(), mean, atol=1e-6)
 
 
-def test_padding_is_neither_solved_for_nor_counted():
+@pytest.mark.parametrize("kind", ["output", "bias"])  # a bias divides by the number of tokens
+def test_padding_is_neither_solved_for_nor_counted(kind):
     model = zoo("mamba2")
     plan = random_plan(sspruner.trace(model), ("head",), seed=3)
     ids = tokens(8, 20)
     padded = torch.zeros(8, 20, dtype=torch.bool)
     padded[:, :15] = True
     found = [
-        sspruner.refit(model, plan, calibration=calibrated(*given)) for given in ((ids, padded), (ids[:, :15], None))
+        sspruner.refit(model, plan, kind, calibration=calibrated(*given))
+        for given in ((ids, padded), (ids[:, :15], None))
     ]
+    assert found[0].plan.updates
     for block, errors in found[0].errors.items():
         assert errors == pytest.approx(found[1].errors[block], rel=1e-3)
     for name, value in found[0].plan.updates.items():
