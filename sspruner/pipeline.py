@@ -25,7 +25,7 @@ from sspruner.planning.decide import check_budget, choosers, compared, make_plan
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.planning.reduction import reduction
 from sspruner.planning.scores import Scores
-from sspruner.refitting import KINDS
+from sspruner.refitting import KINDS, check_calibration
 from sspruner.refitting import refit as refit_plan
 from sspruner.report.result import Report, measured, model_size, peak_memory_bytes, sparsity_of, versions
 from sspruner.search import fraction_of_size, same_size, settle
@@ -142,6 +142,8 @@ def prune(
         raise InputError(f"mode {mode!r}: must be slice or mask")
     if refit not in KINDS:
         raise InputError(f"refit {refit!r}: must be one of {', '.join(KINDS)}")
+    if refit == "bias" and limits is not None and (limits.parameters or limits.memory):
+        raise InputError("refit bias adds parameters, which limits do not foresee: use refit output")
     budget = make_budget(
         axis, sparsity, keep, allocation, multiple_of, ratios, ignore, pattern, granularity, rows, normalise, floor,
         cap, limits,
@@ -162,6 +164,8 @@ def prune(
     clock = _Clock()
     with on_device(model, run.device), clock("calibration"):
         data = calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
+    if refit != "none":
+        check_calibration(model, run.graph, run.groups, refit, data)
     prompt = data.held_out[0][data.held_out_mask[0]][:PROMPT_TOKENS]
     kept: dict[str, torch.Tensor] = {}
     updates: dict[str, torch.Tensor] = {}
@@ -210,7 +214,7 @@ def prune(
         with clock("refit"):
             refitted = refit_plan(model, made, refit, calibration=data, device=device, progress=progress)
         plans, errors = plans | {"refitted": refitted.plan}, refitted.errors
-    if one_size := same_size(made, run.graph, lambda keep: plan(run.graph, scores, keep=keep)):
+    if one_size := same_size(made, run.graph, multiple_of, lambda keep: plan(run.graph, scores, keep=keep)):
         plans["one size"] = one_size
     made = plans.get("refitted", made)
 

@@ -17,7 +17,7 @@ they bring its own output, in the model's own code and dtype, nearer to the dens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,7 +91,7 @@ def refit(
     check_plan(plan, graph, fingerprint(model), model)
     follow = any(axis in WHOLE_MODEL for axis in plan.axes)
     writers = _writers(model, plan, graph, kind, follow)
-    _check_tokens(model, writers, kind, calibration)
+    _check_tokens(model, [writer.weight for writer in writers], kind, calibration)
     batches = list(calibration.batches(max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])))
     dense = Replay(model, graph, batches, resolve_device(device))
     with masked(model, plan, graph):  # embeddings are cut on the axis hidden
@@ -223,10 +223,22 @@ def _written(model: nn.Module, site: Site) -> Iterator[str]:
             yield path
 
 
-def _check_tokens(model: nn.Module, writers: list[_Writer], kind: str, calibration: Calibration) -> None:
+def check_calibration(
+    model: nn.Module, graph: SSMGraph, groups: Iterable[str], kind: str, calibration: Calibration
+) -> None:
+    """Raise InputError where the calibration text is too short to refit any module of these groups: before any work."""
+    paths = {name.rpartition(":")[0] for name in groups}
+    found = [name for site in graph.sites if site.path in paths for name in _written(model, site)]
+    narrowest = min(found, key=lambda name: tensor(model, name).shape[1], default=None)
+    _check_tokens(model, [narrowest] if narrowest else [], kind, calibration)
+
+
+def _check_tokens(model: nn.Module, weights: list[str], kind: str, calibration: Calibration) -> None:
     """Raise InputError where the calibration text does not determine what is solved for."""
     tokens = int(calibration.mask.sum())
-    unknowns = max(tensor(model, writer.weight).shape[1] for writer in writers) if kind == "output" else 1
+    widths = {name: tensor(model, name).shape[1] for name in weights} if kind == "output" else {}
+    widest = max(widths, key=lambda name: widths[name], default="it")
+    unknowns = widths.get(widest, 1)
     if kind == "output" and len(calibration.tokens) < LEFT_OUT:
         raise InputError(
             f"refit output: {len(calibration.tokens)} calibration sequences; it wants {LEFT_OUT} or more, a quarter of "
@@ -235,7 +247,7 @@ def _check_tokens(model: nn.Module, writers: list[_Writer], kind: str, calibrati
     if tokens < unknowns:
         raise InputError(
             f"refit {kind}: {tokens:,} calibration tokens for {unknowns:,} unknowns in each row of "
-            f"{writers[0].weight}: give more samples{', or refit bias' if kind == 'output' else ''}"
+            f"{widest}: give more samples{', or refit bias' if kind == 'output' else ''}"
         )
 
 

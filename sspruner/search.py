@@ -269,9 +269,10 @@ def fraction_of_size(
     return found.sparsity
 
 
-def same_size(plan: Plan, graph: SSMGraph, make: Callable[[int], Plan]) -> Plan | None:
-    """For a plan whose layers keep different sizes on one axis: the plan with one size for all and as many units, as
-    stock classes can load it. None where all sizes are the same. make: units kept in every set -> plan.
+def same_size(plan: Plan, graph: SSMGraph, multiple_of: int, make: Callable[[int], Plan]) -> Plan | None:
+    """For a plan whose layers keep different sizes on one axis: the plan with one size for all, a multiple of
+    `multiple_of`, and as many units, as stock classes can load it. None where all sizes are the same. make: units kept
+    in every set -> plan.
 
     Layers that the plan leaves whole count with all their units.
     """
@@ -284,5 +285,5 @@ def same_size(plan: Plan, graph: SSMGraph, make: Callable[[int], Plan]) -> Plan 
         return None
     sets = {name: group.groups for name, group in groups.items()}
     mean = sum(sets[n] * k for n, k in kept.items()) / sum(sets.values())
-    step = math.lcm(*(group.multiple_of for group in groups.values()))
+    step = math.lcm(multiple_of, *(group.multiple_of for group in groups.values()))
     return make(max(step, int(mean // step) * step))

@@ -364,6 +364,20 @@ def test_what_cannot_be_solved_is_refused_with_the_reason(axis, arguments, says)
         sspruner.refit(model, plan, **arguments, calibration=calibration)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"refit": "output", "calibration": calibrated(tokens(4, 3))}, "12 calibration tokens for 16 unknowns"),
+        ({"refit": "output", "calibration": calibrated(tokens(3, 16))}, "3 calibration sequences"),
+        ({"refit": "bias", "limits": sspruner.Limits(parameters=0.9)}, "refit bias adds parameters"),
+    ],
+)
+def test_prune_refuses_what_cannot_be_refitted_before_it_scores(monkeypatch, arguments, says):
+    monkeypatch.setattr("sspruner.walk.Run.walk", lambda *args, **kwargs: pytest.fail("scored"))
+    with pytest.raises(sspruner.InputError, match=says):
+        sspruner.prune(zoo("mamba2"), "magnitude", axis="head", **({"calibration": dataset()} | arguments))
+
+
 def test_a_bias_is_solved_for_where_single_elements_go():
     model = tiny_model(bias=True)
     plan = sspruner.plan(sspruner.trace(model), sspruner.score(model, "magnitude", axis="weight"), sparsity=0.5)

@@ -281,17 +281,19 @@ def test_one_size_for_all_has_as_many_units():
     uneven = sspruner.plan(GRAPH, scores, sparsity=0.5, allocation="global")
     kept = [uneven.groups[n].after if n in uneven.groups else 12 for n in GRAPH.on_axis("state")]
     assert len(set(kept)) > 1
-    found = search.same_size(uneven, GRAPH, lambda keep: sspruner.plan(GRAPH, scores, keep=keep))
+    found = search.same_size(uneven, GRAPH, 1, lambda keep: sspruner.plan(GRAPH, scores, keep=keep))
     assert {group.after for group in found.groups.values()} == {sum(kept) // 3}
-    assert search.same_size(make(0.5), GRAPH, lambda keep: None) is None  # type: ignore[arg-type,return-value]
+    assert search.same_size(make(0.5), GRAPH, 1, lambda keep: None) is None  # type: ignore[arg-type,return-value]
 
 
-@pytest.mark.parametrize(("kept", "one"), [((3, 6, 7), 5), ((12, 12, 11), 11), ((1, 1, 2), 1)])
-def test_one_size_is_not_above_the_plan_it_stands_for(kept, one):
+@pytest.mark.parametrize(
+    ("kept", "multiple_of", "one"), [((3, 6, 7), 1, 5), ((12, 12, 11), 1, 11), ((1, 1, 2), 1, 1), ((3, 9, 12), 3, 6)]
+)
+def test_one_size_is_not_above_the_plan_it_stands_for(kept, multiple_of, one):
     groups = dict(zip(GRAPH.on_axis("state"), kept, strict=True))
     uneven = Plan({n: Selection(12, (tuple(range(k)),)) for n, k in groups.items() if k < 12})
     asked: list[int] = []
-    search.same_size(uneven, GRAPH, lambda keep: asked.append(keep) or uneven)  # type: ignore[func-returns-value]
+    search.same_size(uneven, GRAPH, multiple_of, lambda keep: asked.append(keep) or uneven)  # type: ignore[func-returns-value]
     assert asked == [one]
 
 
