@@ -69,7 +69,8 @@ def main() -> None:
     shown = ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
     title = f"Increase of perplexity, %, by calibration tokens (dense: {shown})"
     note = (
-        f"{REPORTED} x {LENGTH} tokens reported of each text; mean ± standard deviation over {SEEDS} seeds, else seed 0"
+        f"{REPORTED} x {LENGTH} tokens reported of each text; mean ± standard deviation over "
+        f"{' and '.join(f'{seeds} seeds at {size:,} tokens' for size, seeds in SEEDS.items())}, else seed 0"
     )
     text = table(title, ["cut and calibration", *[f"{t:,}" for t in sizes]], rows) + "\n\n" + provenance(note)
     deliver(given, "calibration_size.py", text, found)
