@@ -141,6 +141,11 @@ def parse_bytes(text: str, option: str) -> float:
     return _number(text, option, r"B?", "a size such as 25MB, 25MiB or 80GB")
 
 
+def parse_bandwidth(text: str, option: str) -> float:
+    """`3.35TB/s`, `900 GB/s`: bytes per second. Raises InputError for anything else."""
+    return _number(text, option, r"B/s", "a rate such as 3.35TB/s or 900GB/s")
+
+
 def parse_parameters(text: str, option: str) -> float:
     """`0.8x`: a fraction; `900M`, `1.1B`, `1100000000`: a count."""
     if text.strip().endswith("x"):

@@ -131,6 +131,17 @@ def bounds_from(given: list[str] | None, what: str) -> dict[str, int]:
         raise InputError(f"{what} {given}: expected UNITS or PATTERN=UNITS, a whole number") from None
 
 
+def batches_from(text: str) -> tuple[int, ...]:
+    """`1,16,64`: whole numbers, each at least 1."""
+    try:
+        batches = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        batches = ()
+    if not batches or min(batches) < 1:
+        raise InputError(f"--batch {text!r}: expected whole numbers of at least 1, separated by commas")
+    return tuple(dict.fromkeys(batches))
+
+
 def _pairs(text: str, what: str) -> list[tuple[str, str]]:
     pairs = [part.rpartition("=") for part in text.split(",")]
     names = [name.strip() for name, _, _ in pairs]

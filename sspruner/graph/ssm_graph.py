@@ -177,7 +177,8 @@ def _members_by_tensor(group: DependencyGroup, folded: set[str]) -> tuple[str, .
 def trace(model: nn.Module) -> SSMGraph:
     """Describe what can be removed from `model`, layer by layer. The model is not changed and may be on meta.
 
-    Raises ModelError if the model has no layer of a known family, or if the installed code of a mixer is not causal.
+    Raises ModelError if the model has no layer of a known family or one without size, or if the installed code of a
+    mixer is not causal.
     """
     families = manager.families()
     family = families.get(getattr(getattr(model, "config", None), "model_type", None) or "")
@@ -190,6 +191,9 @@ def trace(model: nn.Module) -> SSMGraph:
             f"{type(model).__name__}: no state-space layer found (it has {found}); "
             f"known mixers: {', '.join(sorted(f.mixer_class for f in families.values()))}"
         )
+    for site in sites:
+        if none := [f"{name} {size}" for name, size in site.layout.sizes.items() if size < 1]:
+            raise ModelError(f"{site.path}: has {', '.join(none)}; every size must be at least 1")
     for site in mixers:
         check_causal(model.get_submodule(site.path), site.path)
     groups = [

@@ -30,9 +30,9 @@ def result_table(report: Report) -> RenderableType:
         change = _percent(sum(layer["before"] for layer in units), sum(layer["after"] for layer in units))
         table.add_row(f"{axis}{' units' if axis != 'state' else ' size'}", _span(before), _span(after), change)
     for label, key, show in (
-        ("state bytes per sequence", "state_bytes", _bytes),
+        ("state bytes per sequence", "state_bytes", as_bytes),
         ("parameters", "parameters", "{:,}".format),
-        ("weight bytes", "weight_bytes", _bytes),
+        ("weight bytes", "weight_bytes", as_bytes),
         ("perplexity, held out", "perplexity", "{:.3f}".format),
     ):
         table.add_row(label, show(dense[key]), show(pruned[key]), _percent(dense[key], pruned[key]))
@@ -56,7 +56,7 @@ def _search(found: dict[str, Any]) -> list[RenderableType]:
             table.add_column(header, justify="right")
         for point in found["curve"]:
             shown = ("–", "–") if point["kl"] is None else (f"{point['perplexity']:.3f}", f"{point['kl']:.4f}")
-            size = _bytes(point["state_bytes"]), f"{point['parameters']:,}"
+            size = as_bytes(point["state_bytes"]), f"{point['parameters']:,}"
             table.add_row(f"{100 * point['sparsity']:.1f} %", *size, *shown)
         parts.append(table)
     if "limits" in found:
@@ -115,7 +115,7 @@ def _notes(report: Report) -> list[Text]:
         f"calibration: {data['source']}, {data['tokens']:,} tokens; "
         f"perplexity and KL on {data['held_out_tokens']:,} others ({where}); seed {report.seed}",
         f"seconds: {', '.join(f'{phase} {s:.1f}' for phase, s in report.seconds.items())}; "
-        f"peak memory {_bytes(report.peak_memory_bytes)}",
+        f"peak memory {as_bytes(report.peak_memory_bytes)}",
     ]
     if report.sparsity:
         found = report.sparsity
@@ -150,9 +150,10 @@ def _percent(before: Any, after: Any) -> str:
     return f"{100 * (after / before - 1):+.2f} %" if before else ""
 
 
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
+def as_bytes(n: float) -> str:
+    """A size in the unit that suits it, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
         n /= 1000
     return ""

@@ -6,10 +6,12 @@ from torch import nn
 
 from sspruner.errors import InputError, PlanError
 from sspruner.graph.fingerprint import fingerprint
-from sspruner.graph.ssm_graph import trace
+from sspruner.graph.ssm_graph import SSMGraph, trace
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.surgery.mask import is_masked, mask
 from sspruner.surgery.proof import slice_with_proof
+from sspruner.surgery.slice import slice_model
+from sspruner.surgery.tensors import add_bias, new_biases
 
 
 def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
@@ -30,3 +32,18 @@ def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
     else:
         slice_with_proof(model, plan, graph)
     return model
+
+
+def apply_sizes(model: nn.Module, plan: Plan) -> SSMGraph:
+    """Cut `model`, which may be on the meta device, as `plan` says, in sizes alone. Returns the graph of what is left.
+
+    The plan's values are not written and nothing is proved or recorded, nor is the fingerprint compared: there are no
+    weights. Raises PlanError if the plan does not fit this model.
+    """
+    graph = trace(model)
+    check_plan(plan, graph, model=model)
+    biases = new_biases(model, plan.updates)
+    for name in biases:
+        add_bias(model, name)
+    slice_model(model, plan, trace(model) if biases else graph)
+    return trace(model)

@@ -1,0 +1,58 @@
+"""A model without its weights: built on the meta device from config.json alone, of any size, in seconds."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sspruner.errors import InputError, ModelError
+from sspruner.io.load import _brief, _check_folder, _cut_after_init, _finish_cut, _is_local, _reference
+from sspruner.surgery.record import recorded, restore_stock
+
+LAYERS = 10_000  # more than any model has; a config that says more is wrong, and would take forever to build
+ROWS = 10_000_000  # of one tensor: likewise, and index maps have an entry for each
+
+
+def skeleton(model: str | Path | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The model that `load` would read, on the meta device, in eval mode, in its sizes after the cuts that it records.
+
+    Needs config.json alone; of a hub id nothing else is fetched. Its dtype is the config's, float32 if that names none:
+    then `model.config.dtype` stays None. Raises InputError for a path that is wrong, ModelError for a config that
+    cannot be read, makes no model, or describes one larger than any that there is.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+    where = str(_reference(model) or model)
+    if _is_local(where):
+        where = str(Path(where).expanduser())
+        _check_folder(Path(where))
+    try:
+        _check_layers(PreTrainedConfig.get_config_dict(where)[0])
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        cut, cuts = copy.deepcopy(config), recorded(config)
+        restore_stock(config)  # the original model is built, then cut
+        with torch.device("meta"), _cut_after_init(type(config), cuts):
+            built = AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
+            )
+    except InputError:
+        raise
+    except Exception as error:  # transformers raises many types for a bad config or name
+        raise ModelError(f"model {where}: cannot be built from its config: {_brief(error)}") from error
+    for name, p in built.named_parameters():
+        if not all(0 < rows <= ROWS for rows in p.shape):
+            raise ModelError(f"model {where}: config.json makes {name} {tuple(p.shape)}; no model has such a size")
+    if cuts:
+        _finish_cut(built, cut)
+    built.config.dtype = cut.dtype
+    return built.eval()
+
+
+def _check_layers(config: dict[str, Any]) -> None:
+    """Raise ModelError for a number of layers that would take forever: before a config makes a list of so many."""
+    for field, value in config.items():
+        if "layer" in field and isinstance(value, int) and value > LAYERS:
+            raise ModelError(f"{field} is {value:,}; no model has so many")
