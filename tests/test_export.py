@@ -1,4 +1,4 @@
-"""Exports load in transformers alone, in a fresh process without sspruner: equal logits, equal generation."""
+"""The export hf-remote loads in transformers alone, in a fresh process without sspruner: equal logits, equal text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_back(folder: Path, ids: torch.Tensor, home: Path) -> dict[str, Any]:
 
 def check_export(model: Any, tmp_path: Path) -> dict[str, Any]:
     ids = tokens(2, 9)
-    folder = sspruner.export(model, tmp_path / "out")
+    folder = sspruner.export(model, tmp_path / "out", to="hf-remote")
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".py"}
     assert "sspruner" not in json.loads((folder / "config.json").read_text())
     found = read_back(folder, ids, tmp_path)
@@ -102,7 +102,7 @@ def test_a_bias_that_a_cut_added_is_exported(tmp_path: Path) -> None:
 
 
 def test_sspruner_does_not_read_an_export_without_trust(tmp_path: Path) -> None:
-    folder = sspruner.export(tiny_model(), tmp_path / "out")
+    folder = sspruner.export(tiny_model(), tmp_path / "out", to="hf-remote")
     with pytest.raises(sspruner.ModelError, match=r"config cannot be read: ValueError: .* contains custom code"):
         sspruner.load(folder)
 
@@ -112,7 +112,7 @@ def test_without_trust_it_is_not_read_as_something_else(tmp_path: Path) -> None:
 
     model = tiny_model()
     sspruner.apply(model, every_state(sspruner.trace(model)))
-    folder = sspruner.export(model, tmp_path / "out")
+    folder = sspruner.export(model, tmp_path / "out", to="hf-remote")
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 
@@ -121,12 +121,12 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> N
     model = zoo("falcon_h1")
     sspruner.apply(model, half(sspruner.trace(model), "mixer"))
     with pytest.raises(sspruner.ModelError, match=r"cannot express this cut: module .* alone; sspruner\.load reads"):
-        sspruner.export(model, tmp_path / "out")
+        sspruner.export(model, tmp_path / "out", to="hf-remote")
     model = tiny_model()
     sspruner.apply(model, half(sspruner.trace(model)), mode="mask")
     with pytest.raises(sspruner.ModelError, match="is masked"):
-        sspruner.export(model, tmp_path / "out")
-    with pytest.raises(sspruner.InputError, match="--to pickle: unknown target; known: hf-remote"):
+        sspruner.export(model, tmp_path / "out", to="hf-remote")
+    with pytest.raises(sspruner.InputError, match="--to pickle: unknown target; known: hf, hf-remote"):
         sspruner.export(tiny_model(), tmp_path / "out", to="pickle")
     assert not (tmp_path / "out").exists()
 
@@ -135,7 +135,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     model = tiny_model()
     sspruner.apply(model, every_state(sspruner.trace(model)))
     source = str(sspruner.save(model, tmp_path / "model"))
-    done = CliRunner().invoke(app, ["export", source, "--out", str(tmp_path / "out")])
+    done = CliRunner().invoke(app, ["export", source, "--to", "hf-remote", "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "modeling_pruned.py").is_file()
     found = read_back(tmp_path / "out", tokens(2, 9), tmp_path)

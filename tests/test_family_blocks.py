@@ -173,13 +173,13 @@ def assert_caught(model: PreTrainedModel, plan: Plan, breakage: Patch, *errors: 
 
 
 def no_fold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(slicing, "_fold", lambda *args: None)
+    patch.setattr(slicing, "fold_values", lambda *args: None)
 
 
 def nothing_dropped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(slicing, "rows_to_drop", lambda plan, graph: {})
     patch.setattr(slicing, "_correct", lambda *args: None)
-    patch.setattr(slicing, "_fold", lambda *args: None)
+    patch.setattr(slicing, "fold_values", lambda *args: None)
 
 
 def change_rows(change: Callable[[Any, str, torch.Tensor], torch.Tensor]) -> Patch:
@@ -249,7 +249,7 @@ def only_the_first_place(patch: pytest.MonkeyPatch) -> None:
         for module in model.modules():
             for leaf, value in module._parameters.items():
                 if value is old:
-                    module._parameters[leaf] = nn.Parameter(slicing._without(old.data, cuts))
+                    module._parameters[leaf] = nn.Parameter(slicing.without_rows(old.data, cuts))
                     return
 
     patch.setattr(slicing, "_drop", wrong)

@@ -240,7 +240,7 @@ def wrong_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def around_drop(monkeypatch: pytest.MonkeyPatch, before=lambda tensor: None, after=lambda tensor: None) -> None:
     """Do something to every tensor just before, or just after, rows leave it."""
-    right = slicing._without
+    right = slicing.without_rows
 
     def without(tensor: torch.Tensor, cuts: slicing.Cuts) -> torch.Tensor:
         before(tensor)
@@ -248,7 +248,7 @@ def around_drop(monkeypatch: pytest.MonkeyPatch, before=lambda tensor: None, aft
         after(kept)
         return kept
 
-    monkeypatch.setattr(slicing, "_without", without)
+    monkeypatch.setattr(slicing, "without_rows", without)
 
 
 def forgotten_bias(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,17 +283,17 @@ def test_the_proof_catches_every_forgotten_fold(family: str, monkeypatch: pytest
     axes = {axis: half(graph, axis) for axis in graph.axes if axis not in ("block", "mixer")}
     cases = {(axis, fold) for axis in axes for site in graph.sites for fold in site.layout.folds if axis in fold.over}
     assert {fold.target for axis, fold in cases if axis == "hidden"} == {"weight", "variance_epsilon"}
-    right = slicing._fold
+    right = slicing.fold_values
     for axis, forgotten in sorted(cases, key=str):
 
         def fold(model, site, before: Layout, after: Layout, forgotten=forgotten) -> None:
             kept = tuple(f for f in after.folds if f != forgotten)
             right(model, site, before, replace(after, folds=kept))
 
-        monkeypatch.setattr(slicing, "_fold", fold)
+        monkeypatch.setattr(slicing, "fold_values", fold)
         with pytest.raises(sspruner.ProofError, match="logits differ"):
             sspruner.apply(copy.deepcopy(model), axes[axis])
-        monkeypatch.setattr(slicing, "_fold", right)
+        monkeypatch.setattr(slicing, "fold_values", right)
         sspruner.apply(copy.deepcopy(model), axes[axis])
 
 

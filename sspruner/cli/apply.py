@@ -20,6 +20,7 @@ def command(
     plan: Annotated[Path, typer.Option(help="What `sspruner plan` wrote.")] = Path("plan.json"),
     mode: o.Mode = "slice",
     dtype: o.Dtype = "auto",
+    tokenizer: o.Tokenizer = None,
     plugin: o.Plugin = None,
     overwrite: o.Overwrite = False,
 ) -> None:
@@ -30,7 +31,7 @@ def command(
     check_output(out, overwrite)
     made = sspruner.Plan.load(plan)
     prepare(plugin)
-    loaded, tokenizer = sspruner.load(model, dtype=dtype)
+    loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
     sspruner.apply(loaded, made, mode=mode)
     sspruner.save(loaded, out, tokenizer, overwrite=overwrite)
     typer.echo(f"{made}\napplied ({mode}), saved to {out}")

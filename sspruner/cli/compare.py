@@ -45,6 +45,7 @@ def command(
     option: o.ScorerOption = None,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
+    tokenizer: o.Tokenizer = None,
     seed: o.Seed = 0,
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
@@ -69,7 +70,7 @@ def command(
     for fraction in sparsity or SPARSITIES:
         make_budget(axis, fraction, None, allocation, multiple_of, ratios, ignore or [], normalise=normalise)
     with progress_bar() as progress:
-        loaded, tokenizer = sspruner.load(model, dtype=dtype)
+        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
         found = sspruner.compare(
             loaded,
             scorers,

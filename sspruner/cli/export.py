@@ -1,4 +1,4 @@
-"""`sspruner export`: write a model for readers that have no sspruner."""
+"""`sspruner export`: write a model for other readers than sspruner."""
 
 from __future__ import annotations
 
@@ -17,17 +17,30 @@ NAME = "export"
 def command(
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
     model: o.Model = None,
-    to: Annotated[str, typer.Option(help="hf-remote: for transformers with trust_remote_code.")] = "hf-remote",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hf: stock transformers. hf-padded: stock, different sizes padded with zeros. hf-remote: transformers "
+            "with trust_remote_code. mamba-ssm: its own loader. sspruner: sspruner.load."
+        ),
+    ] = "hf",
     dtype: o.Dtype = "auto",
+    tokenizer: o.Tokenizer = None,
     plugin: o.Plugin = None,
     overwrite: o.Overwrite = False,
 ) -> None:
-    """Write a cut model so that it loads without sspruner."""
+    """Write a cut model for another reader, or say why that cannot take it."""
     import sspruner
+    from sspruner.io.export import check_target, reads
     from sspruner.io.output import check_output
+    from sspruner.io.skeleton import skeleton
+    from sspruner.io.stock import padding
 
+    check_target(to)
     check_output(out, overwrite)
     prepare(plugin)
-    loaded, tokenizer = sspruner.load(model, dtype=dtype)
+    loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
     sspruner.export(loaded, out, tokenizer, to=to, overwrite=overwrite)
-    typer.echo(f"exported to {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)")
+    typer.echo(f"exported to {out}: {reads(to, out)}")
+    if to == "hf-padded":
+        typer.echo(padding(loaded, skeleton(out)))

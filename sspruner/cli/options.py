@@ -10,6 +10,9 @@ import typer
 Model = Annotated[
     Optional[str], typer.Argument(help="Model folder or hub id. Default: the reference model.", show_default=False)
 ]
+Tokenizer = Annotated[
+    Optional[str], typer.Option(help="Folder or hub id of the tokenizer.", show_default="that in the model's folder")
+]
 Scorer = Annotated[
     Optional[str],
     typer.Option(

@@ -59,6 +59,7 @@ def command(
     option: o.ScorerOption = None,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
+    tokenizer: o.Tokenizer = None,
     seed: o.Seed = 0,
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
@@ -109,7 +110,7 @@ def command(
         for name in one.values() if isinstance(one, dict) else [str(one)]:
             manager.scorer(name)
     with progress_bar() as progress:
-        loaded, tokenizer = sspruner.load(model, dtype=dtype)
+        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
         result = sspruner.prune(
             loaded,
             named,

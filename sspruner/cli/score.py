@@ -25,6 +25,7 @@ def command(
     option: o.ScorerOption = None,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
+    tokenizer: o.Tokenizer = None,
     seed: o.Seed = 0,
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
@@ -63,7 +64,7 @@ def command(
         for name in each.values() if isinstance(each, dict) else [each]:
             manager.scorer(name)
     with progress_bar() as progress:
-        loaded, tokenizer = sspruner.load(model, dtype=dtype)
+        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
         source: str | sspruner.Calibration = calibration
         if curves:  # scored and measured on the same text
             source = sspruner.calibration(

@@ -1,4 +1,4 @@
-"""Load a model: a reference model, a Hugging Face folder or hub id, or a folder that sspruner saved."""
+"""Load a model: a reference model, a Hugging Face folder or hub id, or one that sspruner or mamba_ssm saved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import nn
 
 from sspruner.errors import InputError, ModelError
 from sspruner.graph.ssm_graph import trace
+from sspruner.io.checkpoint import INDEX, shards
+from sspruner.io.native import is_native, read_native
 from sspruner.io.save import WEIGHTS
 from sspruner.surgery.record import RECORD, Cut, check_recorded, fields, recorded, restore_stock
 from sspruner.surgery.slice import cut_buffer, slice_model
@@ -23,21 +25,55 @@ REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each r
 DEFAULT = "mamba2-books-4m"
 
 
-def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(
+    model: str | Path | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder, a hub id, or a reference model that ships: by its name, or with no argument.
 
-    The model is on the CPU in eval mode. The tokenizer is None if there is none. dtype: "auto" (as saved),
-    "float32", "bfloat16" or "float16". Raises InputError for a path that is wrong, ModelError for a model that is
-    incomplete, corrupt, or holds NaN or infinite weights.
+    The model is on the CPU in eval mode; a native checkpoint of mamba_ssm becomes transformers' model of the same
+    numbers. The tokenizer is the model's own, or that of another folder or hub id, `tokenizer`; None if there is none.
+    dtype: "auto" (as saved), "float32", "bfloat16" or "float16". Raises InputError for a path that is wrong, ModelError
+    for a model that is incomplete, corrupt, or holds NaN or infinite weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     where = str(_reference(model) or model)
+    native = None
     if _is_local(where):
         where = str(Path(where).expanduser())
-        _check_folder(Path(where))
+        native = _check_folder(Path(where))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
+    loaded = _native(where, native, dtype) if native else _transformers(where, dtype, trust_remote_code)
+    check_finite(loaded, where)
+    found = _tokenizer(str((tokenizer and _reference(tokenizer)) or tokenizer or where), trust_remote_code)
+    if tokenizer and found is None:
+        raise InputError(f"tokenizer {tokenizer}: there is none in this folder")
+    return loaded.eval(), found
+
+
+def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
+    """A checkpoint of mamba_ssm, in transformers' classes."""
+    from transformers import AutoModelForCausalLM
+
+    config, weights = read_native(Path(where), data)
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    try:
+        loaded, info = model_class.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # as below
+        raise ModelError(f"model {where}: cannot be loaded: {_brief(error)}") from error
+    _check_complete(where, info, cut=True)
+    return loaded
+
+
+def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
+    """A model that transformers knows, with the cuts that its config records."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise many types for a bad config or name
@@ -63,8 +99,7 @@ def load(model: str | Path | None = None, *, dtype: str = "auto", trust_remote_c
     _check_complete(where, info, cut=bool(cuts))
     if cuts:
         _finish_cut(loaded, cut)
-    check_finite(loaded, where)
-    return loaded.eval(), _tokenizer(where, trust_remote_code)
+    return loaded
 
 
 def check_finite(model: nn.Module, where: str = "") -> None:
@@ -118,7 +153,8 @@ def _check_complete(where: str, info: dict[str, Any], cut: bool) -> None:
         )
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path) -> dict[str, Any] | None:
+    """Raise for a folder that is no model; the content of config.json if it is mamba_ssm's, else None."""
     if not path.exists():
         raise InputError(f"model {path}: no such path")
     if not path.is_dir():
@@ -130,14 +166,18 @@ def _check_folder(path: Path) -> None:
         data = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"model {path}: config.json is not JSON ({error})") from error
-    if not isinstance(data, dict) or "model_type" not in data:
-        raise ModelError(f"model {path}: config.json has no model_type; native mamba_ssm folders cannot be read yet")
+    native = isinstance(data, dict) and is_native(data)
+    if not native and (not isinstance(data, dict) or "model_type" not in data):
+        raise ModelError(f"model {path}: config.json has no model_type, nor the d_model and n_layer of mamba_ssm")
+    for index in sorted([*path.glob(f"*{INDEX}"), *path.glob(f"{WEIGHTS}/*{INDEX}")]):
+        shards(index)
     for file in sorted([*path.glob("*.safetensors"), *path.glob(f"{WEIGHTS}/*.safetensors")]):
         try:
             with safe_open(str(file), framework="pt") as f:
                 f.keys()
         except (SafetensorError, OSError) as error:
             raise ModelError(f"model {path}: {file.name} is corrupt or truncated ({_brief(error)})") from error
+    return data if native else None
 
 
 @contextmanager

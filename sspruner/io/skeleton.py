@@ -10,6 +10,7 @@ import torch
 
 from sspruner.errors import InputError, ModelError
 from sspruner.io.load import _brief, _check_folder, _cut_after_init, _finish_cut, _is_local, _reference
+from sspruner.io.native import native_config
 from sspruner.surgery.record import recorded, restore_stock
 
 LAYERS = 10_000  # more than any model has; a config that says more is wrong, and would take forever to build
@@ -26,19 +27,23 @@ def skeleton(model: str | Path | None = None, *, trust_remote_code: bool = False
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
     where = str(_reference(model) or model)
+    native = None
     if _is_local(where):
         where = str(Path(where).expanduser())
-        _check_folder(Path(where))
+        native = _check_folder(Path(where))
     try:
-        _check_layers(PreTrainedConfig.get_config_dict(where)[0])
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        _check_layers(native or PreTrainedConfig.get_config_dict(where)[0])
+        if native:
+            config = native_config(native, f"model {where}")
+        else:
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         cut, cuts = copy.deepcopy(config), recorded(config)
         restore_stock(config)  # the original model is built, then cut
         with torch.device("meta"), _cut_after_init(type(config), cuts):
             built = AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
             )
-    except InputError:
+    except (InputError, ModelError):
         raise
     except Exception as error:  # transformers raises many types for a bad config or name
         raise ModelError(f"model {where}: cannot be built from its config: {_brief(error)}") from error
@@ -55,4 +60,4 @@ def _check_layers(config: dict[str, Any]) -> None:
     """Raise ModelError for a number of layers that would take forever: before a config makes a list of so many."""
     for field, value in config.items():
         if "layer" in field and isinstance(value, int) and value > LAYERS:
-            raise ModelError(f"{field} is {value:,}; no model has so many")
+            raise ModelError(f"config.json: {field} is {value:,}; no model has so many")

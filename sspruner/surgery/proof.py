@@ -64,9 +64,7 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
     config = getattr(model, "config", None)
     fields_before = fields(config)
     with masked(model, plan, graph), in_fp32(model):
-        reference = _logits(model, probe)
-        sites = [site.path for site in graph.layers]
-        rounding = _relative(_rounded_logits(model, probe, sites, generator), reference)
+        reference, tolerance = _reference(model, probe, graph, generator)
     graph = write_for_good(model, plan, graph)
     _check_written(model, plan, graph)
     state = removed_state_bytes(plan, graph)
@@ -81,7 +79,7 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
     record(config, fields_before, plan, graph, biases)
     after = _parameters(model), measured_state_bytes(model, probe)
 
-    error, tolerance = _relative(result, reference), max(TOLERANCE, SLACK * rounding)
+    error = _relative(result, reference)
     if not error <= tolerance:  # also catches NaN
         raise ProofError(f"proof failed: sliced and masked logits differ by {error:.1e}, more than {tolerance:.0e}")
     for what, i, more, expected in (("parameters", 0, added, parameters), ("state bytes per sequence", 1, 0, state)):
@@ -93,6 +91,31 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
         if found != int(zero.sum()):
             raise ProofError(f"proof failed: {name} has {found:,} zeros where the plan predicts {int(zero.sum()):,}")
     return Proof(error, tolerance, parameters, state, added, sum(int(zero.sum()) for zero in zeros.values()))
+
+
+@torch.no_grad()
+def check_same(model: nn.Module, other: nn.Module, graph: SSMGraph, seed: int = 0) -> float:
+    """The largest difference of two models' logits on random tokens, in fp32, relative to the largest logit.
+
+    graph: that of `model`. Raises ProofError if it is more than rounding explains.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
+    with in_fp32(model), in_fp32(other):
+        reference, tolerance = _reference(model, probe, graph, generator)
+        error = _relative(_logits(other, probe), reference)
+    if not error <= tolerance:
+        raise ProofError(f"proof failed: the logits of two models differ by {error:.1e}, more than {tolerance:.0e}")
+    return error
+
+
+def _reference(
+    model: nn.Module, probe: torch.Tensor, graph: SSMGraph, generator: torch.Generator
+) -> tuple[torch.Tensor, float]:
+    """A model's logits, and how far from them those of its equal may be, relative to the largest."""
+    reference = _logits(model, probe)
+    rounded = _rounded_logits(model, probe, [site.path for site in graph.layers], generator)
+    return reference, max(TOLERANCE, SLACK * _relative(rounded, reference))
 
 
 def _check_written(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:

@@ -44,13 +44,13 @@ def slice_model(
         if before.sizes != after.sizes:
             for path in (site.path, *site.aliases):
                 _correct(model.get_submodule(path), after)
-            _fold(model, site, before, after)
+            fold_values(model, site, before, after)
     drop_blocks(model, plan, graph)
 
 
 def cut_buffer(module: nn.Module, leaf: str, cuts: Cuts) -> None:
     """One of the cuts that `slice_model` put off."""
-    module._buffers[leaf] = _without(module._buffers[leaf], cuts)  # type: ignore[arg-type]
+    module._buffers[leaf] = without_rows(module._buffers[leaf], cuts)  # type: ignore[arg-type]
 
 
 def rows_to_drop(plan: Plan, graph: SSMGraph) -> dict[str, dict[tuple[int, ...], torch.Tensor]]:
@@ -82,7 +82,7 @@ def sizes_after(site: Site, plan: Plan) -> Mapping[str, int]:
 
 def _drop(model: nn.Module, old: torch.Tensor, cuts: Cuts) -> None:
     """Replace a tensor, wherever it is held, by one without some rows."""
-    new = _without(old.data, cuts)
+    new = without_rows(old.data, cuts)
     replacement = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -92,8 +92,8 @@ def _drop(model: nn.Module, old: torch.Tensor, cuts: Cuts) -> None:
                     _correct_shape(module)
 
 
-def _without(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """Dimensions seen as one go first: their row numbers count the rows of the others, too."""
+def without_rows(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """A tensor without some rows. Dimensions seen as one go first: their numbers count the rows of the others, too."""
     for dims, rows in sorted(cuts.items(), key=lambda item: -len(item[0])):
         tensor = drop_rows(tensor, dims, rows)
     return tensor
@@ -117,7 +117,7 @@ def _correct(module: nn.Module, after: Layout) -> None:
             setattr(owner, leaf, after.total(size))
 
 
-def _fold(model: nn.Module, site: Site, before: Layout, after: Layout) -> None:
+def fold_values(model: nn.Module, site: Site, before: Layout, after: Layout) -> None:
     """Scale what stays (see graph.layout.Fold): tensors once, attributes in every module that shares them."""
     for fold in after.folds:
         factor = before.count(fold.over) / after.count(fold.over)

@@ -1,0 +1,75 @@
+"""Weights as they lie in a folder: one file or shards with an index, safetensors or pickled tensors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sspruner.errors import ModelError
+
+NAMES = ("model.safetensors", "pytorch_model.bin")  # what a folder's weights are called, the first one found is read
+INDEX = ".index.json"
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its name, on the CPU. Pickles are read with weights_only=True.
+
+    Raises ModelError if there are no weights, if a file is missing or damaged, or if a pickle holds more than tensors.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            read = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+        except (SafetensorError, OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise ModelError(f"model {folder}: {file.name} cannot be read ({type(error).__name__}: {why})") from error
+        if not isinstance(read, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in read.items()
+        ):
+            raise ModelError(f"model {folder}: {file.name} is not a table of tensors by name")
+        weights |= read
+    return weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights. Raises ModelError if there are none, or if one is missing."""
+    for name in NAMES:
+        index = folder / (name + INDEX)
+        if index.is_file():
+            return [folder / shard for shard in shards(index)]
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ModelError(f"model {folder}: no weights in this folder; expected {' or '.join(NAMES)}")
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index of shards names, in order.
+
+    Raises ModelError if it is no index, if it names a file outside its folder, or one that is not there.
+    """
+    where = f"model {index.parent}: {index.name}"
+    try:
+        data: Any = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{where} is not JSON ({type(error).__name__})") from error
+    named = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise ModelError(f"{where} has no weight_map of tensor names to files")
+    files = sorted(set(named.values()))
+    for name in files:
+        if Path(name).name != name or "\\" in name:
+            raise ModelError(f"{where} names {name[:100]!r}, which is not a file of this folder; nothing is read")
+        if not (index.parent / name).is_file():
+            raise ModelError(f"{where} names {name!r}, which is missing")
+    return files
+
+
+def _unpickled(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

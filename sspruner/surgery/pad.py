@@ -1,0 +1,74 @@
+"""Padding: the inverse of a slice. A cut model's values go back into the larger model that it could have come from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sspruner.errors import PlanError
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.planning.plan import Plan
+from sspruner.planning.reduction import Reduction, Selection
+from sspruner.surgery.slice import cut_layout, fold_values, rows_to_drop, without_rows
+
+
+@torch.no_grad()
+def pad(cut: nn.Module, graph: SSMGraph, large: nn.Module, target: SSMGraph) -> None:
+    """Give `large` the values of `cut` in the first units of every axis, and zeros in the others: the same function.
+
+    Both have the same modules and dtypes; graph and target are their graphs. A norm over units that are zeros again
+    divides by all of them, so its weight is scaled back. Raises PlanError if `large` is smaller somewhere, has other
+    parameters, or norms whose epsilon differs from what the cut would have made of it.
+    """
+    plan = _first_units(graph, target)
+    dropped = rows_to_drop(plan, target)
+    values, held = cut.state_dict(), large.state_dict()
+    if other := sorted(values.keys() ^ held.keys()):
+        raise PlanError(f"{other[0]} is in one of the models alone")
+    parameters = dict(large.named_parameters())  # what is shared, once, under the name that graphs use
+    buffers = {name: tensor for name, tensor in large.named_buffers() if name in held}
+    for name, tensor in {**parameters, **buffers}.items():
+        value = values[name]
+        places = without_rows(torch.arange(tensor.numel()).view(tensor.shape), dropped.get(name, {}))
+        if places.shape != value.shape:
+            raise PlanError(f"{name} is {tuple(value.shape)}, and {tuple(places.shape)} where it is padded")
+        tensor.zero_()
+        tensor.view(-1)[places.flatten()] = value.to(tensor).flatten()
+    for site in target.sites:
+        after = cut_layout(site, plan, target)
+        ours, theirs = cut.get_submodule(site.path), large.get_submodule(site.path)
+        tensors = []
+        for fold in after.folds:
+            value, whole = _value(ours, fold.target), _value(theirs, fold.target)
+            factor = site.layout.count(fold.over) / after.count(fold.over)
+            if isinstance(whole, torch.Tensor):
+                tensors.append(fold)
+            elif whole is not None and not math.isclose(value, whole * factor**fold.power, rel_tol=1e-6):
+                raise PlanError(f"{site.path}.{fold.target} is {value}, and {whole} where it is padded")
+        fold_values(large, site, after, replace(site.layout, folds=tuple(tensors)))
+
+
+def _first_units(graph: SSMGraph, target: SSMGraph) -> Plan:
+    """The plan that cuts the large model to the sizes of the other: it keeps the first units."""
+    groups: dict[str, Reduction] = {}
+    for name, group in target.groups.items():
+        if name not in graph.groups and group.axis != "group":  # a layer with one group has no such axis
+            raise PlanError(f"{name} is in one of the models alone")
+        after = graph.groups[name].units if name in graph.groups else 1
+        if after > group.units:
+            raise PlanError(f"{name} has {after} units, and {group.units} where it is padded")
+        if after < group.units:
+            groups[name] = Selection(group.units, (tuple(range(after)),) * group.groups)
+    return Plan(groups)
+
+
+def _value(module: nn.Module, attribute: str) -> Any:
+    path, _, leaf = attribute.rpartition(".")
+    try:
+        return getattr(module.get_submodule(path), leaf, None)
+    except AttributeError:
+        return None
