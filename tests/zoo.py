@@ -1,5 +1,6 @@
 """The tiny random models of the conformance kit, as the tests call them."""
 
-from sspruner.testing.models import FAMILIES, SHAPE, SHAPES, TYPES, VOCABULARY, randomise, rounding, zoo, zoo_models
+from sspruner.testing.models import FAMILIES, SHAPE, SHAPES, TYPES, VOCABULARY, randomise, rounding, zoo
+from sspruner.testing.structures import zoo_models
 
 __all__ = ["FAMILIES", "SHAPE", "SHAPES", "TYPES", "VOCABULARY", "randomise", "rounding", "zoo", "zoo_models"]

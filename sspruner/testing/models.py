@@ -2,8 +2,9 @@
 
 `zoo("zamba2", groups=1, use_mem_rope=False)` builds one. The names in SHAPE mean the same in every family that has
 such a thing (elsewhere they do nothing); any other name goes to the family's config. The defaults are the richest
-model that a family allows: biases, two B/C groups, adapters, experts, multipliers that are not 1. `zoo_models()`
-draws the family and the structure.
+model that a family allows: biases, two B/C groups, adapters, experts, multipliers that are not 1. `zoo_models()` in
+structures.py draws the family and the structure. `sspruner doctor` runs on these models: nothing here may need
+hypothesis or pytest.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 31
@@ -255,48 +255,3 @@ def rounding(model: PreTrainedModel, ids: torch.Tensor) -> float:
         return float((model(input_ids=ids, use_cache=False).logits - clean).abs().max() / clean.abs().max())
     finally:
         hook.remove()
-
-
-_SHAPES: dict[str, st.SearchStrategy[Any]] = {
-    "layers": st.sampled_from(["MM", "MMM", "MMMM"]),
-    "groups": st.integers(1, 2),
-    "heads": st.integers(1, 3),
-    "channels": st.sampled_from([4, 6, 8]),
-    "hidden": st.sampled_from([8, 16]),
-    "state": st.integers(1, 8),
-    "rank": st.integers(1, 4),
-    "kv": st.integers(1, 2),
-    "ratio": st.integers(1, 2),
-    **dict.fromkeys(("bias", "conv_bias", "adapters", "tie_word_embeddings"), st.booleans()),
-}
-_HYBRID = st.sampled_from(["AM", "MA", "AMA", "MAA", "MAMA", "AMAA"])  # zamba, zamba2: there is a Mamba in A too
-_MIXED = st.sampled_from(["MAM", "MMA", "AMM", "MMAM", "AMMA"])
-_OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "zamba2": {"layers": _HYBRID, "num_mem_blocks": st.integers(1, 2), "use_mem_rope": st.booleans()},
-    "bamba": {"layers": _MIXED},
-    "granitemoehybrid": {
-        "layers": _MIXED,
-        "channels": st.just(16),
-        "experts": st.sampled_from([0, 3]),
-        "position_embedding_type": st.sampled_from([None, "rope"]),
-    },
-    "falcon_h1": {
-        "layers": st.sampled_from(["AA", "AAA"]),
-        "mamba_rms_norm": st.booleans(),
-        "mamba_norm_before_gate": st.booleans(),
-    },
-    "nemotron_h": {
-        "layers": st.sampled_from(["MAM", "M-AM", "AMEM", "MM-A", "EMAM", "MEA-M"]),
-        "moe_latent_size": st.sampled_from([None, 16]),
-    },
-    "jamba": {"layers": st.sampled_from(["MAM", "MMA", "AMM", "MAMM"]), "experts": st.sampled_from([1, 3])},
-    "zamba": {"layers": st.sampled_from(["AA", "AMA", "MAA", "MAMA"])},  # stock cannot tie a single A
-}
-
-
-@st.composite
-def zoo_models(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES) -> PreTrainedModel:
-    """Any family with any structure; shrinks to a small model of the first family."""
-    family = draw(st.sampled_from(families))
-    structure = draw(st.fixed_dictionaries(_SHAPES | _OWN.get(family, {})))
-    return zoo(family, seed=draw(st.integers(0, 2**16)), **structure)

@@ -1,0 +1,231 @@
+"""Is this installation sound? Versions, known hazards, and every family's installed code on a tiny random model."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+import sspruner
+from sspruner.errors import PluginError
+from sspruner.forward import forward
+from sspruner.graph.family import Family, Projected, SelectiveProjected
+from sspruner.plugins import manager
+from sspruner.testing.models import FAMILIES, VOCABULARY, zoo
+
+KERNELS = ("mamba_ssm", "causal_conv1d")  # where importable, transformers binds them whatever the device
+LEAST_TRANSFORMERS = (5, 15)  # before, some mixers looked ahead where there were no kernels
+TOKENS = 19  # the tiny models' chunks are of 8: more than two, and not a multiple of one
+PREFILLS = (1, 9)  # tokens at once, before the others follow one by one
+TOLERANCE = 1e-3  # of the largest; roundings are at 1e-6, faults at 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the diagnosis. says: what was found; where it is not ok, also what to do."""
+
+    name: str
+    ok: bool
+    says: str
+
+
+def diagnose() -> Iterator[Check]:
+    """Every check, one by one as it is done. The self-tests run on the CPU, in fp32, with fixed seeds."""
+    yield Check("python", True, platform.python_version())
+    yield Check("sspruner", True, sspruner.__version__)
+    yield _torch()
+    yield _transformers()
+    for name in KERNELS:
+        yield _kernels(name)
+    for name in ("triton", "kernels"):
+        yield Check(name, True, _version(name) or "not installed (not needed)")
+    try:
+        families, scorers = manager.families(), manager.scorers()
+    except PluginError as error:
+        yield Check("plugins", False, f"{_line(error)}. Repair or uninstall it: no command works with it")
+        return
+    yield Check("plugins", True, f"{len(families)} families, {len(scorers)} scorers")
+    for _, family in sorted(families.items()):
+        yield from _self_tests(family)
+
+
+def _torch() -> Check:
+    version, built_for = torch.__version__, "CUDA" if torch.version.cuda else "ROCm" if torch.version.hip else "the CPU"
+    if built_for == "the CPU" and _nvidia():
+        return Check("torch", False, f"{version} is built for the CPU alone, and an NVIDIA GPU is here. Install torch "
+                     "for CUDA: https://pytorch.org/get-started/locally")  # fmt: skip
+    return Check("torch", True, f"{version}, built for {built_for}; {_gpu() or 'no GPU'}")
+
+
+def _transformers() -> Check:
+    version = metadata.version("transformers")
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < LEAST_TRANSFORMERS:
+        least = ".".join(map(str, LEAST_TRANSFORMERS))
+        return Check("transformers", False, f"{version} computes some mixers wrongly without their kernels: they look "
+                     f"ahead. pip install 'transformers>={least}'")  # fmt: skip
+    return Check("transformers", True, version)
+
+
+def _kernels(name: str) -> Check:
+    version = _version(name)
+    if version and not _gpu():
+        return Check(name, False, f"{version} can be imported, and torch sees no GPU: transformers calls its kernels "
+                     f"on the CPU too, where they fail. pip uninstall {name.replace('_', '-')}")  # fmt: skip
+    return Check(name, True, version or "not installed (not needed)")
+
+
+def _version(name: str) -> str:
+    """The version of a package that can be imported, "" if it cannot."""
+    if find_spec(name) is None:
+        return ""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def _nvidia() -> bool:
+    """Whether there is an NVIDIA driver, whatever torch sees of it."""
+    return Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _gpu() -> str:
+    """The name of the GPU that torch sees, "" without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def _self_tests(family: Family) -> Iterator[Check]:
+    if family.name not in FAMILIES:
+        yield Check(family.name, True, "no self-test is known; sspruner.testing.check_family tests it on your models")
+        return
+    if family.name not in CONFIG_MAPPING:
+        yield Check(family.name, True, "not in this transformers")
+        return
+    bound = [name for name in KERNELS if find_spec(name)]
+    if bound and _gpu():
+        yield Check(family.name, True, f"not tested: its code calls the kernels of {', '.join(bound)}, on a GPU alone; "
+                    "a model's causality is tested when it is pruned")  # fmt: skip
+        return
+    tests: dict[str, Callable[[Family, Any], str]] = {"causality": _causality, "recurrence": _recurrence}
+    for name, test in tests.items():
+        try:
+            with torch.no_grad():
+                fault = test(family, zoo(family.name))
+        except Exception as error:  # whatever the installed code raises is a finding
+            fault = f"the installed code fails: {_line(error)}"
+        yield Check(f"{family.name} {name}", not fault, f"{fault}. {ADVICE}" if fault else PASSED[name])
+
+
+PASSED = {
+    "causality": "no token changes what comes before it",
+    "recurrence": "token by token = all at once = the recurrence in fp64",
+}
+ADVICE = "Do not use models of this family here: install another version of transformers, and run the doctor again"
+
+
+def _causality(family: Family, model: Any) -> str:
+    """What is wrong, or "": row t of the batch has another token t, and must have row 0's logits before it."""
+    ids = _ids().repeat(TOKENS, 1)
+    ids.diagonal().add_(1).remainder_(VOCABULARY)
+    ids[0] = _ids()
+    logits = _logits(model, ids)
+    for t in range(1, TOKENS):
+        apart = _relative(logits[t, :t], logits[0, :t])
+        if not apart <= TOLERANCE:
+            return f"token {t} changes logits before it, by {apart:.1g} of the largest"
+    return ""
+
+
+def _recurrence(family: Family, model: Any) -> str:
+    """What is wrong, or "": decoding with a cache against one forward, and every scan against a loop over tokens."""
+    ids = _ids()
+    expected = _logits(model, ids)
+    for prefill in PREFILLS:
+        apart = _relative(_decoded(model, ids, prefill), expected)
+        if not apart <= TOLERANCE:
+            return (
+                f"decoding token by token after {prefill} gives other logits than one forward over all, by "
+                f"{apart:.1g} of the largest"
+            )
+    mixers = [(path, module) for path, module in model.named_modules() if family.recognises(module)]
+    if not mixers:
+        return f"{type(model).__name__} has no {family.mixer_class}"
+    for path, mixer in mixers:
+        hidden, read = _seen(model, mixer, ids)
+        p = family.project(mixer, hidden, torch.ones(ids.shape, dtype=torch.bool))
+        y = _loop(p).float()
+        said = family.readout(mixer, y, p.z)
+        apart = _relative(read, y.flatten(2) * F.silu(p.z) if said is None else said)
+        if not apart <= TOLERANCE:
+            return f"{path} computes something else than its recurrence, by {apart:.1g} of the largest"
+    return ""
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = forward(model, ids, use_cache=False).logits
+    return logits
+
+
+def _decoded(model: Any, ids: torch.Tensor, prefill: int) -> torch.Tensor:
+    """The logits of `ids`, fed through the model's cache: `prefill` tokens, and then one at a time."""
+    cache: dict[str, Any] = {}
+    logits = []
+    for positions in torch.split(torch.arange(TOKENS), [prefill] + [1] * (TOKENS - prefill)):
+        out = forward(model, ids[:, positions], use_cache=True, position_ids=positions[None], **cache)
+        cache = {name: out[name] for name in ("cache_params", "past_key_values") if out.get(name) is not None}
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+def _seen(model: Any, mixer: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a forward over `ids` gives a mixer, and what this gives its out_proj."""
+    seen: dict[nn.Module, torch.Tensor] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[module] = args[0] if args else kwargs["hidden_states"]
+
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in (mixer, mixer.out_proj)]
+    try:
+        _logits(model, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen[mixer], seen[mixer.out_proj]
+
+
+def _loop(p: Projected | SelectiveProjected) -> torch.Tensor:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t, y_t = C_t . h_t + D x_t, step by step: fp64 (b, T, H, P)."""
+    x, dt, A, B, C, D = (tensor.double() for tensor in (p.x, p.dt, p.A, p.B, p.C, p.D))
+    if isinstance(p, Projected):  # one dt and one A per head, B and C per group of heads
+        heads = x.shape[2]
+        dt, A, D = dt[..., None], A[:, None, None], D.view(heads, -1)
+        B, C = (tensor.repeat_interleave(heads // tensor.shape[2], 2) for tensor in (B, C))
+    h, steps = torch.zeros(1, dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        h = torch.exp(dt[:, t, ..., None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B[:, t, :, None]  # (b, H, P, N)
+        steps.append((h * C[:, t, :, None]).sum(-1) + D * x[:, t])
+    return torch.stack(steps, 1)
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _line(error: Exception) -> str:
+    """The type of an error and its message, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
