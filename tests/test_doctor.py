@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -112,9 +113,27 @@ def test_kernels_without_a_gpu(name: str, only: Callable[..., None], monkeypatch
     found = checks()
     assert failed(found) == [name]
     assert f"pip uninstall {name.replace('_', '-')}" in found[name].says
-    assert found[name].says.startswith("version unknown can be imported")
+    assert found[name].says.startswith("version unknown, and torch")
     monkeypatch.setattr(metadata, "version", lambda name: "5.23.0")
-    assert checks()[name].says.startswith("5.23.0 can be imported")
+    assert checks()[name].says.startswith("5.23.0, and torch sees no GPU")
+
+
+def test_the_kernels_of_a_gpu_are_called_on_the_cpu(tmp_path: Path) -> None:
+    """Why they are a hazard: transformers binds what can be imported. The day it looks at the device, this fails."""
+    (tmp_path / "causal_conv1d.py").write_text(
+        "def causal_conv1d_fn(*args, **kwargs):\n    raise RuntimeError('Expected x.is_cuda() to be true.')\n"
+    )
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); from sspruner.cli.main import main; main()"
+    command, blind = [sys.executable, "-c", code, "doctor"], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, env=blind, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (1, "")
+    wrong = [line for line in ran.stdout.splitlines() if line.startswith("FAIL")]
+    assert wrong[0].startswith("FAIL  causal_conv1d: version unknown, and torch sees no GPU")
+    for family in "mamba2", "mamba":
+        fails = (
+            f"FAIL  {family} causality: the installed code fails: RuntimeError: Expected x.is_cuda() to be true. Do not"
+        )
+        assert any(line.startswith(fails) for line in wrong), family
 
 
 def test_kernels_with_a_gpu_are_well_but_the_tiny_models_cannot_run_on_them(
@@ -269,12 +288,12 @@ def test_code_that_raises_is_a_line(only: Callable[..., None], monkeypatch: pyte
     only("jamba", "mamba2")
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("Expected a CUDA tensor\n  at kernel.cu:17")
+        raise RuntimeError("Expected a CUDA tensor\n  at kernel.cu:17.")
 
     monkeypatch.setattr(JambaMambaMixer, "forward", broken)
     result = run("doctor")
     assert (result.exit_code, result.stderr) == (1, "")
-    says = "the installed code fails: RuntimeError: Expected a CUDA tensor at kernel.cu:17. Do not use models"
+    says = "the installed code fails: RuntimeError: Expected a CUDA tensor at kernel.cu:17. Do not prune models"
     for test in "causality", "recurrence":
         assert f"\nFAIL  jamba {test}: {says}" in result.stdout
         assert f"\nPASS  mamba2 {test}: " in result.stdout
@@ -302,6 +321,23 @@ def test_a_family_that_transformers_lacks(only: Callable[..., None], monkeypatch
     assert found["jamba"] == Check("jamba", True, "not in this transformers")
     assert {"mamba2 causality", "mamba2 recurrence"} <= set(found)
     assert not failed(found)
+
+
+def test_a_family_of_a_plugin(tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "import sspruner\n"
+        "from sspruner.plugins import manager\n"
+        "class Mine(type(manager.families()['mamba2'])):\n"
+        "    name, mixer_class = 'mine', 'MyMixer'\n"
+        "@sspruner.hookimpl\n"
+        "def sspruner_families():\n"
+        "    return [Mine()]\n"
+    )
+    try:
+        assert "\nPASS  mine: no self-test is known; " in done("doctor", "--plugin", plugin).stdout
+    finally:
+        manager.plugin_manager().unregister(name=str(plugin.resolve()))
 
 
 def test_plugins_that_clash(monkeypatch: pytest.MonkeyPatch) -> None:
