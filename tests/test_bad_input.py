@@ -415,7 +415,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], Says]] = {
     "no config": (lambda d: (d / "config.json").unlink(), ("model model: no config.json in this folder",)),
     "not json": (content("config.json", b'{"model_type": '), ("config.json is not JSON", "line 1")),
     "not text": (content("config.json", b"\xff\xfe{}"), ("config.json is not JSON",)),
-    "native": (content("config.json", NATIVE), ("its weights lack backbone.embedding.weight",)),
+    "native": (content("config.json", NATIVE), ("its embedding has 4096 rows; a vocabulary of 50288 is padded",)),
     "no type": (content("config.json", b'{"d_model": 768}'), ("config.json has no model_type, nor the d_model",)),
     "unknown type": (config(model_type="zebra"), ("config cannot be read", "`zebra`")),
     "bad size": (config(num_heads=3), ("config cannot be read", "num_heads")),
