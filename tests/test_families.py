@@ -234,7 +234,8 @@ def dropped_paths(model: PreTrainedModel, plan: Plan) -> list[str]:
             if model.config.model_type == "zamba2":
                 hybrid = [i for i, kind in enumerate(model.config.layers_block_type) if kind == "hybrid"]
                 slots = {str(hybrid.index(i)) for i in selection.dropped(0) if i in hybrid}
-                adapters = [re.match(r".*_adapter_list\.(\d+)\.", n) for n, _ in model.named_parameters()]
+                names = [n for n, _ in model.named_parameters(remove_duplicate=False)]  # under every layer that shares
+                adapters = [re.match(r".*_adapter_list\.(\d+)\.", n) for n in names]
                 gone += [found[0] for found in adapters if found and found[1] in slots]
     return gone
 
