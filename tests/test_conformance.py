@@ -16,6 +16,7 @@ import sspruner
 from sspruner.calibrate.sources import Calibration
 from sspruner.plugins import manager
 from sspruner.testing import check_scorer
+from sspruner.testing.watch import Touched
 
 FEW = 2 if settings.default.max_examples <= 25 else 4
 
@@ -339,6 +340,19 @@ def test_the_kit_catches(fault: type[sspruner.Scorer]) -> None:
     assert re.search(FAULTS[fault], text), text
     assert text.startswith("scorer 'mine': ")
     assert "\n" not in text
+
+
+def test_any_draw_of_random_numbers_is_seen() -> None:
+    """Wherever the generator stands: a draw moves two counters in its state in opposite directions."""
+    model = torch.nn.Linear(1, 1)
+    with torch.random.fork_rng(devices=[]):
+        for drawn in range(0, 700, 7):
+            torch.manual_seed(0)
+            torch.rand(drawn)
+            before = Touched(model)
+            assert not before.change(model)
+            torch.rand(12)
+            assert before.change(model) == "torch's global random state differs afterwards"
 
 
 def test_what_they_break_is_sound() -> None:

@@ -124,7 +124,7 @@ def _flags(module: nn.Module) -> tuple[Any, ...]:
 
 def _world() -> dict[str, Any]:
     return {
-        "global random state": (torch.random.get_rng_state().sum().item(), hash(random.getstate())),
+        "global random state": (torch.random.get_rng_state().numpy().tobytes(), random.getstate()),
         "grad mode": torch.is_grad_enabled(),
         "default dtype": torch.get_default_dtype(),
     }
