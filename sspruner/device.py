@@ -1,14 +1,18 @@
-"""Where a model computes: the device that was asked for, and the whole model on it for a while."""
+"""Where a model is: on the device that computes, in memory, or, block by block, on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
 
 from sspruner.errors import InputError
+
+OFFLOADED = "_sspruner_offloaded"  # attribute of a model whose blocks lie on disk: what brings them (io.offload)
 
 
 def resolve_device(device: str | None) -> torch.device:
@@ -25,10 +29,38 @@ def resolve_device(device: str | None) -> torch.device:
 
 @contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The whole model on `device` inside the block, and back where it was after it."""
+    """The whole model on `device` inside the block, and back where it was after it.
+
+    A model whose blocks lie on disk stays where it is: its blocks go to the device one by one (calibrate.replay).
+    """
+    if offloaded(model):
+        yield
+        return
     home = next(model.parameters()).device
     model.to(device)
     try:
         yield
     finally:
         model.to(home)
+
+
+def offloaded(model: nn.Module) -> Any:
+    """What brings the blocks of a model from disk (io.offload.Blocks); None if they are in memory."""
+    return getattr(model, OFFLOADED, None)
+
+
+@contextmanager
+def resident(model: nn.Module, path: str) -> Iterator[None]:
+    """The weights of the module at `path` in memory inside the block, where they lie on disk."""
+    blocks = offloaded(model)
+    with nullcontext() if blocks is None else blocks.resident(path):
+        yield
+
+
+def in_turn(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter by its name, sorted, its values in memory until the next one is asked for."""
+    blocks = offloaded(model)
+    names = sorted(name for name, _ in model.named_parameters())
+    for block, here in groupby(names, lambda name: "" if blocks is None else blocks.block_of(name)):
+        with resident(model, block):
+            yield from ((name, model.get_parameter(name)) for name in here)

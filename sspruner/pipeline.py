@@ -14,11 +14,12 @@ from torch import nn
 
 from sspruner.asked import make_budget, scorers_asked
 from sspruner.calibrate.sources import Calibration, Progress, calibration
-from sspruner.device import on_device
+from sspruner.device import offloaded, on_device
 from sspruner.errors import InputError
 from sspruner.evaluate.continuation import continuation
 from sspruner.evaluate.damage import damages
 from sspruner.graph.ssm_graph import trace
+from sspruner.io.journal import Journal
 from sspruner.limits import Limits
 from sspruner.planning.cache import cache_key, cached, store
 from sspruner.planning.decide import check_budget, choosers, compared, make_plan, plan
@@ -29,6 +30,7 @@ from sspruner.refitting import KINDS, check_calibration
 from sspruner.refitting import refit as refit_plan
 from sspruner.report.result import Report, measured, model_size, peak_memory_bytes, sparsity_of, versions
 from sspruner.search import fraction_of_size, same_size, settle
+from sspruner.streaming import check_offloaded, cut_by_blocks, journal_for
 from sspruner.surgery.mask import mask, mask_elements, mask_group, unmask, update_tensors
 from sspruner.surgery.proof import slice_with_proof
 from sspruner.walk import TOKENS_PER_BATCH, OneScorer, Run
@@ -117,6 +119,7 @@ def prune(
     device: str | None = None,
     seed: int = 0,
     cache: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Prune `model` in place: score, plan and cut layer by layer, each layer on inputs made by the cut ones before it.
@@ -132,7 +135,8 @@ def prune(
     are scored on the dense model and cut at once; so it is where layers or scorers compete, and where a limit of damage
     has to be met. refit "output" or "bias" then solves for what stays on the calibration text, in closed form
     (docs/refit.md). mode "slice" makes tensors smaller after a proof that this equals the mask; "mask" stops at the
-    mask. The other arguments are those of `score` and `plan`.
+    mask. resume: go on with the interrupted run on an offloaded model (docs/offload.md), of which such a run may leave
+    a part in its folder. The other arguments are those of `score` and `plan`.
 
     Sequential scoring: Menezes & Kyrillidis, GHOST, arXiv 2602.11408. Raises InputError for bad arguments and for a
     budget that removes nothing, PluginError for a scorer that breaks its contract, ProofError if the cut is not what
@@ -153,6 +157,11 @@ def prune(
     run = Run(model, asked, axes, options, seed, device, tolerant=len(asked) > 1)
     by_axis = run.granularity
     one_shot = one_shot or len(run.jobs) > 1 or budget.compares_layers(run.groups, by_axis)
+    by_blocks = offloaded(model) is not None
+    if by_blocks:
+        check_offloaded(run, budget, limits, mode, refit, calibration)
+    elif resume:
+        raise InputError("resume goes on with a run on an offloaded model: load it with offload")
     if limits is None:
         check_budget(run.groups, budget)
     elif not (one_shot or limits.of_damage or run.has_basis or any(group.blocks for group in run.groups.values())):
@@ -166,6 +175,7 @@ def prune(
         data = calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
     if refit != "none":
         check_calibration(model, run.graph, run.groups, refit, data)
+    journal = journal_for(run, budget, data, one_shot, resume) if by_blocks else None
     prompt = data.held_out[0][data.held_out_mask[0]][:PROMPT_TOKENS]
     kept: dict[str, torch.Tensor] = {}
     updates: dict[str, torch.Tensor] = {}
@@ -192,7 +202,10 @@ def prune(
 
     with clock("scoring"):
         try:
-            found = _scored(run, data, cache, progress) if one_shot else run.walk(data, cut=cut, progress=progress)
+            if one_shot:
+                found = _scored(run, data, cache, progress, journal)
+            else:
+                found = run.walk(data, cut=cut, progress=progress, journal=journal)
         finally:
             unmask(model)
     search: dict[str, Any] = {"limits": limits.to_json()} if limits else {}
@@ -214,26 +227,38 @@ def prune(
         with clock("refit"):
             refitted = refit_plan(model, made, refit, calibration=data, device=device, progress=progress)
         plans, errors = plans | {"refitted": refitted.plan}, refitted.errors
-    if one_size := same_size(made, run.graph, multiple_of, lambda keep: plan(run.graph, scores, keep=keep)):
-        plans["one size"] = one_size
+    one_size = None
+    if not by_blocks:
+        one_size = same_size(made, run.graph, multiple_of, lambda keep: plan(run.graph, scores, keep=keep))
+        plans |= {"one size": one_size} if one_size else {}
     made = plans.get("refitted", made)
 
-    with on_device(model, run.device):
-        speaks = tokenizer is not None and hasattr(model, "generation_config")  # mamba_ssm's generate is another
-        said = continuation(model, tokenizer, prompt, NEW_TOKENS) if speaks else None
-        with clock("evaluation"):
-            per_batch = max(1, TOKENS_PER_BATCH // 2 // data.held_out.shape[1])
-            found_costs = damages(model, list(plans.values()), run.graph, data.held_out_batches(per_batch))
-    costs = dict(zip(plans, found_costs, strict=True))
+    # mamba_ssm's generate is another; an offloaded model would be read once for every token
+    speaks = tokenizer is not None and hasattr(model, "generation_config") and not by_blocks
+    said = says = proof = None
+    if journal:
+        with clock("evaluation and proof"):
+            cost, proof = cut_by_blocks(
+                model, made, run.graph, data, device=run.device, seed=seed, journal=journal, progress=progress
+            )
+        costs = {"cut": cost}
+    else:
+        with on_device(model, run.device):
+            said = continuation(model, tokenizer, prompt, NEW_TOKENS) if speaks else None
+            with clock("evaluation"):
+                per_batch = max(1, TOKENS_PER_BATCH // 2 // data.held_out.shape[1])
+                found_costs = damages(model, list(plans.values()), run.graph, data.held_out_batches(per_batch))
+        costs = dict(zip(plans, found_costs, strict=True))
     if one_size:
         kept_by_all = next(iter(one_size.groups.values())).after
         search["one_size"] = {"kept": kept_by_all, **measured(costs["one size"])}
-    with on_device(model, run.device):
-        with clock("proof"):
-            proof = slice_with_proof(model, made, run.graph, seed) if mode == "slice" else None
-        if mode == "mask":
-            mask(model, made, run.graph)
-        says = continuation(model, tokenizer, prompt, NEW_TOKENS) if speaks else None
+    if not by_blocks:
+        with on_device(model, run.device):
+            with clock("proof"):
+                proof = slice_with_proof(model, made, run.graph, seed) if mode == "slice" else None
+            if mode == "mask":
+                mask(model, made, run.graph)
+            says = continuation(model, tokenizer, prompt, NEW_TOKENS) if speaks else None
     cut_graph = trace(model)
     report = Report(
         scorer=run.jobs[0].label,
@@ -273,7 +298,9 @@ def prune(
     return Result(model, made, scores, report)
 
 
-def _scored(run: Run, data: Calibration | None, cache: bool, progress: Progress | None) -> dict[str, Scores]:
+def _scored(
+    run: Run, data: Calibration | None, cache: bool, progress: Progress | None, journal: Journal | None = None
+) -> dict[str, Scores]:
     """All jobs' scores on the dense model: what the cache has is taken from there, the rest in one pass.
 
     Scorers that also change weights are run in any case, and so are those that read nothing but weights: quick enough.
@@ -286,7 +313,7 @@ def _scored(run: Run, data: Calibration | None, cache: bool, progress: Progress 
             keys[job.label] = cache_key(run.model, code, asked, data.tokens, data.mask)
     found = {label: hit for label, key in keys.items() if key and (hit := cached(key))}
     order, run.jobs = run.jobs, [job for job in run.jobs if job.label not in found]
-    made = run.walk(data, cut=None, progress=progress) if run.jobs else {}
+    made = run.walk(data, cut=None, progress=progress, journal=journal) if run.jobs else {}
     run.jobs = order
     for label, scores in made.items():
         if key := keys.get(label):

@@ -24,13 +24,13 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.regression import Moments, ridge
-from sspruner.calibrate.replay import Flow, Replay, within
+from sspruner.calibrate.replay import Flow, Replay
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.device import resolve_device
 from sspruner.errors import InputError, ModelError
 from sspruner.graph.fingerprint import fingerprint
-from sspruner.graph.ssm_graph import WHOLE_MODEL, Site, SSMGraph, trace
-from sspruner.planning.plan import Plan, axis_of, check_plan
+from sspruner.graph.ssm_graph import WHOLE_MODEL, Site, SSMGraph, trace, within
+from sspruner.planning.plan import Plan, check_plan, part_of
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.tensors import lacks, tensor
@@ -139,7 +139,7 @@ def _refit_block(
     if missing := [writer.weight for writer in writers if writer.weight not in order]:
         raise ModelError(f"{missing[0]}: what it is given was not seen (a fused kernel?); leave refit out")
     for writer in sorted(writers, key=lambda w: order.index(w.weight)):
-        with masked(model, _inside(made, graph, block), graph), cut.on_device(block):
+        with masked(model, part_of(made, graph, block), graph), cut.on_device(block):
             _observe(model, writer, block, cut, wanted, lacking if writer.weight == order[-1] else None)
             if within(writer.calls[-1], block):  # of a shared module the last call: its sums are complete
                 made = replace(made, updates={**made.updates, **_solve(model, writer, kind)})
@@ -251,26 +251,9 @@ def _check_tokens(model: nn.Module, weights: list[str], kind: str, calibration: 
         )
 
 
-def _inside(plan: Plan, graph: SSMGraph, block: str) -> Plan:
-    """The part of a plan that changes one block: the rest need not be masked while that runs."""
-    sites = {path: site for site in graph.sites for path in (site.path, *site.aliases) if within(path, block)}
-    here = {site.path for site in sites.values()}
-    groups = {n: r for n, r in plan.groups.items() if n.rpartition(":")[0] in here or axis_of(n) in WHOLE_MODEL}
-
-    def touches(name: str) -> bool:
-        return within(name, block) or any(within(name, path) for path in here)
-
-    return replace(
-        plan,
-        groups=groups,
-        elements={n: keep for n, keep in plan.elements.items() if touches(graph.elements[n].tensor)},
-        updates={n: value for n, value in plan.updates.items() if touches(n)},
-    )
-
-
 def _run(model: nn.Module, plan: Plan, graph: SSMGraph, replay: Replay, block: str) -> list[Flow]:
     """What leaves a block under the mask of a plan, batch by batch, on the CPU."""
-    with masked(model, _inside(plan, graph, block), graph), replay.on_device(block):
+    with masked(model, part_of(plan, graph, block), graph), replay.on_device(block):
         return [tuple(h.cpu() for h in replay.run(block, i, flow)) for i, flow in enumerate(replay.hidden)]
 
 

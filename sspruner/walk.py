@@ -13,19 +13,20 @@ from torch import nn
 import sspruner
 from sspruner.calibrate.gradients import check_differentiable, mean_and_fisher, mean_gradients, predicted_tokens
 from sspruner.calibrate.local import LocalGradients
-from sspruner.calibrate.replay import Inputs, Replay, within
+from sspruner.calibrate.replay import Inputs, Replay
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.calibrate.view import Observation, SSMView
-from sspruner.device import on_device, resolve_device
+from sspruner.device import offloaded, on_device, resident, resolve_device
 from sspruner.errors import InputError, ModelError, PlanError, PluginError
 from sspruner.evaluate.damage import mean_loss
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import DependencyGroup
-from sspruner.graph.ssm_graph import WHOLE_MODEL, SSMGraph, trace
+from sspruner.graph.ssm_graph import WHOLE_MODEL, SSMGraph, trace, within
+from sspruner.io.journal import Journal
 from sspruner.io.load import check_finite
 from sspruner.planning.decide import Choose
 from sspruner.planning.plan import basis_refused, check_updates
-from sspruner.planning.reduction import Basis, Selection
+from sspruner.planning.reduction import PARTS, Basis, Selection
 from sspruner.planning.scores import Scores
 from sspruner.plugins import manager
 from sspruner.plugins.scorer import (
@@ -40,6 +41,7 @@ from sspruner.plugins.scorer import (
 from sspruner.plugins.scorer import observe as observe_layer
 from sspruner.surgery.mask import is_masked, mask_group, unmask
 
+PHASE = "walk"  # of a journal
 TOKENS_PER_BATCH = 4096  # tokens that go through one block at a time
 
 OneScorer = str | type[Scorer] | Mapping[str, str]  # a name, a class, or a name for each axis
@@ -131,28 +133,37 @@ class Run:
             if cls.basis != SELECT and (why := basis_refused(group, self.graph)):
                 raise InputError(f"{name}: no basis {cls.basis!r} of this state: {why}; use --basis {SELECT}")
 
-    def walk(self, data: Calibration | None, cut: Cut | None, progress: Progress | None) -> dict[str, Scores]:
+    def walk(
+        self, data: Calibration | None, cut: Cut | None, progress: Progress | None, journal: Journal | None = None
+    ) -> dict[str, Scores]:
         """Score every dependency group in layer order: a job's label -> its Scores.
 
         `cut`, if given, is applied before the next layer's inputs are made; there is one job then. Groups of the whole
-        model (hidden, block, mixer) are scored on the way and never cut on the way.
+        model (hidden, block, mixer) are scored on the way and never cut on the way. journal: what blocks are done; it
+        goes on after them. There is one job then, too.
         """
         walk = _Walk(self, data, sequential=cut is not None)
         model = fingerprint(self.model)
         walk.score(walk.at_once())
         if walk.replay is not None:
             blocks = walk.replay.blocks
-            for number, block in enumerate(blocks):
+            first = walk.resume(journal) if journal else 0
+            for number, block in enumerate(blocks[first:], start=first):
                 if progress:
                     progress(f"scoring {block}", number, len(blocks))
-                walk.observe(block)
-                done = walk.complete(block)
-                walk.score([(job, group) for job, group in walk.at_work if group in {g.name for g in done}])
-                if cut:  # only now, so that no group is scored on another's cut
-                    importance = walk.importance[self.jobs[0].label]
-                    cut({g.name: importance[g.name] for g in done if g.axis not in WHOLE_MODEL})
-                if block != blocks[-1]:
-                    walk.replay.advance(block)
+                with resident(self.model, block):
+                    walk.observe(block)
+                    done = walk.complete(block)
+                    walk.score([(job, group) for job, group in walk.at_work if group in {g.name for g in done}])
+                    if cut:  # only now, so that no group is scored on another's cut
+                        importance = walk.importance[self.jobs[0].label]
+                        cut({g.name: importance[g.name] for g in done if g.axis not in WHOLE_MODEL})
+                    if block != blocks[-1]:
+                        walk.replay.advance(block)
+                    if offloaded(self.model):
+                        unmask(self.model)  # before it leaves memory
+                if journal:
+                    walk.note(journal, number + 1)
             if progress:
                 progress("scoring", len(blocks), len(blocks))
         return {
@@ -242,6 +253,31 @@ class _Walk:
             else:
                 self.gradients = mean_gradients(self.run.model, data.batches(per_batch), count)
 
+    def note(self, journal: Journal, done: int) -> None:
+        """Note how far the walk has come: what the next block is given, and the scores so far."""
+        assert self.replay is not None
+        (label,) = self.jobs
+        flows = {f"{i} {part}": h for i, flow in enumerate(self.replay.hidden) for part, h in enumerate(flow)}
+        scores = {f"importance {name}": value for name, value in self.importance[label].items()}
+        parts = {f"{p} {n}": t for n, basis in self.bases[label].items() for p, t in zip(PARTS, basis, strict=True)}
+        journal.write(PHASE, done, flows | scores | parts)
+
+    def resume(self, journal: Journal) -> int:
+        """Go on where a journal says that an earlier walk was. Returns how many blocks that had done."""
+        assert self.replay is not None
+        (label,) = self.jobs
+        done, held = journal.read(PHASE)
+        if done:
+            hidden = enumerate(self.replay.hidden)
+            self.replay.hidden = [tuple(held[f"{i} {part}"] for part in range(len(flow))) for i, flow in hidden]
+        for name in [key.removeprefix("importance ") for key in held if key.startswith("importance ")]:
+            self.at_work.pop((label, name), None)
+            self.importance[label][name] = held[f"importance {name}"]
+            if f"{PARTS[0]} {name}" in held:
+                encode, decode = (held[f"{part} {name}"] for part in PARTS)
+                self.run.bases[name] = self.bases[label][name] = encode, decode
+        return done
+
     def at_once(self) -> list[tuple[str, str]]:
         """The scorers that need no walk: weights, whole gradients, losses."""
         return [n for n, scorer in self.at_work.items() if scorer.needs != "activations" and n not in self.in_turn]
@@ -329,7 +365,8 @@ class _Walk:
                 "token?); it cannot be scored by activations"
             )
         if scorer.needs != "activations":
-            observe_layer(scorer, self._still(scorer, group, (label, name) in self.in_turn), plugin)
+            with resident(self.run.model, group.layer):
+                observe_layer(scorer, self._still(scorer, group, (label, name) in self.in_turn), plugin)
         self.importance[label][name] = checked_importance(scorer, group, plugin)
         if scorer.basis != SELECT:
             self.run.bases[name] = self.bases[label][name] = checked_coordinates(scorer, group, plugin)

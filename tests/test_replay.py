@@ -14,7 +14,8 @@ from torch import nn
 from zoo import zoo, zoo_models
 
 import sspruner
-from sspruner.calibrate.replay import Replay, within
+from sspruner.calibrate.replay import Replay
+from sspruner.graph.ssm_graph import within
 from sspruner.planning.plan import Plan
 from sspruner.surgery.mask import is_masked, mask_group
 

@@ -14,9 +14,10 @@ from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.calibrate import state
-from sspruner.calibrate.replay import Replay, within
+from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.view import Observation, SSMView
 from sspruner.graph.family import Projected
+from sspruner.graph.ssm_graph import within
 
 TOLERANCE = 1e-4  # relative, of every sum in fp32
 

@@ -28,8 +28,9 @@ from sspruner.calibrate.gradients import (
     predicted_tokens,
     requires_grad,
 )
-from sspruner.calibrate.replay import Flow, Replay, within
+from sspruner.calibrate.replay import Flow, Replay
 from sspruner.calibrate.token_steps import differentiable
+from sspruner.graph.ssm_graph import within
 from sspruner.precision import in_fp32
 
 

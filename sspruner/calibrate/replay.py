@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.products import Products
+from sspruner.device import resident
 from sspruner.errors import ModelError
 from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
@@ -59,11 +60,24 @@ class Replay:
 
     def one_by_one(self) -> Replay:
         """A replay of the same sequences, each a batch of its own, in front of the first block."""
+        return self.over(
+            sequence
+            for tokens, mask in zip(self.tokens, self.masks, strict=True)
+            for sequence in zip(tokens[:, None], mask[:, None], strict=True)
+        )
+
+    def over(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Replay:
+        """A replay of other batches through the same blocks, in front of the first one."""
         other = copy.copy(self)
         other.hidden, other.inputs, other.tokens, other.masks = [], [], [], []
-        for tokens, mask in zip(self.tokens, self.masks, strict=True):
-            for sequence in zip(tokens[:, None], mask[:, None], strict=True):
-                other._start(*sequence)
+        for tokens, mask in batches:
+            other._start(tokens, mask)
+        return other
+
+    def beside(self) -> Replay:
+        """Another replay of the same batches, from where this one is now: for the same blocks in another form."""
+        other = copy.copy(self)
+        other.hidden = [*self.hidden]
         return other
 
     @torch.no_grad()
@@ -251,12 +265,13 @@ class Replay:
     def on_device(self, block: str) -> Iterator[nn.Module]:
         """One block on the compute device, and home after it."""
         module = self.model.get_submodule(block)
-        home = next(module.parameters()).device
-        module.to(self.device)
-        try:
-            yield module
-        finally:
-            module.to(home)
+        with resident(self.model, block):
+            home = next(module.parameters()).device
+            module.to(self.device)
+            try:
+                yield module
+            finally:
+                module.to(home)
 
 
 def _to(value: Any, device: torch.device, wide: bool) -> Any:
@@ -281,11 +296,6 @@ def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     finally:
         for module in forwards:
             del module.forward
-
-
-def within(path: str, block: str) -> bool:
-    """Whether the module at `path` is the block or lies inside it."""
-    return path == block or path.startswith(f"{block}.")
 
 
 @contextmanager

@@ -52,26 +52,44 @@ def damages(
     progress: Progress | None = None,
 ) -> list[Damage]:
     """The same for several plans; the dense model runs once on each batch."""
-    totals = torch.zeros(len(plans), 3, dtype=torch.float64)  # dense nll, pruned nll, kl
-    count, batches = 0, list(batches)
+    totals = [Total() for _ in plans]
+    batches = list(batches)
     for done, (tokens, mask) in enumerate(batches):
-        dense = log_probabilities(model, tokens, mask)  # (b, T-1, V)
-        counted = (mask[:, 1:] & mask[:, :-1]).to(dense.device)  # (b, T-1)
-        target = tokens[:, 1:, None].to(dense.device)
-        count += int(counted.sum())
+        dense = forward(model, tokens, mask, use_cache=False).logits  # (b, T, V)
         for total, plan in zip(totals, plans, strict=True):
             if progress:
                 progress("measuring", done, len(batches))
             with masked(model, plan, graph):
-                pruned = log_probabilities(model, tokens, mask)
-            rows = (
-                -dense.gather(-1, target).squeeze(-1),
-                -pruned.gather(-1, target).squeeze(-1),
-                (dense.exp() * (dense - pruned)).sum(-1),
-            )
-            total += torch.stack([row[counted].double().sum() for row in rows]).cpu()
-    means = (totals / max(count, 1)).tolist()
-    return [Damage(_exp(dense_nll), _exp(pruned_nll), kl, count) for dense_nll, pruned_nll, kl in means]
+                total.add(tokens, mask, dense, forward(model, tokens, mask, use_cache=False).logits)
+    return [total.damage() for total in totals]
+
+
+class Total:
+    """The sums over predicted tokens that make a Damage."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)  # dense nll, pruned nll, kl
+        self.count = 0
+
+    def add(self, tokens: torch.Tensor, mask: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> None:
+        """Add a batch: tokens int64 and mask bool, (b, T), and both models' logits, (b, T, V).
+
+        Sequence by sequence, for in fp32 the logits of a batch are wide.
+        """
+        counted = (mask[:, 1:] & mask[:, :-1]).to(dense.device)  # (b, T-1)
+        rows = []
+        for ids, ours, theirs in zip(tokens.to(dense.device), dense, pruned, strict=True):
+            p, q = (torch.log_softmax(logits[:-1].float(), -1) for logits in (ours, theirs))  # (T-1, V)
+            target = ids[1:, None]
+            nll = (-logp.gather(-1, target).squeeze(-1) for logp in (p, q))
+            rows.append(torch.stack([*nll, (p.exp() * (p - q)).sum(-1)]))  # (3, T-1)
+        self.sums += torch.stack([row[counted].double().sum() for row in torch.stack(rows, 1)]).cpu()
+        self.count += int(counted.sum())
+
+    def damage(self) -> Damage:
+        """Perplexities and mean divergence over all that was added."""
+        dense_nll, pruned_nll, kl = (self.sums / max(self.count, 1)).tolist()
+        return Damage(_exp(dense_nll), _exp(pruned_nll), kl, self.count)
 
 
 @torch.no_grad()

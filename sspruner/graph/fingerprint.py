@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import nn
 
+from sspruner.device import in_turn
+
 SAMPLES_PER_TENSOR = 4096
 
 
@@ -16,7 +18,7 @@ def fingerprint(model: nn.Module) -> str:
     Values are rounded to bf16 first, so that a checkpoint has one fingerprint whether it is read as fp32 or bf16.
     """
     digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    for name, p in in_turn(model):
         flat = p.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
         sample = flat[::step].to(torch.bfloat16).cpu().contiguous()

@@ -288,7 +288,7 @@ def _block_groups(model: nn.Module, sites: list[Site], blocks: str, family: Fami
         names = [
             f"{site.path}.{slot.tensor}"
             for site in sites
-            if _within(site.path, path)
+            if within(site.path, path)
             for slot in site.layout.slots
             if any(rows.name == "out" for rows in slot.rows)
         ]
@@ -317,5 +317,6 @@ def _tensor(model: nn.Module, name: str) -> Any:
     return getattr(model.get_submodule(owner), leaf)
 
 
-def _within(path: str, outer: str) -> bool:
+def within(path: str, outer: str) -> bool:
+    """Whether the module or parameter at `path` is `outer` or lies inside it."""
     return path == outer or path.startswith(f"{outer}.")

@@ -26,7 +26,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         try:
-            read = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
+            read = load_file(file) if file.suffix == ".safetensors" else unpickled(file)
         except (SafetensorError, OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             why = " ".join(str(error).split())[:200]
             raise ModelError(f"model {folder}: {file.name} cannot be read ({type(error).__name__}: {why})") from error
@@ -71,5 +71,5 @@ def shards(index: Path) -> list[str]:
     return files
 
 
-def _unpickled(file: Path) -> Any:
+def unpickled(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

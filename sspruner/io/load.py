@@ -9,9 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from sspruner.device import in_turn
 from sspruner.errors import InputError, ModelError
 from sspruner.graph.ssm_graph import trace
 from sspruner.io.checkpoint import INDEX, shards
@@ -30,14 +32,16 @@ def load(
     *,
     tokenizer: str | Path | None = None,
     dtype: str = "auto",
+    offload: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder, a hub id, or a reference model that ships: by its name, or with no argument.
 
     The model is on the CPU in eval mode; a native checkpoint of mamba_ssm becomes transformers' model of the same
     numbers. The tokenizer is the model's own, or that of another folder or hub id, `tokenizer`; None if there is none.
-    dtype: "auto" (as saved), "float32", "bfloat16" or "float16". Raises InputError for a path that is wrong, ModelError
-    for a model that is incomplete, corrupt, or holds NaN or infinite weights.
+    dtype: "auto" (as saved), "float32", "bfloat16" or "float16". offload: a folder for working files; the weights of
+    the model's blocks then stay on disk, and are read one block at a time (docs/offload.md). Raises InputError for a
+    path that is wrong, ModelError for a model that is incomplete, corrupt, or holds NaN or infinite weights.
     """
     where = str(_reference(model) or model)
     native = None
@@ -46,8 +50,11 @@ def load(
         native = _check_folder(Path(where))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
-    loaded = _native(where, native, dtype) if native else _transformers(where, dtype, trust_remote_code)
-    check_finite(loaded, where)
+    if offload is not None:
+        loaded = _offloaded(where, dtype, Path(offload), trust_remote_code)
+    else:
+        loaded = _native(where, native, dtype) if native else _transformers(where, dtype, trust_remote_code)
+        check_finite(loaded, where)
     found = _tokenizer(str((tokenizer and _reference(tokenizer)) or tokenizer or where), trust_remote_code)
     if tokenizer and found is None:
         raise InputError(f"tokenizer {tokenizer}: there is none in this folder")
@@ -102,10 +109,29 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
     return loaded
 
 
+def _offloaded(where: str, dtype: str, folder: Path, trust_remote_code: bool) -> Any:
+    """A model of which one block at a time is in memory. Values are checked when they are used."""
+    from sspruner.io.offload import offload, saved_dtype
+    from sspruner.io.skeleton import skeleton
+
+    if not _is_local(where):
+        from huggingface_hub import snapshot_download
+
+        try:
+            where = snapshot_download(where)
+        except Exception as error:  # the hub raises many types
+            raise ModelError(f"model {where}: cannot be fetched: {_brief(error)}") from error
+    built = skeleton(where, trust_remote_code=trust_remote_code)
+    weights = Path(where) / (getattr(built.config, RECORD, None) or {}).get("weights", "")
+    wanted = getattr(torch, dtype) if dtype != "auto" else built.config.dtype or saved_dtype(weights)
+    built = skeleton(where, dtype=wanted, buffers=True, trust_remote_code=trust_remote_code)
+    return offload(built, where, weights, folder)
+
+
 def check_finite(model: nn.Module, where: str = "") -> None:
     """Raise ModelError that names the first parameter with a NaN or infinite value, and the model's path if given."""
     prefix = f"model {where}: " if where else ""
-    for name, p in model.named_parameters():
+    for name, p in in_turn(model):
         bad = int((~p.detach().isfinite()).sum())
         if bad:
             raise ModelError(
@@ -197,7 +223,7 @@ def _cut_after_init(config_class: type, cuts: list[Cut]) -> Iterator[None]:
 
     def cut_init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        _tie(self)  # so that shared parameters are cut once
+        tie(self)  # so that shared parameters are cut once
         # Buffers that are not in the checkpoint are made anew after this, in their full size: they are cut at the end.
         self._sspruner_buffers = []
         for cut in cuts:
@@ -214,7 +240,7 @@ def _cut_after_init(config_class: type, cuts: list[Cut]) -> Iterator[None]:
         model_class.__init__ = original
 
 
-def _tie(model: Any) -> None:
+def tie(model: Any) -> None:
     """What `model.tie_weights()` does; from_pretrained switches that off until the weights are there."""
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         owner, _, leaf = target.rpartition(".")

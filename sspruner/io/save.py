@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from sspruner import ELEMENT_AXES
+from sspruner.device import offloaded
+from sspruner.io.offload import write_weights
 from sspruner.io.output import atomic_folder
 from sspruner.planning.plan import axis_of
 from sspruner.planning.tensors import FOLDER
@@ -36,7 +38,10 @@ def save(
     """
     with atomic_folder(out, overwrite) as folder, _noted(model):
         weights = weights_folder(model)
-        model.save_pretrained(folder / weights)
+        if offloaded(model):
+            write_weights(model, folder / weights)
+        else:
+            model.save_pretrained(folder / weights)
         if weights:
             (folder / weights / "config.json").rename(folder / "config.json")
         if tokenizer is not None:

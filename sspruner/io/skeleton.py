@@ -17,12 +17,19 @@ LAYERS = 10_000  # more than any model has; a config that says more is wrong, an
 ROWS = 10_000_000  # of one tensor: likewise, and index maps have an entry for each
 
 
-def skeleton(model: str | Path | None = None, *, trust_remote_code: bool = False) -> Any:
+def skeleton(
+    model: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    buffers: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
     """The model that `load` would read, on the meta device, in eval mode, in its sizes after the cuts that it records.
 
-    Needs config.json alone; of a hub id nothing else is fetched. Its dtype is the config's, float32 if that names none:
-    then `model.config.dtype` stays None. Raises InputError for a path that is wrong, ModelError for a config that
-    cannot be read, makes no model, or describes one larger than any that there is.
+    Needs config.json alone; of a hub id nothing else is fetched. dtype: the config's if it is None, float32 if that
+    names none: then `model.config.dtype` stays None. buffers: make those that no checkpoint holds, on the CPU. Raises
+    InputError for a path that is wrong, ModelError for a config that cannot be read, makes no model, or describes one
+    larger than any that there is.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -41,7 +48,7 @@ def skeleton(model: str | Path | None = None, *, trust_remote_code: bool = False
         restore_stock(config)  # the original model is built, then cut
         with torch.device("meta"), _cut_after_init(type(config), cuts):
             built = AutoModelForCausalLM.from_config(
-                config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
+                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
             )
     except (InputError, ModelError):
         raise
@@ -50,10 +57,21 @@ def skeleton(model: str | Path | None = None, *, trust_remote_code: bool = False
     for name, p in built.named_parameters():
         if not all(0 < rows <= ROWS for rows in p.shape):
             raise ModelError(f"model {where}: config.json makes {name} {tuple(p.shape)}; no model has such a size")
+    if buffers:
+        _make_buffers(built)
     if cuts:
         _finish_cut(built, cut)
-    built.config.dtype = cut.dtype
+    built.config.dtype = dtype or cut.dtype
     return built.eval()
+
+
+def _make_buffers(model: Any) -> None:
+    """Give the buffers that no checkpoint holds their values, as `from_pretrained` does; before any cut of them."""
+    for module in model.modules():
+        for leaf in module._non_persistent_buffers_set:
+            module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device="cpu")
+    for module in model.modules():
+        model._init_weights(module)  # nothing comes of what is on the meta device
 
 
 def _check_layers(config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from sspruner.errors import PlanError
 from sspruner.graph.group import DependencyGroup
-from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.ssm_graph import WHOLE_MODEL, SSMGraph, within
 from sspruner.io.output import atomic_file
 from sspruner.planning.reduction import (
     Projection,
@@ -165,6 +165,23 @@ class Plan:
         if self.updates:
             lines.append(f"  new values for {len(self.updates)} parameter{'s' * (len(self.updates) > 1)}")
         return "\n".join(lines)
+
+
+def part_of(plan: Plan, graph: SSMGraph, block: str) -> Plan:
+    """The part of a plan that changes one block, or the whole model: the rest need not be applied while that runs."""
+    sites = {path: site for site in graph.sites for path in (site.path, *site.aliases) if within(path, block)}
+    here = {site.path for site in sites.values()}
+    groups = {n: r for n, r in plan.groups.items() if n.rpartition(":")[0] in here or axis_of(n) in WHOLE_MODEL}
+
+    def touches(name: str) -> bool:
+        return within(name, block) or any(within(name, path) for path in here)
+
+    return replace(
+        plan,
+        groups=groups,
+        elements={n: keep for n, keep in plan.elements.items() if touches(graph.elements[n].tensor)},
+        updates={n: value for n, value in plan.updates.items() if touches(n)},
+    )
 
 
 def axis_of(name: str) -> str:

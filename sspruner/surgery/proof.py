@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +66,7 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
     config = getattr(model, "config", None)
     fields_before = fields(config)
     with masked(model, plan, graph), in_fp32(model):
-        reference, tolerance = _reference(model, probe, graph, generator)
+        reference, limit = _reference(model, probe, graph, generator)
     graph = write_for_good(model, plan, graph)
     _check_written(model, plan, graph)
     state = removed_state_bytes(plan, graph)
@@ -79,9 +81,9 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
     record(config, fields_before, plan, graph, biases)
     after = _parameters(model), measured_state_bytes(model, probe)
 
-    error = _relative(result, reference)
-    if not error <= tolerance:  # also catches NaN
-        raise ProofError(f"proof failed: sliced and masked logits differ by {error:.1e}, more than {tolerance:.0e}")
+    error = relative(result, reference)
+    if not error <= limit:  # also catches NaN
+        raise ProofError(f"proof failed: sliced and masked logits differ by {error:.1e}, more than {limit:.0e}")
     for what, i, more, expected in (("parameters", 0, added, parameters), ("state bytes per sequence", 1, 0, state)):
         gone = before[i] + more - after[i]
         if gone != expected:
@@ -90,7 +92,7 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
         found = int((tensor(model, name)[zero.to(probe.device)] == 0).sum())
         if found != int(zero.sum()):
             raise ProofError(f"proof failed: {name} has {found:,} zeros where the plan predicts {int(zero.sum()):,}")
-    return Proof(error, tolerance, parameters, state, added, sum(int(zero.sum()) for zero in zeros.values()))
+    return Proof(error, limit, parameters, state, added, sum(int(zero.sum()) for zero in zeros.values()))
 
 
 @torch.no_grad()
@@ -102,10 +104,10 @@ def check_same(model: nn.Module, other: nn.Module, graph: SSMGraph, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
     with in_fp32(model), in_fp32(other):
-        reference, tolerance = _reference(model, probe, graph, generator)
-        error = _relative(_logits(other, probe), reference)
-    if not error <= tolerance:
-        raise ProofError(f"proof failed: the logits of two models differ by {error:.1e}, more than {tolerance:.0e}")
+        reference, limit = _reference(model, probe, graph, generator)
+        error = relative(_logits(other, probe), reference)
+    if not error <= limit:
+        raise ProofError(f"proof failed: the logits of two models differ by {error:.1e}, more than {limit:.0e}")
     return error
 
 
@@ -114,8 +116,15 @@ def _reference(
 ) -> tuple[torch.Tensor, float]:
     """A model's logits, and how far from them those of its equal may be, relative to the largest."""
     reference = _logits(model, probe)
-    rounded = _rounded_logits(model, probe, [site.path for site in graph.layers], generator)
-    return reference, max(TOLERANCE, SLACK * _relative(rounded, reference))
+    # What the model makes of rounding, wherever it comes from: in the embeddings, and in what the mixers add.
+    with roundings([embedding(model), *(model.get_submodule(site.path) for site in graph.layers)], generator):
+        rounded = _logits(model, probe)
+    return reference, tolerance(rounded, reference)
+
+
+def tolerance(rounded: torch.Tensor, reference: torch.Tensor) -> float:
+    """How far logits may be from those of an equal model, relative to the largest, by what roundings make of them."""
+    return max(TOLERANCE, SLACK * relative(rounded, reference))
 
 
 def _check_written(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
@@ -157,25 +166,23 @@ def _logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _rounded_logits(
-    model: nn.Module, probe: torch.Tensor, mixers: list[str], generator: torch.Generator
-) -> torch.Tensor:
-    """The logits after random relative changes of the embeddings and of what the mixers add, each by about one rounding
-    of fp32: what a model makes of rounding, wherever it comes from."""
+@contextmanager
+def roundings(modules: Iterable[nn.Module], generator: torch.Generator) -> Iterator[None]:
+    """While open, random relative changes of what leaves these modules, each by about one rounding of fp32."""
 
     def rounded(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         first = out[0] if isinstance(out, tuple) else out
         first = first * (1 + ROUNDING * torch.randn(first.shape, generator=generator).to(first))
         return (first, *out[1:]) if isinstance(out, tuple) else first
 
-    modules = [embedding(model), *(model.get_submodule(path) for path in mixers)]
     handles = [module.register_forward_hook(rounded) for module in modules]
     try:
-        return _logits(model, probe)
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _relative(result: torch.Tensor, reference: torch.Tensor) -> float:
+def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference of two models' logits, relative to the largest logit."""
     return float((result - reference).abs().max() / reference.abs().max())

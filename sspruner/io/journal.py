@@ -1,0 +1,60 @@
+"""What a long run has finished so far, in a folder, so that another run goes on from there and ends the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sspruner.errors import InputError
+
+NAME = "run.json"
+
+
+class Journal:
+    """Tensors by phase, each phase with the number of steps that they are the result of. Files appear whole."""
+
+    def __init__(self, folder: Path, key: str, *, resume: bool) -> None:
+        """key: of all that the run depends on. Without resume, or if nothing was finished, the folder is emptied.
+
+        Raises InputError for resuming what was another run.
+        """
+        self.folder = folder
+        if resume and (folder / NAME).is_file():
+            if _key(folder / NAME) != key:
+                raise InputError(
+                    f"resume: what was interrupted in {folder} was another run (model, text, options or versions "
+                    "differ); leave --resume out to start anew"
+                )
+            return
+        for file in folder.glob("*"):
+            if file.suffix in (".safetensors", ".part", ".json"):
+                file.unlink()
+        (folder / NAME).write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+
+    def write(self, phase: str, done: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Note that a phase has finished `done` steps, and what it needs to go on."""
+        temporary = self.folder / f"{phase}.part"
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"done": str(done)})
+        temporary.replace(self.folder / f"{phase}.safetensors")
+
+    def read(self, phase: str) -> tuple[int, dict[str, torch.Tensor]]:
+        """Steps that a phase has finished, and what it needs to go on: 0 and nothing if it was never begun."""
+        file = self.folder / f"{phase}.safetensors"
+        if not file.is_file():
+            return 0, {}
+        try:
+            with safe_open(str(file), framework="pt") as f:
+                return int(f.metadata()["done"]), {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"resume: {file} cannot be read ({error}); leave --resume out to start anew") from error
+
+
+def _key(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

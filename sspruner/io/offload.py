@@ -1,0 +1,279 @@
+"""A model that is larger than memory: its blocks lie on disk, and each is brought in while it works."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sspruner.device import OFFLOADED, offloaded
+from sspruner.errors import ModelError
+from sspruner.graph.causality import check_causal
+from sspruner.graph.ssm_graph import SSMGraph, trace, within
+from sspruner.io.checkpoint import INDEX, unpickled, weight_files
+from sspruner.io.native import EMBEDDING
+from sspruner.surgery.record import RECORD
+
+REST = ""  # what is called like a block: all that is in no block, or in several
+
+
+class Blocks:
+    """The weights of a model's blocks, on disk. The model, on the meta device, has those of one block at a time.
+
+    What is in no block stays in memory: embeddings, the last norm, the head; and so do parameters that several blocks
+    share. A block that was changed goes to a file of its own in `folder` (`keep`), and is read from there from then on.
+    A forward of the whole model works, too: each block is read when it is called.
+    """
+
+    def __init__(self, model: Any, graph: SSMGraph, sources: dict[str, Path], where: str, folder: Path) -> None:
+        """sources: name of a tensor in the checkpoint -> its file. Raises ModelError if they do not fit the model."""
+        self.model, self.where, self.folder = model, where, folder
+        self.mixers = [site.path for site in graph.layers]
+        count = len(model.get_submodule(graph.blocks))
+        self.blocks = [f"{graph.blocks}.{i}" for i in range(count)]
+        self.sources = sources
+        self.kept: set[str] = set()
+        self._held: Counter[str] = Counter()
+        self._shared = _shared(model, self.blocks)
+        self._conversions = _conversions(model)
+        self._raw: dict[str, list[str]] = {}  # block -> the checkpoint's names of its tensors
+        self._index()
+        self._load(REST)
+        for block in self.blocks:
+            model.get_submodule(block).register_forward_pre_hook(self._enters(block))
+            model.get_submodule(block).register_forward_hook(self._leaves(block), always_call=True)
+        setattr(model, OFFLOADED, self)
+
+    def block_of(self, path: str) -> str:
+        """The block that holds the module or parameter at `path` alone; "" for what is always in memory."""
+        if path in self._shared:
+            return REST
+        return next((block for block in self.blocks if within(path, block)), REST)
+
+    @contextmanager
+    def resident(self, path: str) -> Iterator[None]:
+        """The block around `path` in memory inside the block; what is changed there is lost after it, unless kept."""
+        block = self.block_of(path)
+        self._enter(block)
+        try:
+            yield
+        finally:
+            self._leave(block)
+
+    def keep(self, block: str) -> None:
+        """Write a block, as it is now, to its file in the folder: complete, or not at all."""
+        file = self._file(block)
+        temporary = file.with_suffix(".part")
+        save_file({name: value.detach().cpu().contiguous() for name, value in self.tensors(block).items()}, temporary)
+        temporary.replace(file)
+        self.kept.add(block)
+
+    def take_kept(self, block: str) -> None:
+        """Read a block from its file in the folder from now on, which an earlier run wrote. The model has its sizes."""
+        if not self._file(block).is_file():
+            raise ModelError(f"{self._file(block)} is missing: start without --resume")
+        self.kept.add(block)
+
+    def tensors(self, block: str) -> dict[str, torch.Tensor]:
+        """A block's own parameters, and the buffers that are saved with them, by their names in the model."""
+        module = self.model.get_submodule(block)
+        values = module.state_dict(prefix=f"{block}.", keep_vars=True)
+        return {name: value for name, value in values.items() if self.block_of(name) == block}
+
+    def rest(self) -> dict[str, torch.Tensor]:
+        """The tensors that are always in memory, by their names in the model."""
+        return {n: v for n, v in self.model.state_dict(keep_vars=True).items() if self.block_of(n) == REST}
+
+    def _file(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"
+
+    def _enter(self, block: str) -> None:
+        if block != REST and not self._held[block]:
+            self._load(block)
+        self._held[block] += 1
+
+    def _leave(self, block: str) -> None:
+        self._held[block] -= 1
+        if block != REST and not self._held[block]:
+            for name, value in self.tensors(block).items():
+                _set(self.model, name, torch.empty_like(value, device="meta"), value)
+
+    def _enters(self, block: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if "forward" not in vars(module):  # else another stands in for it (calibrate.replay)
+                self._enter(block)
+
+        return hook
+
+    def _leaves(self, block: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if "forward" not in vars(module):
+                self._leave(block)
+
+        return hook
+
+    def _load(self, block: str) -> None:
+        """Give a block its values."""
+        if block in self.kept:
+            held = self.model.state_dict(keep_vars=True)
+            for name, value in load_file(self._file(block)).items():
+                _set(self.model, name, value, held[name])
+            return
+        with _opened({self.sources[raw] for raw in self._raw[block]}) as tensors:
+            self._convert({EMBEDDING.get(raw, raw): tensors[raw] for raw in self._raw[block]})
+        if missing := [name for name, value in self._own(block).items() if value.is_meta]:
+            raise ModelError(f"model {self.where}: its weights lack {missing[0]}, or have it in another shape")
+        for path in self.mixers:
+            if block != REST and within(path, block):
+                check_causal(self.model.get_submodule(path), path)
+
+    def _own(self, block: str) -> dict[str, torch.Tensor]:
+        return self.rest() if block == REST else self.tensors(block)
+
+    def _convert(self, tensors: dict[str, Any]) -> None:
+        """Put tensors of the checkpoint into the model: under the names, in the form and dtype that it wants them."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        from sspruner.io.load import tie
+
+        dtype = self.model.config.dtype
+        wanted = LoadStateDictConfig(
+            dtype=dtype, dtype_plan=self.model._get_dtype_plan(dtype), weight_mapping=self._conversions
+        )
+        with _silent():
+            convert_and_load_state_dict_in_model(self.model, tensors, wanted)
+        tie(self.model)
+
+    def _index(self) -> None:
+        """Find out which of the checkpoint's tensors belong to which block.
+
+        Raises ModelError for one that nothing reads in a model that was cut, which is built to measure.
+        """
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        names = self.model.state_dict()
+        self._raw = {block: [] for block in (REST, *self.blocks)}
+        for raw in self.sources:
+            known = EMBEDDING.get(raw, raw)  # mamba_ssm's names
+            name, _ = rename_source_key(known, renamings, converters, self.model.base_model_prefix, names)
+            if name in names:
+                self._raw[self.block_of(name)].append(raw)
+            elif hasattr(self.model.config, RECORD):
+                raise ModelError(f"model {self.where}: config.json knows nothing of {raw}, which is among its weights")
+
+
+def offload(model: Any, where: str, weights: Path, folder: Path) -> Any:
+    """Give a model on the meta device (`io.skeleton`) its weights: those of its blocks one by one, when they are used.
+
+    weights: the folder of the checkpoint. folder: where changed blocks go; made if it is missing. Returns the model.
+    """
+    graph = trace(model)
+    if not graph.blocks:
+        raise ModelError(f"model {where}: its mixers are not inside a list of blocks; it cannot be read block by block")
+    folder.mkdir(parents=True, exist_ok=True)
+    Blocks(model, graph, tensor_files(weights), where, folder)
+    return model
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Every tensor of a checkpoint, by its name there, with the file that holds it."""
+    found: dict[str, Path] = {}
+    for file in weight_files(folder):
+        with _opened({file}) as tensors:
+            found |= dict.fromkeys(tensors, file)
+    return found
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a checkpoint's first tensor, as transformers takes it where the config names none."""
+    with _opened({weight_files(folder)[0]}) as tensors:
+        return next(iter(tensors.values()))[...].dtype  # type: ignore[no-any-return]
+
+
+def write_weights(model: Any, folder: Path) -> None:
+    """What `model.save_pretrained(folder)` writes, of a model whose blocks lie on disk: one file for each block."""
+    blocks: Blocks = offloaded(model)
+    parts = [REST, *blocks.blocks]
+    weight_map: dict[str, str] = {}
+    size = 0
+    one = folder / "part"  # of its own: save_pretrained removes the shards that it finds
+    for number, block in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        with blocks.resident(block), _silent():
+            own = blocks.rest() if block == REST else blocks.tensors(block)
+            model.save_pretrained(one, state_dict={n: value.detach() for n, value in own.items()})
+        (one / "model.safetensors").rename(folder / name)
+        with safe_open(folder / name, framework="pt") as written:
+            weight_map |= dict.fromkeys(written.keys(), name)
+        size += (folder / name).stat().st_size
+    for file in one.iterdir():
+        file.rename(folder / file.name)
+    one.rmdir()
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"model.safetensors{INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shared(model: nn.Module, blocks: list[str]) -> set[str]:
+    """The names, inside blocks, of parameters that other modules hold, too."""
+    held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if held[id(p)] > 1 and any(within(name, block) for block in blocks)
+    }
+
+
+def _conversions(model: Any) -> list[Any]:
+    """How transformers translates the tensors of checkpoints to those of this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model) or [])
+
+
+def _set(model: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    """Give a parameter or buffer another value, as it is."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=like.requires_grad)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without transformers' progress bars: there would be one for every block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _opened(files: set[Path]) -> Iterator[dict[str, Any]]:
+    """The tensors of files by name, none of them read yet."""
+    with ExitStack() as stack:
+        tensors: dict[str, Any] = {}
+        for file in files:
+            if file.suffix == ".safetensors":
+                opened = stack.enter_context(safe_open(str(file), framework="pt"))
+                tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            else:
+                tensors |= unpickled(file)
+        yield tensors
