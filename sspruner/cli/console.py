@@ -48,6 +48,18 @@ def reports_errors(command: Command) -> Command:
 
 
 @contextmanager
+def kept_if_interrupted(working: Path | None) -> Iterator[None]:
+    """Say, when Ctrl-C ends a run that can go on, where what is finished lies. None: it cannot."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if working is None or not working.exists():
+            raise
+        typer.echo(f"sspruner: interrupted; what is finished is kept in {working}: go on with --resume", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A rich progress bar on standard error, if that is a terminal.
 

@@ -115,6 +115,11 @@ Device = Annotated[Optional[str], typer.Option(help="Compute device.", show_defa
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling, windows and the random scorer.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Score again, even if nothing has changed since.")]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="Keep the model on disk and read it block by block; needs --out and a text file."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="With --offload: go on where the same command was interrupted.")]
 Plugin = Annotated[Optional[list[Path]], typer.Option(help="Python file with a plugin. Repeatable.")]
 Out = Annotated[Optional[Path], typer.Option(help="Folder to write the model to.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model in --out.")]

@@ -14,6 +14,7 @@ from sspruner.cli.console import (
     command_line,
     emit,
     from_cache,
+    kept_if_interrupted,
     options_from,
     prepare,
     progress_bar,
@@ -22,6 +23,7 @@ from sspruner.cli.console import (
     scorers_from,
     show,
 )
+from sspruner.errors import InputError
 
 NAME = "prune"
 
@@ -63,6 +65,8 @@ def command(
     seed: o.Seed = 0,
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
+    offload: o.Offload = False,
+    resume: o.Resume = False,
     out: o.Out = None,
     overwrite: o.Overwrite = False,
     json: o.Json = None,
@@ -71,11 +75,12 @@ def command(
     import sspruner
     from sspruner.asked import make_budget, scorers_asked
     from sspruner.io.load import name_of
-    from sspruner.io.output import check_output
+    from sspruner.io.output import check_output, remove_working, working_folder
     from sspruner.limits import limits_from
     from sspruner.plugins import manager
     from sspruner.report.table import result_table
 
+    working = working_folder(out) if offload and out else None
     axes, named = axes_from(axis), scorers_from(scorer) if scorer else None
     budget: dict[str, Any] = {
         "axis": axes,
@@ -103,14 +108,18 @@ def command(
     make_budget(**budget)  # what makes no sense fails before the model is read
     if out:
         check_output(out, overwrite)
+    if offload and not out:
+        raise InputError("--offload writes the cut blocks on the way: add --out DIR")
+    if resume and not offload:
+        raise InputError("--resume goes on with an interrupted --offload: add that, too")
     check_json(json)
     scorer_options = options_from(option)
     prepare(plugin)
     for one in scorers_asked(named, basis, list(axes) if isinstance(axes, dict) else [axes]):
         for name in one.values() if isinstance(one, dict) else [str(one)]:
             manager.scorer(name)
-    with progress_bar() as progress:
-        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
+    with progress_bar() as progress, kept_if_interrupted(working):
+        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, offload=working)
         result = sspruner.prune(
             loaded,
             named,
@@ -127,10 +136,13 @@ def command(
             device=device,
             seed=seed,
             cache=not no_cache,
+            resume=resume,
             progress=progress,
         ).named(name_of(model), command_line())
     if out:
         sspruner.save(result.model, out, tokenizer, result=result, overwrite=overwrite)
+    if working:
+        remove_working(working)
     emit(result.report.to_json(), json)
     if str(json) != "-":
         show(result_table(result.report))

@@ -191,8 +191,9 @@ def trace(model: nn.Module) -> SSMGraph:
             f"{type(model).__name__}: no state-space layer found (it has {found}); "
             f"known mixers: {', '.join(sorted(f.mixer_class for f in families.values()))}"
         )
-    for site in sites:
-        if none := [f"{name} {size}" for name, size in site.layout.sizes.items() if size < 1]:
+    for site in sites:  # a dimension that is no axis may be absent: the MLP rows of mamba_ssm's mixers
+        sizes = {name: size for name, size in site.layout.sizes.items() if name in site.layout.axes}
+        if none := [f"{name} {size}" for name, size in sizes.items() if size < 1]:
             raise ModelError(f"{site.path}: has {', '.join(none)}; every size must be at least 1")
     for site in mixers:
         check_causal(model.get_submodule(site.path), site.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sspruner.device import offloaded
 from sspruner.errors import InputError, ModelError
 from sspruner.io.native import write_native
 from sspruner.io.output import atomic_folder
@@ -47,6 +48,8 @@ def export(model: Any, out: str | Path, tokenizer: Any = None, *, to: str = "hf"
     check_target(to)
     if to == "sspruner":
         return save(model, out, tokenizer, overwrite=overwrite)
+    if offloaded(model):
+        raise ModelError("export reads the whole model: save an offloaded one with sspruner.save, and load that")
     if is_masked(model):
         raise ModelError("the model is masked; cut it with mode slice, or call sspruner.unmask(model) first")
     with atomic_folder(out, overwrite) as folder:

@@ -30,6 +30,7 @@ class Journal:
                     "differ); leave --resume out to start anew"
                 )
             return
+        folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*"):
             if file.suffix in (".safetensors", ".part", ".json"):
                 file.unlink()
@@ -37,9 +38,7 @@ class Journal:
 
     def write(self, phase: str, done: int, tensors: dict[str, torch.Tensor]) -> None:
         """Note that a phase has finished `done` steps, and what it needs to go on."""
-        temporary = self.folder / f"{phase}.part"
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"done": str(done)})
-        temporary.replace(self.folder / f"{phase}.safetensors")
+        write_tensors(self.folder / f"{phase}.safetensors", tensors, {"done": str(done)})
 
     def read(self, phase: str) -> tuple[int, dict[str, torch.Tensor]]:
         """Steps that a phase has finished, and what it needs to go on: 0 and nothing if it was never begun."""
@@ -51,6 +50,17 @@ class Journal:
                 return int(f.metadata()["done"]), {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"resume: {file} cannot be read ({error}); leave --resume out to start anew") from error
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file of tensors: it appears whole or not at all. Raises InputError if it cannot be written."""
+    temporary = file.with_name(f"{file.name}.part")
+    try:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{file} cannot be written ({error}); make room, and go on with --resume") from error
 
 
 def _key(file: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from sspruner.device import OFFLOADED, offloaded
@@ -19,6 +19,7 @@ from sspruner.errors import ModelError
 from sspruner.graph.causality import check_causal
 from sspruner.graph.ssm_graph import SSMGraph, trace, within
 from sspruner.io.checkpoint import INDEX, unpickled, weight_files
+from sspruner.io.journal import write_tensors
 from sspruner.io.native import EMBEDDING
 from sspruner.surgery.record import RECORD
 
@@ -70,10 +71,7 @@ class Blocks:
 
     def keep(self, block: str) -> None:
         """Write a block, as it is now, to its file in the folder: complete, or not at all."""
-        file = self._file(block)
-        temporary = file.with_suffix(".part")
-        save_file({name: value.detach().cpu().contiguous() for name, value in self.tensors(block).items()}, temporary)
-        temporary.replace(file)
+        write_tensors(self._file(block), self.tensors(block))
         self.kept.add(block)
 
     def take_kept(self, block: str) -> None:
@@ -176,12 +174,11 @@ class Blocks:
 def offload(model: Any, where: str, weights: Path, folder: Path) -> Any:
     """Give a model on the meta device (`io.skeleton`) its weights: those of its blocks one by one, when they are used.
 
-    weights: the folder of the checkpoint. folder: where changed blocks go; made if it is missing. Returns the model.
+    weights: the folder of the checkpoint. folder: where changed blocks go. Returns the model.
     """
     graph = trace(model)
     if not graph.blocks:
         raise ModelError(f"model {where}: its mixers are not inside a list of blocks; it cannot be read block by block")
-    folder.mkdir(parents=True, exist_ok=True)
     Blocks(model, graph, tensor_files(weights), where, folder)
     return model
 

@@ -39,6 +39,17 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
+def working_folder(out: str | Path) -> Path:
+    """Where a long run keeps what it has finished, beside its output folder."""
+    out = Path(out).expanduser().absolute()
+    return out.parent / f".{out.name}.working"
+
+
+def remove_working(folder: Path) -> None:
+    """Remove a working folder once its run is through."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _check_parent(path: Path) -> None:
     parent = next(p for p in path.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

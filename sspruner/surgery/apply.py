@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from sspruner.device import offloaded
 from sspruner.errors import InputError, PlanError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.ssm_graph import SSMGraph, trace
@@ -25,6 +26,8 @@ def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
         raise InputError(f"mode {mode!r}: must be slice or mask")
     if is_masked(model):
         raise PlanError("the model is masked; call sspruner.unmask(model) first")
+    if offloaded(model):
+        raise PlanError("an offloaded model can be cut by sspruner.prune alone")
     graph = trace(model)
     check_plan(plan, graph, fingerprint(model), model)
     if mode == "mask":

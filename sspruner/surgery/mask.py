@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sspruner.device import offloaded
 from sspruner.errors import PlanError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import DependencyGroup, Member, as_rows
@@ -71,7 +72,11 @@ def mask(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
 
 @torch.no_grad()
 def mask_group(model: nn.Module, group: DependencyGroup, reduction: Reduction) -> None:
-    """Mask one dependency group of a model, on top of what is masked already."""
+    """Mask one dependency group of a model, on top of what is masked already.
+
+    Raises PlanError where the weights lie on disk: a mask of them would be lost.
+    """
+    _check_in_memory(model, [m.tensor for m in group.members] + [name for b in group.blocks for name in b.writers])
     saved = _saved(model)
     if isinstance(reduction, Projection):
         saved.append(_SavedBasis(group.layer, reduction, mask_state(model, group.layer, reduction)))
@@ -90,6 +95,7 @@ def mask_elements(model: nn.Module, group: DependencyGroup, keep: torch.Tensor) 
     Raises PlanError for a mask of another shape.
     """
     check_mask(keep, group)
+    _check_in_memory(model, [group.tensor])
     data = tensor(model, group.tensor).data
     keep = keep.to(data.device)
     _saved(model).append(_Saved(group.tensor, data[~keep], keep=keep))
@@ -104,6 +110,7 @@ def update_tensors(model: nn.Module, updates: Mapping[str, torch.Tensor]) -> boo
     it. Raises PlanError for a parameter that does not exist, or that has another shape.
     """
     saved, added = _saved(model), new_biases(model, updates)
+    _check_in_memory(model, [name for name in updates if name not in added])
     for name, value in updates.items():
         if name in added:
             add_bias(model, name)
@@ -133,6 +140,13 @@ def _saved(model: nn.Module) -> list[_Saved | _SavedBasis]:
         setattr(model, _SAVED, [])
     found: list[_Saved | _SavedBasis] = getattr(model, _SAVED)
     return found
+
+
+def _check_in_memory(model: nn.Module, names: list[str]) -> None:
+    """Raise PlanError for a parameter that lies on disk: what is written to it now would be lost."""
+    for name in names if offloaded(model) else ():
+        if tensor(model, name).is_meta:
+            raise PlanError(f"{name} is on disk: an offloaded model is cut by sspruner.prune alone")
 
 
 def _write_rows(model: nn.Module, name: str, dims: tuple[int, ...], rows: torch.Tensor, values: torch.Tensor) -> None:
