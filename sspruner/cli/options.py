@@ -117,5 +117,8 @@ Seed = Annotated[int, typer.Option(help="Seed of sampling, windows and the rando
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Score again, even if nothing has changed since.")]
 Plugin = Annotated[Optional[list[Path]], typer.Option(help="Python file with a plugin. Repeatable.")]
 Out = Annotated[Optional[Path], typer.Option(help="Folder to write the model to.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's folder or repository.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model in --out.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Write the result as JSON to this file; - for stdout.")]
