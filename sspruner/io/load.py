@@ -205,7 +205,7 @@ def _watched_init(config_class: type, cuts: list[Cut], where: str, weight_bytes:
     """
     from transformers import AutoModelForCausalLM
 
-    if config_class not in AutoModelForCausalLM._model_mapping.keys():  # of code that the user trusts
+    if config_class not in AutoModelForCausalLM._model_mapping:  # of code that the user trusts
         yield
         return
     model_class: Any = AutoModelForCausalLM._model_mapping[config_class]

@@ -34,8 +34,8 @@ def check_sizes(model: nn.Module, where: str, weight_bytes: int | None = None) -
     parameters = sum(p.numel() for p in model.parameters())
     if weight_bytes is not None and parameters > PER_BYTE * weight_bytes:
         raise ModelError(
-            f"{where}: config.json describes {parameters:,} parameters; its weights do not have the shape that "
-            f"config.json says, for they are {weight_bytes:,} bytes"
+            f"{where}: its weights lack most of the {parameters:,} parameters that config.json describes: they are "
+            f"{weight_bytes:,} bytes"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from sspruner.errors import InputError, ModelError
 from sspruner.io.load import _cannot, _check_folder, _finish_cut, _is_local, _reference, _watched_init
 from sspruner.io.native import native_config
-from sspruner.io.sizes import check_counts, check_sizes
+from sspruner.io.sizes import check_counts
 from sspruner.surgery.record import recorded, restore_stock
 
 
