@@ -61,7 +61,7 @@ class Sensitivity:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             curves = {str(n): {int(k): float(v) for k, v in curve.items()} for n, curve in data["curves"].items()}
             found = cls(curves, int(data["tokens"]), {str(k): str(v) for k, v in data["made_with"].items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             detail = f"{type(error).__name__}: {error}"
             raise InputError(f"sensitivity {path}: cannot be read ({detail}); measure it again") from error
         if not all(math.isfinite(v) for curve in curves.values() for v in curve.values()):

@@ -21,6 +21,7 @@ def command(
     mode: o.Mode = "slice",
     dtype: o.Dtype = "auto",
     tokenizer: o.Tokenizer = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     plugin: o.Plugin = None,
     overwrite: o.Overwrite = False,
 ) -> None:
@@ -31,7 +32,7 @@ def command(
     check_output(out, overwrite)
     made = sspruner.Plan.load(plan)
     prepare(plugin)
-    loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
+    loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
     sspruner.apply(loaded, made, mode=mode)
     sspruner.save(loaded, out, tokenizer, overwrite=overwrite)
     typer.echo(f"{made}\napplied ({mode}), saved to {out}")

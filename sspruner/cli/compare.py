@@ -46,6 +46,7 @@ def command(
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     tokenizer: o.Tokenizer = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     seed: o.Seed = 0,
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
@@ -70,7 +71,7 @@ def command(
     for fraction in sparsity or SPARSITIES:
         make_budget(axis, fraction, None, allocation, multiple_of, ratios, ignore or [], normalise=normalise)
     with progress_bar() as progress:
-        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
+        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
         found = sspruner.compare(
             loaded,
             scorers,

@@ -26,6 +26,7 @@ def command(
     ] = "hf",
     dtype: o.Dtype = "auto",
     tokenizer: o.Tokenizer = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     plugin: o.Plugin = None,
     overwrite: o.Overwrite = False,
 ) -> None:
@@ -39,7 +40,7 @@ def command(
     check_target(to)
     check_output(out, overwrite)
     prepare(plugin)
-    loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
+    loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
     sspruner.export(loaded, out, tokenizer, to=to, overwrite=overwrite)
     typer.echo(f"exported to {out}: {reads(to, out)}")
     if to == "hf-padded":

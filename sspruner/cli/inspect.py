@@ -27,6 +27,7 @@ def command(
     bandwidth: Annotated[
         Optional[str], typer.Option(help="Show tokens per second at most with this memory bandwidth, e.g. 3.35TB/s.")
     ] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     plugin: o.Plugin = None,
     json: o.Json = None,
 ) -> None:
@@ -46,7 +47,7 @@ def command(
     rate = None if bandwidth is None else parse_bandwidth(bandwidth, "--bandwidth")
     made = None if plan is None else sspruner.Plan.load(plan)
     prepare(plugin)
-    loaded = skeleton(model)
+    loaded = skeleton(model, trust_remote_code=trust_remote_code)
     graph = sspruner.trace(loaded)
     found = footprint(loaded, graph, context)
     cut = None if made is None else footprint(loaded, apply_sizes(loaded, made), context)

@@ -122,5 +122,8 @@ Offload = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="With --offload: go on where the same command was interrupted.")]
 Plugin = Annotated[Optional[list[Path]], typer.Option(help="Python file with a plugin. Repeatable.")]
 Out = Annotated[Optional[Path], typer.Option(help="Folder to write the model to.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's folder or repository.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model in --out.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Write the result as JSON to this file; - for stdout.")]

@@ -33,6 +33,7 @@ def command(
     cap: o.Cap = None,
     curves: o.Curves = None,
     dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
     plugin: o.Plugin = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("plan.json"),
 ) -> None:
@@ -50,7 +51,7 @@ def command(
         raise InputError("give fractions by axis or one sparsity or keep for all, not both")
     check_file(out)
     prepare(plugin)
-    loaded, _ = sspruner.load(model, dtype=dtype)
+    loaded, _ = sspruner.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     graph = sspruner.trace(loaded)
     read = sspruner.Scores.load(scores)
     measured = sspruner.Sensitivity.load(curves) if curves else None

@@ -62,6 +62,7 @@ def command(
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     tokenizer: o.Tokenizer = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     seed: o.Seed = 0,
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
@@ -119,7 +120,9 @@ def command(
         for name in one.values() if isinstance(one, dict) else [str(one)]:
             manager.scorer(name)
     with progress_bar() as progress, kept_if_interrupted(working):
-        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, offload=working)
+        loaded, tokenizer = sspruner.load(
+            model, tokenizer=tokenizer, dtype=dtype, offload=working, trust_remote_code=trust_remote_code
+        )
         result = sspruner.prune(
             loaded,
             named,

@@ -26,6 +26,7 @@ def command(
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     tokenizer: o.Tokenizer = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     seed: o.Seed = 0,
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
@@ -64,7 +65,7 @@ def command(
         for name in each.values() if isinstance(each, dict) else [each]:
             manager.scorer(name)
     with progress_bar() as progress:
-        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
+        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
         source: str | sspruner.Calibration = calibration
         if curves:  # scored and measured on the same text
             source = sspruner.calibration(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -66,8 +67,8 @@ def shards(index: Path) -> list[str]:
     for name in files:
         if Path(name).name != name or "\\" in name:
             raise ModelError(f"{where} names {name[:100]!r}, which is not a file of this folder; nothing is read")
-        if not (index.parent / name).is_file():
-            raise ModelError(f"{where} names {name!r}, which is missing")
+        if not os.path.isfile(index.parent / name):  # Path.is_file raises for a name that is too long
+            raise ModelError(f"{where} names {name[:100]!r}, which is missing")
     return files
 
 

@@ -18,8 +18,8 @@ from sspruner.errors import InputError, ModelError
 from sspruner.graph.ssm_graph import trace
 from sspruner.io.checkpoint import INDEX, shards
 from sspruner.io.native import is_native, read_native
-from sspruner.io.save import WEIGHTS
-from sspruner.surgery.record import RECORD, Cut, check_recorded, fields, recorded, restore_stock
+from sspruner.io.sizes import check_counts, check_sizes
+from sspruner.surgery.record import WEIGHTS, Cut, check_recorded, fields, recorded, restore_stock, weights_subfolder
 from sspruner.surgery.slice import cut_buffer, slice_model
 from sspruner.surgery.tensors import add_bias
 
@@ -65,12 +65,21 @@ def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
     """A checkpoint of mamba_ssm, in transformers' classes."""
     from transformers import AutoModelForCausalLM
 
+    check_counts(data)
     config, weights = read_native(Path(where), data)
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     try:
-        loaded, info = model_class.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with _watched_init(type(config), [], f"model {where}", _weight_bytes(Path(where))):
+            loaded, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=weights,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except ModelError:
+        raise
     except Exception as error:  # as below
         raise ModelError(f"model {where}: cannot be loaded: {_brief(error)}") from error
     _check_complete(where, info, cut=True)
@@ -79,30 +88,33 @@ def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
 
 def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
     """A model that transformers knows, with the cuts that its config records."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
     try:
+        check_counts(PreTrainedConfig.get_config_dict(where)[0])
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise many types for a bad config or name
-        raise ModelError(f"model {where}: config cannot be read: {_brief(error)}") from error
+        raise _cannot(error, f"model {where}: config cannot be read", trust_remote_code) from error
     try:
         cut = copy.deepcopy(config)
         cuts = recorded(config)
         restore_stock(config)  # the original model is built, then cut
-        with _cut_after_init(type(config), cuts):
+        folder = weights_subfolder(config)
+        size = _weight_bytes(Path(where) / folder) if _is_local(where) else None
+        with _watched_init(type(config), cuts, f"model {where}", size):
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
-                subfolder=(getattr(cut, RECORD, None) or {}).get("weights", ""),
+                subfolder=folder,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they come back in `info`, with their shapes
             )
-    except InputError:
+    except (InputError, ModelError):
         raise
     except Exception as error:
-        raise ModelError(f"model {where}: cannot be loaded: {_brief(error)}") from error
+        raise _cannot(error, f"model {where}: cannot be loaded", trust_remote_code) from error
     _check_complete(where, info, cut=bool(cuts))
     if cuts:
         _finish_cut(loaded, cut)
@@ -122,7 +134,7 @@ def _offloaded(where: str, dtype: str, folder: Path, trust_remote_code: bool) ->
         except Exception as error:  # the hub raises many types
             raise ModelError(f"model {where}: cannot be fetched: {_brief(error)}") from error
     built = skeleton(where, trust_remote_code=trust_remote_code)
-    weights = Path(where) / (getattr(built.config, RECORD, None) or {}).get("weights", "")
+    weights = Path(where) / weights_subfolder(built.config)
     wanted = getattr(torch, dtype) if dtype != "auto" else built.config.dtype or saved_dtype(weights)
     built = skeleton(where, dtype=wanted, buffers=True, trust_remote_code=trust_remote_code)
     return offload(built, where, weights, folder)
@@ -190,6 +202,8 @@ def _check_folder(path: Path) -> dict[str, Any] | None:
         raise InputError(f"model {path}: no config.json in this folder; is it a Hugging Face model?")
     try:
         data = json.loads(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"model {path}: config.json cannot be read ({error})") from error
     except (ValueError, RecursionError) as error:
         raise ModelError(f"model {path}: config.json is not JSON ({error})") from error
     native = isinstance(data, dict) and is_native(data)
@@ -199,6 +213,7 @@ def _check_folder(path: Path) -> dict[str, Any] | None:
         shards(index)
     for file in sorted([*path.glob("*.safetensors"), *path.glob(f"{WEIGHTS}/*.safetensors")]):
         try:
+            file.open("rb").close()  # safetensors takes a file that may not be read for one that is not there
             with safe_open(str(file), framework="pt") as f:
                 f.keys()
         except (SafetensorError, OSError) as error:
@@ -207,22 +222,26 @@ def _check_folder(path: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _cut_after_init(config_class: type, cuts: list[Cut]) -> Iterator[None]:
-    """While open, models built from this config class get the recorded cuts right after their `__init__`.
+def _watched_init(config_class: type, cuts: list[Cut], where: str, weight_bytes: int | None = None) -> Iterator[None]:
+    """While open, models built from this config class are checked for absurd sizes right after their `__init__`, and
+    then get the recorded cuts.
 
     from_pretrained builds modules on the meta device and then loads weights by name: modules that have their
     final sizes by then are filled exactly, by stock code, conversions included.
     """
-    if not cuts:
-        yield
-        return
     from transformers import AutoModelForCausalLM
 
+    if config_class not in AutoModelForCausalLM._model_mapping:  # of code that the user trusts
+        yield
+        return
     model_class: Any = AutoModelForCausalLM._model_mapping[config_class]
     original = model_class.__init__
 
-    def cut_init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def watched(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        check_sizes(self, where, None if cuts else weight_bytes)
+        if not cuts:
+            return
         tie(self)  # so that shared parameters are cut once
         # Buffers that are not in the checkpoint are made anew after this, in their full size: they are cut at the end.
         self._sspruner_buffers = []
@@ -232,12 +251,18 @@ def _cut_after_init(config_class: type, cuts: list[Cut]) -> Iterator[None]:
             graph = trace(self)
             check_recorded(cut.plan, graph)
             slice_model(self, cut.plan, graph, later=self._sspruner_buffers)
+        check_sizes(self, where, weight_bytes)
 
-    model_class.__init__ = cut_init
+    model_class.__init__ = watched
     try:
         yield
     finally:
         model_class.__init__ = original
+
+
+def _weight_bytes(folder: Path) -> int:
+    """The bytes of the files in a folder that can be weights."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
 
 
 def tie(model: Any) -> None:
@@ -266,7 +291,17 @@ def _tokenizer(where: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above: many types for one user fault
-        raise ModelError(f"model {where}: its tokenizer cannot be read: {_brief(error)}") from error
+        raise _cannot(error, f"model {where}: its tokenizer cannot be read", trust_remote_code) from error
+
+
+def _cannot(error: Exception, what: str, trust_remote_code: bool) -> ModelError:
+    """The error for what transformers could not do; where it asks for code to be trusted, with our option's name."""
+    if "trust_remote_code=True" in str(error) and not trust_remote_code:
+        return ModelError(
+            f"{what}: it needs code of its own, which is not run; read that code, and add --trust-remote-code "
+            "(trust_remote_code=True) if you trust it"
+        )
+    return ModelError(f"{what}: {_brief(error)}")
 
 
 def _brief(error: Exception) -> str:

@@ -83,7 +83,9 @@ def native_config(config: dict[str, Any], where: str) -> Any:
         raise ModelError(f"{where}: {name} is not a field of mamba_ssm {layer} that sspruner knows")
     m = known | mixer
     try:
-        inner = int(m["expand"] * given["d_model"])
+        if not isinstance(m["expand"], int | float):
+            raise ValueError(f"expand is {m['expand']!r}, not a number")
+        inner = int(m["expand"] * _whole(given["d_model"]))
         _refuse_variants(given, m, inner, where)
         common = {
             "hidden_size": _whole(given["d_model"]),
@@ -111,7 +113,7 @@ def native_config(config: dict[str, Any], where: str) -> Any:
             chunk_size=_whole(m["chunk_size"]),
             time_step_limit=tuple(float(limit) for limit in m["dt_limit"]),
         )
-    except (TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # transformers' configs raise errors of their own, too
         raise ModelError(f"{where}: config.json: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -141,7 +143,10 @@ def write_native(model: Any, folder: Path) -> None:
     fields = native_fields(model)
     names = {theirs: name for name, theirs in EMBEDDING.items()}
     weights = {names.get(name, name): tensor for name, tensor in model.state_dict().items()}
-    torch.save(weights, folder / "pytorch_model.bin")
+    try:
+        torch.save(weights, folder / "pytorch_model.bin")
+    except RuntimeError as error:  # what its writer makes of a full disk
+        raise OSError(f"pytorch_model.bin: {error}") from error
     (folder / "config.json").write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
 
 

@@ -16,9 +16,7 @@ from sspruner.io.output import atomic_folder
 from sspruner.planning.plan import axis_of
 from sspruner.planning.tensors import FOLDER
 from sspruner.surgery.mask import added_biases, masked_projections
-from sspruner.surgery.record import RECORD, noted
-
-WEIGHTS = "weights"  # subfolder for weights that only `sspruner.load` can read
+from sspruner.surgery.record import RECORD, WEIGHTS, noted
 
 
 def save(

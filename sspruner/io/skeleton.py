@@ -9,12 +9,10 @@ from typing import Any
 import torch
 
 from sspruner.errors import InputError, ModelError
-from sspruner.io.load import _brief, _check_folder, _cut_after_init, _finish_cut, _is_local, _reference
+from sspruner.io.load import _cannot, _check_folder, _finish_cut, _is_local, _reference, _watched_init
 from sspruner.io.native import native_config
+from sspruner.io.sizes import check_counts
 from sspruner.surgery.record import recorded, restore_stock
-
-LAYERS = 10_000  # more than any model has; a config that says more is wrong, and would take forever to build
-ROWS = 10_000_000  # of one tensor: likewise, and index maps have an entry for each
 
 
 def skeleton(
@@ -39,23 +37,23 @@ def skeleton(
         where = str(Path(where).expanduser())
         native = _check_folder(Path(where))
     try:
-        _check_layers(native or PreTrainedConfig.get_config_dict(where)[0])
+        check_counts(native or PreTrainedConfig.get_config_dict(where)[0])
         if native:
             config = native_config(native, f"model {where}")
         else:
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         cut, cuts = copy.deepcopy(config), recorded(config)
         restore_stock(config)  # the original model is built, then cut
-        with torch.device("meta"), _cut_after_init(type(config), cuts):
+        with torch.device("meta"), _watched_init(type(config), cuts, f"model {where}"):
             built = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
             )
     except (InputError, ModelError):
         raise
     except Exception as error:  # transformers raises many types for a bad config or name
-        raise ModelError(f"model {where}: cannot be built from its config: {_brief(error)}") from error
+        raise _cannot(error, f"model {where}: cannot be built from its config", trust_remote_code) from error
     for name, p in built.named_parameters():
-        if not all(0 < rows <= ROWS for rows in p.shape):
+        if not all(p.shape):
             raise ModelError(f"model {where}: config.json makes {name} {tuple(p.shape)}; no model has such a size")
     if buffers:
         _make_buffers(built)
@@ -72,10 +70,3 @@ def _make_buffers(model: Any) -> None:
             module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device="cpu")
     for module in model.modules():
         model._init_weights(module)  # nothing comes of what is on the meta device
-
-
-def _check_layers(config: dict[str, Any]) -> None:
-    """Raise ModelError for a number of layers that would take forever: before a config makes a list of so many."""
-    for field, value in config.items():
-        if "layer" in field and isinstance(value, int) and value > LAYERS:
-            raise ModelError(f"config.json: {field} is {value:,}; no model has so many")

@@ -104,12 +104,11 @@ class Plan:
         """
         if not isinstance(data, dict) or data.get("version") != VERSION:
             raise PlanError(f"{where}: not a plan of version {VERSION}")
-        if _has_tensors(data):
-            if tensors is None:
-                raise PlanError(f"{where}: its tensors lie in a file beside it; read it with Plan.load")
-            if data.get("tensors") != digest(tensors):
-                raise PlanError(f"{where}: the tensors in its .safetensors file are not those of this plan")
+        if _has_tensors(data) and tensors is None:
+            raise PlanError(f"{where}: its tensors lie in a file beside it; read it with Plan.load")
         try:
+            if _has_tensors(data) and data.get("tensors") != digest(tensors or {}):
+                raise PlanError(f"{where}: the tensors in its .safetensors file are not those of this plan")
             groups = {str(name): from_json(str(name), g, tensors or {}) for name, g in data["groups"].items()}
             elements = {
                 str(name): unpack((tensors or {})[name], tuple(map(integer, m["shape"])))
@@ -117,7 +116,7 @@ class Plan:
             }
             updates = {str(name): (tensors or {})[name] for name in data.get("updates", {})}
             plan = cls(groups, dict(data.get("model", {})), dict(data.get("made_by", {})), elements, updates)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise PlanError(f"{where}: malformed plan ({type(error).__name__}: {error})") from error
         for name, reduction in plan.groups.items():
             check_reduction(f"{where}: {name}", reduction)

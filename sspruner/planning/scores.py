@@ -44,6 +44,7 @@ class Scores:
         if not Path(path).is_file():
             raise InputError(f"scores {path}: no such file")
         try:
+            Path(path).open("rb").close()  # safetensors takes a file that may not be read for one that is not there
             with safe_open(str(path), framework="pt") as f:
                 scores = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
                 metadata = dict(sorted((f.metadata() or {}).items()))

@@ -16,6 +16,7 @@ from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.slice import cut_layout
 
 RECORD = "sspruner"  # key in config.json
+WEIGHTS = "weights"  # subfolder for weights that only `sspruner.load` can read
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,14 @@ def recorded(config: Any) -> list[Cut]:
             raise PlanError(f"{where}: not a record of version {VERSION}: 'biases' are not a list of names")
         cuts.append(Cut(plan, tuple(biases)))
     return cuts
+
+
+def weights_subfolder(config: Any) -> str:
+    """The subfolder with the weights that a config records. Raises PlanError for any but those that `save` makes."""
+    folder = (getattr(config, RECORD, None) or {}).get("weights", "")
+    if folder not in ("", WEIGHTS):
+        raise PlanError(f"config.json, key 'sspruner': 'weights' is {str(folder)[:100]!r}; known: '' and {WEIGHTS!r}")
+    return str(folder)
 
 
 def restore_stock(config: Any) -> None:
