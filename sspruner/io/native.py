@@ -134,7 +134,7 @@ def _refuse_variants(given: dict[str, Any], m: dict[str, Any], inner: int, where
 
 
 def write_native(model: Any, folder: Path) -> None:
-    """Write `config.json`, `generation_config.json` and `pytorch_model.bin`, which is all that their loader reads of weights.
+    """Write `config.json`, `generation_config.json`, and the one file of weights that their loader reads.
 
     model: a stock Mamba2 or Mamba of transformers, by `native_fields`. Shared weights are stored once.
     """

@@ -1,4 +1,4 @@
-"""The model card, README.md of a folder: what was cut from the model, what that cost, how to load it, how to make it."""
+"""The model card, README.md of a folder: what was cut, what that cost, how to load the model, how to make it again."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def write_card(
     (folder / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def model_card(
-    model: Any, reader: str, report: Report | None, *, tokenizer: bool = False, written: Any = None
-) -> str:
+def model_card(model: Any, reader: str, report: Report | None, *, tokenizer: bool = False, written: Any = None) -> str:
     """The card as Markdown, with the front matter that the Hugging Face hub reads.
 
     reader: a key of READERS. report: of the prune that made `model`; without it the card says what the config records.
@@ -53,8 +51,7 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    layers = report.layers if report else {}
-    cuts = [layers] if report else [_layers(cut.plan) for cut in recorded(getattr(model, "config", None))]
+    cuts = [] if report else [_layers(cut.plan) for cut in recorded(model.config)]
     base_model = report.base_model if report else hub_name(model)
     pruned = bool(report or cuts or is_masked(model))
     data = ModelCardData(
@@ -81,7 +78,7 @@ def report_beside(model: Any, folder: str | Path) -> Report | None:
     """The report that lies beside a model which was loaded from `folder`; None if there is none that fits it."""
     try:
         report = Report.load(Path(folder).expanduser() / "report.json")
-        _of_report(report)  # it says what a card needs
+        _ = _of_report(report), _reproducing(report)  # it says what a card needs
         return report if report.pruned["parameters"] == trace(model).parameters else None
     except (InputError, ModelError, KeyError, TypeError, ValueError, AttributeError):
         return None
