@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from test_projection import every_state
@@ -91,6 +91,7 @@ names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20) | st.text
 
 
 @settings(max_examples=40)
+@example(name="a `b` | c", command="sspruner prune 'a\n```\n# b'", source="``|", options={"`": "|"})
 @given(name=names, command=names, source=names, options=st.dictionaries(names, names, max_size=2))
 def test_any_name_and_command_are_said_as_they_are(
     name: str, command: str, source: str, options: dict[str, str], result: Result
