@@ -1,8 +1,9 @@
 # Two commands on a fresh machine with Python 3.11+, git and make: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+ORACLE := .venv-oracle
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench wheel clean oracle-env oracle-test
 
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
@@ -19,11 +20,24 @@ lint: .venv/installed
 wheel: .venv/installed
 	$(BIN)/python -m build --wheel
 
+# Optional: other readers of exports, the packages mamba_ssm and gguf (docs/testing.md). Linux; nothing is compiled.
+oracle-env: $(ORACLE)/installed
+
+oracle-test: .venv/installed $(ORACLE)/installed
+	$(BIN)/python -m pytest --numprocesses 0 tests/test_oracle_env.py
+
 clean:
-	rm -rf .venv build dist pruned
+	rm -rf .venv $(ORACLE) build dist pruned
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sspruner needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(ORACLE)/installed: tests/oracle_env/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/pip install --quiet --constraint constraints.txt --requirement tests/oracle_env/requirements.txt
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(ORACLE)/bin/pip install --quiet --no-build-isolation --no-deps \
+		--no-binary mamba-ssm mamba-ssm==2.2.6.post3
 	@touch $@

@@ -28,7 +28,7 @@ from sspruner.planning.reduction import reduction
 from sspruner.planning.scores import Scores
 from sspruner.refitting import KINDS, check_calibration
 from sspruner.refitting import refit as refit_plan
-from sspruner.report.result import Report, measured, model_size, peak_memory_bytes, sparsity_of, versions
+from sspruner.report.result import Report, hub_name, measured, model_size, peak_memory_bytes, sparsity_of, versions
 from sspruner.search import fraction_of_size, same_size, settle
 from sspruner.streaming import check_offloaded, cut_by_blocks, journal_for
 from sspruner.surgery.mask import mask, mask_elements, mask_group, unmask, update_tensors
@@ -294,6 +294,7 @@ def prune(
         peak_memory_bytes=peak_memory_bytes(),
         seed=seed,
         versions=versions(),
+        base_model=hub_name(model),
     )
     return Result(model, made, scores, report)
 

@@ -57,7 +57,7 @@ def read_back(folder: Path, ids: torch.Tensor, home: Path) -> dict[str, Any]:
 def check_export(model: Any, tmp_path: Path) -> dict[str, Any]:
     ids = tokens(2, 9)
     folder = sspruner.export(model, tmp_path / "out", to="hf-remote")
-    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".py"}
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".py", ".md"}
     assert "sspruner" not in json.loads((folder / "config.json").read_text())
     found = read_back(folder, ids, tmp_path)
     assert torch.equal(torch.tensor(found["logits"]), logits(model, ids).double())

@@ -36,12 +36,14 @@ def command(
     from sspruner.io.output import check_output
     from sspruner.io.skeleton import skeleton
     from sspruner.io.stock import padding
+    from sspruner.report.card import report_beside
 
     check_target(to)
     check_output(out, overwrite)
     prepare(plugin)
     loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
-    sspruner.export(loaded, out, tokenizer, to=to, overwrite=overwrite)
+    report = report_beside(loaded, model) if model else None
+    sspruner.export(loaded, out, tokenizer, to=to, report=report, overwrite=overwrite)
     typer.echo(f"exported to {out}: {reads(to, out)}")
     if to == "hf-padded":
         typer.echo(padding(loaded, skeleton(out)))

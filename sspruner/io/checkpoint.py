@@ -17,6 +17,12 @@ from sspruner.errors import ModelError
 
 NAMES = ("model.safetensors", "pytorch_model.bin")  # what a folder's weights are called, the first one found is read
 INDEX = ".index.json"
+MAX_SHARD = "5GB"  # of one file that is written; transformers 5 makes files of 50 GB
+
+
+def write_model(model: Any, folder: Path, **options: Any) -> None:
+    """`model.save_pretrained`: config, generation config, and safetensors, in shards of MAX_SHARD with an index."""
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD, **options)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

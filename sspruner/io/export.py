@@ -10,8 +10,10 @@ from sspruner.errors import InputError, ModelError
 from sspruner.io.native import write_native
 from sspruner.io.output import atomic_folder
 from sspruner.io.remote import write_remote
-from sspruner.io.save import save
+from sspruner.io.save import write_folder
 from sspruner.io.stock import check_stock, padded, write_stock
+from sspruner.report.card import write_card
+from sspruner.report.result import Report
 from sspruner.surgery.mask import is_masked
 
 TARGETS = {  # and how what was written is read
@@ -34,7 +36,15 @@ def reads(to: str, out: str | Path) -> str:
     return TARGETS[to].format(out=str(out))
 
 
-def export(model: Any, out: str | Path, tokenizer: Any = None, *, to: str = "hf", overwrite: bool = False) -> Path:
+def export(
+    model: Any,
+    out: str | Path,
+    tokenizer: Any = None,
+    *,
+    to: str = "hf",
+    report: Report | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write `model` to the folder `out` for a reader, and return its path. The folder appears whole or not at all.
 
     to: hf         stock classes of transformers; refused, with the nearest cut, if they cannot build its sizes
@@ -43,25 +53,27 @@ def export(model: Any, out: str | Path, tokenizer: Any = None, *, to: str = "hf"
         mamba-ssm  the loader of the package mamba_ssm: Mamba2 and Mamba of one size in all layers
         sspruner   `sspruner.load`: whatever a cut made
 
+    A model card lies in the folder; with `report`, that of the prune which made the model, it says what the cut cost.
     Raises InputError for another target or a folder that is taken, ModelError for a model that it cannot express.
     """
     check_target(to)
-    if to == "sspruner":
-        return save(model, out, tokenizer, overwrite=overwrite)
-    if offloaded(model):
+    if to != "sspruner" and offloaded(model):
         raise ModelError("export reads the whole model: save an offloaded one with sspruner.save, and load that")
-    if is_masked(model):
+    if to != "sspruner" and is_masked(model):
         raise ModelError("the model is masked; cut it with mode slice, or call sspruner.unmask(model) first")
     with atomic_folder(out, overwrite) as folder:
+        if to == "sspruner":
+            write_folder(model, folder, tokenizer, report)
+            return Path(out)
+        written = padded(model) if to == "hf-padded" else model
         if to == "hf-remote":
             write_remote(model, folder)
-        elif to == "hf-padded":
-            write_stock(padded(model), folder)
         elif to == "mamba-ssm":
             check_stock(model, to)
             write_native(model, folder)
         else:
-            write_stock(model, folder)
+            write_stock(written, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        write_card(folder, model, to, report, tokenizer=tokenizer is not None, written=written)
     return Path(out)

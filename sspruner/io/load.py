@@ -25,6 +25,7 @@ from sspruner.surgery.tensors import add_bias
 
 REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each reference model that ships
 DEFAULT = "mamba2-books-4m"
+GENERATION = "generation_config.json"
 
 
 def load(
@@ -83,7 +84,18 @@ def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
     except Exception as error:  # as below
         raise ModelError(f"model {where}: cannot be loaded: {_brief(error)}") from error
     _check_complete(where, info, cut=True)
+    if (Path(where) / GENERATION).is_file():  # their own loader writes none, an export does
+        loaded.generation_config = _generation(where)
     return loaded
+
+
+def _generation(where: str) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(where)
+    except Exception as error:  # as below
+        raise ModelError(f"model {where}: {GENERATION} cannot be read: {_brief(error)}") from error
 
 
 def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:

@@ -136,7 +136,7 @@ def _refuse_variants(given: dict[str, Any], m: dict[str, Any], inner: int, where
 
 
 def write_native(model: Any, folder: Path) -> None:
-    """Write `config.json` and `pytorch_model.bin`, the one file of weights that mamba_ssm's own loader reads.
+    """Write `config.json`, `generation_config.json`, and the one file of weights that their loader reads.
 
     model: a stock Mamba2 or Mamba of transformers, by `native_fields`. Shared weights are stored once.
     """
@@ -148,6 +148,7 @@ def write_native(model: Any, folder: Path) -> None:
     except RuntimeError as error:  # what its writer makes of a full disk
         raise OSError(f"pytorch_model.bin: {error}") from error
     (folder / "config.json").write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
+    model.generation_config.save_pretrained(folder)  # theirs does not read it, `sspruner.load` does
 
 
 def native_fields(model: Any) -> dict[str, Any]:

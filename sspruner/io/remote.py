@@ -13,6 +13,7 @@ from torch import nn
 
 from sspruner.errors import ModelError
 from sspruner.graph.layout import DECODE, ENCODE
+from sspruner.io.checkpoint import write_model
 from sspruner.runtime.sizes import sizes_of
 from sspruner.surgery.record import RECORD, restore_stock
 
@@ -63,7 +64,7 @@ def write_remote(model: Any, folder: Path) -> None:
         "pruned": sizes_of(model, stock),
     }
     # In the names of the modules: older ones are translated by the model's type, which is another now.
-    model.save_pretrained(folder, save_original_format=False)
+    write_model(model, folder, save_original_format=False)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / f"{CODE}.py").write_text(_code(model), encoding="utf-8")
 

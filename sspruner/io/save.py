@@ -11,10 +11,14 @@ import torch
 
 from sspruner import ELEMENT_AXES
 from sspruner.device import offloaded
+from sspruner.io.checkpoint import write_model
 from sspruner.io.offload import write_weights
 from sspruner.io.output import atomic_folder
+from sspruner.io.stock import stock_difference
 from sspruner.planning.plan import axis_of
 from sspruner.planning.tensors import FOLDER
+from sspruner.report.card import write_card
+from sspruner.report.result import Report
 from sspruner.surgery.mask import added_biases, masked_projections
 from sspruner.surgery.record import RECORD, WEIGHTS, noted
 
@@ -27,23 +31,15 @@ def save(
     result: Any = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write `model` and `tokenizer` to the folder `out`, and return its path.
+    """Write `model`, `tokenizer` and a model card to the folder `out`, and return its path.
 
     With `result` (what `sspruner.prune` returned) also plan.json, report.json and, in the subfolder `sspruner`,
-    scores.safetensors and the plan's tensors, if it has some. The folder appears whole or not at all. Weights that
-    stock classes cannot load lie in its subfolder `weights`. Raises InputError if the folder exists and is not empty,
-    unless `overwrite` is given and it holds an earlier model.
+    scores.safetensors and the plan's tensors, if it has some; the card then says what the cut cost, too. The folder
+    appears whole or not at all. Weights that stock classes cannot load lie in its subfolder `weights`. Raises
+    InputError if the folder exists and is not empty, unless `overwrite` is given and it holds an earlier model.
     """
-    with atomic_folder(out, overwrite) as folder, _noted(model):
-        weights = weights_folder(model)
-        if offloaded(model):
-            write_weights(model, folder / weights)
-        else:
-            model.save_pretrained(folder / weights)
-        if weights:
-            (folder / weights / "config.json").rename(folder / "config.json")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    with atomic_folder(out, overwrite) as folder:
+        write_folder(model, folder, tokenizer, result.report if result else None)
         if result is not None:
             # In a folder of its own: some runtimes read every *.safetensors that lies beside config.json.
             (folder / FOLDER).mkdir()
@@ -53,6 +49,22 @@ def save(
                 replace(result.scores, importance=units).save(folder / FOLDER / "scores.safetensors")
             result.report.save(folder / "report.json")
     return Path(out)
+
+
+def write_folder(model: Any, folder: Path, tokenizer: Any, report: Report | None) -> None:
+    """Write what `sspruner.load` reads, and a card, which says what the report does if there is one."""
+    with _noted(model):
+        weights = weights_folder(model)
+        if offloaded(model):
+            write_weights(model, folder / weights)
+        else:
+            write_model(model, folder / weights)
+        if weights:
+            (folder / weights / "config.json").rename(folder / "config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        reader = "sspruner" if weights or stock_difference(model) else "stock"
+        write_card(folder, model, reader, report, tokenizer=tokenizer is not None)
 
 
 def _noted(model: Any) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from sspruner.errors import ModelError, PlanError
 from sspruner.graph.ssm_graph import SSMGraph, trace
+from sspruner.io.checkpoint import write_model
 from sspruner.precision import in_fp32
 from sspruner.runtime.sizes import sizes_of
 from sspruner.surgery.pad import pad
@@ -32,12 +33,12 @@ def write_stock(model: Any, folder: Path) -> None:
     """Write `model` for its stock class. Raises ModelError, with the nearest cut, if that does not build its sizes."""
     check_stock(model, "hf")
     with without_record(model):
-        model.save_pretrained(folder)
+        write_model(model, folder)
 
 
 def check_stock(model: Any, target: str) -> None:
     """Raise ModelError unless the stock class makes of the config alone what the model is: names, shapes, epsilons."""
-    why = _difference(model)
+    why = stock_difference(model)
     if why:
         raise ModelError(f"{target} cannot express this cut: {why}. {nearest(model)}")
 
@@ -59,7 +60,7 @@ def padded(model: Any) -> Any:
         except (PlanError, *REFUSALS) as error:
             why = " ".join(str(error).split())[:200]
             continue
-        if why := _difference(large):
+        if why := stock_difference(large):
             continue
         check_same(model, large, graph)
         _as(model, large)
@@ -110,7 +111,7 @@ def nearest(model: Any) -> str:
     return f"{f'The nearest that it builds: {said}. ' if said else ''}hf-padded, hf-remote and sspruner express more"
 
 
-def _difference(model: Any) -> str:
+def stock_difference(model: Any) -> str:
     """Where a model differs from what its stock class makes of its config; "" if nowhere."""
     stock = _built(_plain(model))
     if stock is None:

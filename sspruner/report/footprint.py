@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sspruner.footprint import Footprint
-from sspruner.report.table import as_bytes
+from sspruner.report.numbers import as_bytes
 
 
 def footprint_table(

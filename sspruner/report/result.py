@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.errors import InputError
 from sspruner.evaluate.damage import Damage
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.io.output import atomic_file
@@ -30,6 +31,7 @@ class Report:
     search: what was looked at before the cut: limits and the curve of cuts, perplexity by scorer, damage by layer, all
     on calibration text; and, of layers of different sizes, what one size for all would cost, on held-out text.
     sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
+    base_model: the name of the model on the hub that it came from (`hub_name`), "" if it came from elsewhere.
     """
 
     scorer: str
@@ -54,6 +56,19 @@ class Report:
     basis: str = "select"
     refit: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
+    base_model: str = ""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Inverse of `save`. Raises InputError for a file that `save` did not write."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data.pop("version") != 1:
+                raise ValueError("its version is not 1")
+            return cls(**data | {"proof": Proof(**data["proof"]) if data["proof"] else None})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}"[:200]
+            raise InputError(f"report {path}: not a report that sspruner wrote ({why})") from error
 
     def to_json(self) -> str:
         """The content of report.json."""
@@ -62,7 +77,8 @@ class Report:
     def save(self, path: str | Path) -> None:
         """Write report.json, atomically."""
         with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+            # Names of files may hold bytes that are no text; as escapes they are JSON.
+            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
 
 
 def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
@@ -73,6 +89,20 @@ def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
         "state_bytes": graph.state_bytes,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def hub_name(model: Any) -> str:
+    """The name that a model has on the hub that it was loaded from; "" if it came from elsewhere."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if not name or Path(name).exists():
+        return ""
+    try:
+        return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else ""
+    except HFValidationError:  # a path that is gone
+        return ""
 
 
 def measured(cost: Damage) -> dict[str, float]:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from sspruner import ELEMENT_AXES
 from sspruner.comparison import Comparison
+from sspruner.report.numbers import as_bytes, percent, span
 from sspruner.report.result import Report
 
 
@@ -27,19 +28,19 @@ def result_table(report: Report) -> RenderableType:
         if not units:
             continue
         before, after = (sorted({layer[when] for layer in units}) for when in ("before", "after"))
-        change = _percent(sum(layer["before"] for layer in units), sum(layer["after"] for layer in units))
-        table.add_row(f"{axis}{' units' if axis != 'state' else ' size'}", _span(before), _span(after), change)
+        change = percent(sum(layer["before"] for layer in units), sum(layer["after"] for layer in units))
+        table.add_row(f"{axis}{' units' if axis != 'state' else ' size'}", span(before), span(after), change)
     for label, key, show in (
         ("state bytes per sequence", "state_bytes", as_bytes),
         ("parameters", "parameters", "{:,}".format),
         ("weight bytes", "weight_bytes", as_bytes),
         ("perplexity, held out", "perplexity", "{:.3f}".format),
     ):
-        table.add_row(label, show(dense[key]), show(pruned[key]), _percent(dense[key], pruned[key]))
+        table.add_row(label, show(dense[key]), show(pruned[key]), percent(dense[key], pruned[key]))
     table.add_row("KL to dense, nats/token", "", f"{pruned['kl_to_dense']:.4f}", "")
     if report.refit:
         without = report.refit["without"]
-        change = _percent(dense["perplexity"], without["perplexity"])
+        change = percent(dense["perplexity"], without["perplexity"])
         table.add_row(f"without refit {report.refit['kind']}: perplexity", "", f"{without['perplexity']:.3f}", change)
         table.add_row("without refit: KL", "", f"{without['kl_to_dense']:.4f}", "")
     if report.sparsity:
@@ -140,20 +141,3 @@ def _continuations(report: Report) -> list[Text]:
     said = report.continuation
     lines = [("prompt", said["prompt"]), ("dense", said["dense"]), ("pruned", said["pruned"])]
     return [Text()] + [Text.assemble((f"{label:>7}: ", "bold"), " ".join(text.split())) for label, text in lines]
-
-
-def _span(values: list[int]) -> str:
-    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-
-def _percent(before: Any, after: Any) -> str:
-    return f"{100 * (after / before - 1):+.2f} %" if before else ""
-
-
-def as_bytes(n: float) -> str:
-    """A size in the unit that suits it, powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
-        n /= 1000
-    return ""
