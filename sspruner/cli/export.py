@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -18,12 +18,15 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
     model: o.Model = None,
     to: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             help="hf: stock transformers. hf-padded: stock, different sizes padded with zeros. hf-remote: transformers "
-            "with trust_remote_code. mamba-ssm: its own loader. sspruner: sspruner.load."
+            "with trust_remote_code. mamba-ssm: its own loader. sspruner: sspruner.load.",
+            show_default="hf, or what --target reads",
         ),
-    ] = "hf",
+    ] = None,
+    target: o.Target = None,
+    tp: o.Tp = 1,
     dtype: o.Dtype = "auto",
     tokenizer: o.Tokenizer = None,
     plugin: o.Plugin = None,
@@ -31,16 +34,16 @@ def command(
 ) -> None:
     """Write a cut model for another reader, or say why that cannot take it."""
     import sspruner
-    from sspruner.io.export import check_target, reads
+    from sspruner.io.export import reads, writer_of
     from sspruner.io.output import check_output
     from sspruner.io.skeleton import skeleton
     from sspruner.io.stock import padding
 
-    check_target(to)
+    writer = writer_of(to, target, tp)
     check_output(out, overwrite)
     prepare(plugin)
     loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype)
-    sspruner.export(loaded, out, tokenizer, to=to, overwrite=overwrite)
-    typer.echo(f"exported to {out}: {reads(to, out)}")
-    if to == "hf-padded":
+    sspruner.export(loaded, out, tokenizer, to=to, target=target, tp=tp, overwrite=overwrite)
+    typer.echo(f"exported to {out}: {reads(writer, out)}")
+    if writer == "hf-padded":
         typer.echo(padding(loaded, skeleton(out)))

@@ -50,6 +50,8 @@ def command(
     params: o.Params = None,
     max_ppl_increase: o.MaxPplIncrease = None,
     max_kl: o.MaxKl = None,
+    target: o.Target = None,
+    tp: o.Tp = 1,
     mode: o.Mode = "slice",
     one_shot: o.OneShot = False,
     refit: o.Refit = "none",
@@ -75,6 +77,7 @@ def command(
     from sspruner.limits import limits_from
     from sspruner.plugins import manager
     from sspruner.report.table import result_table
+    from sspruner.targets import chosen
 
     axes, named = axes_from(axis), scorers_from(scorer) if scorer else None
     budget: dict[str, Any] = {
@@ -100,6 +103,7 @@ def command(
             max_kl=max_kl,
         ),
     }
+    chosen(target, tp)
     make_budget(**budget)  # what makes no sense fails before the model is read
     if out:
         check_output(out, overwrite)
@@ -116,6 +120,8 @@ def command(
             named,
             basis=basis,
             **budget,
+            target=target,
+            tp=tp,
             mode=mode,
             one_shot=one_shot,
             refit=refit,

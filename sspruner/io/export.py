@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sspruner.errors import InputError, ModelError
+from sspruner.fitting import check_fits
 from sspruner.io.native import write_native
 from sspruner.io.output import atomic_folder
 from sspruner.io.remote import write_remote
 from sspruner.io.save import save
 from sspruner.io.stock import check_stock, padded, write_stock
 from sspruner.surgery.mask import is_masked
+from sspruner.targets import chosen
 
 TARGETS = {  # and how what was written is read
     "hf": "AutoModelForCausalLM.from_pretrained({out!r})",
@@ -33,7 +35,32 @@ def reads(to: str, out: str | Path) -> str:
     return TARGETS[to].format(out=str(out))
 
 
-def export(model: Any, out: str | Path, tokenizer: Any = None, *, to: str = "hf", overwrite: bool = False) -> Path:
+def writer_of(to: str | None, target: str | None, tp: int = 1) -> str:
+    """What writes for a reader: `to`, or the writer of a runtime target; "hf" where neither is named.
+
+    Raises InputError for an unknown one, and for a writer whose files the target does not read.
+    """
+    wanted = chosen(target, tp)
+    if to is not None:
+        check_target(to)
+    if wanted is None:
+        return to or "hf"
+    able = {"hf": ("hf", "hf-padded")}.get(wanted.writer, (wanted.writer,))
+    if to is not None and to not in able:
+        raise InputError(f"--to {to}: {wanted.name} does not read that; it reads --to {' or '.join(able)}")
+    return to or wanted.writer
+
+
+def export(
+    model: Any,
+    out: str | Path,
+    tokenizer: Any = None,
+    *,
+    to: str | None = None,
+    target: str | None = None,
+    tp: int = 1,
+    overwrite: bool = False,
+) -> Path:
     """Write `model` to the folder `out` for a reader, and return its path. The folder appears whole or not at all.
 
     to: hf         stock classes of transformers; refused, with the nearest cut, if they cannot build its sizes
@@ -41,19 +68,23 @@ def export(model: Any, out: str | Path, tokenizer: Any = None, *, to: str = "hf"
         hf-padded  stock classes: layers are padded with zeros to one size; the same logits, the memory of that size
         mamba-ssm  the loader of the package mamba_ssm: Mamba2 and Mamba of one size in all layers
         sspruner   `sspruner.load`: whatever a cut made
+    target, tp: a runtime, and over how many GPUs it splits the model: what it reads is written, if it takes the sizes
 
     Raises InputError for another target or a folder that is taken, ModelError for a model that it cannot express.
     """
-    check_target(to)
+    to, wanted = writer_of(to, target, tp), chosen(target, tp)
     if to == "sspruner":
         return save(model, out, tokenizer, overwrite=overwrite)
     if is_masked(model):
         raise ModelError("the model is masked; cut it with mode slice, or call sspruner.unmask(model) first")
+    large = padded(model) if to == "hf-padded" else model
+    if wanted:
+        check_fits(large, wanted)
     with atomic_folder(out, overwrite) as folder:
         if to == "hf-remote":
             write_remote(model, folder)
         elif to == "hf-padded":
-            write_stock(padded(model), folder)
+            write_stock(large, folder)
         elif to == "mamba-ssm":
             check_stock(model, to)
             write_native(model, folder)

@@ -37,7 +37,7 @@ def write_stock(model: Any, folder: Path) -> None:
 
 def check_stock(model: Any, target: str) -> None:
     """Raise ModelError unless the stock class makes of the config alone what the model is: names, shapes, epsilons."""
-    why = _difference(model)
+    why = difference(model)
     if why:
         raise ModelError(f"{target} cannot express this cut: {why}. {nearest(model)}")
 
@@ -59,7 +59,7 @@ def padded(model: Any) -> Any:
         except (PlanError, *REFUSALS) as error:
             why = " ".join(str(error).split())[:200]
             continue
-        if why := _difference(large):
+        if why := difference(large):
             continue
         check_same(model, large, graph)
         _as(model, large)
@@ -90,10 +90,16 @@ def without_record(model: Any) -> Iterator[None]:
 
 
 def nearest(model: Any) -> str:
-    """The cut nearest to a model's that its stock config could say, in words."""
+    """The cut nearest to a model's that its stock config could say, and what says more, in words."""
+    said = nearest_stock(model)
+    return f"{said}{'hf-padded, ' if said or trace(model).family else ''}hf-remote and sspruner express more"
+
+
+def nearest_stock(model: Any) -> str:
+    """The cut nearest to a model's that its stock config could say, in words that end with a blank; "" if unknown."""
     graph, original = trace(model), _original(model)
     if graph.family is None or original is None:
-        return "hf-remote and sspruner express more"
+        return ""
     stock, advice = trace(original), []
     fields = {d for size in graph.family.config_sizes.values() for term in size for d in term}
     for axis in graph.axes:
@@ -107,10 +113,10 @@ def nearest(model: Any) -> str:
         elif axis not in fields:
             advice.append(f"{axis} uncut, at {', '.join(map(str, sorted(whole)))}")
     said = "; ".join(advice)
-    return f"{f'The nearest that it builds: {said}. ' if said else ''}hf-padded, hf-remote and sspruner express more"
+    return f"The nearest that it builds: {said}. " if said else ""
 
 
-def _difference(model: Any) -> str:
+def difference(model: Any) -> str:
     """Where a model differs from what its stock class makes of its config; "" if nowhere."""
     stock = _built(_plain(model))
     if stock is None:

@@ -29,6 +29,7 @@ class Report:
     refit: what was solved for after the cut, the damage without it, each block's error before and after; {} without.
     search: what was looked at before the cut: limits and the curve of cuts, perplexity by scorer, damage by layer, all
     on calibration text; and, of layers of different sizes, what one size for all would cost, on held-out text.
+    target: the runtime that the sizes are for, over how many GPUs, what was rounded for it and what it does with them.
     sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
     """
 
@@ -54,6 +55,7 @@ class Report:
     basis: str = "select"
     refit: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of report.json."""
