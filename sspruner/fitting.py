@@ -34,7 +34,8 @@ class Subject:
     @classmethod
     def of(cls, model: Any) -> Subject:
         """model: sizes alone count, so that it may be on the meta device."""
-        return cls(model, trace(model), difference(model))
+        graph = trace(model)
+        return cls(model, graph, difference(model) if graph.family else "")
 
 
 def check_fits(model: Any, wanted: Target) -> None:

@@ -215,6 +215,8 @@ class Fit:
         found = nearest(choices, wanted, lambda sizes: not any(True for _ in self._broken(sizes)))
         if found is None:
             why = "; ".join(dict.fromkeys(self._broken(wanted))) or "no such size obeys the other options"
+            if not wanted:
+                raise InputError(f"target {t}: does not take the sizes of this model: {why}. {WAYS}")
             asked = ", ".join(f"{axis} {n}" for axis, n in wanted.items())
             raise InputError(f"target {t}: takes no cut like {asked}. {why}; nothing that it takes lies below. {WAYS}")
         return dict(counts) | {name: n for axis, n in found.items() for name in cut[axis]}
