@@ -168,6 +168,11 @@ def test_the_nearest_is_the_nearest(data: st.DataObject) -> None:
         assert total_of(found) == max(map(total_of, near))
 
 
+def test_of_cuts_as_near_the_larger_is_taken() -> None:
+    able = [{"a": 5, "b": 6}, {"a": 6, "b": 7}]
+    assert nearest({"a": [5, 6, 7], "b": [5, 6, 7]}, {"a": 6, "b": 6}, lambda sizes: sizes in able) == able[1]
+
+
 @settings(max_examples=40)
 @given(zoo_models(), st.data())
 def test_one_axis_goes_to_the_nearest_size_that_breaks_no_rule(model: torch.nn.Module, data: st.DataObject) -> None:
