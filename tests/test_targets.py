@@ -169,7 +169,7 @@ def test_the_nearest_is_the_nearest(data: st.DataObject) -> None:
 
 
 def test_of_cuts_as_near_the_larger_is_taken() -> None:
-    able = [{"a": 5, "b": 6}, {"a": 6, "b": 7}]
+    able = [{"a": 6, "b": 5}, {"a": 7, "b": 6}]
     assert nearest({"a": [5, 6, 7], "b": [5, 6, 7]}, {"a": 6, "b": 6}, lambda sizes: sizes in able) == able[1]
 
 
