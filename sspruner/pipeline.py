@@ -18,11 +18,13 @@ from sspruner.device import offloaded, on_device
 from sspruner.errors import InputError
 from sspruner.evaluate.continuation import continuation
 from sspruner.evaluate.damage import damages
+from sspruner.fitting import check_asked, check_cut, trial
 from sspruner.graph.ssm_graph import trace
 from sspruner.io.journal import Journal
 from sspruner.limits import Limits
+from sspruner.planning.allocate import allocate
 from sspruner.planning.cache import cache_key, cached, store
-from sspruner.planning.decide import check_budget, choosers, compared, make_plan, plan
+from sspruner.planning.decide import check_budget, choosers, compared, make_plan, plan, rounded
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.planning.reduction import reduction
 from sspruner.planning.scores import Scores
@@ -33,6 +35,7 @@ from sspruner.search import fraction_of_size, same_size, settle
 from sspruner.streaming import check_offloaded, cut_by_blocks, journal_for
 from sspruner.surgery.mask import mask, mask_elements, mask_group, unmask, update_tensors
 from sspruner.surgery.proof import slice_with_proof
+from sspruner.targets import fit_to
 from sspruner.walk import TOKENS_PER_BATCH, OneScorer, Run
 
 PROMPT_TOKENS, NEW_TOKENS = 24, 40
@@ -108,6 +111,8 @@ def prune(
     floor: Mapping[str, int] | None = None,
     cap: Mapping[str, int] | None = None,
     limits: Limits | None = None,
+    target: str | None = None,
+    tp: int = 1,
     mode: str = "slice",
     one_shot: bool = False,
     refit: str = "none",
@@ -133,14 +138,15 @@ def prune(
     (pattern -> units) say where it differs, allocation and normalise how layers share it (docs/allocation.md). On the
     axes of single elements pattern ("2:4"), granularity and rows say which elements compete. With one_shot, all layers
     are scored on the dense model and cut at once; so it is where layers or scorers compete, and where a limit of damage
-    has to be met. refit "output" or "bias" then solves for what stays on the calibration text, in closed form
-    (docs/refit.md). mode "slice" makes tensors smaller after a proof that this equals the mask; "mask" stops at the
-    mask. resume: go on with the interrupted run on an offloaded model (docs/offload.md), of which such a run may leave
-    a part in its folder. The other arguments are those of `score` and `plan`.
+    has to be met. With a target, all sizes are such as this runtime takes, over tp GPUs (docs/targets.md). refit
+    "output" or "bias" then solves for what stays on the calibration text, in closed form (docs/refit.md). mode "slice"
+    makes tensors smaller after a proof that this equals the mask; "mask" stops at the mask. resume: go on with the
+    interrupted run on an offloaded model (docs/offload.md), of which such a run may leave a part in its folder. The
+    other arguments are those of `score` and `plan`.
 
     Sequential scoring: Menezes & Kyrillidis, GHOST, arXiv 2602.11408. Raises InputError for bad arguments and for a
-    budget that removes nothing, PluginError for a scorer that breaks its contract, ProofError if the cut is not what
-    the plan predicts.
+    budget that removes nothing, ModelError where the target cannot take the cut, PluginError for a scorer that breaks
+    its contract, ProofError if the cut is not what the plan predicts.
     """
     if mode not in ("slice", "mask"):
         raise InputError(f"mode {mode!r}: must be slice or mask")
@@ -156,6 +162,11 @@ def prune(
     asked = scorers_asked(scorer, basis, axes)
     run = Run(model, asked, axes, options, seed, device, tolerant=len(asked) > 1)
     by_axis = run.granularity
+    if fit := fit_to(run.graph, target, tp):
+        check_asked(fit.target, budget, refit, run.has_basis)
+        budget = replace(budget, fit=fit)
+        check_cut(model, trial(run.graph, allocate(run.groups, budget)), run.graph, fit.target)
+    lines = rounded(run.groups, budget) if limits is None else []  # limits settle on sizes that the target takes
     one_shot = one_shot or len(run.jobs) > 1 or budget.compares_layers(run.groups, by_axis)
     by_blocks = offloaded(model) is not None
     if by_blocks:
@@ -232,6 +243,8 @@ def prune(
         one_size = same_size(made, run.graph, multiple_of, lambda keep: plan(run.graph, scores, keep=keep))
         plans |= {"one size": one_size} if one_size else {}
     made = plans.get("refitted", made)
+    if fit:
+        check_cut(model, made, run.graph, fit.target)
 
     # mamba_ssm's generate is another; an offloaded model would be read once for every token
     speaks = tokenizer is not None and hasattr(model, "generation_config") and not by_blocks
@@ -286,6 +299,7 @@ def prune(
         proof=proof,
         refit={"kind": refit, "without": measured(costs["cut"]), "errors": errors} if errors else {},
         search=search,
+        target={**fit.to_json(), "rounded": lines, "notes": fit.target.notes(cut_graph)} if fit else {},
         sparsity=sparsity_of(model, cut_graph, run.axes),
         continuation={"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "dense": said, "pruned": says}
         if speaks

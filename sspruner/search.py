@@ -22,7 +22,7 @@ from sspruner.evaluate.damage import Damage, damages
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.limits import Limits, Sizes, sizes
-from sspruner.planning.budget import Budget
+from sspruner.planning.budget import Budget, Fit
 from sspruner.planning.decide import plan_within
 from sspruner.planning.plan import Plan, axis_of, check_plan
 from sspruner.planning.scores import Scores
@@ -56,9 +56,14 @@ class Found:
         return [asdict(point) for point in self.curve]
 
 
-def fractions(groups: Mapping[str, DependencyGroup], multiple_of: int) -> list[float]:
-    """The fractions to remove that lead to different sizes, mildest first: those of the largest group's steps."""
+def fractions(groups: Mapping[str, DependencyGroup], multiple_of: int, fit: Fit | None = None) -> list[float]:
+    """The fractions to remove that lead to different sizes, mildest first: those of the largest group's steps.
+
+    fit: of those only what a runtime takes.
+    """
     units = max(group.units for group in groups.values())
+    if fit:
+        return [1 - kept / units for kept in reversed(fit.takes(next(iter(groups.values())).axis))]
     step = math.lcm(multiple_of, *(group.multiple_of for group in groups.values()))
     return [1 - kept / units for kept in reversed(range(step, units, step))]
 
@@ -224,7 +229,7 @@ def settle(
     refused: dict[str, str] = {}
     met: dict[str, Found] = {}
     if limits is not None:
-        candidates = fractions(groups, budget.multiple_of)
+        candidates = fractions(groups, budget.multiple_of, budget.fit)
         for label, scored in scores.items():
             try:
                 met[label] = meet(model, graph, partial(cut, scored), candidates, limits, batches, progress)
@@ -263,7 +268,7 @@ def fraction_of_size(
         model,
         graph,
         lambda sparsity: plan_within(graph, none, replace(budget, sparsity=sparsity)),
-        fractions(groups, budget.multiple_of),
+        fractions(groups, budget.multiple_of, budget.fit),
         limits,
     )
     return found.sparsity

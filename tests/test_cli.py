@@ -24,6 +24,7 @@ from zoo import zoo
 
 import sspruner
 from sspruner.cli.main import main
+from sspruner.fitting import offers
 from sspruner.footprint import footprint
 from sspruner.io.load import DEFAULT, REFERENCES
 from sspruner.planning.plan import Plan
@@ -469,7 +470,8 @@ def test_inspect(model: Path, tmp_path: Path) -> None:
     assert "state: 2 groups x 16 units" in shown
     loaded, _ = sspruner.load(model)
     graph = sspruner.trace(loaded)
-    expected = graph.to_json() | {"footprint": footprint(loaded, graph).to_json()}
+    targets = {offer.target.name: offer.to_json() for offer in offers(loaded)}
+    expected = graph.to_json() | {"footprint": footprint(loaded, graph).to_json(), "targets": targets}
     assert json.loads(done("inspect", model, "--json", "-").stdout) == expected
     done("inspect", model, "--json", tmp_path / "graph.json")
     assert json.loads((tmp_path / "graph.json").read_text(encoding="utf-8")) == expected

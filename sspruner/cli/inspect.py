@@ -27,21 +27,28 @@ def command(
     bandwidth: Annotated[
         Optional[str], typer.Option(help="Show tokens per second at most with this memory bandwidth, e.g. 3.35TB/s.")
     ] = None,
+    target: o.Target = None,
+    tp: o.Tp = 1,
     trust_remote_code: o.TrustRemoteCode = False,
     plugin: o.Plugin = None,
     json: o.Json = None,
 ) -> None:
-    """Show a model's graph and what it takes, from its config alone: axes, sizes, bytes, sequences that fit, decode."""
+    """Show a model's graph and what it takes, from its config alone: axes, bytes, sequences that fit, targets."""
     from json import dumps
 
     import sspruner
+    from sspruner.fitting import after, offers
     from sspruner.footprint import footprint
     from sspruner.io.skeleton import skeleton
     from sspruner.limits import parse_bandwidth, parse_bytes
+    from sspruner.planning.plan import check_plan
     from sspruner.report.footprint import footprint_table
+    from sspruner.report.targets import targets_table
     from sspruner.surgery.apply import apply_sizes
+    from sspruner.targets import chosen
 
     check_json(json)
+    wanted = chosen(target, tp)
     batches = batches_from(batch)
     room = None if memory is None else parse_bytes(memory, "--memory")
     rate = None if bandwidth is None else parse_bandwidth(bandwidth, "--bandwidth")
@@ -50,12 +57,17 @@ def command(
     loaded = skeleton(model, trust_remote_code=trust_remote_code)
     graph = sspruner.trace(loaded)
     found = footprint(loaded, graph, context)
+    if made is not None:
+        check_plan(made, graph, model=loaded)
+    taken = offers(loaded if made is None else after(loaded, made, graph), wanted)
     cut = None if made is None else footprint(loaded, apply_sizes(loaded, made), context)
     data = graph.to_json() | {"footprint": found.to_json(batches, room, rate)}
     if cut is not None:
         data["with_plan"] = cut.to_json(batches, room, rate)
+    data["targets"] = {offer.target.name: offer.to_json() for offer in taken}
     emit(dumps(data, indent=2), json)
     if str(json) != "-":
         show(graph.tree())
         assumed = loaded.config.dtype is None
         show(footprint_table(found, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
+        show(targets_table(taken, with_plan=made is not None))

@@ -99,6 +99,11 @@ MaxPplIncrease = Annotated[
 MaxKl = Annotated[
     Optional[float], typer.Option(help="Instead of a fraction: the largest cut within this KL, nats per token.")
 ]
+Target = Annotated[
+    Optional[str],
+    typer.Option(help="Only sizes that this runtime takes: hf, mamba-ssm, vllm, tensorrt-llm or llama.cpp."),
+]
+Tp = Annotated[int, typer.Option(help="GPUs over which vllm or tensorrt-llm splits the model.")]
 MultipleOf = Annotated[int, typer.Option(help="Keep a multiple of this many units.")]
 Mode = Annotated[str, typer.Option(help="slice: smaller tensors, proved. mask: zeros, same sizes.")]
 OneShot = Annotated[bool, typer.Option("--one-shot", help="Score all layers on the dense model, then cut at once.")]

@@ -32,6 +32,8 @@ def command(
     floor: o.Floor = None,
     cap: o.Cap = None,
     curves: o.Curves = None,
+    target: o.Target = None,
+    tp: o.Tp = 1,
     dtype: o.Dtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     plugin: o.Plugin = None,
@@ -39,8 +41,10 @@ def command(
 ) -> None:
     """Decide what to keep: scores and a budget become plan.json."""
     import sspruner
+    from sspruner.fitting import check_cut
     from sspruner.io.output import check_file
     from sspruner.planning.plan import check_plan
+    from sspruner.targets import chosen
 
     fractions = axes_from(axis) if axis else None
     if isinstance(fractions, str):
@@ -50,6 +54,7 @@ def command(
     if fractions is not None and (sparsity is not None or keep is not None):
         raise InputError("give fractions by axis or one sparsity or keep for all, not both")
     check_file(out)
+    wanted = chosen(target, tp)
     prepare(plugin)
     loaded, _ = sspruner.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
     graph = sspruner.trace(loaded)
@@ -73,9 +78,15 @@ def command(
         floor=bounds_from(floor, "--floor"),
         cap=bounds_from(cap, "--cap"),
         curves=measured.curves if measured else None,
+        target=target,
+        tp=tp,
     )
     check_plan(made, graph, sspruner.fingerprint(loaded))
+    if wanted:
+        check_cut(loaded, made, graph, wanted)
     made.save(out)
     if changes := read.metadata.get("changes_weights"):
         typer.echo(f"{changes} changes weights, too: only `sspruner prune` does that; this plan selects", err=True)
+    for line in made.made_by["target"]["rounded"] if wanted else ():
+        typer.echo(f"rounded for {wanted}: {line}")
     typer.echo(f"{made}\nin {out}")

@@ -52,6 +52,8 @@ def command(
     params: o.Params = None,
     max_ppl_increase: o.MaxPplIncrease = None,
     max_kl: o.MaxKl = None,
+    target: o.Target = None,
+    tp: o.Tp = 1,
     mode: o.Mode = "slice",
     one_shot: o.OneShot = False,
     refit: o.Refit = "none",
@@ -80,6 +82,7 @@ def command(
     from sspruner.limits import limits_from
     from sspruner.plugins import manager
     from sspruner.report.table import result_table
+    from sspruner.targets import chosen
 
     working = working_folder(out) if offload and out else None
     axes, named = axes_from(axis), scorers_from(scorer) if scorer else None
@@ -106,6 +109,7 @@ def command(
             max_kl=max_kl,
         ),
     }
+    chosen(target, tp)
     make_budget(**budget)  # what makes no sense fails before the model is read
     if out:
         check_output(out, overwrite)
@@ -128,6 +132,8 @@ def command(
             named,
             basis=basis,
             **budget,
+            target=target,
+            tp=tp,
             mode=mode,
             one_shot=one_shot,
             refit=refit,

@@ -7,6 +7,7 @@ from typing import Any
 
 from sspruner.device import offloaded
 from sspruner.errors import InputError, ModelError
+from sspruner.fitting import check_fits
 from sspruner.io.native import write_native
 from sspruner.io.output import atomic_folder
 from sspruner.io.remote import write_remote
@@ -15,6 +16,7 @@ from sspruner.io.stock import check_stock, padded, write_stock
 from sspruner.report.card import write_card
 from sspruner.report.result import Report
 from sspruner.surgery.mask import is_masked
+from sspruner.targets import chosen
 
 TARGETS = {  # and how what was written is read
     "hf": "AutoModelForCausalLM.from_pretrained({out!r})",
@@ -36,12 +38,30 @@ def reads(to: str, out: str | Path) -> str:
     return TARGETS[to].format(out=str(out))
 
 
+def writer_of(to: str | None, target: str | None, tp: int = 1) -> str:
+    """What writes for a reader: `to`, or the writer of a runtime target; "hf" where neither is named.
+
+    Raises InputError for an unknown one, and for a writer whose files the target does not read.
+    """
+    wanted = chosen(target, tp)
+    if to is not None:
+        check_target(to)
+    if wanted is None:
+        return to or "hf"
+    able = {"hf": ("hf", "hf-padded")}.get(wanted.writer, (wanted.writer,))
+    if to is not None and to not in able:
+        raise InputError(f"--to {to}: {wanted.name} does not read that; it reads --to {' or '.join(able)}")
+    return to or wanted.writer
+
+
 def export(
     model: Any,
     out: str | Path,
     tokenizer: Any = None,
     *,
-    to: str = "hf",
+    to: str | None = None,
+    target: str | None = None,
+    tp: int = 1,
     report: Report | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -52,20 +72,23 @@ def export(
         hf-padded  stock classes: layers are padded with zeros to one size; the same logits, the memory of that size
         mamba-ssm  the loader of the package mamba_ssm: Mamba2 and Mamba of one size in all layers
         sspruner   `sspruner.load`: whatever a cut made
+    target, tp: a runtime, and over how many GPUs it splits the model: what it reads is written, if it takes the sizes
 
     A model card lies in the folder; with `report`, that of the prune which made the model, it says what the cut cost.
     Raises InputError for another target or a folder that is taken, ModelError for a model that it cannot express.
     """
-    check_target(to)
+    to, wanted = writer_of(to, target, tp), chosen(target, tp)
     if to != "sspruner" and offloaded(model):
         raise ModelError("export reads the whole model: save an offloaded one with sspruner.save, and load that")
     if to != "sspruner" and is_masked(model):
         raise ModelError("the model is masked; cut it with mode slice, or call sspruner.unmask(model) first")
+    written = padded(model) if to == "hf-padded" else model
+    if wanted:
+        check_fits(written, wanted)
     with atomic_folder(out, overwrite) as folder:
         if to == "sspruner":
             write_folder(model, folder, tokenizer, report)
             return Path(out)
-        written = padded(model) if to == "hf-padded" else model
         if to == "hf-remote":
             write_remote(model, folder)
         elif to == "mamba-ssm":

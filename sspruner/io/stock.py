@@ -91,10 +91,16 @@ def without_record(model: Any) -> Iterator[None]:
 
 
 def nearest(model: Any) -> str:
-    """The cut nearest to a model's that its stock config could say, in words."""
+    """The cut nearest to a model's that its stock config could say, and what says more, in words."""
+    said = nearest_stock(model)
+    return f"{said}{'hf-padded, ' if said or trace(model).family else ''}hf-remote and sspruner express more"
+
+
+def nearest_stock(model: Any) -> str:
+    """The cut nearest to a model's that its stock config could say, in words that end with a blank; "" if unknown."""
     graph, original = trace(model), _original(model)
     if graph.family is None or original is None:
-        return "hf-remote and sspruner express more"
+        return ""
     stock, advice = trace(original), []
     fields = {d for size in graph.family.config_sizes.values() for term in size for d in term}
     for axis in graph.axes:
@@ -108,7 +114,7 @@ def nearest(model: Any) -> str:
         elif axis not in fields:
             advice.append(f"{axis} uncut, at {', '.join(map(str, sorted(whole)))}")
     said = "; ".join(advice)
-    return f"{f'The nearest that it builds: {said}. ' if said else ''}hf-padded, hf-remote and sspruner express more"
+    return f"The nearest that it builds: {said}. " if said else ""
 
 
 def stock_difference(model: Any) -> str:

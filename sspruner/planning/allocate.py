@@ -59,7 +59,7 @@ def allocate(
             counts[name] = _uniform(group, ratio_of(name, budget), step, bounds_of(name, group.units, step, budget))
         if counts[name] < guarded:
             raise InputError(f"{name}: keeping {counts[name]} units is less than the {guarded} that --ignore protects")
-    return counts
+    return budget.fit.counts(counts, {n: _options(g, budget) for n, g in units.items()}) if budget.fit else counts
 
 
 def _competes(name: str, group: DependencyGroup, budget: Budget) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sspruner.errors import InputError
 from sspruner.graph.group import DependencyGroup
@@ -20,6 +20,22 @@ ALLOCATIONS = ("uniform", "global", "adaptive")
 GRANULARITIES = ("row", "tensor", "global")
 
 Value = TypeVar("Value", int, float)
+
+
+class Fit(Protocol):
+    """Rounds counts of units to those that a runtime takes (`sspruner.targets.Fit`)."""
+
+    def counts(self, counts: Mapping[str, int], options: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Dependency group -> units that stay; options: the counts that everything else allows."""
+
+    def changes(self, asked: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
+        """What was rounded, in words."""
+
+    def takes(self, axis: str) -> list[int]:
+        """The sizes to which one axis alone may be cut in every layer."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a budget records it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,7 @@ class Budget:
     pattern      on the axes of single elements, instead of sparsity: "2:4" keeps 2 of every 4 elements of a row
     granularity  there, where elements compete: "row", "tensor" or "global"; the scorer's own if None
     rows         there, the named runs of rows that compete, such as B and C; all if empty
+    fit          rounds what all of that leads to, to sizes that a runtime takes
 
     A pattern is matched against a dependency group's name, its path, or the end of either from a dot on:
     `layers.0.*`, `*.mixer:head`. On the axes `block` and `mixer` it is matched against the modules, too.
@@ -57,6 +74,7 @@ class Budget:
     normalise: str | None = None
     floor: Mapping[str, int] = field(default_factory=dict)
     cap: Mapping[str, int] = field(default_factory=dict)
+    fit: Fit | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError unless the budget makes sense for some model."""
@@ -109,6 +127,7 @@ class Budget:
         asked |= {"normalise": self.normalise} if self.normalise else {}
         asked |= {"floor": dict(self.floor)} if self.floor else {}
         asked |= {"cap": dict(self.cap)} if self.cap else {}
+        asked |= {"target": self.fit.to_json()} if self.fit else {}
         return asked | ({"rows": list(self.rows)} if self.rows else {})
 
     def compares_layers(self, groups: Mapping[str, DependencyGroup], granularity: Mapping[str, str]) -> bool:

@@ -22,6 +22,7 @@ from sspruner.planning.plan import Plan, axis_of
 from sspruner.planning.reduction import Basis, Reduction, reduction
 from sspruner.planning.scores import Scores
 from sspruner.planning.split import Curve
+from sspruner.targets import fit_to
 
 Choose = Callable[[torch.Tensor], torch.Tensor]  # scores (groups, units) -> what stays: bool, the same shape
 
@@ -43,20 +44,35 @@ def plan(
     floor: Mapping[str, int] | None = None,
     cap: Mapping[str, int] | None = None,
     curves: Mapping[str, Curve] | None = None,
+    target: str | None = None,
+    tp: int = 1,
 ) -> Plan:
     """Keep the highest-scored units of every dependency group in `scores`, on one axis or on several.
 
     The arguments are those of `Budget`: what to remove (`sparsity`, a fraction or one per axis, or `keep`), and where
     (`ratios`, `ignore`, `floor`, `cap`); `allocation="global"` lets layers compete, "adaptive" takes the best split by
-    `curves`, which sspruner.sensitivity measures (docs/allocation.md). Scorers that change weights, too, do so in
-    `prune` only. Raises InputError for an impossible budget, PlanError if the scores do not fit the graph.
+    `curves`, which sspruner.sensitivity measures (docs/allocation.md). With a `target` the sizes are rounded to those
+    that this runtime takes, over `tp` GPUs (docs/targets.md). Scorers that change weights, too, do so in
+    `prune` only. Raises InputError for an impossible budget, PlanError if the scores do not fit the graph,
+    ModelError for a model that the target does not serve.
     """
     sparsity = pattern_sparsity(pattern) if sparsity is None and keep is None and pattern else sparsity
     budget = Budget(
         sparsity, keep, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows, normalise,
-        floor or {}, cap or {},
+        floor or {}, cap or {}, fit_to(graph, target, tp),
     )  # fmt: skip
-    return plan_within(graph, scores, budget, curves)
+    made = plan_within(graph, scores, budget, curves)
+    if budget.fit is None:
+        return made
+    lines = rounded({name: graph.groups[name] for name in scores.importance if name in graph.groups}, budget)
+    return replace(made, made_by=made.made_by | {"target": {**budget.fit.to_json(), "rounded": lines}})
+
+
+def rounded(groups: Mapping[str, DependencyGroup], budget: Budget) -> list[str]:
+    """What the rounding to a target's sizes changes in a uniform budget, in words."""
+    if budget.fit is None:
+        return []
+    return budget.fit.changes(allocate(groups, replace(budget, fit=None)), allocate(groups, budget))
 
 
 def plan_within(graph: SSMGraph, scores: Scores, budget: Budget, curves: Mapping[str, Curve] | None = None) -> Plan:

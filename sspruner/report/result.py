@@ -30,6 +30,7 @@ class Report:
     refit: what was solved for after the cut, the damage without it, each block's error before and after; {} without.
     search: what was looked at before the cut: limits and the curve of cuts, perplexity by scorer, damage by layer, all
     on calibration text; and, of layers of different sizes, what one size for all would cost, on held-out text.
+    target: the runtime that the sizes are for, over how many GPUs, what was rounded for it and what it does with them.
     sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
     base_model: the name of the model on the hub that it came from (`hub_name`), "" if it came from elsewhere.
     """
@@ -57,6 +58,7 @@ class Report:
     refit: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
     base_model: str = ""
+    target: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

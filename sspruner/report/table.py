@@ -118,6 +118,10 @@ def _notes(report: Report) -> list[Text]:
         f"seconds: {', '.join(f'{phase} {s:.1f}' for phase, s in report.seconds.items())}; "
         f"peak memory {as_bytes(report.peak_memory_bytes)}",
     ]
+    if found := report.target:
+        what = f"{found['name']} on {found['tp']} GPUs" if found["tp"] > 1 else found["name"]
+        lines += [f"rounded for {what}: {line}" for line in found["rounded"]]
+        lines += [f"{found['name']}: {line}" for line in found["notes"]]
     if report.sparsity:
         found = report.sparsity
         lines.append(
