@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.device import offloaded
 from sspruner.errors import InputError, ModelError, PlanError
 from sspruner.graph.ssm_graph import SSMGraph, trace
 from sspruner.io.native import native_fields
@@ -94,6 +95,7 @@ def blueprint(model: Any) -> Any:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
+    memo[id(offloaded(model))] = None  # the copy reads nothing from disk
     return copy.deepcopy(model, memo)
 
 

@@ -29,6 +29,7 @@ from sspruner.errors import InputError, ModelError, PlanError, SSPrunerError
 from sspruner.io import journal
 from sspruner.io.load import REFERENCES
 from sspruner.io.output import working_folder
+from sspruner.planning.plan import Plan
 
 TEXT = tokens(12, 19)
 Change = Callable[[Any], None]
@@ -58,6 +59,14 @@ def check_same(ours: Any, theirs: Any, folders: tuple[Path, Path]) -> None:
         assert torch.equal(value, states[1][name]), name
     configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
     assert configs[0] == configs[1]
+
+
+def check_same_weights(ours: Path, theirs: Path) -> None:
+    """Byte for byte. The header of scores.safetensors has its fields in any order, whoever writes it."""
+    files = [file for file in theirs.rglob("*.safetensors") if file.name != "scores.safetensors"]
+    assert len(files) > 1
+    for file in files:
+        assert (ours / file.relative_to(theirs)).read_bytes() == file.read_bytes(), file.name
 
 
 def check_prune(model: Any, root: Path, **arguments: Any) -> None:
@@ -113,7 +122,7 @@ def test_a_cut_model_is_cut_again(family, tmp_path):
     graph = sspruner.trace(model)
     first = next(iter(graph.on_axis("state")))
     plan = half(graph)
-    sspruner.apply(model, sspruner.Plan({first: plan.groups[first]}))
+    sspruner.apply(model, Plan({first: plan.groups[first]}))
     check_prune(model, tmp_path, scorer="magnitude", multiple_of=1)
 
 
@@ -174,23 +183,21 @@ def interrupted(at: int):
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 @pytest.mark.parametrize("scorer", ["ghost", "magnitude", "balanced"])
 def test_an_interrupted_run_goes_on_and_ends_the_same(family, scorer, tmp_path):
-    """Interrupted again and again, after every file that it writes."""
+    """Interrupted again and again, after every second file: a cut block is two, itself and the streams."""
     if scorer == "balanced" and family == "jamba":
         pytest.skip("Mamba1's states have no basis of their own")
     sspruner.save(zoo(family), tmp_path / "model")
     whole = pruned(tmp_path / "model", tmp_path / "whole", offload=tmp_path / "a", scorer=scorer)
     scored: list[str] = []
     for _ in range(100):
-        with interrupted(1), contextlib.suppress(Interrupted):
+        with interrupted(2), contextlib.suppress(Interrupted):
             parts = pruned(tmp_path / "model", tmp_path / "parts", offload=tmp_path / "b", scorer=scorer, resume=True)
             break
         scored.append("interrupted")
     layers = len(offloaded(whole.model).blocks)
-    assert len(scored) >= layers  # each of them wrote no more than one file
+    assert len(scored) >= layers - 1  # each of them wrote no more than two files
     check_same(parts, whole, (tmp_path / "parts", tmp_path / "whole"))
-    for file in (tmp_path / "whole").rglob("*.safetensors"):
-        other = tmp_path / "parts" / file.relative_to(tmp_path / "whole")
-        assert other.read_bytes() == file.read_bytes(), file.name
+    check_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_finished_blocks_are_not_observed_again(tmp_path):
@@ -262,7 +269,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "changes weights": {"scorer": "flap", "axis": "head"},
     "whole model": {"axis": "hidden", "scorer": "magnitude"},
     "single elements": {"axis": "weight", "scorer": "magnitude"},
-    "self": {"calibration": "self"},
+    "sampling": {"calibration": "self"},
 }
 
 
@@ -292,7 +299,7 @@ def test_nothing_else_changes_an_offloaded_model(tmp_path):
         lambda: sspruner.apply(model, plan),
         lambda: sspruner.apply(model, plan, "mask"),
         lambda: sspruner.export(model, tmp_path / "export"),
-        lambda: sspruner.compare(model, ["magnitude"], sparsity=[0.5], calibration=TEXT),
+        lambda: sspruner.compare(model, ["magnitude"], sparsities=[0.5], calibration=TEXT),
     ):
         with pytest.raises((PlanError, ModelError)):
             refused()
@@ -370,8 +377,8 @@ def test_a_killed_process_goes_on_from_the_command_line(tmp_path):
     assert not working_folder(out).exists()
     never = run("--out", str(tmp_path / "never"))
     assert never.returncode == 0, never.stderr
-    for file in out.rglob("*.safetensors"):
-        assert (tmp_path / "never" / file.relative_to(out)).read_bytes() == file.read_bytes()
+    check_same_weights(out, tmp_path / "never")
+    assert Plan.load(out / "plan.json") == Plan.load(tmp_path / "never" / "plan.json")
 
 
 def test_the_command_line_says_what_is_missing(tmp_path):
