@@ -25,6 +25,7 @@ from sspruner.surgery.tensors import add_bias
 
 REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each reference model that ships
 DEFAULT = "mamba2-books-4m"
+CHUNK = 2**24  # values that are looked at at once
 GENERATION = "generation_config.json"
 
 
@@ -156,7 +157,7 @@ def check_finite(model: nn.Module, where: str = "") -> None:
     """Raise ModelError that names the first parameter with a NaN or infinite value, and the model's path if given."""
     prefix = f"model {where}: " if where else ""
     for name, p in in_turn(model):
-        bad = int((~p.detach().isfinite()).sum())
+        bad = sum(int((~part.isfinite()).sum()) for part in p.detach().flatten().split(CHUNK))
         if bad:
             raise ModelError(
                 f"{prefix}{name}: {bad} of {p.numel()} weights are NaN or infinite; the checkpoint is damaged"

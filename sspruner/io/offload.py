@@ -126,7 +126,8 @@ class Blocks:
                 _set(self.model, name, value, held[name])
             return
         with _opened({self.sources[raw] for raw in self._raw[block]}) as tensors:
-            self._convert({EMBEDDING.get(raw, raw): tensors[raw] for raw in self._raw[block]})
+            # Read here: transformers would do so in threads, whose heaps keep what they have freed.
+            self._convert({EMBEDDING.get(raw, raw): tensors[raw][...] for raw in self._raw[block]})
         if missing := [name for name, value in self._own(block).items() if value.is_meta]:
             raise ModelError(f"model {self.where}: its weights lack {missing[0]}, or have it in another shape")
         for path in self.mixers:
