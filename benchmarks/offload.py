@@ -25,7 +25,7 @@ SHAPE = {
     "hidden_size": 2560, "num_hidden_layers": 64, "state_size": 128, "num_heads": 80, "head_dim": 64, "n_groups": 1,
     "vocab_size": 50288, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-SAMPLES, HELD_OUT, SEQ_LEN = 2, 1, 64
+SAMPLES, HELD_OUT, SEQ_LEN = 2, 1, 32
 
 
 def make(folder: Path, layers: int) -> None:

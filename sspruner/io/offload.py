@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sspruner.io.journal import write_tensors
 from sspruner.io.native import EMBEDDING
 from sspruner.surgery.record import RECORD
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks above it are mapped, and unmapped when they are freed
 REST = ""  # what is called like a block: all that is in no block, or in several
 
 
@@ -180,8 +182,15 @@ def offload(model: Any, where: str, weights: Path, folder: Path) -> Any:
     graph = trace(model)
     if not graph.blocks:
         raise ModelError(f"model {where}: its mixers are not inside a list of blocks; it cannot be read block by block")
+    _return_what_is_freed()
     Blocks(model, graph, tensor_files(weights), where, folder)
     return model
+
+
+def _return_what_is_freed() -> None:
+    """Make glibc give the memory of every tensor back when it is freed: its heap would keep pieces of each block."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
