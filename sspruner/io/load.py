@@ -157,7 +157,7 @@ def check_finite(model: nn.Module, where: str = "") -> None:
     """Raise ModelError that names the first parameter with a NaN or infinite value, and the model's path if given."""
     prefix = f"model {where}: " if where else ""
     for name, p in in_turn(model):
-        bad = sum(int((~part.isfinite()).sum()) for part in p.detach().flatten().split(CHUNK))
+        bad = sum(int((~part.isfinite()).sum()) for part in torch.split(p.detach().flatten(), CHUNK))
         if bad:
             raise ModelError(
                 f"{prefix}{name}: {bad} of {p.numel()} weights are NaN or infinite; the checkpoint is damaged"

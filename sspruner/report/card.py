@@ -227,7 +227,13 @@ def _reproducing(report: Report) -> list[str]:
 
 
 def _layers(plan: Any) -> dict[str, dict[str, int]]:
-    return {name: {"before": kept.before, "after": kept.after} for name, kept in plan.groups.items()}
+    """In the order of the layers: a record has them in another once it has been in a file."""
+
+    def place(name: str) -> str:
+        return re.sub(r"\d+", lambda number: number[0].zfill(9), name)
+
+    names = sorted(plan.groups, key=place)
+    return {n: {"before": plan.groups[n].before, "after": plan.groups[n].after} for n in names}
 
 
 def _code(text: str) -> str:
