@@ -47,6 +47,7 @@ def check_offloaded(run: Run, budget: Budget, limits: Limits | None, mode: str, 
     """Raise InputError for what needs more of a model than one block at a time."""
     shared = {site.path for site in run.graph.sites if site.aliases}
     why = {
+        "the model was cut already: save it, and load that": bool(offloaded(run.model).kept),
         "mode mask leaves nothing on disk to save": mode == "mask",
         f"refit {refit} runs dense blocks beside cut ones": refit != "none",
         "scorers are compared on the whole model": len(run.jobs) > 1,

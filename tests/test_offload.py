@@ -228,6 +228,28 @@ def test_another_run_is_not_resumed(other, tmp_path):
     check_same(anew, theirs, (tmp_path / "out", tmp_path / "memory"))
 
 
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    """That of the model itself, say: starting anew empties the folder."""
+    sspruner.save(zoo("mamba2"), tmp_path / "model")
+    before = {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    with pytest.raises(InputError, match="a folder of its own"):
+        pruned(tmp_path / "model", tmp_path / "out", offload=tmp_path / "model")
+    assert {file: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
+
+
+def test_a_model_that_was_cut_is_saved_before_it_is_cut_again(tmp_path):
+    """Its blocks lie in the working folder, which another run would empty."""
+    sspruner.save(zoo("mamba2"), tmp_path / "model")
+    result = pruned(tmp_path / "model", tmp_path / "out", offload=tmp_path / "w")
+    with pytest.raises(InputError, match="save it, and load that"):
+        sspruner.prune(result.model, "magnitude", axis="head", sparsity=0.5, calibration=TEXT, samples=8)
+    assert torch.equal(logits(result.model, tokens()), logits(sspruner.load(tmp_path / "out")[0], tokens()))
+
+
+def test_for_a_target(tmp_path):
+    check_prune(zoo("mamba2"), tmp_path, keep=4, sparsity=None, target="hf")
+
+
 def test_a_damaged_journal_is_named(tmp_path):
     sspruner.save(zoo("mamba2"), tmp_path / "model")
     with interrupted(2), pytest.raises(Interrupted):

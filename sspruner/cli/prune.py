@@ -149,7 +149,8 @@ def command(
             progress=progress,
         ).named(name_of(model), command_line())
     if out:
-        sspruner.save(result.model, out, tokenizer, result=result, overwrite=overwrite)
+        with kept_if_interrupted(working):
+            sspruner.save(result.model, out, tokenizer, result=result, overwrite=overwrite)
     if working:
         remove_working(working)
     emit(result.report.to_json(), json)

@@ -79,4 +79,5 @@ def shards(index: Path) -> list[str]:
 
 
 def unpickled(file: Path) -> Any:
+    """What a pickle holds, tensors alone, mapped where it can be. Raises what torch.load does."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

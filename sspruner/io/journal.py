@@ -20,7 +20,7 @@ class Journal:
     def __init__(self, folder: Path, key: str, *, resume: bool) -> None:
         """key: of all that the run depends on. Without resume, or if nothing was finished, the folder is emptied.
 
-        Raises InputError for resuming what was another run.
+        Raises InputError for resuming what was another run, and for a folder with files that are not a run's.
         """
         self.folder = folder
         if resume and (folder / NAME).is_file():
@@ -31,8 +31,11 @@ class Journal:
                 )
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for file in folder.glob("*"):
-            if file.suffix in (".safetensors", ".part", ".json"):
+        files = list(folder.iterdir())
+        if files and not (folder / NAME).is_file():
+            raise InputError(f"offload {folder}: holds files of another kind; give a folder of its own")
+        for file in files:
+            if file.suffix in (".safetensors", ".part") and file.is_file():
                 file.unlink()
         (folder / NAME).write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
 
