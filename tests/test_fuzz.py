@@ -347,3 +347,13 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(kind: str, good: 
         )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 200, "MiB more than a good model takes"
+
+
+@pytest.mark.parametrize("kind", ["plain", "cut"])
+def test_a_config_of_more_than_its_weights_can_hold_is_refused(kind: str, good: Path) -> None:
+    """A size that some model has, but not this one; after the cuts that the config records, too."""
+    with copied(good / "models" / kind) as folder:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1_000_000}))
+        with pytest.raises(sspruner.ModelError, match="its weights lack most of the"):
+            sspruner.load(folder)
