@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import native_model
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
+from sspruner.cli.console import kept_if_interrupted
 from sspruner.cli.main import app
 from sspruner.device import offloaded, resident
 from sspruner.errors import InputError, ModelError, PlanError, SSPrunerError
@@ -401,6 +403,17 @@ def test_a_killed_process_goes_on_from_the_command_line(tmp_path):
     assert never.returncode == 0, never.stderr
     check_same_weights(out, tmp_path / "never")
     assert Plan.load(out / "plan.json") == Plan.load(tmp_path / "never" / "plan.json")
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys):
+    """Where nothing is finished yet, as any other command."""
+    for working in (None, tmp_path / "none"):
+        with pytest.raises(KeyboardInterrupt), kept_if_interrupted(working):
+            raise KeyboardInterrupt
+    with pytest.raises(typer.Exit) as exit_, kept_if_interrupted(tmp_path):
+        raise KeyboardInterrupt
+    assert exit_.value.exit_code == 130
+    assert f"{tmp_path}: go on with --resume" in capsys.readouterr().err
 
 
 def test_the_command_line_says_what_is_missing(tmp_path):
