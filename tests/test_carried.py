@@ -17,10 +17,10 @@ from zoo import zoo
 
 import sspruner
 from sspruner.io import checkpoint
-from sspruner.io.export import TARGETS
+from sspruner.io.export import WRITERS
 from sspruner.planning.plan import Plan
 
-SHARDED = [to for to in TARGETS if to != "mamba-ssm"]
+SHARDED = [to for to in WRITERS if to != "mamba-ssm"]
 WEIGHTS = ("backbone.layers.0.mixer:state",)  # cut alone, no stock config can say it
 
 
@@ -114,7 +114,7 @@ settings_of_generation = st.fixed_dictionaries(
 )  # temperature and top_k without do_sample: published configs are like that, too
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", WRITERS)
 @settings(max_examples=10)
 @given(values=settings_of_generation, alone=st.booleans())
 def test_the_generation_config_goes_along(
@@ -145,7 +145,7 @@ def test_a_damaged_generation_config_of_a_native_folder_is_refused(tmp_path: Pat
         sspruner.load(folder)
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", WRITERS)
 def test_the_tokenizer_goes_along(to: str, tmp_path: Path, reference: tuple) -> None:
     """With a chat template and special tokens of its own."""
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""Export: a model as a folder that other readers than sspruner open. Each target has a file that writes it."""
+"""Export: a model as a folder that other readers than sspruner open. Each of them has a file that writes for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sspruner.report.result import Report
 from sspruner.surgery.mask import is_masked
 from sspruner.targets import chosen
 
-TARGETS = {  # and how what was written is read
+WRITERS = {  # and how what was written is read
     "hf": "AutoModelForCausalLM.from_pretrained({out!r})",
     "hf-remote": "AutoModelForCausalLM.from_pretrained({out!r}, trust_remote_code=True)",
     "hf-padded": "AutoModelForCausalLM.from_pretrained({out!r})",
@@ -27,15 +27,15 @@ TARGETS = {  # and how what was written is read
 }
 
 
-def check_target(to: str) -> None:
-    """Raise InputError unless something writes for this target."""
-    if to not in TARGETS:
-        raise InputError(f"--to {to}: unknown target; known: {', '.join(TARGETS)}")
+def check_writer(to: str) -> None:
+    """Raise InputError unless something writes for this reader."""
+    if to not in WRITERS:
+        raise InputError(f"--to {to}: unknown target; known: {', '.join(WRITERS)}")
 
 
 def reads(to: str, out: str | Path) -> str:
     """The call that reads what was exported."""
-    return TARGETS[to].format(out=str(out))
+    return WRITERS[to].format(out=str(out))
 
 
 def writer_of(to: str | None, target: str | None, tp: int = 1) -> str:
@@ -45,7 +45,7 @@ def writer_of(to: str | None, target: str | None, tp: int = 1) -> str:
     """
     wanted = chosen(target, tp)
     if to is not None:
-        check_target(to)
+        check_writer(to)
     if wanted is None:
         return to or "hf"
     able = {"hf": ("hf", "hf-padded")}.get(wanted.writer, (wanted.writer,))
