@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +300,19 @@ def test_any_scores_and_curves(data: st.DataObject, good: Path) -> None:
             sspruner.plan(graph, scores, sparsity=0.5, allocation="adaptive", curves=curves)
 
         survives(plan)
+
+
+def test_every_bit_of_the_header_of_scores(tmp_path: Path) -> None:
+    """All of them: which fields lie where changes from file to file."""
+    model, file = tiny_model(layers=1), tmp_path / "s.safetensors"
+    graph = sspruner.trace(model)
+    sspruner.score(model, "magnitude").save(file)
+    content = file.read_bytes()
+    for at in range(8 + int.from_bytes(content[:8], "little")):
+        for bit in range(8):
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+            with suppress(sspruner.SSPrunerError):
+                sspruner.plan(graph, sspruner.Scores.load(file), sparsity=0.5, allocation="global")
 
 
 def damage(data: st.DataObject, file: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,8 +13,11 @@ from safetensors.torch import save_file
 
 from sspruner.errors import InputError
 from sspruner.io.output import atomic_file
+from sspruner.planning.budget import GRANULARITIES
 from sspruner.planning.reduction import PARTS, Basis
 
+# Metadata that decisions read, as JSON: axis -> one of these values.
+TABLES: dict[str, tuple[Any, ...]] = {"comparable": (True, False), "granularity": GRANULARITIES}
 SUFFIXES = tuple(f".{part}" for part in PARTS)
 
 
@@ -56,7 +61,18 @@ class Scores:
         for name, importance in scores.items():
             if importance.ndim != 2 or not importance.is_floating_point() or not importance.isfinite().all():
                 raise InputError(f"scores {path}: {name} is not a finite (groups, units) tensor; score again")
+        for key, known in TABLES.items():
+            if not _is_table(metadata.get(key, "{}"), known):
+                raise InputError(f"scores {path}: its metadata {key!r} is not a table by axis; score again")
         return cls(scores, metadata, bases=bases)
+
+
+def _is_table(text: str, known: tuple[Any, ...]) -> bool:
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(table, dict) and all(value in known for value in table.values())
 
 
 def _bases(tensors: dict[str, torch.Tensor], path: str) -> dict[str, Basis]:
