@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from common import insert, progress, provenance, table
-from train_recall import TEST_SEED, TEST_SEQUENCES, recall, sequences
+from train_recall import TEST_SEED, TEST_SEQUENCES
 
 import sspruner
+from sspruner.evaluate.recall import recall, sequences
 
 KEPT = (0.75, 0.5, 0.375, 0.25, 0.125)  # fractions of the states
 SEEDS = (0, 1, 2)  # of the random scorer
@@ -54,7 +55,7 @@ def accuracy(model: Any, calibration: sspruner.Calibration, test: torch.Tensor, 
     for seed in seeds:
         cut = copy.deepcopy(model)
         sspruner.prune(cut, keep=keep, mode="mask", calibration=calibration, seed=seed, **ROWS[label])
-        runs.append(recall(cut, test))
+        runs.append(recall(cut, test)[0])
     return torch.stack(runs).mean(0)
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     calibration = sspruner.calibration(observed, model, samples=CALIBRATION_SEQUENCES, held_out=HELD_OUT)
     test = tasks(model, TEST_SEQUENCES, TEST_SEED)
 
-    dense = summary(recall(model, test))
+    dense = summary(recall(model, test)[0])
     progress(f"dense: {dense[0]:.3f} ± {dense[1]:.3f}")
     found: dict[str, dict[int, tuple[float, float]]] = {label: {} for label in given.rows}
     for label in given.rows:

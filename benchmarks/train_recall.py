@@ -22,37 +22,12 @@ from common import progress, provenance
 from torch import nn
 
 import sspruner
+from sspruner.evaluate.recall import answers, recall, sequences
 
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP, DECAY, CLIP = 1e-2, 0.1, 50, 0.5, 1.0  # warm-up in steps; decay: a fraction
 BATCH, FIRST_PAIRS, MORE_PAIRS, LEARNED = 64, 4, 4, 0.9
 STEP, RATE = 0.5, 0.05  # dt and -A before training: learns sooner than with those of a language model
 TEST_SEQUENCES, TEST_SEED = 512, 1_000_000
-
-
-def sequences(count: int, pairs: int, vocabulary: int, generator: torch.Generator) -> torch.Tensor:
-    """Random recall tasks: int64 (count, 4 pairs), with keys below vocabulary / 2 and values from there on."""
-    half = vocabulary // 2
-    keys = torch.rand(count, half, generator=generator).argsort(1)[:, :pairs]  # (count, pairs), all different
-    values = torch.randint(half, vocabulary, (count, pairs), generator=generator)
-    order = torch.rand(count, pairs, generator=generator).argsort(1)
-    queries, answers = keys.gather(1, order), values.gather(1, order)
-    return torch.cat([torch.stack([keys, values], 2).flatten(1), torch.stack([queries, answers], 2).flatten(1)], 1)
-
-
-def answers(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits after each query (b, pairs, vocabulary), and the value that should follow, int64 (b, pairs)."""
-    first = tokens.shape[1] // 2
-    return model(input_ids=tokens, use_cache=False).logits[:, first::2], tokens[:, first + 1 :: 2]
-
-
-@torch.no_grad()
-def recall(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The fraction of each sequence's queries that get the right value: fp64 (sequences,)."""
-    rows = []
-    for batch in tokens.split(BATCH):
-        logits, target = answers(model, batch)
-        rows.append((logits.argmax(-1) == target).double().mean(1))
-    return torch.cat(rows)
 
 
 def new_model(state: int, layers: int, hidden: int, head_dim: int, vocabulary: int, seed: int) -> Any:
@@ -96,7 +71,8 @@ def train(model: Any, pairs: int, steps: int, seed: int) -> None:
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(step / WARM_UP, 1, (1 - step / steps) / DECAY)
-        logits, target = answers(model, sequences(BATCH, now, model.config.vocab_size, generator))
+        tokens = sequences(BATCH, now, model.config.vocab_size, generator)
+        logits, target = answers(model(input_ids=tokens, use_cache=False).logits, tokens)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -139,7 +115,7 @@ def main() -> None:
     minutes = (time.monotonic() - start) / 60
     sspruner.save(model, given.out, overwrite=True)
     generator = torch.Generator().manual_seed(TEST_SEED)
-    right = recall(model, sequences(TEST_SEQUENCES, given.pairs, given.vocabulary, generator))
+    right, _ = recall(model, sequences(TEST_SEQUENCES, given.pairs, given.vocabulary, generator))
     error = float(right.std()) / math.sqrt(len(right))
     print(f"{given.out}: accuracy {float(right.mean()):.4f} ± {error:.4f}, trained in {minutes:.1f} minutes")
     print(provenance(f"seed {given.seed}, {TEST_SEED} (test sequences); {given.steps} steps of {BATCH} sequences"))

@@ -1,0 +1,94 @@
+"""Intervals for what was measured window by window or item by item: bootstrap, seeded, paired where two are compared.
+
+    perplexity            exp(sum_w nll_w / sum_w tokens_w)
+    ratio of two          exp(sum_w (nll_w - against_w) / sum_w tokens_w)      the same windows of both
+    rate                  sum_w part_w / sum_w count_w                         KL per token, share of tokens
+    mean, difference      mean_i x_i, mean_i (x_i - against_i)                 the same items of both
+    share                 hits / items, Wilson's score interval
+
+Windows or items are drawn anew, with replacement, RESAMPLES times; the interval is from the 2.5th to the 97.5th
+percentile, widened to hold the value itself. Tokens of one window depend on each other, so windows are drawn whole.
+A bootstrap of equal items, or of a single one, has no width: it has seen no spread, and says nothing about it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from sspruner.errors import InputError
+
+RESAMPLES = 2000
+CHUNK = 2**22  # numbers that are drawn at once
+LEVEL, WILSON_Z = (0.025, 0.975), 1.959964
+
+
+class Interval(NamedTuple):
+    """A value and its 95 % interval; in JSON the list [value, low, high]."""
+
+    value: float
+    low: float
+    high: float
+
+
+def perplexity(nll: torch.Tensor, tokens: torch.Tensor, seed: int = 0) -> Interval:
+    """From sums of negative log-likelihood, in nats, and numbers of tokens of each window: both (windows,)."""
+    return _exp(rate(nll, tokens, seed))
+
+
+def perplexity_ratio(nll: torch.Tensor, against: torch.Tensor, tokens: torch.Tensor, seed: int = 0) -> Interval:
+    """A model's perplexity over another's on the same windows. nll, against, tokens: (windows,)."""
+    _check_pairs(nll, against)
+    return _exp(rate(nll.double() - against.double(), tokens, seed))
+
+
+def rate(part: torch.Tensor, count: torch.Tensor, seed: int = 0) -> Interval:
+    """Sum over sum, such as KL per token. part, count: (windows,). Raises InputError if nothing was counted."""
+    part, count = part.double().cpu(), count.double().cpu()
+    _check_pairs(part, count)
+    keep = count > 0
+    part, count = part[keep], count[keep]
+    if not len(part):
+        raise InputError("nothing to measure: no window holds a token that is predicted from another")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    at_once = max(1, CHUNK // len(part))
+    for done in range(0, RESAMPLES, at_once):
+        picks = torch.randint(len(part), (min(at_once, RESAMPLES - done), len(part)), generator=generator)
+        drawn.append(part[picks].sum(1) / count[picks].sum(1))
+    value = float(part.sum() / count.sum())
+    low, high = torch.cat(drawn).quantile(torch.tensor(LEVEL, dtype=torch.float64)).tolist()
+    return Interval(value, min(low, value), max(high, value))
+
+
+def mean(values: torch.Tensor, seed: int = 0) -> Interval:
+    """Mean over items. values: (items,)."""
+    return rate(values, torch.ones(len(values)), seed)
+
+
+def difference(values: torch.Tensor, against: torch.Tensor, seed: int = 0) -> Interval:
+    """Mean of values - against over the same items, both (items,)."""
+    _check_pairs(values, against)
+    return mean(values.double().cpu() - against.double().cpu(), seed)
+
+
+def share(hits: torch.Tensor) -> Interval:
+    """The share of items that hit, bool (items,). Wilson's interval has a width also where all of them do, or none."""
+    n, z = len(hits), WILSON_Z
+    if not n:
+        raise InputError("nothing to measure: there are no items")
+    p = float(hits.double().mean())
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return Interval(p, min(max(low, 0.0), p), max(min(high, 1.0), p))
+
+
+def _check_pairs(values: torch.Tensor, others: torch.Tensor) -> None:
+    if values.shape != others.shape or values.ndim != 1:
+        raise InputError(f"{tuple(values.shape)} and {tuple(others.shape)} items: not the same items")
+
+
+def _exp(interval: Interval) -> Interval:
+    return Interval(*(math.exp(x) if x < 700 else math.inf for x in interval))
