@@ -3,8 +3,8 @@
 A window gives the model at most `window` tokens and asks for the one after each. The next window begins `stride` tokens
 later; what an earlier window has predicted is context there, and counts no more. So every token of a text but its
 first, which has no context, is counted exactly once, and (but for the first window) with more than window - stride
-tokens before it. With stride = window, windows lie end to end. The last window of a text ends with the text and may be shorter;
-windows of one batch are padded on the right, and padding is neither context nor counted.
+tokens before it. With stride = window, windows lie end to end. The last window of a text ends with the text and may be
+shorter; windows of one batch are padded on the right, and padding is neither context nor counted.
 """
 
 from __future__ import annotations
