@@ -79,6 +79,39 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+@contextmanager
+def live_table(draw: Callable[[Any], Any]) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Any], None]]]:
+    """A progress bar with a table above it that grows, on standard error, if that is a terminal.
+
+    Yields the callbacks that the Python API takes as `progress` and `on_row`; draw makes a table of what the latter gets.
+    """
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    task = bar.add_task("working", total=None)
+    if not console.is_terminal:
+        yield lambda phase, done, total: None, lambda known: None
+        return
+    with Live(bar, console=console, transient=True) as live:
+        yield (
+            lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total),
+            lambda known: live.update(Group(draw(known), bar)),
+        )
+
+
+def names_from(given: list[str] | None) -> list[str]:
+    """`ghost,balanced`, several times: every name once, in order."""
+    return list(dict.fromkeys(name.strip() for text in given or [] for name in text.split(",") if name.strip()))
+
+
+def fractions_from(given: list[str] | None, what: str) -> list[float]:
+    """`0.25,0.5`, several times."""
+    return [_fraction(text, what) for text in names_from(given)]
+
+
 def prepare(plugins: list[Path] | None) -> None:
     """Before a command's work: load --plugin files, keep transformers from talking over our output.
 

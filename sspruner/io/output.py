@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,6 +37,22 @@ def check_file(path: str | Path) -> Path:
         raise InputError(f"output {path}: no folder {path.parent}; make it first")
     _check_parent(path)
     return path
+
+
+def check_results(out: str | Path, marks: Sequence[str]) -> Path:
+    """A folder that is written file by file over several runs, made if it is not there.
+
+    marks: files, at least one of which lies in such a folder. Raises InputError for a folder that holds other things.
+    """
+    out = Path(out).expanduser().absolute()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output {out}: is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not any((out / mark).exists() for mark in marks):
+        raise InputError(f"output {out}: holds other files, none of them {' or '.join(marks)}; choose another folder")
+    _check_parent(out)
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def working_folder(out: str | Path) -> Path:
@@ -71,7 +87,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             made.mkdir()
             yield made
-            _readable(made)
+            _readable(*(file for file in made.rglob("*") if file.is_file()))
             check_output(out, overwrite)  # again: another run may have been faster
             if out.exists():
                 out.rename(old)
@@ -94,18 +110,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     with _writing(path):
         try:
             yield temporary
+            _readable(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _readable(folder: Path) -> None:
+def _readable(*files: Path) -> None:
     """Give files the mode that the user's umask asks for: safetensors writes them readable by their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~umask)
+    for file in files:
+        file.chmod(0o666 & ~umask)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sspruner import ELEMENT_AXES
-from sspruner.comparison import Comparison
+from sspruner.report.compared import Comparison
 from sspruner.report.numbers import as_bytes, percent, span
 from sspruner.report.result import Report
 
@@ -83,30 +83,16 @@ def _by_cost(scorers: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def comparison_table(found: Comparison) -> RenderableType:
-    """One row for each scorer, one column for each cut: perplexity and KL to the dense model."""
-    title = f"{escape(found.model)}: axis {found.axis}; perplexity (KL, nats/token); dense {found.dense_perplexity:.3f}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("scorer")
-    for sparsity in found.sparsities:
-        table.add_column(f"{100 * sparsity:g} %", justify="right")
-    reasons = []
-    for label, row in found.cells.items():
-        shown = []
-        for cell in row.values():
-            if isinstance(cell, str):
-                reasons.append(f"– {label}: {cell}")
-                shown.append("–")
-            else:
-                shown.append(f"{cell.pruned_perplexity:.3f} ({cell.kl:.4f})")
-        table.add_row(label, *shown)
-    data = found.calibration
-    where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
-    note = (
-        f"one-shot scores; calibration: {data['source']}, {data['tokens']:,} tokens; measured on "
-        f"{data['held_out_tokens']:,} others ({where}); seed {found.seed}"
-    )
-    cached = [f"from the cache: {', '.join(found.from_cache)}; --no-cache scores again"] if found.from_cache else []
-    return Group(table, *[Text(line) for line in (*dict.fromkeys(reasons), note, *cached)])
+    """For each measure a table: a row for each scorer, a column for each cut; then what it rests on."""
+    parts: list[RenderableType] = []
+    for title, head, rows in found.tables():
+        table = Table(title=f"{escape(found.model)}: axis {found.axis}; {title}", title_justify="left")
+        for name in head:
+            table.add_column(name, justify="left" if name == head[0] else "right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        parts.append(table)
+    return Group(*parts, *map(Text, found.notes()))
 
 
 def _notes(report: Report) -> list[Text]:
