@@ -83,7 +83,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 def live_table(draw: Callable[[Any], Any]) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Any], None]]]:
     """A progress bar with a table above it that grows, on standard error, if that is a terminal.
 
-    Yields the callbacks that the Python API takes as `progress` and `on_row`; draw makes a table of what the latter gets.
+    Yields the callbacks that the Python API takes as `progress` and `on_row`; draw makes a table of what that one gets.
     """
     from rich.console import Console, Group
     from rich.live import Live
