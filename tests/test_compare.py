@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def test_every_cell_is_that_of_its_own_steps() -> None:
             assert (cell.state_bytes, cell.parameters) == (after.state_bytes, after.parameters)
     assert found.cells["ghost"][0.5] != found.cells["magnitude"][0.5]
     assert (found.dense.state_bytes, found.dense.parameters) == (graph.state_bytes, graph.parameters)
+
+
+def test_padding_is_not_measured() -> None:
+    model = tiny_model(state=6)
+    data = data_of(model)
+    short = torch.ones_like(data.held_out_mask)
+    short[1, 9:] = False
+    padded = replace(data, held_out_mask=short)
+    plan = sspruner.plan(sspruner.trace(model), sspruner.score(model, "magnitude"), sparsity=0.5)
+    alone = damage(model, plan, sspruner.trace(model), padded.held_out_batches(8))
+    cut = sspruner.compare(model, ["magnitude"], sparsities=(0.5,), calibration=padded).cells["magnitude"][0.5]
+    assert isinstance(cut, Cut)
+    assert cut.measures["perplexity"].value == pytest.approx(alone.pruned_perplexity, rel=1e-6)
+    assert cut.measures["kl_to_dense"].value == pytest.approx(alone.kl, rel=1e-4)
 
 
 def test_the_dense_model_beside_itself_is_level_and_intervals_hold_their_values() -> None:
@@ -152,6 +167,9 @@ def test_finished_rows_are_taken_again_until_something_changes(tmp_path: Path) -
     with torch.no_grad():
         model.backbone.layers[0].mixer.D[0] += 1
     assert forwards(["magnitude"])[1].cells["magnitude"] != one_go.cells["magnitude"]
+    first = forwards(["ghost"])[1].cells["ghost"]
+    changed = replace(data, tokens=data.tokens.flip(0, 1))  # other scores, the same held-out text
+    assert forwards(["ghost"], calibration=changed)[1].cells["ghost"] != first
     scores = sspruner.Scores.load(out / "scores" / "last.safetensors")
     assert scores.metadata["scorer"] == "last"
     other = tmp_path / "other"
