@@ -30,6 +30,9 @@ def command(
     target: o.Target = None,
     tp: o.Tp = 1,
     trust_remote_code: o.TrustRemoteCode = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw each layer's size, and its scores where the folder has some.")
+    ] = False,
     plugin: o.Plugin = None,
     json: o.Json = None,
 ) -> None:
@@ -44,6 +47,7 @@ def command(
     from sspruner.planning.plan import check_plan
     from sspruner.report.footprint import footprint_table
     from sspruner.report.targets import targets_table
+    from sspruner.report.terminal import plots
     from sspruner.surgery.apply import apply_sizes
     from sspruner.targets import chosen
 
@@ -71,3 +75,5 @@ def command(
         assumed = loaded.config.dtype is None
         show(footprint_table(found, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
         show(targets_table(taken, with_plan=made is not None))
+        for picture in plots(loaded, model, made) if plot else []:
+            show(picture)
