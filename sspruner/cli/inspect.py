@@ -69,11 +69,12 @@ def command(
     if cut is not None:
         data["with_plan"] = cut.to_json(batches, room, rate)
     data["targets"] = {offer.target.name: offer.to_json() for offer in taken}
+    pictures = plots(loaded, model, made) if plot else []
     emit(dumps(data, indent=2), json)
     if str(json) != "-":
         show(graph.tree())
         assumed = loaded.config.dtype is None
         show(footprint_table(found, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
         show(targets_table(taken, with_plan=made is not None))
-        for picture in plots(loaded, model, made) if plot else []:
+        for picture in pictures:
             show(picture)

@@ -104,12 +104,14 @@ def bars(names: Sequence[str], before: Sequence[int], after: Sequence[int], y: s
 
 
 def heat(values: Sequence[Sequence[float]], names: Sequence[str], x: str, low: float, label: str) -> Draw:
-    """Rows of numbers from `low` to 0 as colours; NaN where a row is shorter."""
+    """Rows of decades from `low`, a whole number, to 0 as colours; NaN where a row is shorter."""
 
     def draw(palette: Palette) -> Any:
         figure, ax = _axes(palette, height=min(7.0, 1.5 + 0.16 * len(values)))
         shown = ax.imshow(values, cmap="cividis", vmin=low, vmax=0, aspect="auto", interpolation="none")
         bar = figure.colorbar(shown, ax=ax, location="bottom", shrink=0.7, aspect=36, label=label)
+        decades = range(round(low), 1)
+        bar.set_ticks(list(decades), labels=[f"1/{10**-d:,}" if d else "best" for d in decades])
         bar.outline.set_visible(False)
         bar.ax.tick_params(color=palette.ink)
         ax.grid(False)
@@ -174,7 +176,7 @@ def _rendered(draw: Draw, palette: Palette, kind: str, salt: str) -> bytes:
     return out.getvalue()
 
 
-def _axes(palette: Palette, height: float = 3.6) -> tuple[Any, Any]:
+def _axes(palette: Palette, height: float = 3.4) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -186,10 +188,11 @@ def _axes(palette: Palette, height: float = 3.6) -> tuple[Any, Any]:
 
 
 def _legend(figure: Any, ax: Any) -> None:
-    """Below the axes, so that these keep their width on a phone."""
+    """Below the axes, so that these keep their width on a phone; the picture grows, so that they keep their height."""
     handles, labels = ax.get_legend_handles_labels()
     if labels:
         columns = 3 if max(map(len, labels)) <= 14 else 2 if max(map(len, labels)) <= 24 else 1
+        figure.set_figheight(figure.get_figheight() + 0.2 * (-(-len(labels) // columns) - 1))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 

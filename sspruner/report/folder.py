@@ -146,7 +146,7 @@ def _add_json(found: Folder, path: Path, name: str) -> None:
             raise ValueError("its version is not 1")
         READERS[kind](found, name, data)
         found.origin[name] = _origin(data)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"report {path}: not a whole {kind}.json ({_brief(error)}); make it again") from error
 
 

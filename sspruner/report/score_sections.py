@@ -65,7 +65,7 @@ def _heat(name: str, label: str, axis: str, rows: Mapping[str, torch.Tensor]) ->
         f"Scores of {label}: layers and {axis} units",
         "Bright: near the best of its layer. Dark: a tenth, a hundredth, a thousandth of it or less. A row with few "
         "bright units can be cut far.",
-        heat(values, short_names(rows), f"{axis} unit", -float(DECADES), "orders of magnitude below the layer's best"),
+        heat(values, short_names(rows), f"{axis} unit", -float(DECADES), "share of the layer's best score"),
         Table("", ("layer", "units", "largest", "median", "smallest", "within a tenth of the largest"), tuple(table)),
     )
 
@@ -108,8 +108,7 @@ def _agreement(scores: Mapping[str, Scores], sparsities: tuple[float, ...]) -> F
         "agreement",
         "Do scorers agree?",
         "Of the units that one scorer keeps, the share that the other removes at the same cut. Drawn are pairs of a "
-        "rank by weights alone and one that text was calibrated for, where there are both; the table has all. GHOST's "
-        "paper reports 41 % at a cut of 50 %, for models of its own.",
+        "rank by weights alone and one that text was calibrated for, where there are both; the table has all pairs.",
         lines([*drawn, chance], "removed, %", "displaced, %"),
         Table("", ("scorer", "and", *(f"{cut:g} % removed" for cut in cuts)), rows),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -35,12 +35,13 @@ class Bars:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         full, empty = ("#", ".") if options.ascii_only else ("█", "░")
         most = max(was for was, _ in self.sizes.values())
-        room = max(8, min(60, options.max_width - LABEL - 2 - len(f" {most} of {most}")))
+        column = _column(self.sizes)
+        room = max(8, min(60, options.max_width - column - 2 - len(f" {most} of {most}")))
         yield from _line(self.title, Style(bold=True))
         for name, (was, now) in self.sizes.items():
             long, short = round(room * was / most), round(room * now / most)
             said = f" {now}" if now == was else f" {now} of {was}"
-            yield Segment(f"{_label(name)}  ")
+            yield Segment(_label(name, column))
             yield Segment(full * short, Style(color=Color.parse("cyan")))
             yield from _line(f"{empty * (long - short)}{said}", Style())
 
@@ -54,11 +55,12 @@ class Heat:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widest = max(len(row) for row in self.rows.values())
-        each = ceil(widest / max(8, options.max_width - LABEL - 2))  # units in one character
+        column = _column(self.rows)
+        each = ceil(widest / max(8, options.max_width - column - 2))  # units in one character
         coloured = console.color_system in ("256", "truecolor") and not options.ascii_only
         yield from _line(self.title, Style(bold=True))
         for name, row in self.rows.items():
-            yield Segment(f"{_label(name)}  ")
+            yield Segment(_label(name, column))
             for start in range(0, len(row), each):
                 part = row[start : start + each]
                 level = 1 + sum(part) / len(part) / DECADES  # 0 to 1
@@ -134,9 +136,14 @@ def _character(level: float, scale: str) -> str:
     return scale[min(len(scale) - 1, int(max(0.0, level) * len(scale)))]
 
 
-def _label(name: str) -> str:
+def _column(names: Iterable[str]) -> int:
+    """Characters for the names of layers."""
+    return min(LABEL, max(map(len, names)))
+
+
+def _label(name: str, width: int) -> str:
     """The end of a name, where layers differ, in a column."""
-    return name[-LABEL:].ljust(LABEL)
+    return f"{name[-width:]:{width}}  "
 
 
 def _line(text: str, style: Style) -> RenderResult:
