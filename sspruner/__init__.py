@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sspruner.planning.scores import Scores
     from sspruner.plugins.scorer import Scorer
     from sspruner.refitting import Refit, refit
+    from sspruner.report.html import write_report
     from sspruner.surgery.apply import apply
     from sspruner.surgery.mask import masked, unmask
 
@@ -69,6 +70,7 @@ _HOME = {
     "sensitivity": "sspruner.curves",
     "trace": "sspruner.graph.ssm_graph",
     "unmask": "sspruner.surgery.mask",
+    "write_report": "sspruner.report.html",
 }
 
 __all__ = [
@@ -108,6 +110,7 @@ __all__ = [
     "sensitivity",
     "trace",
     "unmask",
+    "write_report",
 ]
 
 

@@ -194,6 +194,7 @@ class Run:
 
     def _metadata(self, job: Job, model: str, data: Calibration | None, sequential: bool) -> dict[str, str]:
         used = data if job.needs != {"weights"} else None
+        spectra = [cls.spectrum for cls, _ in job.scorers.values() if cls.spectrum]
         elements = {axis: cls.granularity for axis, (cls, _) in job.scorers.items() if axis in sspruner.ELEMENT_AXES}
         return {
             "sspruner": sspruner.__version__,
@@ -206,6 +207,7 @@ class Run:
             "seed": str(self.seed),
             "comparable": json.dumps({axis: cls.comparable for axis, (cls, _) in job.scorers.items()}, sort_keys=True),
             **({"granularity": json.dumps(elements)} if elements else {}),
+            **({"spectrum": spectra[0]} if spectra else {}),
             **({"changes_weights": ", ".join(dict.fromkeys(job.changes_weights))} if job.changes_weights else {}),
         }
 

@@ -30,6 +30,9 @@ def command(
     target: o.Target = None,
     tp: o.Tp = 1,
     trust_remote_code: o.TrustRemoteCode = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw each layer's size, and its scores where the folder has some.")
+    ] = False,
     plugin: o.Plugin = None,
     json: o.Json = None,
 ) -> None:
@@ -44,6 +47,7 @@ def command(
     from sspruner.planning.plan import check_plan
     from sspruner.report.footprint import footprint_table
     from sspruner.report.targets import targets_table
+    from sspruner.report.terminal import plots
     from sspruner.surgery.apply import apply_sizes
     from sspruner.targets import chosen
 
@@ -65,9 +69,12 @@ def command(
     if cut is not None:
         data["with_plan"] = cut.to_json(batches, room, rate)
     data["targets"] = {offer.target.name: offer.to_json() for offer in taken}
+    pictures = plots(loaded, model, made) if plot else []
     emit(dumps(data, indent=2), json)
     if str(json) != "-":
         show(graph.tree())
         assumed = loaded.config.dtype is None
         show(footprint_table(found, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
         show(targets_table(taken, with_plan=made is not None))
+        for picture in pictures:
+            show(picture)

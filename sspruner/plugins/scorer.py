@@ -38,6 +38,7 @@ class Scorer(ABC):
             directions of the state, and coordinates() says which; then axes is {"state"}
     comparable  whether importance can be compared between layers as it is: a loss, a share. If not, the allocation
             "global" divides it by the root of the layer's sum of squares (sspruner.planning.comparable)
+    spectrum    in words, what importance is if it is a spectrum, such as "Hankel singular values": reports draw it
     granularity   on the axes of single elements: whether they compete within a "row", a "tensor", or "global"
     """
 
@@ -47,6 +48,7 @@ class Scorer(ABC):
     basis: ClassVar[str] = "select"
     granularity: ClassVar[str] = "tensor"
     comparable: ClassVar[bool] = False
+    spectrum: ClassVar[str] = ""
 
     axis: str = ""  # set by the engine: the axis being scored
     seed: int = 0  # set by the engine: the run's seed
