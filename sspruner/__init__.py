@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sspruner.calibrate.view import SSMView
     from sspruner.comparison import compare
     from sspruner.curves import Sensitivity, sensitivity
+    from sspruner.evaluate.result import Evaluation
+    from sspruner.evaluation import evaluate_model
     from sspruner.graph.family import Family
     from sspruner.graph.fingerprint import fingerprint
     from sspruner.graph.ssm_graph import SSMGraph, trace
@@ -45,6 +47,7 @@ ELEMENT_AXES = {"weight", "decay"}
 _HOME = {
     "Calibration": "sspruner.calibrate.sources",
     "Choose": "sspruner.planning.decide",
+    "Evaluation": "sspruner.evaluate.result",
     "Family": "sspruner.graph.family",
     "Limits": "sspruner.limits",
     "Plan": "sspruner.planning.plan",
@@ -58,6 +61,7 @@ _HOME = {
     "apply": "sspruner.surgery.apply",
     "calibration": "sspruner.calibrate.sources",
     "compare": "sspruner.comparison",
+    "evaluate_model": "sspruner.evaluation",
     "export": "sspruner.io.export",
     "fingerprint": "sspruner.graph.fingerprint",
     "load": "sspruner.io.load",
@@ -78,6 +82,7 @@ __all__ = [
     "Calibration",
     "Choose",
     "ELEMENT_AXES",
+    "Evaluation",
     "Family",
     "InputError",
     "Limits",
@@ -97,6 +102,7 @@ __all__ = [
     "apply",
     "calibration",
     "compare",
+    "evaluate_model",
     "export",
     "fingerprint",
     "hookimpl",

@@ -88,7 +88,7 @@ def calibration(
         tokens = sample_from(model, samples + held_out, seq_len, seed=seed, progress=progress)
     else:
         name = str(source)
-        tokens = _windows(_read(name), _required(tokenizer), seq_len, samples + held_out, seed, name)
+        tokens = _windows(read_text(name), _required(tokenizer), seq_len, samples + held_out, seed, name)
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
     _check(tokens, mask, model, name)
@@ -114,42 +114,43 @@ def _required(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _read(name: str) -> str:
+def read_text(name: str, what: str = "calibration") -> str:
+    """The text of a UTF-8 file, or of a dataset's column `text`, joined; `what` it is for goes into errors."""
     if not name.strip():
-        raise InputError("calibration: the name is empty; give self, a text file or a dataset")
+        raise InputError(f"{what}: the name is empty; give self, a text file or a dataset")
     path = Path(name).expanduser()
     if path.is_file():
         data = path.read_bytes()
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"calibration file {name}: not UTF-8 (byte {error.start}); convert it") from error
+            raise InputError(f"{what} file {name}: not UTF-8 (byte {error.start}); convert it") from error
     elif path.suffix in TEXT_SUFFIXES:
-        raise InputError(f"calibration file {name}: no such file")
+        raise InputError(f"{what} file {name}: no such file")
     else:
-        text = _read_dataset(name)
+        text = "\n\n".join(read_dataset(name, what))
     if not text.strip():
-        raise InputError(f"calibration {name}: empty")
+        raise InputError(f"{what} {name}: empty")
     return text
 
 
-def _read_dataset(name: str) -> str:
-    """The `text` column of a `datasets` dataset: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (default split: train)."""
+def read_dataset(name: str, what: str = "calibration", default_split: str = "train") -> list[str]:
+    """The `text` column of a `datasets` dataset: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT."""
     import datasets
 
     path, config, split = [*name.split(":"), "", ""][:3]
     try:
         with _quiet():
-            rows = datasets.load_dataset(path, config or None, split=split or "train")
+            rows = datasets.load_dataset(path, config or None, split=split or default_split)
     except Exception as error:  # the hub, a loader or a parser may fail in any way
         brief = str(error.__cause__ or error).strip().split("\n")[0]
-        raise InputError(f"calibration {name}: no such file, and datasets cannot load it: {brief}") from error
+        raise InputError(f"{what} {name}: no such file, and datasets cannot load it: {brief}") from error
     if "text" not in rows.column_names:
-        raise InputError(f"calibration {name}: no column 'text'; it has {', '.join(rows.column_names)}")
+        raise InputError(f"{what} {name}: no column 'text'; it has {', '.join(rows.column_names)}")
     texts = [text for text in rows["text"] if text is not None]
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"calibration {name}: its column 'text' holds {type(texts[0]).__name__}, not text")
-    return "\n\n".join(texts)
+        raise InputError(f"{what} {name}: its column 'text' holds {type(texts[0]).__name__}, not text")
+    return texts
 
 
 @contextmanager

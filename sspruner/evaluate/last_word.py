@@ -12,14 +12,17 @@ a second guess, any filter.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sspruner.calibrate.sources import read_dataset, read_text
 from sspruner.errors import InputError
 from sspruner.forward import forward
 
@@ -73,6 +76,24 @@ def passages(
     if samples is not None:
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()[:samples]
     return [_split(tokenizer, texts[i], i, max_length) for i in order]
+
+
+def read_passages(name: str) -> list[str]:
+    """The texts of a local .jsonl, an object with `text` in each line, or of a `datasets` dataset, split test unless
+    named: NAME[:CONFIG[:SPLIT]]. Raises InputError for what is neither, with the line that is none."""
+    if not Path(name).expanduser().is_file() and Path(name).suffix != ".jsonl":
+        return read_dataset(name, "lambada", "test")
+    texts = []
+    for number, line in enumerate(read_text(name, "lambada").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            texts.append(None)
+        if not isinstance(texts[-1], str):
+            raise InputError(f'lambada file {name}: line {number} is not JSON with a "text"')
+    return texts
 
 
 def _split(tokenizer: Any, text: str, number: int, max_length: int) -> Passage:

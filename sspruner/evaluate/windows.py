@@ -139,3 +139,20 @@ def measure(
         logits = forward(model, batch.tokens, batch.mask, use_cache=False).logits
         own.append(sums(logits, batch.targets, batch.counted, dense))
     return joined(own), joined(theirs) if theirs else None
+
+
+@torch.no_grad()
+def losses(
+    model: nn.Module, data: Windows, batch_size: int, progress: Progress | None = None, phase: str = "perplexity"
+) -> torch.Tensor:
+    """The nll of every target, 0 where it does not count: fp64 (n, T), on the CPU."""
+    found = torch.zeros(data.targets.shape, dtype=torch.float64)
+    done = 0
+    for batch in data.batches(batch_size):
+        if progress:
+            progress(phase, done, len(found))
+        logits = forward(model, batch.tokens, batch.mask, use_cache=False).logits
+        size, width = batch.targets.shape
+        found[done : done + size, :width] = token_nll(logits, batch.targets).where(batch.counted, 0.0)
+        done += size
+    return found
