@@ -409,7 +409,8 @@ EVALUATION = {
         {"metric": "accuracy", "value": [0.5, 0.25, 0.75], "against": [0.75, 0.5, 1], "difference": [-0.25, -0.5, 0]},
         {"metric": "alone", "value": 3, "against": None},
     ],
-    "perplexity_by_length": {"128": [20, 19, 21], "256": {"value": [18, 17, 19], "against": 16}},
+    "perplexity_by_length": {"128": [20, 19, 21], "256": {"metric": "perplexity", "value": [18, 17, 19], "against": 16},
+        "8k": {"value": [None, None, None], "ratio": None}},
 }  # fmt: skip
 
 
@@ -419,11 +420,11 @@ def test_an_evaluation_is_a_table_with_intervals(tmp_path: Path) -> None:
     assert (section.title, provenance.title) == ("Quality", "Where this comes from")
     assert section.tables[0].head == ("metric", "value", "b", "change", "items")
     assert section.tables[0].rows == (
-        ("perplexity", "12.5 (12 to 13)", "10 (9 to 11)", "1.25 (1.2 to 1.3)", "7"),
-        ("accuracy", "0.5 (0.25 to 0.75)", "0.75 (0.5 to 1)", "-0.25 (-0.5 to 0)", "–"),
+        ("perplexity", "12.5 (12 to 13)", "10 (9 to 11)", "ratio 1.25 (1.2 to 1.3)", "7"),
+        ("accuracy", "0.5 (0.25 to 0.75)", "0.75 (0.5 to 1)", "difference -0.25 (-0.5 to 0)", "–"),
         ("alone", "3", "–", "–", "–"),
     )
-    assert section.tables[1].rows == (("128", "20 (19 to 21)", "–"), ("256", "18 (17 to 19)", "16"))
+    assert section.tables[1].rows == (("128", "20 (19 to 21)", "–"), ("256", "18 (17 to 19)", "16"), ("8k", "–", "–"))
 
 
 def bench_row(**changes: Any) -> dict[str, Any]:
@@ -441,7 +442,7 @@ def broken() -> Iterator[Any]:
             yield pytest.param(f"{kind}.json", {k: v for k, v in data.items() if k != key}, id=f"{kind} without {key}")
         yield pytest.param(f"{kind}.json", data | {"version": 2}, id=f"{kind} of version 2")
         yield pytest.param(f"{kind}.json", [data], id=f"{kind} in a list")
-    for key, value in {"batch": "one", "tokens_per_second": [1, 2], "ms": [None] * 3, "state_bytes": []}.items():
+    for key, value in {"batch": "one", "tokens_per_second": [1, 2], "ms": [None] * 2, "state_bytes": []}.items():
         yield pytest.param("my times.json", BENCH | {"rows": [bench_row(**{key: value})]}, id=f"bench {key}={value}")
     for value in ([1, 2], "12", True, {"a": 1}):
         rows = [{"metric": "m", "value": value}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 
 from sspruner.report.figures import Draw
 from sspruner.report.folder import Interval
@@ -40,7 +41,7 @@ class Section:
 
 def shown(value: Interval | None) -> str:
     """A value with its interval, where that is wider than nothing."""
-    if value is None:
+    if value is None or isnan(value[0]):
         return "–"
     middle, low, high = value
     if low == high == middle:

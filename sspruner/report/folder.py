@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ class Timed:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """evaluation.json. rows: metric, value, that of the other model, the change and how many items."""
+    """evaluation.json. rows: metric, value, that of the other model, the change and its kind, and how many items."""
 
     model: str
     against: str
-    rows: tuple[tuple[str, Interval, Interval | None, Interval | None, int | None], ...]
+    rows: tuple[tuple[str, Interval, Interval | None, Interval | None, str, int | None], ...]
     more: dict[str, dict[str, dict[str, Interval]]]  # title -> row -> column -> value
 
 
@@ -225,7 +226,8 @@ def _bench(found: Folder, name: str, data: dict[str, Any]) -> None:
 def _evaluation(found: Folder, name: str, data: dict[str, Any]) -> None:
     rows = []
     for row in data["rows"]:
-        change = row.get("ratio") if row.get("difference") is None else row["difference"]
+        kind = "ratio" if row.get("ratio") is not None else "difference"
+        change = row.get(kind)
         against, items = row.get("against"), row.get("items")
         rows.append(
             (
@@ -233,6 +235,7 @@ def _evaluation(found: Folder, name: str, data: dict[str, Any]) -> None:
                 interval(row["value"]),
                 None if against is None else interval(against),
                 None if change is None else interval(change),
+                kind,
                 None if items is None else int(items),
             )
         )
@@ -242,8 +245,9 @@ def _evaluation(found: Folder, name: str, data: dict[str, Any]) -> None:
 
 
 def _columns(value: Any) -> dict[str, Interval]:
+    """The numbers of a row; its name is said elsewhere."""
     values = value if isinstance(value, dict) else {"value": value}
-    return {str(column): interval(v) for column, v in values.items() if v is not None}
+    return {str(column): interval(v) for column, v in values.items() if v is not None and not isinstance(v, str)}
 
 
 def _report(found: Folder, name: str, data: dict[str, Any]) -> None:
@@ -295,7 +299,9 @@ def interval(value: Any) -> Interval:
 
 
 def number(value: Any) -> float:
-    """A number that is one: not a string, not true. It may be infinite."""
+    """A number that is one: not a string, not true. It may be infinite, or null, which stands for what is no number."""
+    if value is None:
+        return nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{str(value)[:40]!r} is not a number")
     return float(value)

@@ -214,8 +214,8 @@ def _times(title: str, rows: Sequence[Timed]) -> Table:
 
 def _evaluation(evaluated: Evaluated, path: str) -> Section:
     rows = tuple(
-        (metric, shown(value), shown(against), shown(change), _size(items))
-        for metric, value, against, change, items in evaluated.rows
+        (metric, shown(value), shown(against), f"{kind} {shown(change)}" if change else "–", _size(items))
+        for metric, value, against, change, kind, items in evaluated.rows
     )
     tables = [Table("", ("metric", "value", evaluated.against or "against", "change", "items"), rows)] if rows else []
     for title, values in evaluated.more.items():
@@ -273,5 +273,12 @@ def _spread(made: Sequence[Line]) -> bool:
 def _best(made: Sequence[Line]) -> str:
     """The scorer with the least damage at the deepest cut, in words."""
     deepest = min(x for line in made for x in line.x)
-    at = {line.label: y[0] for line in made for x, y in zip(line.x, line.y, strict=True) if x == deepest}
+    at = {
+        line.label: y[0]
+        for line in made
+        for x, y in zip(line.x, line.y, strict=True)
+        if x == deepest and isfinite(y[0])
+    }
+    if not at:
+        return ""
     return f"With {deepest:.3g} % kept, least with {min(at, key=lambda label: at[label])}: {min(at.values()):.4g}."
