@@ -17,6 +17,10 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Every table of docs/benchmarks.md; needs ../shared/data. `make bench BENCH=--quick` tries every command.
+bench: .venv/installed
+	$(BIN)/python benchmarks/all.py $(BENCH)
+
 wheel: .venv/installed
 	$(BIN)/python -m build --wheel
 

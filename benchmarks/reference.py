@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import progress, provenance, table
+from common import MODELS, progress, provenance, table
 
 import sspruner
 from sspruner.evaluate.damage import log_probabilities
@@ -40,18 +40,21 @@ def perplexity(model: Any, windows: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="another model folder; default: the reference model that ships")
+    parser.add_argument("models", nargs="*", default=MODELS, help="reference models, or folders; default: all three")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with books-*.txt")
-    arguments = parser.parse_args()
+    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"of {SEQ_LEN} tokens")
+    given = parser.parse_args()
     rows = []
-    for dtype in ("bfloat16", "float32"):
-        model, tokenizer = sspruner.load(arguments.model, dtype=dtype)
-        row = [dtype]
-        for file in FILES:
-            row.append(f"{perplexity(model, first_windows(arguments.data / file, tokenizer)):.2f}")
-            progress(f"{dtype}, {file}: {row[-1]}")
-        rows.append(row)
-    print(table(f"Perplexity, first {WINDOWS * SEQ_LEN:,} tokens", ["run in", *FILES], rows))
+    for name in given.models:
+        for dtype in ("bfloat16", "float32"):
+            model, tokenizer = sspruner.load(name, dtype=dtype)
+            row = [f"{name}, {dtype}"]
+            for file in FILES:
+                windows = first_windows(given.data / file, tokenizer)[: given.windows]
+                row.append(f"{perplexity(model, windows):.2f}")
+                progress(f"{row[0]}, {file}: {row[-1]}")
+            rows.append(row)
+    print(table(f"Perplexity, first {given.windows * SEQ_LEN:,} tokens", ["run in", *FILES], rows))
     print("\n" + provenance("no randomness"))
 
 

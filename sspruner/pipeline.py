@@ -28,6 +28,7 @@ from sspruner.planning.decide import check_budget, choosers, compared, make_plan
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.planning.reduction import reduction
 from sspruner.planning.scores import Scores
+from sspruner.quick import quick_on_cpu
 from sspruner.refitting import KINDS, check_calibration
 from sspruner.refitting import refit as refit_plan
 from sspruner.report.result import Report, hub_name, measured, model_size, peak_memory_bytes, sparsity_of, versions
@@ -235,7 +236,7 @@ def prune(
     check_plan(made, run.graph, model=model)  # what whole modules may not go is known only now
     plans, errors = {"cut": made}, {}
     if refit != "none":
-        with clock("refit"):
+        with clock("refit"), quick_on_cpu(model, run.device):
             refitted = refit_plan(model, made, refit, calibration=data, device=device, progress=progress)
         plans, errors = plans | {"refitted": refitted.plan}, refitted.errors
     one_size = None
@@ -250,7 +251,7 @@ def prune(
     speaks = tokenizer is not None and hasattr(model, "generation_config") and not by_blocks
     said = says = proof = None
     if journal:
-        with clock("evaluation and proof"):
+        with clock("evaluation and proof"), quick_on_cpu(model, run.device):
             cost, proof = cut_by_blocks(
                 model, made, run.graph, data, device=run.device, seed=seed, journal=journal, progress=progress
             )

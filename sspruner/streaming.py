@@ -22,7 +22,7 @@ from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.device import offloaded, resident
 from sspruner.errors import InputError, ProofError
-from sspruner.evaluate.damage import Damage, Total
+from sspruner.evaluate.damage import Damage, Total, log_softmax
 from sspruner.forward import embedding
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.ssm_graph import WHOLE_MODEL, SSMGraph, trace, within
@@ -201,7 +201,7 @@ def _damage(streams: Mapping[str, Replay]) -> Damage:
     total, replay = Total(), streams["dense"]
     both = zip(replay.tokens, replay.masks, _logits(replay), _logits(streams["cut"]), strict=True)
     for tokens, mask, dense, pruned in both:
-        total.add(tokens, mask, dense, pruned)
+        total.add(tokens, mask, log_softmax(dense), pruned)
     return total.damage()
 
 

@@ -39,6 +39,7 @@ from sspruner.plugins.scorer import (
     reduced,
 )
 from sspruner.plugins.scorer import observe as observe_layer
+from sspruner.quick import quick_on_cpu
 from sspruner.surgery.mask import is_masked, mask_group, unmask
 
 PHASE = "walk"  # of a journal
@@ -142,30 +143,31 @@ class Run:
         model (hidden, block, mixer) are scored on the way and never cut on the way. journal: what blocks are done; it
         goes on after them. There is one job then, too.
         """
-        walk = _Walk(self, data, sequential=cut is not None)
         model = fingerprint(self.model)
-        walk.score(walk.at_once())
-        if walk.replay is not None:
-            blocks = walk.replay.blocks
-            first = walk.resume(journal) if journal else 0
-            for number, block in enumerate(blocks[first:], start=first):
+        with quick_on_cpu(self.model, self.device):
+            walk = _Walk(self, data, sequential=cut is not None)
+            walk.score(walk.at_once())
+            if walk.replay is not None:
+                blocks = walk.replay.blocks
+                first = walk.resume(journal) if journal else 0
+                for number, block in enumerate(blocks[first:], start=first):
+                    if progress:
+                        progress(f"scoring {block}", number, len(blocks))
+                    with resident(self.model, block):
+                        walk.observe(block)
+                        done = walk.complete(block)
+                        walk.score([(job, group) for job, group in walk.at_work if group in {g.name for g in done}])
+                        if cut:  # only now, so that no group is scored on another's cut
+                            importance = walk.importance[self.jobs[0].label]
+                            cut({g.name: importance[g.name] for g in done if g.axis not in WHOLE_MODEL})
+                        if block != blocks[-1]:
+                            walk.replay.advance(block)
+                        if offloaded(self.model):
+                            unmask(self.model)  # before it leaves memory
+                    if journal:
+                        walk.note(journal, number + 1)
                 if progress:
-                    progress(f"scoring {block}", number, len(blocks))
-                with resident(self.model, block):
-                    walk.observe(block)
-                    done = walk.complete(block)
-                    walk.score([(job, group) for job, group in walk.at_work if group in {g.name for g in done}])
-                    if cut:  # only now, so that no group is scored on another's cut
-                        importance = walk.importance[self.jobs[0].label]
-                        cut({g.name: importance[g.name] for g in done if g.axis not in WHOLE_MODEL})
-                    if block != blocks[-1]:
-                        walk.replay.advance(block)
-                    if offloaded(self.model):
-                        unmask(self.model)  # before it leaves memory
-                if journal:
-                    walk.note(journal, number + 1)
-            if progress:
-                progress("scoring", len(blocks), len(blocks))
+                    progress("scoring", len(blocks), len(blocks))
         return {
             job.label: Scores(
                 {name: walk.importance[job.label][name] for name in self.groups},

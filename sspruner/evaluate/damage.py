@@ -13,6 +13,7 @@ from sspruner.calibrate.sources import Progress
 from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan
+from sspruner.quick import quick_on_cpu
 from sspruner.surgery.mask import masked
 
 
@@ -54,14 +55,21 @@ def damages(
     """The same for several plans; the dense model runs once on each batch."""
     totals = [Total() for _ in plans]
     batches = list(batches)
-    for done, (tokens, mask) in enumerate(batches):
-        dense = forward(model, tokens, mask, use_cache=False).logits  # (b, T, V)
-        for total, plan in zip(totals, plans, strict=True):
-            if progress:
-                progress("measuring", done, len(batches))
-            with masked(model, plan, graph):
-                total.add(tokens, mask, dense, forward(model, tokens, mask, use_cache=False).logits)
+    with quick_on_cpu(model, next(model.parameters()).device):
+        for done, (tokens, mask) in enumerate(batches):
+            dense = log_softmax(forward(model, tokens, mask, use_cache=False).logits)
+            for total, plan in zip(totals, plans, strict=True):
+                if progress:
+                    progress("measuring", done, len(batches))
+                with masked(model, plan, graph):
+                    pruned = forward(model, tokens, mask, use_cache=False).logits
+                total.add(tokens, mask, dense, pruned)
     return [total.damage() for total in totals]
+
+
+def log_softmax(logits: torch.Tensor) -> list[torch.Tensor]:
+    """fp32 log-probabilities of the next tokens, sequence by sequence: (b, T, V) -> b times (T-1, V)."""
+    return [torch.log_softmax(row[:-1].float(), -1) for row in logits]
 
 
 class Total:
@@ -71,15 +79,16 @@ class Total:
         self.sums = torch.zeros(3, dtype=torch.float64)  # dense nll, pruned nll, kl
         self.count = 0
 
-    def add(self, tokens: torch.Tensor, mask: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> None:
-        """Add a batch: tokens int64 and mask bool, (b, T), and both models' logits, (b, T, V).
+    def add(self, tokens: torch.Tensor, mask: torch.Tensor, dense: list[torch.Tensor], pruned: torch.Tensor) -> None:
+        """Add a batch: tokens int64 and mask bool, (b, T), `log_softmax` of the dense model's logits, and the pruned
+        model's logits, (b, T, V).
 
         Sequence by sequence, for in fp32 the logits of a batch are wide.
         """
-        counted = (mask[:, 1:] & mask[:, :-1]).to(dense.device)  # (b, T-1)
+        counted = (mask[:, 1:] & mask[:, :-1]).to(pruned.device)  # (b, T-1)
         rows = []
-        for ids, ours, theirs in zip(tokens.to(dense.device), dense, pruned, strict=True):
-            p, q = (torch.log_softmax(logits[:-1].float(), -1) for logits in (ours, theirs))  # (T-1, V)
+        for ids, p, theirs in zip(tokens.to(pruned.device), dense, pruned, strict=True):
+            q = torch.log_softmax(theirs[:-1].float(), -1)  # (T-1, V), as p
             target = ids[1:, None]
             nll = (-logp.gather(-1, target).squeeze(-1) for logp in (p, q))
             rows.append(torch.stack([*nll, (p.exp() * (p - q)).sum(-1)]))  # (3, T-1)
