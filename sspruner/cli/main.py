@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sspruner.cli import apply, compare, doctor, export, inspect, plan, prune, score, scorers
+from sspruner.cli import apply, bench, compare, doctor, export, inspect, plan, prune, score, scorers
 
 app = typer.Typer(
     name="sspruner",
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (prune, score, plan, apply, compare, export, inspect, scorers, doctor):
+for module in (prune, score, plan, apply, compare, bench, export, inspect, scorers, doctor):
     app.command(module.NAME)(module.command)
 
 
