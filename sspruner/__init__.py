@@ -10,6 +10,8 @@ from sspruner.errors import InputError, ModelError, PlanError, PluginError, Proo
 from sspruner.plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from sspruner.acceleration import accelerate, decelerate
+    from sspruner.benchmark.measure import Bench, bench
     from sspruner.calibrate.sources import Calibration, calibration
     from sspruner.calibrate.view import SSMView
     from sspruner.comparison import compare
@@ -45,6 +47,7 @@ AXES = {
 ELEMENT_AXES = {"weight", "decay"}
 
 _HOME = {
+    "Bench": "sspruner.benchmark.measure",
     "Calibration": "sspruner.calibrate.sources",
     "Choose": "sspruner.planning.decide",
     "Evaluation": "sspruner.evaluate.result",
@@ -58,9 +61,12 @@ _HOME = {
     "Scorer": "sspruner.plugins.scorer",
     "Scores": "sspruner.planning.scores",
     "Sensitivity": "sspruner.curves",
+    "accelerate": "sspruner.acceleration",
     "apply": "sspruner.surgery.apply",
+    "bench": "sspruner.benchmark.measure",
     "calibration": "sspruner.calibrate.sources",
     "compare": "sspruner.comparison",
+    "decelerate": "sspruner.acceleration",
     "evaluate_model": "sspruner.evaluation",
     "export": "sspruner.io.export",
     "fingerprint": "sspruner.graph.fingerprint",
@@ -79,6 +85,7 @@ _HOME = {
 
 __all__ = [
     "AXES",
+    "Bench",
     "Calibration",
     "Choose",
     "ELEMENT_AXES",
@@ -99,9 +106,12 @@ __all__ = [
     "Scorer",
     "Scores",
     "Sensitivity",
+    "accelerate",
     "apply",
+    "bench",
     "calibration",
     "compare",
+    "decelerate",
     "evaluate_model",
     "export",
     "fingerprint",

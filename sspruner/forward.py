@@ -19,17 +19,23 @@ def forward(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = 
     device = next(model.parameters(), tokens).device
     if mask is not None:
         options["attention_mask"] = mask.to(device).long()
-    parameters = inspect.signature(model.forward).parameters
-    taken = {*parameters, "cache_params", "past_key_values"}
-    native = hasattr(model, "allocate_inference_cache")  # hands keywords that it does not know on to its mixers
-    if not native and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        taken |= {"attention_mask", "use_cache"}  # some models of transformers only hand these on
+    taken = accepted(model)
     training = model.training
     model.eval()
     try:
         return model(input_ids=tokens.to(device), **{k: v for k, v in options.items() if k in taken})
     finally:
         model.train(training)
+
+
+def accepted(model: Any) -> set[str]:
+    """The names of the arguments that a model's forward takes, of those that this package gives."""
+    parameters = inspect.signature(model.forward).parameters
+    taken = {*parameters, "cache_params", "past_key_values"}
+    native = hasattr(model, "allocate_inference_cache")  # hands keywords that it does not know on to its mixers
+    if not native and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        taken |= {"attention_mask", "use_cache"}  # some models of transformers only hand these on
+    return taken
 
 
 def embedding(model: Any) -> nn.Embedding:

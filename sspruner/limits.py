@@ -146,6 +146,11 @@ def parse_bandwidth(text: str, option: str) -> float:
     return _number(text, option, r"B/s", "a rate such as 3.35TB/s or 900GB/s")
 
 
+def parse_flops(text: str, option: str) -> float:
+    """`989TFLOP/s`, `80 GFLOPS`: operations per second. Raises InputError for anything else."""
+    return _number(text, option, r"FLOP(?:/s|S)", "a rate such as 989TFLOP/s")
+
+
 def parse_parameters(text: str, option: str) -> float:
     """`0.8x`: a fraction; `900M`, `1.1B`, `1100000000`: a count."""
     if text.strip().endswith("x"):

@@ -171,7 +171,8 @@ def check_command_line(words: list[str], where: str) -> None:
         if known[word] is not None and not known[word].is_flag:
             assert rest, f"{where}: {word} has no value"
             rest.pop(0)
-    assert len(arguments) <= sum(not p.opts[0].startswith("--") for p in COMMANDS[command].params), where
+    places = [p.nargs for p in COMMANDS[command].params if not p.opts[0].startswith("--")]
+    assert -1 in places or len(arguments) <= len(places), where
     required = {name for name, p in options(command).items() if p.required}
     assert required <= given or "--help" in given, f"{where}: needs {required}"
 

@@ -178,13 +178,20 @@ def bounds_from(given: list[str] | None, what: str) -> dict[str, int]:
 
 def batches_from(text: str) -> tuple[int, ...]:
     """`1,16,64`: whole numbers, each at least 1."""
+    return numbers_from(text, "--batch")
+
+
+def numbers_from(text: str | None, option: str) -> tuple[int, ...]:
+    """Whole numbers, each at least 1, separated by commas; none if the option is not given."""
+    if text is None:
+        return ()
     try:
-        batches = tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        batches = ()
-    if not batches or min(batches) < 1:
-        raise InputError(f"--batch {text!r}: expected whole numbers of at least 1, separated by commas")
-    return tuple(dict.fromkeys(batches))
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"{option} {text!r}: expected whole numbers of at least 1, separated by commas")
+    return tuple(dict.fromkeys(numbers))
 
 
 def _pairs(text: str, what: str) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sspruner.cli import apply, compare, doctor, evaluate, export, inspect, plan, prune, report, score, scorers
+from sspruner.cli import apply, bench, compare, doctor, evaluate, export, inspect, plan, prune, report, score, scorers
 
 app = typer.Typer(
     name="sspruner",
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (prune, score, plan, apply, compare, evaluate, report, export, inspect, scorers, doctor):
+for module in (prune, score, plan, apply, compare, evaluate, bench, report, export, inspect, scorers, doctor):
     app.command(module.NAME)(module.command)
 
 

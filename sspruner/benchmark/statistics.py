@@ -1,0 +1,26 @@
+"""Medians of a few repeats, with intervals that assume nothing of their distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from statistics import median
+
+COVERAGE = 0.95
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(median, low, high): the order statistics between which the true median lies with 95 %.
+
+    With fewer than six values none do: then they are the least and the most.
+    """
+    ordered = sorted(values)
+    n, dropped = len(ordered), 0
+    while 1 - 2 * _at_most(dropped + 1, n) >= COVERAGE:
+        dropped += 1
+    return float(median(ordered)), ordered[dropped], ordered[n - 1 - dropped]
+
+
+def _at_most(k: int, n: int) -> float:
+    """The chance of at most k heads among n fair coins."""
+    return sum(comb(n, i) for i in range(k + 1)) / 2.0**n
