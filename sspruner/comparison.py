@@ -30,6 +30,7 @@ from sspruner.planning.cache import cache_key
 from sspruner.planning.decide import plan
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.planning.scores import Scores
+from sspruner.quick import quick_on_cpu
 from sspruner.report.compared import Comparison, Cut, row_from_json, row_to_json
 from sspruner.surgery.mask import masked
 from sspruner.walk import TOKENS_PER_BATCH, OneScorer
@@ -125,7 +126,7 @@ def compare(
          "axis": axis, "sparsities": list(sparsities), **budget},
         data.held_out, data.held_out_mask,
     )  # fmt: skip
-    with on_device(model, compute):
+    with on_device(model, compute), quick_on_cpu(model, compute):
         (dense,) = measure(model, [lambda: nullcontext(model)], asked)
         found = Comparison(
             axis=axis,
@@ -142,7 +143,7 @@ def compare(
             seed=seed,
         )
         if baseline is not None:
-            with on_device(baseline, compute):
+            with on_device(baseline, compute), quick_on_cpu(baseline, compute):
                 (values,) = measure(model, [lambda: nullcontext(baseline)], asked)
             found = replace(found, baseline=_cut(baseline, trace(baseline), None, summary(values, dense, seed)))
         for label, row in plans.items():

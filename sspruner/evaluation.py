@@ -24,6 +24,7 @@ from sspruner.evaluate.recall import recall, sequences
 from sspruner.evaluate.result import Evaluation, Row
 from sspruner.evaluate.windows import losses, measure, windows
 from sspruner.forward import embedding
+from sspruner.quick import quick_on_cpu
 from sspruner.walk import TOKENS_PER_BATCH
 
 METRICS = ("perplexity", "position", "length", "recall", "passkey")
@@ -74,6 +75,7 @@ def evaluate_model(
         for each in (model, against):
             if each is not None:
                 stack.enter_context(on_device(each, compute))
+                stack.enter_context(quick_on_cpu(each, compute))
         both: Both = (model, against)
         if {"perplexity", "position", "length"} & set(chosen):
             texts = _texts(text, both, tokenizer, tokens, max_length, seed, progress)
