@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -173,6 +174,8 @@ PARTS = (
     ),
     Part("scoring_cost.py", "scoring_cost", ("--repeats", "3", "--model-repeats", "1"), timed=True),
     Part("scorer_cost.py", "scorer_cost", ("--repeats", "1"), timed=True),
+    Part("decode.py", "decode", quick=("--layers", "2", "--repeats", "1"), timed=True, data=False),
+    Part("gpu.py", "gpu", quick=("--batch", "1", "--repeats", "1", "--generate", "2"), timed=True, data=False),
     Part("tool_speed.py", "tool_speed", timed=True),
     Part("tool_speed.py --large", "tool_speed", ("--large",), ("--large", "--quick"), timed=True, large=True),
     Part(
@@ -197,9 +200,8 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    parts = (
-        [p for p in PARTS if p.name in given.parts] if given.parts else [p for p in PARTS if given.large or not p.large]
-    )
+    usual = [p for p in PARTS if (given.large or not p.large) and (p.script != "gpu" or shutil.which("nvidia-smi"))]
+    parts = [p for p in PARTS if p.name in given.parts] if given.parts else usual
     failed = []
     with ThreadPoolExecutor(2) as pool:
         for stage in (
