@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sspruner.errors import ModelError
@@ -31,6 +33,19 @@ def decelerate(model: Model) -> Model:
     for module in _modules(model):
         remove_step(module)
     return model
+
+
+@contextmanager
+def accelerating(model: Any) -> Iterator[None]:
+    """The faster step inside the block, for those mixers that can have it; afterwards all is as it was."""
+    mixers = [module for module in _modules(model) if can_step(module) and not has_step(module)]
+    try:
+        for mixer in mixers:
+            install_step(mixer)
+        yield
+    finally:
+        for mixer in mixers:
+            remove_step(mixer)
 
 
 def accelerated(model: Any) -> bool:

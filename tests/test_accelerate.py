@@ -202,3 +202,20 @@ def test_save_prune_and_copy_do_not_see_it(tmp_path: Path) -> None:
 def test_models_without_such_mixers_are_refused(family: str) -> None:
     with pytest.raises(ModelError, match="no Mamba2-type mixer"):
         sspruner.accelerate(zoo(family))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_sampling_text_takes_the_faster_step_and_leaves_the_model_as_it_was(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(layers=2)
+    if before:
+        sspruner.accelerate(model)
+    spy = Spy(monkeypatch)
+    sspruner.calibration("self", model, samples=2, seq_len=6, held_out=1)
+    assert spy.calls == 2 * 4  # layers, tokens after the first step, which fills the cache
+    assert accelerated(model) == before
+    monkeypatch.setattr(decode_step, "update_state", None)  # what is called then is no function
+    with pytest.raises(TypeError):
+        sspruner.calibration("self", model, samples=2, seq_len=6, held_out=1)
+    assert accelerated(model) == before

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.acceleration import accelerating
 from sspruner.errors import InputError
 from sspruner.forward import forward
+from sspruner.quick import quick_on_cpu
 
 
 @torch.no_grad()
@@ -33,14 +35,15 @@ def sample_from(
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.full((count, 1), bos, device=device)
     cache: dict[str, Any] = {}
-    for done in range(1, seq_len):
-        # Positions are said, because some models do not count them from the cache (Bamba).
-        position = torch.full((count, 1), done - 1, device=device)
-        out = forward(model, tokens[:, -1:], use_cache=True, position_ids=position, **cache)
-        # Families name their cache differently; what forward returned is what it takes.
-        cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
-        probabilities = out.logits[:, -1].float().softmax(-1)  # (count, vocabulary)
-        tokens = torch.cat([tokens, probabilities.multinomial(1, generator=generator)], 1)
-        if progress:
-            progress("sampling calibration text", done, seq_len - 1)
+    with quick_on_cpu(model, device), accelerating(model):
+        for done in range(1, seq_len):
+            # Positions are said, because some models do not count them from the cache (Bamba).
+            position = torch.full((count, 1), done - 1, device=device)
+            out = forward(model, tokens[:, -1:], use_cache=True, position_ids=position, **cache)
+            # Families name their cache differently; what forward returned is what it takes.
+            cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
+            probabilities = out.logits[:, -1].float().softmax(-1)  # (count, vocabulary)
+            tokens = torch.cat([tokens, probabilities.multinomial(1, generator=generator)], 1)
+            if progress:
+                progress("sampling calibration text", done, seq_len - 1)
     return tokens.cpu()
