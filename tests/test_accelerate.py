@@ -181,6 +181,21 @@ def test_everything_but_a_step_runs_the_code_of_before() -> None:
         assert spy.calls == 0
 
 
+def test_a_step_with_gradients_runs_the_code_of_before() -> None:
+    """The faster step writes into the state that gradients would need."""
+    model, ids = tiny_model(), tokens(2, 9)
+    sspruner.accelerate(model)
+    with torch.no_grad():
+        cache = forward(model, ids, use_cache=True).cache_params
+    with pytest.MonkeyPatch.context() as patch:
+        spy = Spy(patch)
+        forward(model, ids[:, :1], use_cache=True, cache_params=cache)
+        assert spy.calls == 0
+        with torch.no_grad():
+            forward(model, ids[:, :1], use_cache=True, cache_params=cache)
+        assert spy.calls == 2
+
+
 def test_save_prune_and_copy_do_not_see_it(tmp_path: Path) -> None:
     plain, model = tiny_model(), sspruner.accelerate(tiny_model())
     for name, one in (("plain", plain), ("accelerated", model)):
