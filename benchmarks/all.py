@@ -1,4 +1,4 @@
-"""`make bench`: every table of docs/benchmarks.md, each by its own command, between its marks in the page.
+"""`make bench`: every table of docs/benchmarks.md, each by its own command, between its marks in it; pictures.
 
     python benchmarks/all.py --data ../shared/data
     python benchmarks/all.py --quick --work /tmp/quick      # that every command works; the page is left alone
@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import insert, progress
+from figures import draw
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs/benchmarks.md"
+PAGE, FIGURES = HERE.parent / "docs/benchmarks.md", HERE.parent / "docs/figures"
 THREE = ("--sparsities", "0.25", "0.5", "0.75", "--seeds", "0", "1")
 STATE = ("--rows", "random", "magnitude", "tp:taylor", "ghost", *THREE)
 MAMBA1 = ("--rows", "random", "magnitude", "ghost", *THREE)
@@ -42,8 +43,21 @@ class Part:
     large: bool = False
     data: bool = True  # whether it takes --data
     before: str = ""  # the part whose files it needs
+    drawn: bool = False  # whether a picture shows its numbers
 
 
+def _recall(states: int, *size: str) -> tuple[Part, Part]:
+    """A model that remembers, and what cuts of it remember."""
+    model, training = f"WORK/recall-{states}", f"train_recall-{states}"
+    made = ("--out", model, *size)
+    few = (model, "--rows", "magnitude")
+    return (
+        Part(training, "train_recall", made, (*made, "--steps", "2"), data=False),
+        Part(f"recall-{states}", "recall", (model,), few, data=False, before=training, drawn=True),
+    )
+
+
+RECALL = (*_recall(64), *_recall(128, "--state", "128", "--pairs", "48", "--vocabulary", "256"))
 PARTS = (
     Part("damage.py", "damage", quick=FEW),
     Part(
@@ -100,36 +114,7 @@ PARTS = (
         ("mamba1-books", "--axis", "channel", *MAMBA1),
         ("mamba1-books", "--axis", "channel", *FEW),
     ),
-    Part(
-        "train_recall-64",
-        "train_recall",
-        ("--out", "WORK/recall-64"),
-        ("--out", "WORK/recall-64", "--steps", "2"),
-        data=False,
-    ),
-    Part(
-        "recall-64",
-        "recall",
-        ("WORK/recall-64",),
-        ("WORK/recall-64", "--rows", "magnitude"),
-        data=False,
-        before="train_recall-64",
-    ),
-    Part(
-        "train_recall-128",
-        "train_recall",
-        ("--out", "WORK/recall-128", "--state", "128", "--pairs", "48", "--vocabulary", "256"),
-        ("--out", "WORK/recall-128", "--state", "128", "--pairs", "48", "--vocabulary", "256", "--steps", "2"),
-        data=False,
-    ),
-    Part(
-        "recall-128",
-        "recall",
-        ("WORK/recall-128",),
-        ("WORK/recall-128", "--rows", "magnitude"),
-        data=False,
-        before="train_recall-128",
-    ),
+    *RECALL,
     Part(
         "joint.py",
         "joint",
@@ -139,9 +124,9 @@ PARTS = (
     Part("refit.py", "refit"),
     Part("allocation.py", "allocation"),
     Part("auto.py", "auto"),
-    Part("positions.py", "positions"),
+    Part("positions.py", "positions", drawn=True),
     Part("last_words.py", "last_words"),
-    Part("calibration_size.py", "calibration_size"),
+    Part("calibration_size.py", "calibration_size", drawn=True),
     Part(
         "scorers.py",
         "scorers",
@@ -213,6 +198,8 @@ def main() -> None:
             ]
     failed += [p.name for p in parts if p.timed and not run(p, given)]
     progress(f"{len(parts) - len(failed)} of {len(parts)} parts in {(time.perf_counter() - start) / 60:.1f} minutes")
+    if not given.quick:
+        draw(given.work, FIGURES)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -222,6 +209,8 @@ def run(part: Part, given: argparse.Namespace) -> bool:
     out = given.work / f"{part.name.replace(', ', '-')}{'.quick' if given.quick else ''}.md"
     if not out.exists():
         arguments = [a.replace("WORK", str(given.work)) for a in (part.quick if given.quick else part.arguments)]
+        if part.drawn and not given.quick:
+            arguments += ["--json", str(given.work / f"{part.name.removesuffix('.py')}.json")]
         if part.data:
             arguments += ["--data", str(given.data)]
         begun = time.perf_counter()

@@ -1,6 +1,6 @@
-"""The pictures of docs/benchmarks.md, from the numbers that the parts of `limits.py` wrote.
+"""The pictures of docs/benchmarks.md, from the numbers that the parts of `all.py` wrote.
 
-python benchmarks/figures.py /var/tmp/sspruner-limits docs/figures
+python benchmarks/figures.py /var/tmp/sspruner-bench docs/figures
 """
 
 from __future__ import annotations

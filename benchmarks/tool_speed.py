@@ -19,15 +19,12 @@ import torch
 from common import books, deliver, options, progress, provenance, table
 
 import sspruner
+from sspruner.benchmark.shapes import shape_model
 from sspruner.evaluate.damage import damages
 from sspruner.quick import quick_on_cpu
 
 CPU = torch.device("cpu")
 SCORERS, CUTS = ["ghost", "balanced", "taylor", "magnitude", "random"], (0.25, 0.5, 0.75, 0.9)
-SHAPE = {
-    "hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50288, "head_dim": 64, "num_heads": 24,
-    "state_size": 128, "expand": 2, "n_groups": 1, "chunk_size": 256,
-}  # fmt: skip  # of Mamba2-130M
 
 
 def main() -> None:
@@ -116,12 +113,9 @@ def _compare(model: Any, data: Any) -> dict[str, float]:
 
 def large(given: Any) -> None:
     """The 130M shape with random weights, once: 128 x 256 random tokens observed, 4 x 256 held out."""
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
-    torch.manual_seed(0)
-    shape = SHAPE | ({"num_hidden_layers": 2, "vocab_size": 100} if given.quick else {})
-    model = Mamba2ForCausalLM(Mamba2Config(**shape)).eval()
-    ids = torch.randint(100 if given.quick else 50288, (given.samples + 4, 256))
+    model = shape_model("mamba2-130m", layers=2 if given.quick else None)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (given.samples + 4, 256), generator=generator)
     data = sspruner.calibration(ids, model, None, samples=given.samples, seq_len=256, held_out=4, seed=0)
     report = sspruner.prune(model, "ghost", calibration=data).report
     whole = sum(report.seconds.values())

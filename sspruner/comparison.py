@@ -106,18 +106,7 @@ def compare(
         "ignore": ignore,
         "normalise": normalise,
     }
-    plans: dict[str, dict[float, Plan | str]] = {label: {} for label in scores}
-    for label, scored in scores.items():
-        for sparsity in sparsities:
-            try:
-                made = plan(graph, scored, sparsity=sparsity, **budget)
-                check_plan(made, graph, model=model)
-                plans[label][sparsity] = made
-            except (InputError, PlanError) as error:  # PlanError: whole modules that have to stay
-                plans[label][sparsity] = str(error)
-    found_plans = [made for row in plans.values() for made in row.values()]
-    if all(isinstance(made, str) for made in found_plans):
-        raise InputError(str(found_plans[0]))
+    plans = _planned(model, graph, scores, sparsities, budget)
     per_batch = max(1, TOKENS_PER_BATCH // 2 // data.held_out.shape[1])
     asked = questions(model, list(data.held_out_batches(per_batch)), metrics, passages, seed)
     key = cache_key(
@@ -147,21 +136,47 @@ def compare(
                 (values,) = measure(model, [lambda: nullcontext(baseline)], asked)
             found = replace(found, baseline=_cut(baseline, trace(baseline), None, summary(values, dense, seed)))
         for label, row in plans.items():
-            file = None if folder is None else folder / ROWS / f"{quote(label, safe='')}.json"
-            if folder is not None:
-                scores[label].save(folder / "scores" / f"{quote(label, safe='')}.safetensors")
-            row_key = key and hashlib.sha256(f"{key} {_digest(scores[label])}".encode()).hexdigest()
-            cells = file and row_key and _read(file, row_key)
+            file, row_key = _kept_row(folder, label, scores[label], key)
+            cells = file and _read(file, row_key)
             if not cells:
                 named = partial(_named, progress, label) if progress else None
                 cells = _measured(model, graph, row, asked, dense, named)
-                if file and row_key:
+                if file:
                     with atomic_file(file) as temporary:
                         temporary.write_text(json.dumps({"key": row_key, "cells": row_to_json(cells)}))
             found = replace(found, cells=found.cells | {label: cells})
             if on_row:
                 on_row(found)
     return found
+
+
+def _planned(
+    model: nn.Module, graph: SSMGraph, scores: Mapping[str, Scores], sparsities: Sequence[float], budget: dict[str, Any]
+) -> dict[str, dict[float, Plan | str]]:
+    """Every scorer's plan for every fraction, or why there is none. Raises InputError if there is none at all."""
+    plans: dict[str, dict[float, Plan | str]] = {label: {} for label in scores}
+    for label, scored in scores.items():
+        for sparsity in sparsities:
+            try:
+                made = plan(graph, scored, sparsity=sparsity, **budget)
+                check_plan(made, graph, model=model)
+                plans[label][sparsity] = made
+            except (InputError, PlanError) as error:  # PlanError: whole modules that have to stay
+                plans[label][sparsity] = str(error)
+    found = [made for row in plans.values() for made in row.values()]
+    if all(isinstance(made, str) for made in found):
+        raise InputError(str(found[0]))
+    return plans
+
+
+def _kept_row(folder: Path | None, label: str, scores: Scores, key: str | None) -> tuple[Path | None, str]:
+    """The file of a finished row, None where there can be none, and what it has to be of. Its scores are written."""
+    if folder is None:
+        return None, ""
+    name = quote(label, safe="")
+    scores.save(folder / "scores" / f"{name}.safetensors")
+    own = hashlib.sha256(f"{key} {_digest(scores)}".encode()).hexdigest()
+    return (folder / ROWS / f"{name}.json" if key else None), own
 
 
 def _measured(

@@ -20,7 +20,7 @@ from sspruner.evaluate.harness import TaskMetric, check_harness, run_tasks
 from sspruner.evaluate.last_word import Passage, last_words, passages, read_passages
 from sspruner.evaluate.paired import Interval
 from sspruner.evaluate.passkey import passkeys
-from sspruner.evaluate.recall import recall, sequences
+from sspruner.evaluate.recall import recall, tasks_for
 from sspruner.evaluate.result import Evaluation, Row
 from sspruner.evaluate.windows import losses, measure, windows
 from sspruner.forward import embedding
@@ -29,7 +29,7 @@ from sspruner.walk import TOKENS_PER_BATCH
 
 METRICS = ("perplexity", "position", "length", "recall", "passkey")
 SHORTEST = 128  # tokens: the first length, and the end of the first bucket of positions
-RECALL_SEQUENCES, RECALL_PAIRS = 64, 16
+RECALL_SEQUENCES = 64
 PASSKEY_SHORTEST = 256
 
 
@@ -87,8 +87,11 @@ def evaluate_model(
                 by_length = lengths if "length" in chosen else {}
         if asked:
             rows += _passages(both, "lambada", asked, seed, progress)
+        pairs = 0
         if "recall" in chosen:
-            rows += _recall(both, seed, progress)
+            queries = tasks_for(model, RECALL_SEQUENCES, seed)
+            pairs = queries.shape[1] // 4
+            rows += _recall(both, queries, seed, progress)
         if hidden:
             rows += _passages(both, "passkey", hidden, seed, progress)
         if tasks:
@@ -107,7 +110,7 @@ def evaluate_model(
             "lambada": None if lambada is None else str(lambada),
             "limit": limit,
             "tasks": list(tasks),
-            "recall": {"sequences": RECALL_SEQUENCES, "pairs": _pairs(model)} if "recall" in chosen else None,
+            "recall": {"sequences": RECALL_SEQUENCES, "pairs": pairs} if pairs else None,
             "passkey": {"passages": len(hidden)} if hidden else None,
             "interval": f"95 %, bootstrap of {paired.RESAMPLES} over windows or items; shares of items: Wilson",
             "seed": seed,
@@ -211,21 +214,13 @@ def _passages(both: Both, name: str, asked: list[Passage], seed: int, progress: 
     return rows
 
 
-def _recall(both: Both, seed: int, progress: Progress | None) -> list[Row]:
-    pairs, vocabulary = _pairs(both[0]), embedding(both[0]).num_embeddings
-    tokens = sequences(RECALL_SEQUENCES, pairs, vocabulary, torch.Generator().manual_seed(seed))
+def _recall(both: Both, tokens: torch.Tensor, seed: int, progress: Progress | None) -> list[Row]:
     if progress:
         progress("recall", 0, 1)
     own, theirs = (None if each is None else recall(each, tokens, _batch(tokens.shape[1])) for each in both)
     assert own is not None
     accuracy, nll = (None, None) if theirs is None else theirs
     return [_means("recall_accuracy", own[0], accuracy, seed), _means("recall_nll", own[1], nll, seed)]
-
-
-def _pairs(model: nn.Module) -> int:
-    """Pairs of the recall task: as many as its training had (benchmarks/train_recall.py), or RECALL_PAIRS."""
-    wanted = getattr(getattr(model, "config", None), "recall_pairs", RECALL_PAIRS)
-    return max(1, min(int(wanted), embedding(model).num_embeddings // 2))
 
 
 def _passkeys(

@@ -236,7 +236,7 @@ def prune(
     check_plan(made, run.graph, model=model)  # what whole modules may not go is known only now
     plans, errors = {"cut": made}, {}
     if refit != "none":
-        with clock("refit"), quick_on_cpu(model, run.device):
+        with clock("refit"):
             refitted = refit_plan(model, made, refit, calibration=data, device=device, progress=progress)
         plans, errors = plans | {"refitted": refitted.plan}, refitted.errors
     one_size = None

@@ -31,6 +31,7 @@ from sspruner.errors import InputError, ModelError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.ssm_graph import WHOLE_MODEL, Site, SSMGraph, trace, within
 from sspruner.planning.plan import Plan, check_plan, part_of
+from sspruner.quick import quick_on_cpu
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.tensors import lacks, tensor
@@ -93,21 +94,22 @@ def refit(
     writers = _writers(model, plan, graph, kind, follow)
     _check_tokens(model, [writer.weight for writer in writers], kind, calibration)
     batches = list(calibration.batches(max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])))
-    dense = Replay(model, graph, batches, resolve_device(device))
-    with masked(model, plan, graph):  # embeddings are cut on the axis hidden
-        cut = Replay(model, graph, batches, dense.device)
-    made, errors = plan, {}
-    for number, block in enumerate(cut.blocks):
+    compute, made, errors = resolve_device(device), plan, {}
+    with quick_on_cpu(model, compute):
+        dense = Replay(model, graph, batches, compute)
+        with masked(model, plan, graph):  # embeddings are cut on the axis hidden
+            cut = Replay(model, graph, batches, compute)
+        for number, block in enumerate(cut.blocks):
+            if progress:
+                progress(f"refitting {block}", number, len(cut.blocks))
+            if not follow:
+                dense.hidden = cut.hidden
+            here = [writer for writer in writers if any(within(call, block) for call in writer.calls)]
+            made, error = _refit_block(model, made, graph, kind, here, block, dense, cut)
+            if here:
+                errors[block] = error
         if progress:
-            progress(f"refitting {block}", number, len(cut.blocks))
-        if not follow:
-            dense.hidden = cut.hidden
-        here = [writer for writer in writers if any(within(call, block) for call in writer.calls)]
-        made, error = _refit_block(model, made, graph, kind, here, block, dense, cut)
-        if here:
-            errors[block] = error
-    if progress:
-        progress("refitting", len(cut.blocks), len(cut.blocks))
+            progress("refitting", len(cut.blocks), len(cut.blocks))
     return Refit(replace(made, made_by={**plan.made_by, "refit": kind}), kind, errors)
 
 

@@ -22,7 +22,8 @@ from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.device import offloaded, resident
 from sspruner.errors import InputError, ProofError
-from sspruner.evaluate.damage import Damage, Total, log_softmax
+from sspruner.evaluate.damage import Damage, damage_of
+from sspruner.evaluate.windows import log_softmax, next_tokens, sums
 from sspruner.forward import embedding
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.ssm_graph import WHOLE_MODEL, SSMGraph, trace, within
@@ -198,11 +199,14 @@ def _logits(replay: Replay) -> Iterator[torch.Tensor]:
 
 
 def _damage(streams: Mapping[str, Replay]) -> Damage:
-    total, replay = Total(), streams["dense"]
+    replay = streams["dense"]
     both = zip(replay.tokens, replay.masks, _logits(replay), _logits(streams["cut"]), strict=True)
-    for tokens, mask, dense, pruned in both:
-        total.add(tokens, mask, log_softmax(dense), pruned)
-    return total.damage()
+    dense, cut = [], []
+    for tokens, mask, theirs, own in both:
+        targets, counted = next_tokens(tokens, mask)  # (b, T-1)
+        dense.append(sums(theirs[:, :-1], targets, counted))
+        cut.append(sums(own[:, :-1], targets, counted, log_softmax(theirs[:, :-1])))
+    return damage_of(dense, cut)
 
 
 def _error(model: nn.Module, streams: Mapping[str, Replay]) -> tuple[float, float]:

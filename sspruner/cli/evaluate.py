@@ -9,7 +9,16 @@ from typing import Annotated, Optional
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import check_json, command_line, emit, prepare, progress_bar, reports_errors, show
+from sspruner.cli.console import (
+    check_json,
+    command_line,
+    emit,
+    names_from,
+    prepare,
+    progress_bar,
+    reports_errors,
+    show,
+)
 from sspruner.errors import InputError
 
 NAME = "evaluate"
@@ -65,7 +74,7 @@ def command(
     from sspruner.report.evaluation import evaluation_table
 
     check_json(json)
-    chosen = None if metrics is None else [name for name in _listed(metrics) if name != "none"]
+    chosen = None if metrics is None else [name for name in names_from([metrics]) if name != "none"]
     increase = None if max_ppl_increase is None else parse_increase(max_ppl_increase, "--max-ppl-increase")
     if increase is not None and (against is None or "perplexity" not in (METRICS if chosen is None else chosen)):
         raise InputError("--max-ppl-increase compares perplexity with the dense model's: give --against DENSE, and "
@@ -90,7 +99,7 @@ def command(
             stride=stride,
             metrics=chosen,
             lambada=lambada,
-            tasks=_listed(tasks),
+            tasks=names_from([tasks] if tasks else None),
             include_path=include_path,
             limit=limit,
             device=device,
@@ -107,7 +116,3 @@ def command(
         typer.echo(f"sspruner: {line}", err=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _listed(text: str | None) -> list[str]:
-    return [] if text is None else [part.strip() for part in text.split(",") if part.strip()]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.sources import Progress
+from sspruner.evaluate.windows import Sums, log_softmax, next_tokens, sums
 from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan
@@ -53,52 +54,31 @@ def damages(
     progress: Progress | None = None,
 ) -> list[Damage]:
     """The same for several plans; the dense model runs once on each batch."""
-    totals = [Total() for _ in plans]
     batches = list(batches)
+    dense: list[Sums] = []
+    pruned: list[list[Sums]] = [[] for _ in plans]
     with quick_on_cpu(model, next(model.parameters()).device):
         for done, (tokens, mask) in enumerate(batches):
-            dense = log_softmax(forward(model, tokens, mask, use_cache=False).logits)
-            for total, plan in zip(totals, plans, strict=True):
+            targets, counted = next_tokens(tokens, mask)  # (b, T-1)
+            logits = forward(model, tokens, mask, use_cache=False).logits[:, :-1]  # (b, T-1, V)
+            dense.append(sums(logits, targets, counted))
+            logp = log_softmax(logits)
+            for own, plan in zip(pruned, plans, strict=True):
                 if progress:
                     progress("measuring", done, len(batches))
                 with masked(model, plan, graph):
-                    pruned = forward(model, tokens, mask, use_cache=False).logits
-                total.add(tokens, mask, dense, pruned)
-    return [total.damage() for total in totals]
+                    logits = forward(model, tokens, mask, use_cache=False).logits[:, :-1]
+                own.append(sums(logits, targets, counted, logp))
+    return [damage_of(dense, own) for own in pruned]
 
 
-def log_softmax(logits: torch.Tensor) -> list[torch.Tensor]:
-    """fp32 log-probabilities of the next tokens, sequence by sequence: (b, T, V) -> b times (T-1, V)."""
-    return [torch.log_softmax(row[:-1].float(), -1) for row in logits]
-
-
-class Total:
-    """The sums over predicted tokens that make a Damage."""
-
-    def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)  # dense nll, pruned nll, kl
-        self.count = 0
-
-    def add(self, tokens: torch.Tensor, mask: torch.Tensor, dense: list[torch.Tensor], pruned: torch.Tensor) -> None:
-        """Add a batch: tokens int64 and mask bool, (b, T), `log_softmax` of the dense model's logits, and the pruned
-        model's logits, (b, T, V).
-
-        Sequence by sequence, for in fp32 the logits of a batch are wide.
-        """
-        counted = (mask[:, 1:] & mask[:, :-1]).to(pruned.device)  # (b, T-1)
-        rows = []
-        for ids, p, theirs in zip(tokens.to(pruned.device), dense, pruned, strict=True):
-            q = torch.log_softmax(theirs[:-1].float(), -1)  # (T-1, V), as p
-            target = ids[1:, None]
-            nll = (-logp.gather(-1, target).squeeze(-1) for logp in (p, q))
-            rows.append(torch.stack([*nll, (p.exp() * (p - q)).sum(-1)]))  # (3, T-1)
-        self.sums += torch.stack([row[counted].double().sum() for row in torch.stack(rows, 1)]).cpu()
-        self.count += int(counted.sum())
-
-    def damage(self) -> Damage:
-        """Perplexities and mean divergence over all that was added."""
-        dense_nll, pruned_nll, kl = (self.sums / max(self.count, 1)).tolist()
-        return Damage(_exp(dense_nll), _exp(pruned_nll), kl, self.count)
+def damage_of(dense: Sequence[Sums], pruned: Sequence[Sums]) -> Damage:
+    """From the sums of every batch: of the dense model, and of the pruned one against it."""
+    count = sum(int(part.tokens.sum()) for part in dense)
+    nlls = [sum(float(part.nll.sum()) for part in parts) for parts in (dense, pruned)]
+    kl = sum(float(part.kl.sum()) for part in pruned if part.kl is not None)
+    dense_nll, pruned_nll, divergence = (total / max(count, 1) for total in (*nlls, kl))
+    return Damage(_exp(dense_nll), _exp(pruned_nll), divergence, count)
 
 
 @torch.no_grad()
@@ -107,8 +87,8 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tens
     total, count = 0.0, 0
     for tokens, mask in batches:
         logp = log_probabilities(model, tokens, mask)  # (b, T-1, V)
-        counted = (mask[:, 1:] & mask[:, :-1]).to(logp.device)  # (b, T-1)
-        nll = -logp.gather(-1, tokens[:, 1:, None].to(logp.device)).squeeze(-1)
+        targets, counted = (part.to(logp.device) for part in next_tokens(tokens, mask))  # (b, T-1)
+        nll = -logp.gather(-1, targets[..., None]).squeeze(-1)
         total += float(nll[counted].double().sum())
         count += int(counted.sum())
     return total / max(count, 1)

@@ -16,12 +16,12 @@ from sspruner.calibrate.sources import Progress
 from sspruner.errors import InputError
 from sspruner.evaluate.last_word import Passage, last_words
 from sspruner.evaluate.paired import Interval, difference, mean, perplexity, perplexity_ratio, rate, share
-from sspruner.evaluate.recall import recall, sequences
-from sspruner.evaluate.windows import Sums, joined, sums
-from sspruner.forward import embedding, forward
+from sspruner.evaluate.recall import recall, tasks_for
+from sspruner.evaluate.windows import Sums, joined, log_softmax, next_tokens, sums
+from sspruner.forward import forward
 
 METRICS = ("ppl", "kl", "lambada", "recall")
-RECALL_SEQUENCES, RECALL_PAIRS = 128, 16
+RECALL_SEQUENCES = 128
 
 Version = Callable[[], AbstractContextManager[nn.Module]]  # a model, as it is inside the block
 
@@ -63,9 +63,7 @@ def questions(
     """What metrics ask of a model and its versions. batches: of the text; recall sequences are made with the seed."""
     made = None
     if "recall" in metrics:
-        vocabulary = embedding(model).num_embeddings
-        generator = torch.Generator().manual_seed(seed)
-        made = sequences(RECALL_SEQUENCES, min(RECALL_PAIRS, vocabulary // 2), vocabulary, generator)
+        made = tasks_for(model, RECALL_SEQUENCES, seed)
     return Asked(batches if {"ppl", "kl"} & set(metrics) else (), passages, made, seed)
 
 
@@ -77,14 +75,14 @@ def measure(
     text: list[list[Sums]] = [[] for _ in versions]
     steps = len(asked.batches) + len(versions) * bool(asked.passages or asked.recall is not None)
     for done, (tokens, mask) in enumerate(asked.batches):
-        counted = mask[:, 1:] & mask[:, :-1]  # (b, T-1)
-        logits = forward(dense, tokens, mask, use_cache=False).logits[:, :-1]  # (b, T-1, V)
+        targets, counted = next_tokens(tokens, mask)  # (b, T-1)
+        logp = log_softmax(forward(dense, tokens, mask, use_cache=False).logits[:, :-1])  # b times (T-1, V)
         for own, version in zip(text, versions, strict=True):
             if progress:
                 progress("measuring", done, steps)
             with version() as model:
                 found = forward(model, tokens, mask, use_cache=False).logits[:, :-1]
-            own.append(sums(found, tokens[:, 1:], counted, logits))
+            own.append(sums(found, targets, counted, logp))
     values = []
     for done, (own, version) in enumerate(zip(text, versions, strict=True), len(asked.batches)):
         if progress:

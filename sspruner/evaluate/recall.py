@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from sspruner.errors import InputError
-from sspruner.forward import forward
+from sspruner.forward import embedding, forward
 
 BATCH = 64
+PAIRS = 16  # where a model says nothing else
 
 
 def sequences(count: int, pairs: int, vocabulary: int, generator: torch.Generator) -> torch.Tensor:
@@ -30,6 +31,17 @@ def sequences(count: int, pairs: int, vocabulary: int, generator: torch.Generato
     order = torch.rand(count, pairs, generator=generator).argsort(1)
     queries, answers = keys.gather(1, order), values.gather(1, order)
     return torch.cat([torch.stack([keys, values], 2).flatten(1), torch.stack([queries, answers], 2).flatten(1)], 1)
+
+
+def tasks_for(model: Any, count: int, seed: int) -> torch.Tensor:
+    """Recall tasks in a model's vocabulary: int64 (count, 4 pairs).
+
+    As many pairs as its training had (`recall_pairs` in its config, from benchmarks/train_recall.py), else PAIRS, or
+    fewer in a small vocabulary.
+    """
+    vocabulary = embedding(model).num_embeddings
+    pairs = min(int(getattr(getattr(model, "config", None), "recall_pairs", PAIRS)), vocabulary // 2)
+    return sequences(count, max(1, pairs), vocabulary, torch.Generator().manual_seed(seed))
 
 
 def answers(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,10 +87,22 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows).double().cpu()
 
 
-def sums(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, dense: torch.Tensor | None = None) -> Sums:
+def log_softmax(logits: torch.Tensor) -> list[torch.Tensor]:
+    """fp32 log-probabilities, window by window: (b, T, V) -> b times (T, V)."""
+    return [row.float().log_softmax(-1) for row in logits]
+
+
+def next_tokens(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets, and which count, of windows that are scored alone: (b, T) -> (b, T-1). Padding predicts nothing."""
+    return tokens[:, 1:], mask[:, 1:] & mask[:, :-1]
+
+
+def sums(
+    logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, dense: Sequence[torch.Tensor] | None = None
+) -> Sums:
     """What logits (b, T, V) are worth on targets, int64 (b, T), where `counted`, bool (b, T), is True.
 
-    dense: another model's logits for the same windows, (b, T, V). Window by window, for fp32 logits are wide.
+    dense: `log_softmax` of another model's logits for the same windows. Window by window, for fp32 logits are wide.
     """
     where = counted.cpu()
     nll = token_nll(logits, targets).where(where, 0.0).sum(1)
@@ -98,8 +110,8 @@ def sums(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, den
         return Sums(nll, where.sum(1).double())
     found = []
     for own, theirs, row in zip(logits, dense, counted.to(logits.device), strict=True):
-        q, p = (each[row].float().log_softmax(-1) for each in (own, theirs))  # (tokens that count, V)
-        same = own[row].argmax(-1) == theirs[row].argmax(-1)
+        q, p = own[row].float().log_softmax(-1), theirs[row]  # (tokens that count, V)
+        same = q.argmax(-1) == p.argmax(-1)
         found.append(torch.stack([(p.exp() * (p - q)).sum(-1).double().sum(), same.double().sum()]).cpu())
     kl, agreement = torch.stack(found, 1)
     return Sums(nll, where.sum(1).double(), kl, agreement)
@@ -134,8 +146,9 @@ def measure(
             progress(phase, number * batch_size, total)
         dense = None
         if against is not None:
-            dense = forward(against, batch.tokens, batch.mask, use_cache=False).logits
-            theirs.append(sums(dense, batch.targets, batch.counted))
+            logits = forward(against, batch.tokens, batch.mask, use_cache=False).logits
+            theirs.append(sums(logits, batch.targets, batch.counted))
+            dense = log_softmax(logits)
         logits = forward(model, batch.tokens, batch.mask, use_cache=False).logits
         own.append(sums(logits, batch.targets, batch.counted, dense))
     return joined(own), joined(theirs) if theirs else None
