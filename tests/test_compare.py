@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import sspruner
 from sspruner.cli.main import app
 from sspruner.evaluate.damage import damage, damages
 from sspruner.evaluate.last_word import Passage, last_words
+from sspruner.evaluate.paired import Interval
 from sspruner.evaluate.recall import recall, sequences
 from sspruner.plugins import manager
 from sspruner.report.compared import Cut
@@ -275,3 +277,20 @@ def test_the_command_line(tmp_path: Path) -> None:
         wrong = CliRunner().invoke(app, [*args, *more])
         assert wrong.exit_code == 2
         assert why in wrong.output
+
+
+def test_what_is_no_number_is_null_in_json_and_shown_as_such(tmp_path: Path) -> None:
+    model = tiny_model(state=6)
+    found = sspruner.compare(model, ["random"], sparsities=(0.5,), calibration=data_of(model))
+    cut = found.cells["random"][0.5]
+    assert isinstance(cut, Cut)
+    broken = replace(cut, measures=cut.measures | {"perplexity": Interval(math.nan, math.nan, math.inf)})
+    found = replace(found, cells={"random": {0.5: broken}})
+    found.save(tmp_path)
+    data = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)["cells"]["random"]["0.5"]
+    assert (data["perplexity"], data["perplexity_interval"]) == (None, [None, None, None])
+    assert math.isnan(Cut.from_json(data).measures["perplexity"].value)
+    assert Cut.from_json(data).measures["kl_to_dense"] == cut.measures["kl_to_dense"]
+    assert "nan (" in found.to_markdown()
+    sspruner.write_report(tmp_path)
+    assert (tmp_path / "report.html").is_file()

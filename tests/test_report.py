@@ -516,3 +516,45 @@ def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     write(tmp_path / "d", {"bench.json": BENCH})
     pages_ = {sspruner.write_report(tmp_path / "d", tmp_path / f"{i}.html").read_bytes() for i in range(2)}
     assert len(pages_) == 1
+
+
+def test_what_compare_bench_and_evaluate_write_is_shown(tmp_path: Path) -> None:
+    """Not made-up files: what the functions write of a model and of its cut, joined by the bytes of state."""
+    dense, ids = tiny_model(state=8), tokens(7, 24)
+    data = sspruner.calibration(ids, dense, samples=4, held_out=3)
+    sspruner.compare(dense, ["random"], sparsities=(0.5,), calibration=data, out=tmp_path).save(tmp_path)
+    plan = sspruner.plan(sspruner.trace(dense), sspruner.score(dense, "random"), sparsity=0.5)
+    models = {"dense": dense, "cut": sspruner.apply(tiny_model(state=8), plan)}
+    rates: dict[str, Any] = {"device": "cpu", "bandwidth": 1e10, "flops": 1e10}
+    found = sspruner.bench(models, batches=(1, 2), prompt=4, generate=2, repeats=2, **rates)
+    found.save(tmp_path / "bench.json")
+    how: dict[str, Any] = {"text": ids, "max_length": 8, "metrics": ["perplexity", "position", "length"]}
+    evaluation = sspruner.evaluate_model(models["cut"], against=dense, **how)
+    (tmp_path / "evaluation.json").write_text(evaluation.to_json())
+    shown = sections(read_folder(tmp_path))
+    names = figures(shown)
+    assert {"compare-perplexity-ratio", "compare-pareto-bytes", "compare-pareto-speed"} <= names
+    assert any(name.startswith("bench") for name in names)
+    page = Page(sspruner.write_report(tmp_path).read_text(encoding="utf-8"))
+    text = " ".join(page.cells)
+    for interval in (evaluation["perplexity"].change, evaluation["kl_to_dense"].value):
+        assert interval is not None
+        assert any(same(cell, list(interval)) for cell in page.cells if numbers(cell)), (interval, text)
+
+
+def test_the_earlier_pictures_come_back_if_new_ones_cannot_take_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps(BENCH))
+    sspruner.write_report(tmp_path)
+    before, rename = tree(tmp_path), pages.os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise OSError("no space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(pages.os, "rename", failing)
+    with pytest.raises(sspruner.InputError, match="no space left"):
+        sspruner.write_report(tmp_path)
+    assert tree(tmp_path) == before

@@ -32,6 +32,15 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def to_json(self) -> list[float | None]:
+        """[value, low, high]; JSON has no word for what is not finite, so that is null."""
+        return [x if math.isfinite(x) else None for x in self]
+
+    @classmethod
+    def from_json(cls, data: list[float | None]) -> Interval:
+        """Inverse of `to_json`, but for infinity: null is no number."""
+        return cls(*(math.nan if x is None else float(x) for x in data))
+
 
 def perplexity(nll: torch.Tensor, tokens: torch.Tensor, seed: int = 0) -> Interval:
     """From sums of negative log-likelihood, in nats, and numbers of tokens of each window: both (windows,)."""

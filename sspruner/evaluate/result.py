@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,4 +86,4 @@ class Evaluation:
 
 
 def _list(interval: Interval | None) -> list[float | None] | None:
-    return None if interval is None else [x if math.isfinite(x) else None for x in interval]
+    return None if interval is None else interval.to_json()

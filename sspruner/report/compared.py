@@ -43,7 +43,7 @@ class Cut:
 
     def to_json(self) -> dict[str, Any]:
         """Flat: `perplexity` is a number, with `perplexity_interval` beside it, any other measure value, low, high."""
-        data: dict[str, Any] = {name: list(interval) for name, interval in self.measures.items()}
+        data: dict[str, Any] = {name: interval.to_json() for name, interval in self.measures.items()}
         if "perplexity" in data:
             data |= {"perplexity": data["perplexity"][0], "perplexity_interval": data["perplexity"]}
         data |= {"state_bytes": self.state_bytes, "parameters": self.parameters, "kept": self.kept}
@@ -53,7 +53,7 @@ class Cut:
     def from_json(cls, data: dict[str, Any]) -> Cut:
         """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
         named = {("perplexity" if name == "perplexity_interval" else name): value for name, value in data.items()}
-        measures = {name: Interval(*map(float, value)) for name, value in named.items() if isinstance(value, list)}
+        measures = {name: Interval.from_json(value) for name, value in named.items() if isinstance(value, list)}
         return cls(
             measures, int(data["state_bytes"]), int(data["parameters"]), dict(data["kept"]), data.get("model", "")
         )
@@ -99,7 +99,7 @@ class Comparison:
             "versions": versions(),
             "command": self.command,
         }
-        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
         """The tables that `sspruner compare` prints, as Markdown."""
