@@ -63,7 +63,9 @@ def test_rows_are_complete_and_add_up() -> None:
         assert row.peak_bytes is None
         if row.phase == "decode":
             assert row.work.bytes == size.step_bytes(row.batch)
-    assert found.row("dense", 3).speedup(found.row("dense", 3)) == (1, 1, 1)
+    dense = found.row("dense", 3)
+    assert dense.speedup(dense) == (1, 1, 1)
+    assert replace(dense, seconds=(1.0, 2.0)).speedup(replace(dense, seconds=(3.0, 6.0))) == (3, 3, 3)
     assert not any(map(accelerated, models.values()))
 
 

@@ -128,3 +128,27 @@ def test_products_are_still_seen_inside() -> None:
     with torch.no_grad(), Wide(), Products({w: "w"}, lambda name, given: noted.append((name, given.dtype))):
         F.linear(torch.randn(20, 5).bfloat16(), w)
     assert noted == [("w", torch.bfloat16)]
+
+
+@pytest.mark.parametrize("what", ["prune", "damage", "refit", "compare", "evaluate"])
+def test_whatever_scores_or_measures_is_quick(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each forward of a mixer sees a small chunk, and the model has its own again afterwards."""
+    monkeypatch.setattr(quick, "CHUNK", 4)
+    model = tiny_model()
+    graph, data = sspruner.trace(model), sspruner.calibration(tokens(8, 21), model, samples=6, held_out=2)
+    plan = sspruner.plan(graph, sspruner.score(model, "magnitude"), sparsity=0.5)
+    seen: set[int] = set()
+    for layer in model.backbone.layers:
+        layer.mixer.register_forward_pre_hook(lambda mixer, _: seen.add(mixer.chunk_size))
+    if what == "prune":
+        sspruner.score(model, "ghost", calibration=data)
+    elif what == "damage":
+        damage(model, plan, graph, data.held_out_batches(2))
+    elif what == "refit":
+        sspruner.refit(model, plan, calibration=data)
+    elif what == "compare":
+        sspruner.compare(model, ["magnitude"], sparsities=(0.5,), calibration=data, baseline=model)
+    else:
+        sspruner.evaluate_model(model, text=data.held_out, max_length=8, metrics=["perplexity", "length", "recall"])
+    assert seen == {4}
+    assert set(sizes(model)) == {8}

@@ -9,12 +9,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import VOCABULARY, tiny_model
 from torch import nn
 
 import sspruner
 from sspruner.evaluate.last_word import last_words
 from sspruner.evaluate.passkey import DEPTHS, passkey_text, passkeys
-from sspruner.evaluate.recall import recall, sequences
+from sspruner.evaluate.recall import recall, sequences, tasks_for
+
+
+@pytest.mark.parametrize(("trained", "pairs"), [(None, 15), (3, 3), (99, 15)])
+def test_tasks_have_the_pairs_of_a_models_training_if_its_vocabulary_holds_them(trained: int, pairs: int) -> None:
+    model = tiny_model()  # a vocabulary of 31: at most 15 keys, and 16 pairs where a model says nothing
+    if trained:
+        model.config.recall_pairs = trained
+    found = tasks_for(model, 2, 5)
+    assert torch.equal(found, sequences(2, pairs, VOCABULARY, torch.Generator().manual_seed(5)))
 
 
 class Copier(nn.Module):
