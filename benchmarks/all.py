@@ -25,10 +25,8 @@ from figures import draw
 
 HERE = Path(__file__).parent
 PAGE, FIGURES = HERE.parent / "docs/benchmarks.md", HERE.parent / "docs/figures"
-THREE = ("--sparsities", "0.25", "0.5", "0.75", "--seeds", "0", "1")
-STATE = ("--rows", "random", "magnitude", "tp:taylor", "ghost", *THREE)
-MAMBA1 = ("--rows", "random", "magnitude", "ghost", *THREE)
 FEW = ("--rows", "magnitude", "--sparsities", "0.5", "--seeds", "0")
+MODELS = ("mamba2-books-4m", "zamba2-books", "mamba1-books")
 
 
 @dataclass(frozen=True)
@@ -42,126 +40,90 @@ class Part:
     timed: bool = False
     large: bool = False
     data: bool = True  # whether it takes --data
-    before: str = ""  # the part whose files it needs
+    after: tuple[str, ...] = ()  # the parts whose files it needs
     drawn: bool = False  # whether a picture shows its numbers
 
 
-def _recall(states: int, *size: str) -> tuple[Part, Part]:
-    """A model that remembers, and what cuts of it remember."""
-    model, training = f"WORK/recall-{states}", f"train_recall-{states}"
-    made = ("--out", model, *size)
-    few = (model, "--rows", "magnitude")
-    return (
-        Part(training, "train_recall", made, (*made, "--steps", "2"), data=False),
-        Part(f"recall-{states}", "recall", (model,), few, data=False, before=training, drawn=True),
+def _trained(states: int, *size: str, large: bool = False) -> Part:
+    """A model that remembers, for other parts: it has no section."""
+    made = ("--out", f"WORK/recall-{states}", "--state", str(states), *size)
+    return Part(
+        f"train_recall-{states}", "train_recall", made, (*made, "--steps", "2", "--pairs", "4"), large=large, data=False
     )
 
 
-RECALL = (*_recall(64), *_recall(128, "--state", "128", "--pairs", "48", "--vocabulary", "256"))
+def _recall(states: int, large: bool = False) -> Part:
+    """What cuts of it remember."""
+    few = (f"WORK/recall-{states}", "--rows", "magnitude")
+    needed = (f"train_recall-{states}",)
+    return Part(f"recall-{states}", "recall", few[:1], few, large=large, data=False, after=needed, drawn=True)
+
+
+def _scorers(model: str) -> Part:
+    sizes = ("--results", "WORK/scorers", "--seeds", "1")
+    few = (model, "--axis", "state", "--rows", "magnitude", *sizes, "--passages", "2", "--reported-windows", "2")
+    return Part(f"scorers.py, {model}", "scorers", (model, *sizes, "--passages", "20", "--reported-windows", "16"), few)
+
+
+COMPARED = ("train_recall-64", "train_recall-32", "train_recall-16")
 PARTS = (
+    _trained(64),
+    _trained(32),
+    _trained(16),
+    *map(_scorers, MODELS),
     Part("damage.py", "damage", quick=FEW),
-    Part(
-        "damage.py, balanced",
-        "damage",
-        (
-            "--rows",
-            "magnitude",
-            "ghost",
-            "ghost, output",
-            "balanced, none",
-            "balanced",
-            "--sparsities",
-            "0.5",
-            "0.75",
-            "0.9",
-            "0.97",
-            "--seeds",
-            "0",
-            "1",
-        ),
-        FEW,
-    ),
-    Part(
-        "damage.py, balanced, zamba2-books",
-        "damage",
-        (
-            "zamba2-books",
-            "--rows",
-            "ghost",
-            "balanced, none",
-            "balanced",
-            "--sparsities",
-            "0.75",
-            "0.9",
-            "0.97",
-            "--seeds",
-            "0",
-        ),
-        ("zamba2-books", *FEW),
-    ),
-    Part("damage.py, head", "damage", ("--axis", "head", *STATE), ("--axis", "head", *FEW)),
-    Part("damage.py, zamba2-books", "damage", ("zamba2-books", *STATE), ("zamba2-books", *FEW)),
-    Part(
-        "damage.py, zamba2-books, head",
-        "damage",
-        ("zamba2-books", "--axis", "head", *STATE),
-        ("zamba2-books", "--axis", "head", *FEW),
-    ),
-    Part("damage.py, mamba1-books", "damage", ("mamba1-books", *MAMBA1), ("mamba1-books", *FEW)),
-    Part(
-        "damage.py, mamba1-books, channel",
-        "damage",
-        ("mamba1-books", "--axis", "channel", *MAMBA1),
-        ("mamba1-books", "--axis", "channel", *FEW),
-    ),
-    *RECALL,
+    Part("calibration_size.py", "calibration_size", drawn=True),
+    Part("auto.py", "auto"),
+    Part("refit.py", "refit"),
+    Part("allocation.py", "allocation"),
+    Part("positions.py", "positions", drawn=True),
+    Part("reference.py", "reference", ("--windows", "80"), ("--windows", "2")),
+    Part("last_words.py", "last_words"),
     Part(
         "joint.py",
         "joint",
         ("--windows", "16", "--keep", "13", "4", "--turns", "1", "3"),
         ("--windows", "2", "--keep", "4", "--turns", "1", "--tokens", "2", "64"),
     ),
-    Part("refit.py", "refit"),
-    Part("allocation.py", "allocation"),
-    Part("auto.py", "auto"),
-    Part("positions.py", "positions", drawn=True),
-    Part("last_words.py", "last_words"),
-    Part("calibration_size.py", "calibration_size", drawn=True),
-    Part(
-        "scorers.py",
-        "scorers",
-        ("--results", "WORK/scorers", "--seeds", "1", "--passages", "20", "--reported-windows", "16"),
-        (
-            "mamba2-books-4m",
-            "--axis",
-            "state",
-            "--rows",
-            "magnitude",
-            "--results",
-            "WORK/scorers",
-            "--seeds",
-            "1",
-            "--passages",
-            "2",
-            "--reported-windows",
-            "2",
-        ),
-    ),
-    Part("reference.py", "reference", quick=("--windows", "2")),
     Part("published.py", "published"),
+    _trained(128, "--pairs", "48", "--vocabulary", "256", large=True),
+    _recall(64),
+    Part("compare.py", "compare", ("--recall", "WORK"), ("--recall", "WORK", "--quick"), after=COMPARED),
+    _recall(128, large=True),
     Part(
         "projection_cost.py",
         "projection_cost",
-        ("--repeats", "3"),
+        ("--repeats", "3", "--batch", "1", "16"),
         ("--repeats", "1", "--shapes", "reference", "--batch", "1"),
         timed=True,
         data=False,
     ),
     Part("scoring_cost.py", "scoring_cost", ("--repeats", "3", "--model-repeats", "1"), timed=True),
-    Part("scorer_cost.py", "scorer_cost", ("--repeats", "1"), timed=True),
-    Part("decode.py", "decode", quick=("--layers", "2", "--repeats", "1"), timed=True, data=False),
+    Part(
+        "scorer_cost.py",
+        "scorer_cost",
+        ("--models", "mamba2-books-4m", "--repeats", "3"),
+        ("--models", "mamba2-books-4m", "--repeats", "1", "--rows", "magnitude"),
+        timed=True,
+    ),
+    Part(
+        "scorer_cost.py, other models",
+        "scorer_cost",
+        ("--models", "mamba1-books", "130M", "--repeats", "1"),
+        ("--models", "mamba1-books", "--repeats", "1", "--rows", "magnitude"),
+        timed=True,
+        large=True,
+    ),
+    Part(
+        "decode.py",
+        "decode",
+        ("--threads", "1", "--repeats", "3"),
+        ("--layers", "2", "--repeats", "1"),
+        timed=True,
+        data=False,
+    ),
     Part("gpu.py", "gpu", quick=("--batch", "1", "--repeats", "1", "--generate", "2"), timed=True, data=False),
-    Part("tool_speed.py", "tool_speed", timed=True),
+    Part("tool_speed.py", "tool_speed", ("--repeats", "2"), timed=True),
     Part("tool_speed.py --large", "tool_speed", ("--large",), ("--large", "--quick"), timed=True, large=True),
     Part(
         "offload",
@@ -190,8 +152,8 @@ def main() -> None:
     failed = []
     with ThreadPoolExecutor(2) as pool:
         for stage in (
-            [p for p in parts if not p.timed and not p.before],
-            [p for p in parts if not p.timed and p.before],
+            [p for p in parts if not p.timed and not p.after],
+            [p for p in parts if not p.timed and p.after],
         ):
             failed += [
                 p.name for p, good in zip(stage, pool.map(lambda p: run(p, given), stage), strict=True) if not good
@@ -199,35 +161,41 @@ def main() -> None:
     failed += [p.name for p in parts if p.timed and not run(p, given)]
     progress(f"{len(parts) - len(failed)} of {len(parts)} parts in {(time.perf_counter() - start) / 60:.1f} minutes")
     if not given.quick:
+        for part in parts:
+            if part.name not in failed and part.script != "train_recall":
+                insert(PAGE, part.name, output(part, given).read_text(encoding="utf-8"))
         draw(given.work, FIGURES)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
+def output(part: Part, given: argparse.Namespace) -> Path:
+    return Path(given.work / f"{part.name.replace(', ', '-')}{'.quick' if given.quick else ''}.md")
+
+
 def run(part: Part, given: argparse.Namespace) -> bool:
-    """One part in a process of its own, unless its output is there; into the page. False where it failed."""
-    out = given.work / f"{part.name.replace(', ', '-')}{'.quick' if given.quick else ''}.md"
-    if not out.exists():
-        arguments = [a.replace("WORK", str(given.work)) for a in (part.quick if given.quick else part.arguments)]
-        if part.drawn and not given.quick:
-            arguments += ["--json", str(given.work / f"{part.name.removesuffix('.py')}.json")]
-        if part.data:
-            arguments += ["--data", str(given.data)]
-        begun = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, str(HERE / f"{part.script}.py"), *arguments],
-            capture_output=True,
-            text=True,
-            env=os.environ if part.timed else os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        minutes = (time.perf_counter() - begun) / 60
-        progress(f"{part.name}: {'done' if done.returncode == 0 else 'failed'}, {minutes:.1f} minutes")
-        if done.returncode:
-            progress(done.stderr[-2000:])
-            return False
-        out.write_text(done.stdout, encoding="utf-8")
-    if not given.quick and part.script != "train_recall":
-        insert(PAGE, part.name, out.read_text(encoding="utf-8"))
+    """One part in a process of its own, unless its output is there. False where it failed."""
+    out = output(part, given)
+    if out.exists():
+        return True
+    arguments = [a.replace("WORK", str(given.work)) for a in (part.quick if given.quick else part.arguments)]
+    if part.drawn and not given.quick:
+        arguments += ["--json", str(given.work / f"{part.name.removesuffix('.py')}.json")]
+    if part.data:
+        arguments += ["--data", str(given.data)]
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(HERE / f"{part.script}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ if part.timed else os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    minutes = (time.perf_counter() - begun) / 60
+    progress(f"{part.name}: {'done' if done.returncode == 0 else 'failed'}, {minutes:.1f} minutes")
+    if done.returncode:
+        progress(done.stderr[-2000:])
+        return False
+    out.write_text(done.stdout.replace(str(given.work), "WORK"), encoding="utf-8")
     return True
 
 

@@ -22,7 +22,7 @@ def provenance(note: str) -> str:
     cores, threads = os.cpu_count(), torch.get_num_threads()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "sspruner"))
     return (
-        f"`python {shlex.join(sys.argv)}` · {datetime.date.today()} · {platform.machine()}, {cores} CPU cores, "
+        f"`python {shlex.join([f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}` · {datetime.date.today()} · {platform.machine()}, {cores} CPU cores, "
         f"{threads} torch threads · Python {platform.python_version()}, {versions} · {note}"
     )
 

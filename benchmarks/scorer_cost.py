@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import insert, progress, provenance, table
+from common import progress, provenance, table
 from scorer_rows import Row, row
 from scoring_cost import _status, mib, random_model, random_tokens, timed, wait_until_quiet
 
@@ -166,15 +166,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with books-val.txt")
-    parser.add_argument("--table", type=Path, help="write the tables into this page, too")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     made = "\n".join(one_table(name, given) for name in given.models)
     note = f"seed 0; up to {given.repeats} repeats"
     made += "\n\n" + provenance(note)
     print(made)
-    if given.table:
-        insert(given.table, "scorer_cost.py", made)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ STATE = [
     row("ghost", one_shot=True),
     row("ghost", variant="means"),
     row("ghost", variant="output"),
+    Row("balanced", "balanced", models=[MAMBA2, ZAMBA2]),
     row("rrqr"),
     row("last"),
     row("last", input="weights"),
@@ -101,16 +102,17 @@ WEIGHT = [
 ]
 DECAY = [RANDOM, *map(row, ("magnitude", "snip", "taylor", "sparsessm"))]
 
-QUARTERS = {f"{s:.0%}": {"sparsity": s} for s in (0.25, 0.5, 0.75, 0.9)}
-ELEMENTS = {"50%": {"sparsity": 0.5}, "75%": {"sparsity": 0.75}}
+STATES, UNITS, ELEMENTS = (
+    {f"{s:.0%}": {"sparsity": s} for s in fractions} for fractions in ((0.5, 0.75, 0.9), (0.25, 0.5), (0.5,))
+)
 
 TABLES = [
-    Table("state", MODELS, QUARTERS, STATE, "ghost", "75%"),
-    Table("head", [MAMBA2, ZAMBA2], QUARTERS, HEAD, "ghost", "50%"),
-    Table("head_dim", [MAMBA2, ZAMBA2], QUARTERS, CHANNEL, "ghost", "50%"),
-    Table("channel", [MAMBA1], QUARTERS, CHANNEL, "ghost", "50%"),
-    Table("mlp", [ZAMBA2], QUARTERS, MLP, "flap", "50%"),
-    Table("block", MODELS, QUARTERS, BLOCK, "perplexity-drop", "50%", seeds=2),
+    Table("state", MODELS, STATES, STATE, "ghost", "75%"),
+    Table("head", [MAMBA2, ZAMBA2], UNITS, HEAD, "ghost", "50%"),
+    Table("head_dim", [MAMBA2, ZAMBA2], UNITS, CHANNEL, "ghost", "50%"),
+    Table("channel", [MAMBA1], UNITS, CHANNEL, "ghost", "50%"),
+    Table("mlp", [ZAMBA2], UNITS, MLP, "flap", "50%"),
+    Table("block", MODELS, UNITS, BLOCK, "perplexity-drop", "50%", seeds=2),
     Table("weight", MODELS, {**ELEMENTS, "2:4": {"pattern": "2:4"}}, WEIGHT, "sparsegpt", "50%"),
     Table("decay", [MAMBA1], ELEMENTS, DECAY, "sparsessm", "50%", seeds=2),
 ]

@@ -172,7 +172,8 @@ def main() -> None:
     )
     given = parser.parse_args()
     if given.table:
-        insert(given.table, "scorers.py", render(given.results))
+        for name in given.models:
+            insert(given.table, f"scorers.py, {name}", render(given.results, [name]))
         return
     torch.set_num_threads(given.threads)
     sizes = {name: getattr(given, name) for name in SIZES}

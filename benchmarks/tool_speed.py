@@ -52,18 +52,22 @@ def small(given: Any) -> None:
             rows.append([f"GHOST prune / forward, {label}", str(dtype).removeprefix("torch."), *_row(found, label)])
     model, tokenizer = sspruner.load("mamba2-books-4m")
     dense = model.float()
-    data = books(dense, tokenizer, given.data / "books-val.txt", max(1, given.samples // 4))
+    windows = max(1, given.samples // 4), max(1, given.samples // 8)  # as many as compare takes by itself
+    data = sspruner.calibration(
+        given.data / "books-val.txt", dense, tokenizer, samples=windows[0], seq_len=256, held_out=windows[1]
+    )
     found = [_compare(dense, data) for _ in _each(given.repeats, "compare")]
     numbers["compare"] = found
-    rows.append(["compare, 5 scorers x 4 cuts / its evaluations", "float32", *_row(found, "evaluations")])
+    for label, unit in (("its evaluations, each alone", "alone"), ("the same, dense once", "together")):
+        rows.append([f"compare, 5 scorers x 4 cuts / {label}", "float32", *_row(found, unit)])
     head = ["what", "weights", "whole, s", "unit, s", "ratio (least to most)", "target"]
     targets = {"GHOST": "3", "compare": "1.3"}
     for row in rows:
         row.append(f"at most {targets[row[0].split(',')[0].split()[0]]}")
-    tokens = int(data.mask.sum())
+    tokens, others = int(data.mask.sum()), int(data.held_out_mask.sum())
     note = (
         f"seed 0; {given.repeats} interleaved repeats; prune: {given.samples} x 256 tokens observed; "
-        f"compare: {tokens} tokens observed"
+        f"compare: {tokens} tokens observed, {others} others measured"
     )
     text = table("The tool against the model: medians", head, rows) + f"\n\n{provenance(note)}"
     deliver(given, "tool_speed.py", text, numbers)
@@ -100,13 +104,20 @@ def _prune(dense: Any, tokenizer: Any, data: Any) -> dict[str, float]:
 
 
 def _compare(model: Any, data: Any) -> dict[str, float]:
-    """All of compare; and its evaluations alone: the same cuts, dense once per batch."""
+    """All of compare, scoring too; and what its evaluations take: every cut beside the dense model, one after another,
+    and all of them in one pass, in which the dense model runs once."""
     graph = sspruner.trace(model)
     scores = sspruner.score(model, SCORERS, calibration=data)
     plans = [sspruner.plan(graph, scored, sparsity=cut) for scored in scores.values() for cut in CUTS]
     per_batch = max(1, 2048 // data.held_out.shape[1])
+
+    def alone() -> None:
+        for plan in plans:
+            damages(model, [plan], graph, data.held_out_batches(per_batch))
+
     return {
-        "evaluations": seconds(lambda: damages(model, plans, graph, data.held_out_batches(per_batch))),
+        "alone": seconds(alone),
+        "together": seconds(lambda: damages(model, plans, graph, data.held_out_batches(per_batch))),
         "whole": seconds(lambda: sspruner.compare(model, SCORERS, sparsities=CUTS, calibration=data)),
     }
 
