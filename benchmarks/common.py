@@ -19,10 +19,11 @@ def provenance(note: str) -> str:
     """The command that ran, the date, the machine, the versions, and `note` (seeds, repeats)."""
     import torch
 
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     cores, threads = os.cpu_count(), torch.get_num_threads()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "sspruner"))
     return (
-        f"`python {shlex.join([f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}` · {datetime.date.today()} · {platform.machine()}, {cores} CPU cores, "
+        f"`{command}` · {datetime.date.today()} · {platform.machine()}, {cores} CPU cores, "
         f"{threads} torch threads · Python {platform.python_version()}, {versions} · {note}"
     )
 
