@@ -103,7 +103,7 @@ WEIGHT = [
 DECAY = [RANDOM, *map(row, ("magnitude", "snip", "taylor", "sparsessm"))]
 
 STATES, UNITS, ELEMENTS = (
-    {f"{s:.0%}": {"sparsity": s} for s in fractions} for fractions in ((0.5, 0.75, 0.9), (0.25, 0.5), (0.5,))
+    {f"{s:.0%}": {"sparsity": s} for s in fractions} for fractions in ((0.5, 0.75, 0.9), (0.25, 0.5), (0.5, 0.75))
 )
 
 TABLES = [
