@@ -19,7 +19,7 @@ from sspruner.asked import candidates
 from sspruner.evaluate.damage import damages
 
 CUTS = (("mamba2-books-4m", "state"), ("mamba2-books-4m", "head"), ("mamba1-books", "state"))
-SPARSITIES = {"state": (0.5, 0.75, 0.9), "head": (0.25, 0.5)}
+SPARSITIES = {"state": (0.75, 0.9), "head": (0.5,)}
 WINDOWS, REPORTED, SEED = 16, 32, 0
 BESIDE = {"ghost, output": ("ghost", {"variant": "output"})}  # label -> scorer, options
 

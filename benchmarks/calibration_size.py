@@ -22,7 +22,7 @@ from sspruner.evaluate.damage import damages
 ROWS = (("ghost", (0.75, 0.9)), ("balanced", (0.9, 0.97)))
 SOURCES = {"books-val": "books-val.txt", "WikiText-2": "wikitext2-valid.txt", "self": "self"}
 TESTS = {"books": "books-test.txt", "WikiText-2": "wikitext2-test.txt"}
-TOKENS, LENGTH, REPORTED = (512, 2048, 8192, 32768), 256, 12
+TOKENS, LENGTH, REPORTED = (512, 2048, 8192), 256, 12
 SEEDS = {512: 3, 2048: 3}  # elsewhere one
 
 

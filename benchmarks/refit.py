@@ -32,7 +32,7 @@ CUTS = {  # label -> reference model, axis, scorer
     "mamba2-books-4m hidden": ("mamba2-books-4m", "hidden", "magnitude"),
     "zamba2-books block": ("zamba2-books", "block", "block-influence"),
 }
-SPARSITIES = {"state": (0.75, 0.9), "state, balanced": (0.9, 0.97), "hidden": (0.1, 0.25), "block": (0.2,)}
+SPARSITIES = {"state": (0.9,), "state, balanced": (0.97,), "hidden": (0.1,), "block": (0.2,)}
 OTHERS = (0.25, 0.5)
 SEQ_LEN, WINDOWS, REPORTED, SEED, PER_BATCH = 256, 32, 32, 0, 8
 
