@@ -33,7 +33,7 @@ CUTS = {  # label -> reference model, axis, scorer
     "zamba2-books block": ("zamba2-books", "block", "block-influence"),
 }
 SPARSITIES = {"state": (0.9,), "state, balanced": (0.97,), "hidden": (0.1,), "block": (0.2,)}
-OTHERS = (0.25, 0.5)
+OTHERS = (0.5,)
 SEQ_LEN, WINDOWS, REPORTED, SEED, PER_BATCH = 256, 32, 32, 0, 8
 
 

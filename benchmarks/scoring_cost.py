@@ -27,7 +27,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 import sspruner
 from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.state import ghost_sum
-from sspruner.calibrate.view import SSMView
+from sspruner.calibrate.view import Observation, SSMView
 from sspruner.graph.family import Projected
 
 BATCH, SEQ_LEN, SEED = 8, 256, 0
@@ -114,16 +114,17 @@ class Case:
     def forward(self, chunk_size: int | None = None) -> torch.Tensor:
         """The stock block. chunk_size: that of its scan; default: the model's own."""
         self.mixer.chunk_size = chunk_size or self.model.config.chunk_size
-        return self.model.get_submodule(self.path)(self.replay.hidden[0], **self.replay.inputs[0])
+        return self.replay.run(self.path, 0, self.replay.hidden[0])[0]
 
     def view(self) -> SSMView:
         """The layer as a scorer sees it."""
         views: list[SSMView] = []
 
-        def observe(path: str, hidden: torch.Tensor, mask: torch.Tensor) -> None:
-            views.append(SSMView(self.layer, self.group, self.mixer, hidden, mask))
+        def observe(path: str, hidden: torch.Tensor, mask: torch.Tensor, inputs: Any) -> None:
+            seen = Observation(self.model, path, mask, family=self.layer.family, hidden=hidden, inputs=inputs)
+            views.append(SSMView(seen, self.group))
 
-        self.replay.observe(self.path, observe)
+        self.replay.observe(self.path, [self.layer.path], observe)
         return views[0]
 
     @torch.no_grad()
