@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,10 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra:
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     target = folder / f"step-{step:08d}"
     try:
-        state_dict_saver.save(
-            {"model": weights, "optimizer": moments, "extra": extra}, checkpoint_id=target, no_dist=world() == 1
-        )
+        with _alone():
+            state_dict_saver.save(
+                {"model": weights, "optimizer": moments, "extra": extra}, checkpoint_id=target, no_dist=world() == 1
+            )
     except Exception as error:  # of the storage, wrapped by torch in one of its own
         raise InputError(
             f"checkpoint {target}: cannot be written ({_brief(error)}); {_last(folder)}make room, and run this again"
@@ -51,7 +55,8 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, extra: dict[str, 
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     state: dict[str, Any] = {"model": weights, "optimizer": moments, "extra": extra}
     try:
-        state_dict_loader.load(state, checkpoint_id=whole[-1], no_dist=world() == 1)
+        with _alone():
+            state_dict_loader.load(state, checkpoint_id=whole[-1], no_dist=world() == 1)
     except Exception as error:
         raise InputError(
             f"checkpoint {whole[-1]}: cannot be read ({_brief(error)}); remove it, and run this again"
@@ -61,6 +66,14 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, extra: dict[str, 
     )
     found: dict[str, Any] = state["extra"]
     return found
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the warning of torch that a single process writes alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _whole(folder: Path) -> list[Path]:

@@ -54,9 +54,9 @@ def distil(
     sizes = [embedding(model).num_embeddings for model in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ModelError(f"teacher: has {sizes[1]:,} tokens in its vocabulary and the student {sizes[0]:,}")
-    asked = {"method": "distil", "student": fingerprint(student), "teacher": fingerprint(teacher)}
-    asked |= {"text": list(text.sources), "alpha": alpha, "temperature": temperature, "hidden": hidden, "lora": lora}
-    folder = run_folder(out, asked | asdict(settings) | {"held_out": text.held_out, "text_seed": text.seed})
+    asked: dict[str, Any] = {"method": "distil", "student": fingerprint(student), "teacher": fingerprint(teacher)}
+    asked |= {"alpha": alpha, "temperature": temperature, "hidden": hidden, "lora": lora}
+    folder = run_folder(out, asked | asdict(settings) | text.asked())
     dtypes = {name: p.dtype for name, p in student.named_parameters()}
     device = next(student.parameters()).device
     trained = with_lora(student.float(), lora) if lora else student.float()

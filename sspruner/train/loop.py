@@ -112,7 +112,7 @@ def train(
     )
     if found:
         torch.set_rng_state(found["rng"])
-    forget_after(metrics_file, step)
+    forget_after(metrics_file, step if found else -1)
     with quick_on_cpu(model, device), Log(metrics_file) as log:
         if not found:
             first = last = perplexity(model, held_out, settings.at_once)
@@ -143,7 +143,7 @@ def train(
 
 
 def _step(
-    model: nn.Module,
+    model: Any,
     tokens: torch.Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
@@ -156,14 +156,14 @@ def _step(
         group["lr"] = settings.rate(step)
     optimizer.zero_grad(set_to_none=True)
     means: dict[str, torch.Tensor] = {}
-    pieces = tokens.split(settings.at_once)
+    pieces = torch.split(tokens, settings.at_once)
     for piece in pieces:
         share = len(piece) / len(tokens)
         summing = model.no_sync() if piece is not pieces[-1] and world() > 1 else nullcontext()
         with summing:
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.bf16):
                 loss, parts = objective(model, piece)
-            (share * loss).backward()
+            torch.autograd.backward(share * loss)
         for name, value in {"loss": loss, **parts}.items():
             means[name] = means.get(name, 0) + share * value.detach().float()
     norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -181,7 +181,7 @@ def _step(
 def perplexity(model: nn.Module, blocks: torch.Tensor, at_once: int) -> float:
     """Of blocks, int64 (n, T), each scored alone; its first token is context only."""
     nll = count = 0.0
-    for tokens in blocks.split(at_once):
+    for tokens in torch.split(blocks, at_once):
         mask = torch.ones_like(tokens, dtype=torch.bool)
         found = sums(forward(model, tokens, mask, use_cache=False).logits[:, :-1], *next_tokens(tokens, mask))
         nll, count = nll + float(found.nll.sum()), count + float(found.tokens.sum())

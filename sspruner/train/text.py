@@ -38,6 +38,10 @@ class Text:
     held_out: int = 16
     seed: int = 0
 
+    def asked(self) -> dict[str, Any]:
+        """What makes it this text and no other; JSON."""
+        return {"text": list(self.sources), "held_out": self.held_out, "text_seed": self.seed}
+
     def held_out_blocks(self) -> torch.Tensor:
         """int64 (sources * held_out, seq_len). Raises InputError for a source that holds no more than that."""
         return torch.stack([block for source in self.sources for block in self._first(source)])
