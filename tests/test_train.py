@@ -57,7 +57,8 @@ def text(folder: Path, held_out: int = 2) -> Text:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+    clock = ("seconds", "tokens_per_second")
+    return [{name: value for name, value in json.loads(line).items() if name not in clock} for line in lines]
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

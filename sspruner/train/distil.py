@@ -56,6 +56,7 @@ def distil(
         raise ModelError(f"teacher: has {sizes[1]:,} tokens in its vocabulary and the student {sizes[0]:,}")
     asked: dict[str, Any] = {"method": "distil", "student": fingerprint(student), "teacher": fingerprint(teacher)}
     asked |= {"alpha": alpha, "temperature": temperature, "hidden": hidden, "lora": lora}
+    text.held_out_blocks()  # a text that cannot be read ends here, before anything is written
     folder = run_folder(out, asked | asdict(settings) | text.asked())
     dtypes = {name: p.dtype for name, p in student.named_parameters()}
     device = next(student.parameters()).device

@@ -36,7 +36,7 @@ class Settings:
     max_tokens: of all steps together; the learning rate falls along a cosine to a tenth over them. max_minutes ends a
     run early, with what it has. batch: sequences in a step, of all processes together; at_once: in one forward of one
     process. every: steps between checkpoints, each with the perplexity of the held-out blocks. bf16: autocast; weights
-    and moments stay in fp32.
+    and moments stay in fp32. recompute: activations are computed again for the gradient, and not kept.
     """
 
     max_tokens: int = 1_000_000
@@ -52,6 +52,14 @@ class Settings:
     recompute: bool = False
     every: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch", "at_once", "seq_len", "every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} {getattr(self, name)}: must be above 0")
 
     @property
     def steps(self) -> int:
@@ -98,13 +106,17 @@ def train(
     """
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
+    if settings.recompute and not hasattr(model, "gradient_checkpointing_enable"):
+        raise InputError(f"recompute: {type(model).__name__} cannot")
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(_groups(parameters, settings.weight_decay), lr=0.0, betas=(0.9, 0.95))
     wrapped = DistributedDataParallel(model) if world() > 1 else model
-    held_out = text.held_out_blocks()
+    held_out = text.held_out_blocks()  # (blocks, T)
     torch.manual_seed(settings.seed)
     model.train()
+    if settings.recompute:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.jsonl"
     found = checkpoint.load(checkpoints, model, optimizer, _state(0, 0.0, math.nan))
     step, before, first = (
@@ -120,14 +132,14 @@ def train(
         blocks = text.training_blocks(skip=step * settings.batch)
         begun = time.monotonic() - before
         while step < settings.steps and not _over(begun, settings.max_minutes, device):
-            step += 1
+            step, now = step + 1, time.monotonic()
             batch = torch.stack(list(islice(blocks, settings.batch)))[rank() :: world()]
             metrics = _step(wrapped, batch.to(device), optimizer, parameters, settings, step, objective)
             if after_step:
                 after_step(step)
-            seconds = time.monotonic() - begun
-            tokens = step * settings.batch * settings.seq_len
-            log.write(step, tokens=tokens, seconds=seconds, learning_rate=settings.rate(step), **metrics)
+            seconds, per_step = time.monotonic() - begun, settings.batch * settings.seq_len
+            metrics |= {"tokens_per_second": per_step / (time.monotonic() - now), "seconds": seconds}
+            log.write(step, tokens=step * per_step, learning_rate=settings.rate(step), **metrics)
             if progress:
                 progress(metrics, step, settings.steps)
             if step % settings.every == 0 and step < settings.steps:
@@ -138,6 +150,8 @@ def train(
             log.write(step, held_out_perplexity=last)
             checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first))
     model.eval()
+    if settings.recompute:
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
     tokens = step * settings.batch * settings.seq_len
     return Trained(step, tokens, time.monotonic() - begun, (first, last), step == settings.steps)
 
