@@ -118,3 +118,14 @@ def test_what_is_missing_is_named_and_a_run_goes_on_as_it_was_asked(folder: Path
     refused(folder, ("--text is missing",), "train", "distil", folder / "cut", "--out", folder / "x")
     refused(folder, ("--out is missing",), "train", "distil", folder / "cut", "--text", folder / "train.txt")
     refused(folder, ("another learning_rate (0.001, now 0.5)",), *command(folder, "whole", "--learning-rate", "0.5"))
+
+
+def test_gradual_through_the_command_line(folder: Path) -> None:
+    """Half of the states of the reference model, in six steps; the model that is saved is smaller, and is read back."""
+    command = ["train", "gradual", "mamba2-books-4m", "--text", folder / "train.txt", "--out", folder / "gradual"]
+    result = done(*command, *SMALL.split(), "--axis", "state", "--mask-every", "1", "--json", folder / "said.json")
+    assert "6 steps, 192 tokens" in result.stdout
+    model, tokenizer = sspruner.load(folder / "gradual/model")
+    assert tokenizer is not None
+    assert {group.units for group in sspruner.trace(model).on_axis("state").values()} == {64}
+    assert json.loads((folder / "said.json").read_text())["perplexity"][1] > 1

@@ -93,11 +93,13 @@ def train(
     folder: Path,
     *,
     after_step: Hook | None = None,
+    memory: dict[str, torch.Tensor] | None = None,
     progress: Callable[[dict[str, float], int, int], None] | None = None,
 ) -> Trained:
     """Train the parameters of `model` that require gradients, in place, in fp32.
 
     objective: the loss of a batch. after_step: what a method does with the weights after each step, such as masks.
+    memory: its own tensors, by name, which checkpoints hold, too, and which are put back in place.
     folder: for checkpoints and metrics.jsonl; a run that was interrupted there goes on as if it had not been.
     progress: called with the metrics of a step, its number, and how many there are.
 
@@ -108,6 +110,7 @@ def train(
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
     if settings.recompute and not hasattr(model, "gradient_checkpointing_enable"):
         raise InputError(f"recompute: {type(model).__name__} cannot")
+    memory = memory or {}
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(_groups(parameters, settings.weight_decay), lr=0.0, betas=(0.9, 0.95))
@@ -118,7 +121,7 @@ def train(
     if settings.recompute:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.jsonl"
-    found = checkpoint.load(checkpoints, model, optimizer, _state(0, 0.0, math.nan))
+    found = checkpoint.load(checkpoints, model, optimizer, _state(0, 0.0, math.nan) | memory)
     step, before, first = (
         (int(found["step"]), float(found["seconds"]), float(found["first"])) if found else (0, 0.0, 0.0)
     )
@@ -144,11 +147,11 @@ def train(
                 progress(metrics, step, settings.steps)
             if step % settings.every == 0 and step < settings.steps:
                 log.write(step, held_out_perplexity=perplexity(model, held_out, settings.at_once))
-                checkpoint.save(checkpoints, step, model, optimizer, _state(step, seconds, first))
+                checkpoint.save(checkpoints, step, model, optimizer, _state(step, seconds, first) | memory)
         last = perplexity(model, held_out, settings.at_once)
         if not found or step > int(found["step"]):
             log.write(step, held_out_perplexity=last)
-            checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first))
+            checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first) | memory)
     model.eval()
     if settings.recompute:
         model.gradient_checkpointing_disable()  # type: ignore[operator]
