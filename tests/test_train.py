@@ -219,6 +219,59 @@ def test_a_cut_student_recovers_and_zeros_stay(tmp_path: Path) -> None:
     assert float(divergence(logits(teacher, seen), logits(found, seen))) < 0.7 * before
 
 
+def test_narrow_matrices_are_trained_and_merged(tmp_path: Path) -> None:
+    """Nothing but them changes until the end; then the model is of its own class again, and is another."""
+    pytest.importorskip("peft")
+    teacher, student = tiny_model(seed=1), tiny_model(seed=1)
+    sspruner.apply(student, half(sspruner.trace(student)))
+    seen = text(tmp_path).held_out_blocks()
+    before, names = (
+        float(divergence(logits(teacher, seen), logits(student, seen))),
+        [n for n, _ in student.named_parameters()],
+    )
+    norm = student.backbone.norm_f.weight.clone()
+    asked = replace(SMALL, max_tokens=60 * 32, every=60)
+    found, _ = distil(student, teacher, text(tmp_path), tmp_path / "run", settings=asked, alpha=1.0, lora=2)
+    assert type(found) is type(student)
+    assert [n for n, _ in found.named_parameters()] == names
+    assert torch.equal(found.backbone.norm_f.weight, norm)
+    assert float(divergence(logits(teacher, seen), logits(found, seen))) < 0.9 * before
+    sspruner.save(found, tmp_path / "saved")
+    assert torch.equal(logits(sspruner.load(tmp_path / "saved")[0], seen), logits(found, seen))
+
+
+def test_narrow_matrices_would_fill_zeros(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    student = tiny_model()
+    student.backbone.layers[0].mixer.in_proj.weight.data[0] = 0
+    with pytest.raises(InputError, match=r"in_proj.weight holds zeros, which narrow matrices would fill"):
+        distil(student, tiny_model(), text(tmp_path), tmp_path / "run", settings=SMALL, lora=2)
+
+
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    runs = []
+    for name, recompute in (("a", False), ("b", True)):
+        (tmp_path / name).mkdir()
+        model = tiny_model()
+        train(model, text(tmp_path), replace(SMALL, recompute=recompute), likelihood, tmp_path / name)
+        runs.append(model)
+    assert same(*runs)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in runs[1].modules())
+
+
+def test_bf16_keeps_weights_in_fp32_and_learns(tmp_path: Path) -> None:
+    model, seen = tiny_model(), []
+
+    def spied(trained: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        seen.append(trained.backbone.layers[0].mixer.in_proj(torch.zeros(1, 4)).dtype)
+        return likelihood(trained, batch)
+
+    found = train(model, text(tmp_path), replace(SMALL, bf16=True, max_tokens=40 * 32, every=40), spied, tmp_path)
+    assert {*seen} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert found.perplexity[1] < 0.8 * found.perplexity[0]
+
+
 def test_zeros_of_vectors_are_trained() -> None:
     model = tiny_model()
     model.backbone.layers[0].mixer.conv1d.bias.data.zero_()

@@ -6,6 +6,7 @@ al., arXiv 1503.02531; for pruned SSMs: Ghattas et al., arXiv 2502.18886).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +73,8 @@ def distil(
 
 
 def with_lora(model: nn.Module, rank: int) -> Any:
-    """The model with narrow matrices beside all linear layers but the head. Raises InputError where that cannot be."""
+    """The model with narrow matrices beside its linear layers, but the head and a mixer's out_proj, whose weight the
+    kernels read without calling it. Raises InputError where that cannot be."""
     try:
         import peft
     except ImportError as error:
@@ -80,8 +82,13 @@ def with_lora(model: nn.Module, rank: int) -> Any:
     masked = [name for name, p in model.named_parameters() if p.ndim > 1 and bool((p == 0).any())]
     if masked:
         raise InputError(f"lora: {masked[0]} holds zeros, which narrow matrices would fill; train all weights")
-    config = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear")
-    return peft.get_peft_model(model, config)
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    targets = sorted(name for name in linear if name.rpartition(".")[2] != "out_proj")
+    config = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an older name
+        return peft.get_peft_model(model, config)
 
 
 def distillation(teacher: nn.Module, alpha: float = 0.5, temperature: float = 1.0, hidden: float = 0.0) -> Objective:

@@ -108,8 +108,6 @@ def train(
     """
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
-    if settings.recompute and not hasattr(model, "gradient_checkpointing_enable"):
-        raise InputError(f"recompute: {type(model).__name__} cannot")
     memory = memory or {}
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -119,7 +117,7 @@ def train(
     torch.manual_seed(settings.seed)
     model.train()
     if settings.recompute:
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        _recompute(model, "enable")
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.jsonl"
     found = checkpoint.load(checkpoints, model, optimizer, _state(0, 0.0, math.nan) | memory)
     step, before, first = (
@@ -154,9 +152,18 @@ def train(
             checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first) | memory)
     model.eval()
     if settings.recompute:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        _recompute(model, "disable")
     tokens = step * settings.batch * settings.seq_len
     return Trained(step, tokens, time.monotonic() - begun, (first, last), step == settings.steps)
+
+
+def _recompute(model: nn.Module, what: str) -> None:
+    """Switch transformers' recomputing of activations; it had another name before."""
+    for name in (f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"):
+        if switch := getattr(model, name, None):
+            switch()
+            return
+    raise InputError(f"recompute: {type(model).__name__} cannot")
 
 
 def _step(
@@ -187,8 +194,8 @@ def _step(
     values = total(torch.stack([*means.values()])) / world()
     if not (torch.isfinite(values).all() and torch.isfinite(norm)):
         raise InputError(
-            f"step {step}: the loss is {float(values[0]):g}, the norm of its gradient {float(norm):g}; the last "
-            "checkpoint is good: lower the learning rate"
+            f"step {step}: the loss is {float(values[0]):g}, the norm of its gradient {float(norm):g}; what "
+            "is in checkpoints is good: lower the learning rate"
         )
     optimizer.step()
     return {**dict(zip(means, values.tolist(), strict=True)), "gradient_norm": float(norm)}

@@ -16,6 +16,8 @@ def processes(device: torch.device) -> Iterator[None]:
     if "RANK" not in os.environ or distributed.is_initialized():
         yield
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this process's own from here on
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
