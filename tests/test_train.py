@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,23 @@ def test_a_run_learns_and_says_so(tmp_path: Path) -> None:
         == perplexity(model, text(tmp_path).held_out_blocks(), 4)
     )
     assert {"loss", "gradient_norm", "learning_rate", "tokens"} <= set(lines[5])
+
+
+def test_how_many_at_once_is_a_matter_of_memory_alone(tmp_path: Path) -> None:
+    """A batch in uneven pieces is the mean over its sequences: one step, without clipping, against autograd."""
+    step = replace(SMALL, max_tokens=32, batch=4, clip=1e9, warm_up=0.0, weight_decay=0.0, every=9)
+    gradients = []
+    for at_once in (4, 3, 1):
+        (tmp_path / str(at_once)).mkdir()
+        model, seen = tiny_model(), []
+        hook = lambda now, model=model, seen=seen: seen.extend(p.grad.clone() for p in model.parameters())  # noqa: E731
+        train(
+            model, text(tmp_path), replace(step, at_once=at_once), likelihood, tmp_path / str(at_once), after_step=hook
+        )
+        gradients.append(seen)
+    for own in gradients[1:]:
+        for a, b in zip(gradients[0], own, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_perplexity_is_of_blocks_alone() -> None:
@@ -323,9 +341,14 @@ from sspruner.train.loop import train
 from sspruner.train.processes import processes, rank
 torch.set_num_threads(1)
 folder = Path({folder!r})
+seen = []
+def spied(model, batch):
+    seen.append(batch)
+    return likelihood(model, batch)
 with processes(torch.device("cpu")):
     model = tiny_model()
-    found = train(model, text(folder), SMALL, likelihood, folder / "run")
+    found = train(model, text(folder), SMALL, spied, folder / "run")
+    torch.save(seen, folder / f"seen-{{rank()}}.pt")
     if rank() == 0:
         torch.save([model.state_dict(), found.perplexity], folder / "found.pt")
 """
@@ -347,6 +370,11 @@ def test_processes_train_what_one_would(count: int, tmp_path: Path) -> None:
     assert perplexities == pytest.approx(found.perplexity, rel=1e-3)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+    blocks = list(islice(text(tmp_path).training_blocks(), 6 * 4))
+    parts = [torch.cat(torch.load(tmp_path / f"seen-{rank}.pt")) for rank in range(count)]  # (blocks, T) of each
+    assert [len(part) for part in parts] == [len(blocks) // count] * count
+    together = sorted(row for part in parts for row in part.tolist())
+    assert together == sorted(block.tolist() for block in blocks)  # no block twice, none left out
     lines, alone = metrics(tmp_path / "run"), metrics(tmp_path / "alone")
     assert [line["step"] for line in lines] == [line["step"] for line in alone]
     assert lines[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-5)

@@ -77,6 +77,20 @@ def test_one_threshold_is_the_exact_one(alpha: float, sparsity: float, seed: int
             assert float(scores[name][~stays].max()) <= float(scores[name][stays].min())
 
 
+def test_gradients_are_summed_up_between_masks() -> None:
+    """Absolute values, of every step since the last mask; then anew."""
+    own = Pruner(tiny_model(), "weight", Schedule(0.5, 0, 4, 2), 1.0, "uniform", tokens(2, 8))
+    name, parameter = next(iter(own.trained.items()))
+    sums = []
+    for step in range(1, 5):
+        for other in own.trained.values():
+            other.grad = torch.full_like(other, -1.0 if step % 2 else 3.0)
+        own(step)
+        sums.append(float(own.memory[f"slope.{name}"].mean()))
+    assert sums == [1.0, 0.0, 1.0, 0.0]
+    assert parameter.shape == own.memory[f"slope.{name}"].shape
+
+
 def watched(patch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """Every mask that a run has after a step."""
     seen: list[dict[str, torch.Tensor]] = []
