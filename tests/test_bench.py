@@ -21,10 +21,10 @@ from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.acceleration import accelerated
-from sspruner.benchmark import measure, run
+from sspruner.benchmark import measure, resident, run
 from sspruner.benchmark.ceiling import Rates, Work, head_weights, prefill_work, step_work, token_operations
 from sspruner.benchmark.measure import order
-from sspruner.benchmark.run import Times, cache_bytes
+from sspruner.benchmark.run import Times, cache_bytes, run_once
 from sspruner.benchmark.shapes import SHAPES, shape_config, shape_model, shape_models
 from sspruner.benchmark.statistics import median_interval
 from sspruner.errors import InputError
@@ -60,13 +60,54 @@ def test_rows_are_complete_and_add_up() -> None:
         assert data["tokens_per_second"][1] == pytest.approx(1000 * row.tokens / data["ms"][2])
         assert data["fraction"] == pytest.approx(data["tokens_per_second"][0] / data["ceiling_tokens_per_second"])
         assert ("sspruner.accelerate" in row.path) == ("accelerated" in row.model and row.phase == "decode")
-        assert row.peak_bytes is None
+        assert row.peak_bytes is None or 0 < row.peak_bytes < 2**30  # exactly: the next test
         if row.phase == "decode":
             assert row.work.bytes == size.step_bytes(row.batch)
     dense = found.row("dense", 3)
     assert dense.speedup(dense) == (1, 1, 1)
     assert replace(dense, seconds=(1.0, 2.0)).speedup(replace(dense, seconds=(3.0, 6.0))) == (3, 3, 3)
     assert not any(map(accelerated, models.values()))
+
+
+def test_peak_on_the_cpu_is_weights_cache_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of resident bytes that are made up: 100 MB at the start of each phase, 107 at the most."""
+    model = tiny_model(state=8)
+    monkeypatch.setattr(resident, "start", lambda: 100_000_000)
+    monkeypatch.setattr(resident, "peak", lambda: 107_000_000)
+    ids = torch.zeros(3, 9, dtype=torch.long)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    found = run_once(model, ids, 1, memory=True)
+    assert found.prefill_peak == weights + 7_000_000
+    held = found.step_peak - found.prefill_peak if found.step_peak and found.prefill_peak else 0
+    with torch.no_grad():
+        assert held == cache_bytes({"cache_params": model(ids, use_cache=True).cache_params}) > 0
+    assert run_once(model, ids, 1).step_peak is None
+    monkeypatch.setattr(resident, "start", lambda: None)
+    assert run_once(model, ids, 1, memory=True).prefill_peak is None
+    assert {row.peak_bytes for row in sspruner.bench({"one": model}, **SMALL).rows} == {None}
+
+
+@pytest.mark.skipif(not resident.CLEAR.exists(), reason="only Linux tells what is resident")
+def test_resident_peak_sees_what_is_gone_and_starts_anew() -> None:
+    before = resident.start()
+    assert before is not None
+    size = 2**28
+    torch.ones(size, dtype=torch.uint8)
+    assert 0.95 * size <= resident.peak() - before < 1.5 * size  # the system counts by groups of pages
+    before = resident.start()
+    assert before is not None
+    assert resident.peak() - before < size // 2
+
+
+def test_what_is_resident_is_not_told_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resident, "CLEAR", tmp_path / "none" / "clear_refs")
+    assert resident.start() is None
+    monkeypatch.setattr(resident, "CLEAR", tmp_path / "clear_refs")
+    monkeypatch.setattr(resident, "STATUS", tmp_path / "status")
+    (tmp_path / "status").write_text("VmSize: 7 kB\n", encoding="utf-8")
+    assert resident.start() is None
+    (tmp_path / "status").write_text("VmSize: 7 kB\nVmHWM:\t 9 kB\nVmRSS:\t 5 kB\n", encoding="utf-8")
+    assert (resident.start(), resident.peak()) == (5 * 1024, 9 * 1024)
 
 
 def test_json_is_what_other_commands_read(tmp_path: Path) -> None:
@@ -91,22 +132,23 @@ def test_every_repeat_measures_everything_in_an_order_of_its_own(jobs: int, repe
 
 
 def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is measured once in every repeat; the order differs between repeats; warm-ups do not count."""
+    """Each is measured once in every repeat; the order differs between repeats; what comes before is not timed."""
     models = {name: tiny_model(seed=i) for i, name in enumerate("abc")}
     names, seen = {id(model): name for name, model in models.items()}, []
 
-    def fake(model: Any, ids: torch.Tensor, generate: int, *, cuda_graph: bool) -> Times:
+    def fake(model: Any, ids: torch.Tensor, generate: int, *, cuda_graph: bool, memory: bool) -> Times:
         seen.append((names[id(model)], ids.shape[0]))
-        return Times(float(len(seen)), float(len(seen)), None, None)
+        return Times(float(len(seen)), float(len(seen)), len(seen) if memory else None, None)
 
     monkeypatch.setattr(measure, "run_once", fake)
     found = sspruner.bench(models, **SMALL | {"repeats": 4})
     turns = [seen[i : i + 6] for i in range(0, len(seen), 6)]
-    assert len(turns) == 5
+    assert len(turns) == 6  # a warm-up, one for memory, and the repeats
     assert all(sorted(turn) == sorted(turns[0]) for turn in turns)
-    assert any(a != b for a, b in pairwise(turns[1:]))
-    assert all(second > 6 for row in found.rows for second in row.seconds)
-    assert found.row("b", 3).seconds == tuple(6 * i + 1.0 + turns[i].index(("b", 3)) for i in range(1, 5))
+    assert any(a != b for a, b in pairwise(turns[2:]))
+    assert all(second > 12 for row in found.rows for second in row.seconds)
+    assert found.row("b", 3).seconds == tuple(6 * i + 1.0 + turns[i].index(("b", 3)) for i in range(2, 6))
+    assert found.row("b", 3, "prefill").peak_bytes == 7 + turns[1].index(("b", 3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

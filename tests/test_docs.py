@@ -31,7 +31,13 @@ ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/scorers").glob("*.md")])
 every_page = pytest.mark.parametrize("page", [README, *DOCS], ids=lambda p: str(p.relative_to(ROOT)))
 
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {
+    " ".join((name, *inner)): command
+    for name, found in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+    for inner, command in (
+        [((n,), c) for n, c in found.commands.items()] if hasattr(found, "commands") else [((), found)]
+    )
+}
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -157,7 +163,8 @@ def check_command_line(words: list[str], where: str) -> None:
     """A command of ours that exists, with options that exist and have their values, and few enough arguments."""
     if words == ["--help"]:
         return
-    command, *rest = words
+    count = 1 if words[0] in COMMANDS else 2
+    command, rest = " ".join(words[:count]), words[count:]
     assert command in COMMANDS, where
     known = options(command) | {"--help": None}
     given, arguments = set(), []

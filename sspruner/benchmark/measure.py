@@ -43,8 +43,8 @@ class Row:
 
     seconds     of each repeat: of one step (decode), or of the whole prompt (prefill), all sequences together
     tokens      that these seconds make, all sequences together
-    peak_bytes  on a GPU, of this model alone: its weights, the caches, what is computed; None on the CPU, where the
-                system knows the peak of the process alone, that is of all models of the run
+    peak_bytes  of this model alone: its weights, the caches, what is computed; on the CPU by how much the process grew,
+                None where the system does not tell
     state_bytes recurrent state per sequence
     path        which code ran
     """
@@ -174,7 +174,8 @@ def bench(
             stack.enter_context(on_device(model, where))
         machine = Machine(where, {next(model.parameters()).dtype for model in models.values()})
         jobs = [(label, batch) for batch in batches for label in variants]
-        times, failed = _timed(variants, jobs, where, (prompt, generate, repeats, seed), cuda_graph, machine, progress)
+        sizes = (prompt, generate, repeats, seed)
+        times, peaks, failed = _timed(variants, jobs, where, sizes, cuda_graph, machine, progress)
         rates = {
             label: Rates(bandwidth or machine.bandwidth, flops or machine.flops(next(model.parameters()).dtype))
             for label, (model, _) in variants.items()
@@ -182,7 +183,7 @@ def bench(
         rows = [
             row
             for label, (model, faster) in variants.items()
-            for row in _rows(label, model, faster, times, rates[label], where, prompt, generate, cuda_graph)
+            for row in _rows(label, model, faster, times, peaks, rates[label], where, prompt, generate, cuda_graph)
         ]
         shown = {}
         if profile:
@@ -222,24 +223,33 @@ def _timed(
     cuda_graph: bool,
     machine: Machine,
     progress: Callable[[str, int, int], None],
-) -> tuple[dict[tuple[str, int], list[Times]], list[dict[str, Any]]]:
-    """Times of all repeats by (label, batch), and what did not fit."""
+) -> tuple[dict[tuple[str, int], list[Times]], dict[tuple[str, int], list[Times]], list[dict[str, Any]]]:
+    """By (label, batch): all repeats, and runs of which the peaks count; and what did not fit.
+
+    On the CPU peaks have a turn of their own, for it is none to be timed.
+    """
     prompt, generate, repeats, seed = sizes
+    on_cpu = device.type == "cpu"
     times: dict[tuple[str, int], list[Times]] = {job: [] for job in jobs}
-    failed, done, total = [], 0, (repeats + 1) * len(jobs)
-    for i, turn in enumerate([list(jobs), *order(jobs, repeats, seed)]):
+    peaks: dict[tuple[str, int], list[Times]] = {job: [] for job in jobs} if on_cpu else times
+    untimed = ["warm-up", *["peak memory"] * on_cpu]
+    turns = [*([*jobs] for _ in untimed), *order(jobs, repeats, seed)]
+    failed, done, total = [], 0, len(turns) * len(jobs)
+    for i, turn in enumerate(turns):
         machine.sample()
+        phase = untimed[i] if i < len(untimed) else ""
         for label, batch in turn:
-            progress(f"{label}, batch {batch}" if i else "warm-up", done, total)
+            progress(phase or f"{label}, batch {batch}", done, total)
             done += 1
             if (label, batch) not in times:
                 continue
-            (model, faster), warm = variants[label], i == 0
-            length = min(prompt, WARM_UP) if warm and device.type == "cpu" else prompt
+            model, faster = variants[label]
+            length = min(prompt, WARM_UP) if phase == "warm-up" and on_cpu else prompt
+            steps, memory = 1 if phase else generate, phase == "peak memory"
             try:
                 with _as(model, faster):
                     ids = _ids(model, batch, length, seed, device)
-                    found = run_once(model, ids, 1 if warm else generate, cuda_graph=cuda_graph)
+                    found = run_once(model, ids, steps, cuda_graph=cuda_graph, memory=memory)
             except (
                 RuntimeError
             ) as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises no type of its own
@@ -248,9 +258,9 @@ def _timed(
                 del times[label, batch]
                 failed.append({"model": label, "batch": batch, "error": "does not fit into memory"})
                 continue
-            if not warm:
-                times[label, batch].append(found)
-    return times, failed
+            if phase != "warm-up":
+                (peaks if memory else times)[label, batch].append(found)
+    return times, peaks, failed
 
 
 def _rows(
@@ -258,6 +268,7 @@ def _rows(
     model: Any,
     faster: bool,
     times: dict[tuple[str, int], list[Times]],
+    peaks: dict[tuple[str, int], list[Times]],
     rates: Rates,
     device: torch.device,
     prompt: int,
@@ -271,10 +282,11 @@ def _rows(
         if name != label:
             continue
         step, whole = step_work(found, operations, batch), prefill_work(found, operations, head, batch, prompt)
-        peaks = ([run.step_peak for run in runs], [run.prefill_peak for run in runs])
+        watched = peaks[name, batch]
+        at_step, at_prefill = [run.step_peak for run in watched], [run.prefill_peak for run in watched]
         phases = (
-            (DECODE, tuple(run.step for run in runs), batch, step, peaks[0], cuda_graph, faster),
-            (PREFILL, tuple(run.prefill for run in runs), batch * prompt, whole, peaks[1], False, False),
+            (DECODE, tuple(run.step for run in runs), batch, step, at_step, cuda_graph, faster),
+            (PREFILL, tuple(run.prefill for run in runs), batch * prompt, whole, at_prefill, False, False),
         )
         for phase, seconds, tokens, work, peak, replayed, quick in phases:
             highest = max((p for p in peak if p is not None), default=None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sspruner.benchmark import resident
 from sspruner.benchmark.ceiling import synchronise
 from sspruner.doctor import KERNELS
 from sspruner.errors import InputError
@@ -18,7 +19,7 @@ CACHES = ("cache_params", "past_key_values")
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the prefill, seconds of one decode step (the mean of all), and peak bytes of both; None on the CPU."""
+    """Seconds of the prefill, seconds of one decode step (the mean of all), and peak bytes of both, if measured."""
 
     prefill: float
     step: float
@@ -27,19 +28,20 @@ class Times:
 
 
 @torch.no_grad()
-def run_once(model: Any, ids: torch.Tensor, generate: int, *, cuda_graph: bool = False) -> Times:
+def run_once(model: Any, ids: torch.Tensor, generate: int, *, cuda_graph: bool = False, memory: bool = False) -> Times:
     """Prefill `ids`, (b, prompt), then `generate` steps, fed with the tokens that the model finds most likely.
 
     cuda_graph: capture one step and replay it, with the same token each time; models without attention only.
+    memory: peak bytes on the CPU, too, at the cost of times that are none; on a GPU they cost nothing.
     """
     device = ids.device
-    watch = _Peak(model, device)
+    watch = _Peak(model, device, memory)
     start = _now(device)
     out = _call(model, ids, 0, {})
     cache, token = _cache(out), out.logits[:, -1:].argmax(-1)
     del out
     prefill, prefill_peak = _now(device) - start, watch.bytes()
-    watch = _Peak(model, device, cache_bytes(cache))
+    watch = _Peak(model, device, memory, cache_bytes(cache))
     if cuda_graph:
         step = _replayed(model, token, ids.shape[1], cache, generate)
         return Times(prefill, step, prefill_peak, watch.bytes())
@@ -141,19 +143,27 @@ def _replayed(model: Any, token: torch.Tensor, position: int, cache: dict[str, A
 
 
 class _Peak:
-    """Peak bytes on a GPU since it was made: this model's weights and what it had to allocate, not other models."""
+    """Peak bytes since it was made: this model's weights, its cache, and what it had to allocate, not other models.
 
-    def __init__(self, model: Any, device: torch.device, held: int = 0) -> None:
+    On the CPU it is by how much the resident memory of the process grew, and only if `memory` is asked for.
+    """
+
+    def __init__(self, model: Any, device: torch.device, memory: bool, held: int = 0) -> None:
         self.device = device
+        self.others: int | None = None  # bytes that are not this model's
+        if device.type == "cpu" and memory:
+            before = resident.start()
+            self.others = None if before is None else before - held - _weight_bytes(model)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             self.others = torch.cuda.memory_allocated(device) - held - _weight_bytes(model)
 
     def bytes(self) -> int | None:
-        if self.device.type != "cuda":
+        if self.others is None:
             return None
-        return torch.cuda.max_memory_allocated(self.device) - self.others
+        highest = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident.peak()
+        return highest - self.others
 
 
 def _weight_bytes(model: Any) -> int:

@@ -140,7 +140,7 @@ def read_dataset(name: str, what: str = "calibration", default_split: str = "tra
 
     path, config, split = [*name.split(":"), "", ""][:3]
     try:
-        with _quiet():
+        with quiet():
             rows = datasets.load_dataset(path, config or None, split=split or default_split)
     except Exception as error:  # the hub, a loader or a parser may fail in any way
         brief = str(error.__cause__ or error).strip().split("\n")[0]
@@ -154,7 +154,7 @@ def read_dataset(name: str, what: str = "calibration", default_split: str = "tra
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep datasets' progress bars and log messages off standard error: what goes wrong is raised."""
     import datasets
 

@@ -6,7 +6,21 @@ import sys
 
 import typer
 
-from sspruner.cli import apply, bench, compare, doctor, evaluate, export, inspect, plan, prune, report, score, scorers
+from sspruner.cli import (
+    apply,
+    bench,
+    compare,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    plan,
+    prune,
+    report,
+    score,
+    scorers,
+    train,
+)
 
 app = typer.Typer(
     name="sspruner",
@@ -17,6 +31,7 @@ app = typer.Typer(
 )
 for module in (prune, score, plan, apply, compare, evaluate, bench, report, export, inspect, scorers, doctor):
     app.command(module.NAME)(module.command)
+app.add_typer(train.app)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Training that keeps what was pruned pruned: one loop, and what each method adds to it."""

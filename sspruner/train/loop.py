@@ -1,0 +1,234 @@
+"""The loop of every training method: blocks of text, steps of AdamW, checkpoints from which a run goes on exactly."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sspruner.errors import InputError
+from sspruner.evaluate.windows import next_tokens, sums
+from sspruner.forward import forward
+from sspruner.quick import quick_on_cpu
+from sspruner.train import checkpoint
+from sspruner.train.log import Log, forget_after
+from sspruner.train.processes import rank, total, world
+from sspruner.train.text import Text
+
+# (model, tokens (b, T)) -> the loss, and what it consists of, by name; means over tokens
+Objective = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Hook = Callable[[int], None]  # called with the number of the step that was just taken
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    max_tokens: of all steps together; the learning rate falls along a cosine to a tenth over them. max_minutes ends a
+    run early, with what it has. batch: sequences in a step, of all processes together; at_once: in one forward of one
+    process. every: steps between checkpoints, each with the perplexity of the held-out blocks. bf16: autocast; weights
+    and moments stay in fp32. recompute: activations are computed again for the gradient, and not kept.
+    """
+
+    max_tokens: int = 1_000_000
+    max_minutes: float | None = None
+    batch: int = 16
+    at_once: int = 8
+    seq_len: int = 256
+    learning_rate: float = 1e-4
+    warm_up: float = 0.02
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    bf16: bool = False
+    recompute: bool = False
+    every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch", "at_once", "seq_len", "every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} {getattr(self, name)}: must be above 0")
+
+    @property
+    def steps(self) -> int:
+        return max(1, math.ceil(self.max_tokens / (self.batch * self.seq_len)))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 1: linear up, then a cosine down to a tenth."""
+        rise = max(1, round(self.warm_up * self.steps))
+        if step <= rise:
+            return self.learning_rate * step / rise
+        done = (step - rise) / max(1, self.steps - rise)
+        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to. perplexity: of the held-out blocks, before the first step and at the end."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    perplexity: tuple[float, float]
+    finished: bool  # False if max_minutes ended it
+
+
+def train(
+    model: nn.Module,
+    text: Text,
+    settings: Settings,
+    objective: Objective,
+    folder: Path,
+    *,
+    after_step: Hook | None = None,
+    memory: dict[str, torch.Tensor] | None = None,
+    progress: Callable[[dict[str, float], int, int], None] | None = None,
+) -> Trained:
+    """Train the parameters of `model` that require gradients, in place, in fp32.
+
+    objective: the loss of a batch. after_step: what a method does with the weights after each step, such as masks.
+    memory: its own tensors, by name, which checkpoints hold, too, and which are put back in place.
+    folder: for checkpoints and metrics.jsonl; a run that was interrupted there goes on as if it had not been.
+    progress: called with the metrics of a step, its number, and how many there are.
+
+    Raises InputError when the loss or its gradient is no number any more, or a checkpoint cannot be written; the last
+    good checkpoint stays.
+    """
+    if settings.batch % world():
+        raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
+    memory = memory or {}
+    device = next(model.parameters()).device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(_groups(parameters, settings.weight_decay), lr=0.0, betas=(0.9, 0.95))
+    wrapped = DistributedDataParallel(model) if world() > 1 else model
+    held_out = text.held_out_blocks()  # (blocks, T)
+    torch.manual_seed(settings.seed)
+    model.train()
+    if settings.recompute:
+        _recompute(model, "enable")
+    checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.jsonl"
+    found = checkpoint.load(checkpoints, model, optimizer, _state(0, 0.0, math.nan) | memory)
+    step, before, first = (
+        (int(found["step"]), float(found["seconds"]), float(found["first"])) if found else (0, 0.0, 0.0)
+    )
+    if found:
+        torch.set_rng_state(found["rng"])
+    forget_after(metrics_file, step if found else -1)
+    with quick_on_cpu(model, device), Log(metrics_file) as log:
+        if not found:
+            first = last = perplexity(model, held_out, settings.at_once)
+            log.write(0, held_out_perplexity=first)
+        blocks = text.training_blocks(skip=step * settings.batch)
+        begun = time.monotonic() - before
+        while step < settings.steps and not _over(begun, settings.max_minutes, device):
+            step, now = step + 1, time.monotonic()
+            batch = torch.stack(list(islice(blocks, settings.batch)))[rank() :: world()]
+            metrics = _step(wrapped, batch.to(device), optimizer, parameters, settings, step, objective)
+            if after_step:
+                after_step(step)
+            seconds, per_step = time.monotonic() - begun, settings.batch * settings.seq_len
+            metrics |= {"tokens_per_second": per_step / (time.monotonic() - now), "seconds": seconds}
+            log.write(step, tokens=step * per_step, learning_rate=settings.rate(step), **metrics)
+            if progress:
+                progress(metrics, step, settings.steps)
+            if step % settings.every == 0 and step < settings.steps:
+                log.write(step, held_out_perplexity=perplexity(model, held_out, settings.at_once))
+                checkpoint.save(checkpoints, step, model, optimizer, _state(step, seconds, first) | memory)
+        last = perplexity(model, held_out, settings.at_once)
+        if not found or step > int(found["step"]):
+            log.write(step, held_out_perplexity=last)
+            checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first) | memory)
+    model.eval()
+    if settings.recompute:
+        _recompute(model, "disable")
+    tokens = step * settings.batch * settings.seq_len
+    return Trained(step, tokens, time.monotonic() - begun, (first, last), step == settings.steps)
+
+
+def _recompute(model: nn.Module, what: str) -> None:
+    """Switch transformers' recomputing of activations; it had another name before."""
+    for name in (f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"):
+        if switch := getattr(model, name, None):
+            switch()
+            return
+    raise InputError(f"recompute: {type(model).__name__} cannot")
+
+
+def _step(
+    model: Any,
+    tokens: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    settings: Settings,
+    step: int,
+    objective: Objective,
+) -> dict[str, float]:
+    """One step of AdamW on this process's part of the batch, (b, T); means over all processes."""
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate(step)
+    optimizer.zero_grad(set_to_none=True)
+    means: dict[str, torch.Tensor] = {}
+    pieces = torch.split(tokens, settings.at_once)
+    for piece in pieces:
+        share = len(piece) / len(tokens)
+        summing = model.no_sync() if piece is not pieces[-1] and world() > 1 else nullcontext()
+        with summing:
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.bf16):
+                loss, parts = objective(model, piece)
+            torch.autograd.backward(share * loss)
+        for name, value in {"loss": loss, **parts}.items():
+            means[name] = means.get(name, 0) + share * value.detach().float()
+    norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
+    values = total(torch.stack([*means.values()])) / world()
+    if not (torch.isfinite(values).all() and torch.isfinite(norm)):
+        raise InputError(
+            f"step {step}: the loss is {float(values[0]):g}, the norm of its gradient {float(norm):g}; what "
+            "is in checkpoints is good: lower the learning rate"
+        )
+    optimizer.step()
+    return {**dict(zip(means, values.tolist(), strict=True)), "gradient_norm": float(norm)}
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, blocks: torch.Tensor, at_once: int) -> float:
+    """Of blocks, int64 (n, T), each scored alone; its first token is context only."""
+    nll = count = 0.0
+    for tokens in torch.split(blocks, at_once):
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        found = sums(forward(model, tokens, mask, use_cache=False).logits[:, :-1], *next_tokens(tokens, mask))
+        nll, count = nll + float(found.nll.sum()), count + float(found.tokens.sum())
+    return math.exp(min(nll / count, 700.0))
+
+
+def _over(begun: float, max_minutes: float | None, device: torch.device) -> bool:
+    """Whether time is up; all processes agree, for one alone would leave the others waiting."""
+    if max_minutes is None:
+        return False
+    late = torch.tensor(float(time.monotonic() - begun > 60 * max_minutes), device=device)
+    return bool(total(late) > 0)
+
+
+def _state(step: int, seconds: float, first: float) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside weights and moments. first: the perplexity before the first step."""
+    found = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("seconds", seconds), ("first", first))}
+    return found | {"step": torch.tensor(step), "rng": torch.get_rng_state()}
+
+
+def _groups(parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for what has one dimension."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
