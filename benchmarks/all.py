@@ -93,7 +93,7 @@ PARTS = (
     Part(
         "projection_cost.py",
         "projection_cost",
-        ("--repeats", "3", "--batch", "1", "16"),
+        ("--threads", "1", "--repeats", "3", "--batch", "1", "16"),
         ("--repeats", "1", "--shapes", "reference", "--batch", "1"),
         timed=True,
         data=False,
@@ -102,7 +102,7 @@ PARTS = (
     Part(
         "scorer_cost.py",
         "scorer_cost",
-        ("--models", "mamba2-books-4m", "--repeats", "3"),
+        ("--models", "mamba2-books-4m", "--repeats", "1"),
         ("--models", "mamba2-books-4m", "--repeats", "1", "--rows", "magnitude"),
         timed=True,
     ),

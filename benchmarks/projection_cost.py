@@ -72,8 +72,11 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=16)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--table", type=Path, help="write the table into this page, too")
     given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
     rows = []
     for shape in given.shapes:
         cases = models(shape, given.keep)

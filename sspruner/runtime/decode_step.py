@@ -1,8 +1,8 @@
 """A faster decode step on the CPU for Mamba2-type mixers of transformers, stock or with a projected state.
 
 Without kernels, transformers repeats B and C over heads, builds the update as a tensor of the state's size in several
-passes, and copies the result into the cache. Here the state is updated in place, a slice of the batch at a time that
-stays in the processor's cache, and is read by one matrix-vector product per group. Sums are in fp32 or wider, so what
+passes, and copies the result into the cache. Here the state is updated in place, a few sequences at a time, which
+stay in the processor's cache, and is read by one matrix-vector product per group. Sums are in fp32 or wider, so what
 differs is rounding.
 """
 
@@ -18,7 +18,8 @@ from torch import nn
 
 from sspruner.runtime.projected_state import coordinates
 
-SLICE = 2**20  # bytes of state that are updated at once
+ALONE = 2**16  # bytes of a sequence's state from which on it is updated alone: torch is quicker on fewer dimensions
+SLICE = 2**20  # bytes of smaller ones that are updated at once
 
 BEFORE = "_forward_before"  # attribute: the forward that the instance had, None for that of its class
 
@@ -124,10 +125,11 @@ def update_state(
     b, H, P, N = state.shape
     G, wide = B.shape[1], state.dtype
     x, dt, B, C = x.to(wide), dt.to(wide), B.to(wide), C.to(wide)
-    decay = torch.exp(dt * A.to(wide))[..., None, None]
+    decay = torch.exp(dt * A.to(wide))[..., None, None]  # (b, H, 1, 1)
     grouped = (dt[..., None] * x).view(b, G, H // G * P, 1)
     y = x.new_empty(b * G, H // G * P, 1)
-    at_once = max(1, SLICE // (H * P * N * state.element_size()))
+    size = H * P * N * state.element_size()
+    at_once = 1 if size >= ALONE else max(1, SLICE // size)
     for i in range(0, b, at_once):
         part, n = state[i : i + at_once], min(at_once, b - i)
         part.mul_(decay[i : i + n])
