@@ -107,6 +107,6 @@ TABLES = [
     Table("channel", [MAMBA1], UNITS, CHANNEL, "ghost", "50%"),
     Table("mlp", [ZAMBA2], UNITS, MLP, "flap", "50%"),
     Table("block", MODELS, UNITS, BLOCK, "perplexity-drop", "50%", seeds=2),
-    Table("weight", MODELS, {**ELEMENTS, "2:4": {"pattern": "2:4"}}, WEIGHT, "sparsegpt", "50%"),
+    Table("weight", [MAMBA2, MAMBA1], {**ELEMENTS, "2:4": {"pattern": "2:4"}}, WEIGHT, "sparsegpt", "50%"),
     Table("decay", [MAMBA1], ELEMENTS, DECAY, "sparsessm", "50%", seeds=2),
 ]
