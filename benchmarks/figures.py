@@ -102,6 +102,9 @@ def _calibration(found: dict[str, dict[str, dict[str, list[float]]]]) -> Any:
                 style = _style(cut) | {"linestyle": lines[source], "alpha": 0.5 if "97%" in cut else 1.0}
                 ax.plot([int(n) for n in by_size], means, label=f"{cut}, from {source}", **style)
         ax.set(title=f"tested on {test}", xlabel="calibration tokens", ylabel="increase of perplexity, %", xscale="log")
+        sizes = sorted({int(n) for by_source in found.values() for by_size in by_source.values() for n in by_size})
+        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        ax.minorticks_off()
         ax.axhline(0, color="0.7", linewidth=0.8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
     return figure
