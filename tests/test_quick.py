@@ -138,7 +138,8 @@ def test_whatever_scores_or_measures_is_quick(what: str, monkeypatch: pytest.Mon
     graph, data = sspruner.trace(model), sspruner.calibration(tokens(8, 21), model, samples=6, held_out=2)
     plan = sspruner.plan(graph, sspruner.score(model, "magnitude"), sparsity=0.5)
     seen: set[int] = set()
-    for layer in model.backbone.layers:
+    small = tiny_model(state=3)
+    for layer in (*model.backbone.layers, *small.backbone.layers):
         layer.mixer.register_forward_pre_hook(lambda mixer, _: seen.add(mixer.chunk_size))
     if what == "prune":
         sspruner.score(model, "ghost", calibration=data)
@@ -147,8 +148,8 @@ def test_whatever_scores_or_measures_is_quick(what: str, monkeypatch: pytest.Mon
     elif what == "refit":
         sspruner.refit(model, plan, calibration=data)
     elif what == "compare":
-        sspruner.compare(model, ["magnitude"], sparsities=(0.5,), calibration=data, baseline=model)
+        sspruner.compare(model, ["magnitude"], sparsities=(0.5,), calibration=data, baseline=small)
     else:
         sspruner.evaluate_model(model, text=data.held_out, max_length=8, metrics=["perplexity", "length", "recall"])
     assert seen == {4}
-    assert set(sizes(model)) == {8}
+    assert {*sizes(model), *sizes(small)} == {8}

@@ -52,6 +52,12 @@ def likelihood(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dic
     return nn.functional.cross_entropy(found.flatten(0, 1), batch[:, 1:].flatten()), {}
 
 
+def noisy(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss with random numbers in it, as dropout has."""
+    loss, parts = likelihood(model, batch)
+    return loss * (1 + torch.rand(())), parts
+
+
 def text(folder: Path, held_out: int = 2) -> Text:
     return Text(sources(folder), Letters(), 8, held_out)
 
@@ -79,9 +85,9 @@ def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
         (folder / name).mkdir()
         for step in when:
             with suppress(Stopped):  # unless it was past that step before
-                train(tiny_model(), text(folder), asked, likelihood, folder / name, after_step=stop_after(step))
+                train(tiny_model(), text(folder), asked, noisy, folder / name, after_step=stop_after(step))
         model = tiny_model()
-        runs.append((model, train(model, text(folder), asked, likelihood, folder / name)))
+        runs.append((model, train(model, text(folder), asked, noisy, folder / name)))
     (whole, a), (stopped, b) = runs
     assert same(whole, stopped)
     assert (a.perplexity, a.steps, a.tokens) == (b.perplexity, b.steps, b.tokens)
