@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from letters import Letters
 from test_train_text import sources
@@ -73,6 +73,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @settings(max_examples=8)
+@example(stops=[4, 5], every=2, at_once=3)
 @given(stops=st.lists(st.integers(1, 6), max_size=3), every=st.integers(1, 4), at_once=st.sampled_from([1, 3, 4]))
 def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
     stops: list[int], every: int, at_once: int, tmp_path_factory: pytest.TempPathFactory
