@@ -12,7 +12,6 @@ ratios are taken within a repeat. "130M": random weights in the shape of Mamba2-
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 from common import progress, provenance, table
 from scorer_rows import Row, row
-from scoring_cost import _status, mib, random_model, random_tokens, timed, wait_until_quiet
+from scoring_cost import mib, random_model, random_tokens, timed, wait_until_quiet
 
 import sspruner
+from sspruner.benchmark import resident
 
 ROWS: dict[str, list[Row]] = {  # axis -> rows
     "state": [
@@ -73,11 +73,11 @@ def scoring(model: Any, calibration: sspruner.Calibration, axis: str, of: Row) -
 
 def growth(job: Callable[[], Any]) -> int:
     """By how many bytes the process's resident memory grew at its peak while `job` ran."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not memory that the job gets for nothing
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = _status("VmRSS")
+    before = resident.start()
+    if before is None:
+        raise SystemExit("this system does not tell what is resident")
     job()
-    return _status("VmHWM") - before
+    return resident.peak() - before
 
 
 def measure(

@@ -2,7 +2,6 @@
 
     python benchmarks/scorers.py mamba2-books-4m --axis state    # makes what is missing in --results, prints the table
     python benchmarks/scorers.py                                 # all reference models, all axes; several may run
-    python benchmarks/scorers.py --table                         # only writes the tables into docs/benchmarks.md
 
 The rows are those of scorer_rows.py. Calibration: seeded windows of books-val.txt. Reported: seeded windows of
 books-test.txt and seeded passages of lambada-test.jsonl, the same for every row. The model is read as fp32 and masked;
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import insert, progress
+from common import progress, provenance
 from damage import measure
 from scorer_rows import MODELS, TABLES, Row, Table
 from scorer_table import render
@@ -167,14 +166,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="make rows that are there already, too")
     for name, size in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
-    parser.add_argument(
-        "--table", nargs="?", type=Path, const=Path("docs/benchmarks.md"), help="make nothing; write the tables there"
-    )
     given = parser.parse_args()
-    if given.table:
-        for name in given.models:
-            insert(given.table, f"scorers.py, {name}", render(given.results, [name]))
-        return
     torch.set_num_threads(given.threads)
     sizes = {name: getattr(given, name) for name in SIZES}
     for name in given.models:
@@ -203,6 +195,7 @@ def main() -> None:
                         given.again,
                     )
     print(render(given.results, [Path(m).name for m in given.models], given.axis))
+    print("\n" + provenance(f"seeds 0 and up (random scorer, calibration), {REPORTED_SEED} (reported)"))
 
 
 if __name__ == "__main__":

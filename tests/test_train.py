@@ -194,6 +194,19 @@ def test_time_ends_a_run_with_what_it_has(tmp_path: Path) -> None:
     assert (found.steps, found.finished) == (0, False)
 
 
+def test_a_run_that_time_has_ended_may_be_given_more(tmp_path: Path) -> None:
+    teacher = tiny_model(seed=1)
+    late, whole = (tiny_model(), tiny_model())
+    _, found = distil(late, teacher, text(tmp_path), tmp_path / "run", settings=replace(SMALL, max_minutes=1e-9))
+    assert not found.finished
+    late, found = distil(tiny_model(), teacher, text(tmp_path), tmp_path / "run", settings=SMALL)
+    whole, _ = distil(whole, teacher, text(tmp_path), tmp_path / "other", settings=SMALL)
+    assert found.finished
+    assert same(late, whole)
+    with pytest.raises(InputError, match="another learning_rate"):
+        distil(tiny_model(), teacher, text(tmp_path), tmp_path / "run", settings=replace(SMALL, learning_rate=1.0))
+
+
 @given(alpha=st.floats(0, 1), temperature=st.floats(0.5, 4), hidden=st.sampled_from([0.0, 0.5]))
 @settings(max_examples=10)
 def test_the_loss_of_distillation_by_hand(alpha: float, temperature: float, hidden: float) -> None:
@@ -335,6 +348,10 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     other.resize_token_embeddings(7)
     with pytest.raises(ModelError, match="7 tokens in its vocabulary and the student 31"):
         distil(model, other, text(tmp_path), tmp_path / "run")
+    with pytest.raises(ModelError, match="hidden: the student has 2 blocks of size 4, the teacher 1 of 4"):
+        distil(model, tiny_model(layers=1), text(tmp_path), tmp_path / "run", hidden=0.5)
+    with pytest.raises(ModelError, match="hidden: the student has 2 blocks of size 4, the teacher 2 of 8"):
+        distil(model, tiny_model(heads_per_group=4), text(tmp_path), tmp_path / "run", hidden=0.5)
     assert not (tmp_path / "run").exists()
 
 

@@ -199,6 +199,13 @@ def test_decay_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         gradual(still, text(tmp_path), tmp_path / "run", settings=TEN, **STEPS)
 
 
+def test_a_run_that_ends_before_anything_went_leaves_the_model_whole(tmp_path: Path) -> None:
+    late = replace(TEN, max_minutes=1e-9)
+    model, made, found = gradual(tiny_model(), text(tmp_path), tmp_path / "run", axis="state", settings=late, **STEPS)
+    assert (found.steps, made.drops) == (0, False)
+    assert same(model, tiny_model())
+
+
 def test_what_cannot_go_is_refused_before_training(tmp_path: Path) -> None:
     model = tiny_model(heads_per_group=2)
     for wrong in ({"axis": "head", "sparsity": 0.9}, {"axis": "nosuch"}, {"alpha": -1.0}, {"sparsity": 1.5}):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from sspruner.errors import InputError, ModelError
 from sspruner.forward import embedding
 from sspruner.graph.fingerprint import fingerprint
+from sspruner.graph.ssm_graph import trace
 from sspruner.quick import quick_on_cpu
 from sspruner.train.loop import Objective, Settings, Trained, train
 from sspruner.train.run import run_folder
@@ -55,10 +55,12 @@ def distil(
     sizes = [embedding(model).num_embeddings for model in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ModelError(f"teacher: has {sizes[1]:,} tokens in its vocabulary and the student {sizes[0]:,}")
+    if hidden:
+        _check_hidden(student, teacher)
     asked: dict[str, Any] = {"method": "distil", "student": fingerprint(student), "teacher": fingerprint(teacher)}
     asked |= {"alpha": alpha, "temperature": temperature, "hidden": hidden, "lora": lora}
     text.held_out_blocks()  # a text that cannot be read ends here, before anything is written
-    folder = run_folder(out, asked | asdict(settings) | text.asked())
+    folder = run_folder(out, asked | settings.asked() | text.asked())
     dtypes = {name: p.dtype for name, p in student.named_parameters()}
     device = next(student.parameters()).device
     trained = with_lora(student.float(), lora) if lora else student.float()
@@ -70,6 +72,22 @@ def distil(
     for name, parameter in student.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     return student.requires_grad_(False).eval(), found
+
+
+def _check_hidden(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise ModelError for models whose hidden states cannot be compared block by block."""
+    found = [(len(blocks_of(model)), embedding(model).embedding_dim) for model in (student, teacher)]
+    if found[0] != found[1]:
+        raise ModelError(
+            "hidden: the student has {} blocks of size {}, the teacher {} of {}; leave it out".format(
+                *found[0], *found[1]
+            )
+        )
+
+
+def blocks_of(model: nn.Module) -> Any:
+    """The list of blocks of a model."""
+    return model.get_submodule(trace(model).blocks)
 
 
 def with_lora(model: nn.Module, rank: int) -> Any:

@@ -80,13 +80,15 @@ def gradual(
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     model = model.float()
     pruner = Pruner(model, axis, schedule, alpha, allocation, probe)
-    folder = run_folder(out, asked | asdict(settings) | text.asked())
+    folder = run_folder(out, asked | settings.asked() | text.asked())
     objective = distillation(teacher) if teacher else likelihood
     found = train(model, text, settings, objective, folder, after_step=pruner, memory=pruner.memory, progress=progress)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     made = pruner.final()
-    apply(model.requires_grad_(False).eval(), made)
+    model.requires_grad_(False).eval()
+    if made.drops:  # unless max_minutes ended it before anything went
+        apply(model, made)
     return model, made, found
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,13 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} {getattr(self, name)}: must be above 0")
 
+    def asked(self) -> dict[str, Any]:
+        """What makes it this training and no other; JSON. Not when it has to stop: a run may be given more time."""
+        return {name: value for name, value in asdict(self).items() if name != "max_minutes"}
+
     @property
     def steps(self) -> int:
+        """How many batches max_tokens are, rounded up."""
         return max(1, math.ceil(self.max_tokens / (self.batch * self.seq_len)))
 
     def rate(self, step: int) -> float:
@@ -147,7 +152,7 @@ def train(
                 log.write(step, held_out_perplexity=perplexity(model, held_out, settings.at_once))
                 checkpoint.save(checkpoints, step, model, optimizer, _state(step, seconds, first) | memory)
         last = perplexity(model, held_out, settings.at_once)
-        if not found or step > int(found["step"]):
+        if step > (int(found["step"]) if found else 0):
             log.write(step, held_out_perplexity=last)
             checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first) | memory)
     model.eval()
