@@ -362,7 +362,7 @@ sys.path.insert(0, {tests!r})
 from test_train import SMALL, likelihood, text
 from tiny import tiny_model
 from sspruner.train.loop import train
-from sspruner.train.processes import processes, rank
+from sspruner.processes import processes, rank
 torch.set_num_threads(1)
 folder = Path({folder!r})
 seen = []

@@ -45,7 +45,7 @@ RunFolder = Annotated[Optional[Path], typer.Option("--out", help="Folder of the 
 def running(device: Optional[str]) -> Iterator[tuple[Any, Callable[[dict[str, float], int, int], None]]]:
     """Among the processes of the run, with quiet libraries: the device, and a progress bar for the metrics of steps."""
     from sspruner.device import resolve_device
-    from sspruner.train.processes import processes
+    from sspruner.processes import processes
 
     prepare(None)
     where = resolve_device(device)
@@ -189,7 +189,7 @@ def finish(model: Any, tokenizer: Any, found: Any, out: Path, json: Optional[Pat
     import json as to
 
     import sspruner
-    from sspruner.train.processes import barrier, rank
+    from sspruner.processes import barrier, rank
 
     where = out / MODEL
     if rank() == 0:

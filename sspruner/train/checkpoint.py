@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 
 from sspruner.errors import InputError
-from sspruner.train.processes import barrier, rank, world
+from sspruner.processes import barrier, rank, world
 
 KEPT = 2  # the last ones
 WHOLE = ".metadata"  # torch.distributed.checkpoint writes it last

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from sspruner.train.processes import rank
+from sspruner.processes import rank
 
 
 class Log:

@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from sspruner.errors import InputError
 from sspruner.evaluate.windows import next_tokens, sums
 from sspruner.forward import forward
+from sspruner.processes import rank, total, world
 from sspruner.quick import quick_on_cpu
 from sspruner.train import checkpoint
 from sspruner.train.log import Log, forget_after
-from sspruner.train.processes import rank, total, world
 from sspruner.train.text import Text
 
 # (model, tokens (b, T)) -> the loss, and what it consists of, by name; means over tokens

@@ -8,7 +8,7 @@ from typing import Any
 
 from sspruner.errors import InputError
 from sspruner.io.output import atomic_file, check_results
-from sspruner.train.processes import barrier, rank
+from sspruner.processes import barrier, rank
 
 MARK = "run.json"
 
