@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 
 @contextmanager
@@ -18,7 +20,11 @@ def processes(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this process's own from here on
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, number, count = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(count):  # one torchrun: it keeps the store when it starts all again
+        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=number, world_size=count)
     try:
         yield
     finally:

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Optional
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import check_json, emit, prepare, progress_bar, reports_errors
+from sspruner.cli.console import check_json, emit, names_from, prepare, progress_bar, reports_errors
 from sspruner.errors import InputError
 
 NAME = "train"
-MODEL = "model"  # in the folder of a run: what came of it
+MODEL, WHOLE = "model", "whole"  # in the folder of a run: what came of it; of twist, all that was trained
 
 app = typer.Typer(
     name=NAME, help="Train what was cut, or while it is cut; start it with torchrun for several processes."
@@ -183,8 +183,69 @@ def gradual(
         finish(loaded.cpu(), words, found, folder, json)
 
 
-def finish(model: Any, tokenizer: Any, found: Any, out: Path, json: Optional[Path]) -> None:
-    """Save what came of it, and say what the run came to; the first process does."""
+@app.command("twist")
+@reports_errors
+def twist(
+    model: Annotated[str, typer.Argument(help="Model: folder or hub id.", show_default=False)],
+    text: Text = None,
+    axis: Annotated[
+        str, typer.Option(help="What is dealt to the workers: an axis, or several separated by commas.")
+    ] = "head",
+    keep: Annotated[float, typer.Option(help="The fraction of the units that every sub-network has.")] = 0.5,
+    deal_every: Annotated[int, typer.Option(help="Steps after which workers are averaged and units dealt anew.")] = 15,
+    ends: Annotated[int, typer.Option(help="Blocks at each end that every sub-network has whole.")] = 2,
+    draws: Annotated[int, typer.Option(help="Sub-networks that are drawn at the end; the best is kept.")] = 8,
+    held_out: HeldOut = 16,
+    max_tokens: MaxTokens = 1_000_000,
+    max_minutes: MaxMinutes = None,
+    batch: Batch = 16,
+    at_once: AtOnce = 8,
+    seq_len: BlockLen = 256,
+    learning_rate: Rate = 1e-4,
+    weight_decay: WeightDecay = 0.01,
+    every: Every = 100,
+    bf16: Bf16 = False,
+    device: o.Device = None,
+    tokenizer: o.Tokenizer = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    out: RunFolder = None,
+    json: o.Json = None,
+) -> None:
+    """Train random sub-networks, one in each process of torchrun, so that any of them can be kept at the end."""
+    import sspruner
+    from sspruner.train.twist import twist as train
+
+    check_json(json)
+    folder, settings = asked(
+        text, out, max_tokens, max_minutes, batch, at_once, seq_len, learning_rate, weight_decay, bf16, False, every,
+        seed,
+    )  # fmt: skip
+    with running(device) as (where, progress):
+        loaded, words = sspruner.load(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+        loaded, drawn, found = train(
+            loaded.to(where), source(text, words, seq_len, held_out, seed), folder, axis=names_from([axis]), keep=keep,
+            every=deal_every, ends=ends, draws=draws, settings=settings, progress=progress,
+        )  # fmt: skip
+        keep_draws(loaded.cpu(), words, drawn, folder)
+        finish(sspruner.apply(loaded, drawn.plans[drawn.best]), words, found, folder, json, drawn.to_json())
+
+
+def keep_draws(model: Any, tokenizer: Any, drawn: Any, out: Path) -> None:
+    """Save the trained model as a whole, and the plans of its drawn sub-networks; the first process does."""
+    import sspruner
+    from sspruner.processes import rank
+
+    if rank() == 0:
+        sspruner.save(model, out / WHOLE, tokenizer, overwrite=True)
+        for number, plan in enumerate(drawn.plans):
+            plan.save(out / f"draw-{number}.json")
+
+
+def finish(
+    model: Any, tokenizer: Any, found: Any, out: Path, json: Optional[Path], more: Optional[dict[str, Any]] = None
+) -> None:
+    """Save what came of it, and say what the run came to, and `more` of it; the first process does."""
     import dataclasses
     import json as to
 
@@ -194,7 +255,7 @@ def finish(model: Any, tokenizer: Any, found: Any, out: Path, json: Optional[Pat
     where = out / MODEL
     if rank() == 0:
         sspruner.save(model, where, tokenizer, overwrite=True)
-        emit(to.dumps(dataclasses.asdict(found) | {"model": str(where)}, indent=2) + "\n", json)
+        emit(to.dumps(dataclasses.asdict(found) | {"model": str(where)} | (more or {}), indent=2) + "\n", json)
         if str(json) != "-":
             before, after = found.perplexity
             typer.echo(

@@ -23,17 +23,20 @@ TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is n
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> None:
+    """`write` a model, its moments, and `extra`: tensors and what JSON holds."""
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    write(folder, step, {"model": weights, "optimizer": moments, "extra": extra})
+
+
+def write(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write `folder`/step-N, of all processes, and remove all but the last two.
 
-    extra: tensors and what JSON holds. Raises InputError where it cannot be written; those before stay.
+    state: as torch.distributed.checkpoint takes it. Raises InputError where it cannot be written; those before stay.
     """
-    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     target = folder / f"step-{step:08d}"
     try:
         with _alone():
-            state_dict_saver.save(
-                {"model": weights, "optimizer": moments, "extra": extra}, checkpoint_id=target, no_dist=world() == 1
-            )
+            state_dict_saver.save(state, checkpoint_id=target, no_dist=world() == 1)
     except Exception as error:  # of the storage, wrapped by torch in one of its own
         raise InputError(
             f"checkpoint {target}: cannot be written ({_brief(error)}); {_last(folder)}make room, and run this again"
@@ -49,11 +52,26 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, extra: dict[str, 
 
     extra: of the same form as what was saved. Raises InputError for one that is of another model, or is damaged.
     """
-    whole = _whole(folder)
-    if not whole:
+    if not _whole(folder):
         return None
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     state: dict[str, Any] = {"model": weights, "optimizer": moments, "extra": extra}
+    read(folder, state)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED
+    )
+    found: dict[str, Any] = state["extra"]
+    return found
+
+
+def read(folder: Path, state: dict[str, Any]) -> bool:
+    """Fill `state`, in place, from the last whole checkpoint. Returns False if there is none.
+
+    Raises InputError for one that is of another model, or is damaged.
+    """
+    whole = _whole(folder)
+    if not whole:
+        return False
     try:
         with _alone():
             state_dict_loader.load(state, checkpoint_id=whole[-1], no_dist=world() == 1)
@@ -61,11 +79,7 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, extra: dict[str, 
         raise InputError(
             f"checkpoint {whole[-1]}: cannot be read ({_brief(error)}); remove it, and run this again"
         ) from error
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED
-    )
-    found: dict[str, Any] = state["extra"]
-    return found
+    return True
 
 
 @contextmanager

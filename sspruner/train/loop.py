@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -116,7 +116,7 @@ def train(
     memory = memory or {}
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(parameters, settings.weight_decay), lr=0.0, betas=(0.9, 0.95))
+    optimizer = adamw(parameters, settings)
     wrapped = DistributedDataParallel(model) if world() > 1 else model
     held_out = text.held_out_blocks()  # (blocks, T)
     torch.manual_seed(settings.seed)
@@ -137,17 +137,12 @@ def train(
             log.write(0, held_out_perplexity=first)
         blocks = text.training_blocks(skip=step * settings.batch)
         begun = time.monotonic() - before
-        while step < settings.steps and not _over(begun, settings.max_minutes, device):
+        while step < settings.steps and not over(begun, settings.max_minutes, device):
             step, now = step + 1, time.monotonic()
-            batch = torch.stack(list(islice(blocks, settings.batch)))[rank() :: world()]
-            metrics = _step(wrapped, batch.to(device), optimizer, parameters, settings, step, objective)
+            metrics = take_step(wrapped, share(blocks, settings).to(device), optimizer, settings, step, objective)
             if after_step:
                 after_step(step)
-            seconds, per_step = time.monotonic() - begun, settings.batch * settings.seq_len
-            metrics |= {"tokens_per_second": per_step / (time.monotonic() - now), "seconds": seconds}
-            log.write(step, tokens=step * per_step, learning_rate=settings.rate(step), **metrics)
-            if progress:
-                progress(metrics, step, settings.steps)
+            seconds = note_step(log, metrics, step, settings, now, begun, progress)
             if step % settings.every == 0 and step < settings.steps:
                 log.write(step, held_out_perplexity=perplexity(model, held_out, settings.at_once))
                 checkpoint.save(checkpoints, step, model, optimizer, _state(step, seconds, first) | memory)
@@ -171,16 +166,51 @@ def _recompute(model: nn.Module, what: str) -> None:
     raise InputError(f"recompute: {type(model).__name__} cannot")
 
 
-def _step(
+def note_step(
+    log: Log,
+    metrics: dict[str, float],
+    step: int,
+    settings: Settings,
+    now: float,
+    begun: float,
+    progress: Callable[[dict[str, float], int, int], None] | None,
+) -> float:
+    """Write down a step that began at `now`, of a run that began at `begun`; returns the seconds of the run."""
+    seconds, per_step = time.monotonic() - begun, settings.batch * settings.seq_len
+    metrics |= {"tokens_per_second": per_step / (time.monotonic() - now), "seconds": seconds}
+    log.write(step, tokens=step * per_step, learning_rate=settings.rate(step), **metrics)
+    if progress:
+        progress(metrics, step, settings.steps)
+    return seconds
+
+
+def share(blocks: Iterator[torch.Tensor], settings: Settings) -> torch.Tensor:
+    """This process's part of the next batch: int64 (batch / processes, T)."""
+    return torch.stack(list(islice(blocks, settings.batch)))[rank() :: world()]
+
+
+def adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
+    """The optimiser of every method; its rate is set step by step. Weight decay for matrices, none for vectors."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+
+
+def take_step(
     model: Any,
     tokens: torch.Tensor,
     optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
     settings: Settings,
     step: int,
     objective: Objective,
 ) -> dict[str, float]:
-    """One step of AdamW on this process's part of the batch, (b, T); means over all processes."""
+    """One step of AdamW on this process's part of the batch, (b, T). Returns means over all processes.
+
+    Raises InputError, in every process, where a loss or its gradient is no number any more.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = settings.rate(step)
     optimizer.zero_grad(set_to_none=True)
@@ -188,22 +218,22 @@ def _step(
     pieces = torch.split(tokens, settings.at_once)
     for piece in pieces:
         share = len(piece) / len(tokens)
-        summing = model.no_sync() if piece is not pieces[-1] and world() > 1 else nullcontext()
-        with summing:
+        waits = isinstance(model, DistributedDataParallel) and piece is not pieces[-1]
+        with model.no_sync() if waits else nullcontext():
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.bf16):
                 loss, parts = objective(model, piece)
             torch.autograd.backward(share * loss)
         for name, value in {"loss": loss, **parts}.items():
             means[name] = means.get(name, 0) + share * value.detach().float()
-    norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
-    values = total(torch.stack([*means.values()])) / world()
-    if not (torch.isfinite(values).all() and torch.isfinite(norm)):
+    means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, settings.clip)
+    found = dict(zip(means, (total(torch.stack([*means.values()])) / world()).tolist(), strict=True))
+    if not all(map(math.isfinite, found.values())):
         raise InputError(
-            f"step {step}: the loss is {float(values[0]):g}, the norm of its gradient {float(norm):g}; what "
+            f"step {step}: the loss is {found['loss']:g}, the norm of its gradient {found['gradient_norm']:g}; what "
             "is in checkpoints is good: lower the learning rate"
         )
     optimizer.step()
-    return {**dict(zip(means, values.tolist(), strict=True)), "gradient_norm": float(norm)}
+    return found
 
 
 @torch.no_grad()
@@ -217,7 +247,7 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, at_once: int) -> float:
     return math.exp(min(nll / count, 700.0))
 
 
-def _over(begun: float, max_minutes: float | None, device: torch.device) -> bool:
+def over(begun: float, max_minutes: float | None, device: torch.device) -> bool:
     """Whether time is up; all processes agree, for one alone would leave the others waiting."""
     if max_minutes is None:
         return False
@@ -229,11 +259,3 @@ def _state(step: int, seconds: float, first: float) -> dict[str, torch.Tensor]:
     """What a checkpoint holds beside weights and moments. first: the perplexity before the first step."""
     found = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("seconds", seconds), ("first", first))}
     return found | {"step": torch.tensor(step), "rng": torch.get_rng_state()}
-
-
-def _groups(parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for what has one dimension."""
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
