@@ -25,6 +25,7 @@ from figures import draw
 
 HERE = Path(__file__).parent
 PAGE, FIGURES = HERE.parent / "docs/benchmarks.md", HERE.parent / "docs/figures"
+SCALING = "scaling.py"  # has a page of its own
 FEW = ("--rows", "magnitude", "--sparsities", "0.5", "--seeds", "0")
 MODELS = ("mamba2-books-4m", "zamba2-books", "mamba1-books")
 
@@ -122,6 +123,8 @@ PARTS = (
         timed=True,
         data=False,
     ),
+    Part("twist.py", "twist", ("--results", "WORK/training"), ("--quick", "--results", "WORK/training"), large=True),
+    Part(SCALING, "scaling", ("--threads", "1"), timed=True, data=False),
     Part("gpu.py", "gpu", quick=("--batch", "1", "--repeats", "1", "--generate", "2"), timed=True, data=False),
     Part("tool_speed.py", "tool_speed", ("--repeats", "2"), timed=True),
     Part("tool_speed.py --large", "tool_speed", ("--large",), ("--large", "--quick"), timed=True, large=True),
@@ -163,7 +166,8 @@ def main() -> None:
     if not given.quick:
         for part in parts:
             if part.name not in failed and part.script != "train_recall":
-                insert(PAGE, part.name, output(part, given).read_text(encoding="utf-8"))
+                page = PAGE.with_name("scaling.md") if part.name == SCALING else PAGE
+                insert(page, part.name, output(part, given).read_text(encoding="utf-8"))
         draw(given.work, FIGURES)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

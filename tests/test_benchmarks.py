@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+PAGE, SCALING = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("benchmarks", "scaling"))
 MARK = re.compile(r"<!-- (.+): (begin|end) -->")
 FIXED = {"| method | 10 % | 30 % | 50 % | 70 % | 90 % |"}  # published by others: no script makes it
 
@@ -48,6 +48,7 @@ def outside(page: str) -> list[str]:
 
 def test_every_table_lies_between_marks() -> None:
     assert set(outside(PAGE)) == FIXED
+    assert set(outside(SCALING)) == {"| | distillation, gradual | TwIST | calibration |"}
 
 
 def test_a_table_by_hand_is_found() -> None:
@@ -57,7 +58,7 @@ def test_a_table_by_hand_is_found() -> None:
 
 
 def test_marks_are_the_parts_that_make_bench_runs_and_their_scripts_exist(bench: ModuleType) -> None:
-    marks = [name for name, what in MARK.findall(PAGE) if what == "begin"]
+    marks = [name for name, what in MARK.findall(PAGE + SCALING) if what == "begin"]
     assert sorted(marks) == sorted(part.name for part in bench.PARTS if part.script != "train_recall")
     assert all((ROOT / "benchmarks" / f"{part.script}.py").is_file() for part in bench.PARTS)
     names = {part.name for part in bench.PARTS}

@@ -205,6 +205,7 @@ def twist(
     weight_decay: WeightDecay = 0.01,
     every: Every = 100,
     bf16: Bf16 = False,
+    recompute: Recompute = False,
     device: o.Device = None,
     tokenizer: o.Tokenizer = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -218,8 +219,8 @@ def twist(
 
     check_json(json)
     folder, settings = asked(
-        text, out, max_tokens, max_minutes, batch, at_once, seq_len, learning_rate, weight_decay, bf16, False, every,
-        seed,
+        text, out, max_tokens, max_minutes, batch, at_once, seq_len, learning_rate, weight_decay, bf16, recompute,
+        every, seed,
     )  # fmt: skip
     with running(device) as (where, progress):
         loaded, words = sspruner.load(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code)

@@ -122,7 +122,7 @@ def train(
     torch.manual_seed(settings.seed)
     model.train()
     if settings.recompute:
-        _recompute(model, "enable")
+        recompute(model, "enable")
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.jsonl"
     found = checkpoint.load(checkpoints, model, optimizer, _state(0, 0.0, math.nan) | memory)
     step, before, first = (
@@ -152,12 +152,12 @@ def train(
             checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first) | memory)
     model.eval()
     if settings.recompute:
-        _recompute(model, "disable")
+        recompute(model, "disable")
     tokens = step * settings.batch * settings.seq_len
     return Trained(step, tokens, time.monotonic() - begun, (first, last), step == settings.steps)
 
 
-def _recompute(model: nn.Module, what: str) -> None:
+def recompute(model: nn.Module, what: str) -> None:
     """Switch transformers' recomputing of activations; it had another name before."""
     for name in (f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"):
         if switch := getattr(model, name, None):

@@ -34,7 +34,7 @@ from sspruner.quick import quick_on_cpu
 from sspruner.train import checkpoint
 from sspruner.train.gradual import likelihood
 from sspruner.train.log import Log, forget_after
-from sspruner.train.loop import Settings, Trained, adamw, note_step, over, perplexity, share, take_step
+from sspruner.train.loop import Settings, Trained, adamw, note_step, over, perplexity, recompute, share, take_step
 from sspruner.train.run import run_folder
 from sspruner.train.shards import Shards
 from sspruner.train.subnet import Subnets
@@ -226,6 +226,8 @@ class _Run:
         pulled = self.shards.pull(workers)
         model, held = self.subnets.make(hands[rank()], {name: rows[:, 0] for name, rows in pulled.items()})
         model.train()
+        if self.settings.recompute:
+            recompute(model, "enable")
         optimizer = adamw([*held.values()], self.settings)
         for name, parameter in held.items():
             first, second = (pulled[name][:, kind].reshape(parameter.shape).clone() for kind in (1, 2))
