@@ -39,12 +39,11 @@ class Flap(sspruner.Scorer):
         y = view.inputs[key].double()  # (tokens, in features)
         if not self.key:
             self.key, self.weight = key, view.tensor(key).double()  # (out features, in features)
+            self.first = self.weight.new_zeros(self.weight.shape[1])
             self.columns = reader.index.to(y.device)  # (groups, units, channels)
             bias = self.key.removesuffix("weight") + "bias"
             self.bias_key, self.bias = bias, view.tensor(bias).double() if view.has(bias) else None
-        if not len(y):
-            return
-        if not self.tokens:
+        if not self.tokens and len(y):
             self.first = y[0]
         y = y - self.first
         self.tokens += len(y)

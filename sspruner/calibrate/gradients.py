@@ -145,7 +145,7 @@ def _by_name(model: nn.Module, values: Mapping[nn.Parameter, torch.Tensor]) -> G
 
     The last parameter that is not is named: a backward pass meets it first.
     """
-    found = {p: total(values.get(p, torch.zeros_like(p)).detach().float().cpu()) for p in model.parameters()}
+    found = {p: total(values.get(p, torch.zeros_like(p)).detach().cpu()).float() for p in model.parameters()}
     for name, p in reversed(list(model.named_parameters())):
         check_gradient(name, found[p])
     return {name: found[p] for name, p in model.named_parameters(remove_duplicate=False)}

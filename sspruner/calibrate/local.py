@@ -89,7 +89,7 @@ class LocalGradients:
         for name, p in self._replay.model.named_parameters(remove_duplicate=False):
             names.setdefault(p, []).append(name)
         for p, value in values.items():
-            value = total(value.float().cpu())
+            value = total(value.cpu()).float()
             check_gradient(names[p][0], value)
             into.update(dict.fromkeys(names[p], value + into[names[p][0]] if names[p][0] in into else value))
 
