@@ -107,7 +107,9 @@ def lost_peers() -> Iterator[None]:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         brief = str(error).strip().splitlines()[0].rpartition("] ")[2]
-        raise ProcessError(f"another process of this run is gone ({brief}); was it killed, or out of memory?") from error
+        raise ProcessError(
+            f"another process of this run is gone ({brief}); was it killed, or out of memory?"
+        ) from error
 
 
 def fail(code: int, say: Callable[[], None]) -> int:

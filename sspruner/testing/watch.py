@@ -108,7 +108,9 @@ def combine_all(instances: Sequence[Scorer]) -> None:
 def _sum(values: Sequence[Any]) -> Any:
     """As `sspruner.calibrate.shards.summed` has it: of tensors, numbers, or dicts that may lack keys."""
     if isinstance(values[0], dict):
-        return {key: _sum([value.get(key, 0) for value in values]) for key in dict.fromkeys(k for v in values for k in v)}
+        return {
+            key: _sum([value.get(key, 0) for value in values]) for key in dict.fromkeys(k for v in values for k in v)
+        }
     return sum(values)
 
 
