@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from sspruner.errors import InputError, ProcessError, SSPrunerError
 
@@ -137,10 +138,10 @@ def fail(code: int, say: Callable[[], None]) -> int:
 
 
 @cache
-def _meeting() -> tuple[distributed.Store, int, int]:
-    """What all processes can write to, the number of this one, and how many there are."""
+def _meeting() -> tuple[Any, int, int]:
+    """The store that all processes can write to, the number of this one, and how many there are."""
     try:
-        store, number, count = next(iter(distributed.rendezvous("env://", timeout=PATIENCE)))
+        store, number, count = next(iter(rendezvous("env://", timeout=PATIENCE)))
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"RANK and WORLD_SIZE say that this is one of several processes, and they cannot meet "

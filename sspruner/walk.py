@@ -67,9 +67,9 @@ class Job:
         self.options = {k: v for k, v in options.items() if k.rpartition(".")[0] in ("", *names)}
         self.changes_weights = [cls.name for cls, _ in self.scorers.values() if cls.reduce is not Scorer.reduce]
         made = [self.make(axis) for axis in axes]  # wrong options fail here, before any work
-        self.needs = {scorer.needs for scorer in made}
-        for scorer in made if world() > 1 else ():
-            check_combines(scorer)
+        self.needs = {one.needs for one in made}
+        for one in made if world() > 1 else ():
+            check_combines(one)
 
     def make(self, axis: str) -> Scorer:
         """A fresh instance for one dependency group. `name.option` is an option of that scorer alone."""

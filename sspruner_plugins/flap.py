@@ -71,7 +71,7 @@ class Flap(sspruner.Scorer):
     def reduce(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         keep = choose(self.importance())
         dropped = self.columns[~keep.to(self.columns.device)].flatten()
-        mean = self.first + self.sum / self.tokens  # (in features,)
+        mean = torch.as_tensor(self.first + self.sum / self.tokens)  # (in features,)
         bias = self.weight[:, dropped] @ mean[dropped]  # (out features,)
         return keep, {self.bias_key: (bias if self.bias is None else self.bias + bias).float()}
 

@@ -95,8 +95,8 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tens
         nll = -logp.gather(-1, targets[..., None]).squeeze(-1)
         total += float(nll[counted].double().sum())
         count += int(counted.sum())
-    nll_of_all, tokens_of_all = (sum(parts) for parts in zip(*gathered((total, count)), strict=True))
-    return nll_of_all / max(tokens_of_all, 1)
+    every = gathered((total, count))
+    return sum(nll for nll, _ in every) / max(sum(tokens for _, tokens in every), 1)
 
 
 def log_probabilities(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
