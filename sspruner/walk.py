@@ -233,7 +233,7 @@ class _Walk:
 
     def __init__(self, run: Run, data: Calibration | None, sequential: bool) -> None:
         self.run, self.graph = run, run.graph
-        self.data = part_of_this_process(data) if data is not None else None
+        self.data = part_of_this_process(data) if data is not None and run.needs_data else None
         self.jobs = {job.label: job for job in run.jobs}
         self.importance: dict[str, dict[str, torch.Tensor]] = {label: {} for label in self.jobs}
         self.bases: dict[str, dict[str, Basis]] = {label: {} for label in self.jobs}

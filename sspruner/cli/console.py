@@ -43,7 +43,9 @@ def _reporting(command: Command, shared: bool) -> Command:
                     from sspruner.processes import lost_peers, processes
 
                     if not shared:
-                        raise InputError("this command runs in one process: start it without torchrun")
+                        raise InputError(
+                            "this command runs in one process: start it without torchrun (or unset WORLD_SIZE)"
+                        )
                     joined.enter_context(processes())
                     with lost_peers():
                         command(*args, **kwargs)

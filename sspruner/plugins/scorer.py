@@ -106,6 +106,10 @@ def check_scorer_class(cls: Any, plugin: str) -> None:
         )
     if cls.needs not in NEEDS:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has needs={cls.needs!r}; known: {', '.join(NEEDS)}")
+    if not isinstance(cls.token_sums, tuple):
+        raise PluginError(
+            f"plugin {plugin!r}: scorer {cls.name!r} has token_sums={cls.token_sums!r}: not a tuple of names of attributes"
+        )
     if cls.basis != SELECT and cls.axes != {"state"}:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has a basis of its own: its only axis is 'state'")
     if (cls.basis != SELECT) != (cls.coordinates is not Scorer.coordinates):

@@ -233,7 +233,9 @@ class _Check:
 
     def processes(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
         """Two instances that saw half each, and one that saw nothing, come to what one that saw all of it does."""
-        if len(case.lengths) < 2 or (not self.cls.token_sums and self.cls.combine is Scorer.combine):
+        blank = make_scorer(self.cls, axis=axes[0], seed=0, options=self.options)
+        combines = blank.token_sums or self.cls.combine is not Scorer.combine
+        if len(case.lengths) < 2 or blank.needs != "activations" or not combines:
             return
         halves = []
         for part in (slice(0, None, 2), slice(1, None, 2)):
@@ -245,8 +247,6 @@ class _Check:
         found = {}
         for name, instance in halves[0].items():
             blank = make_scorer(self.cls, axis=instance.axis, seed=0, options=self.options)
-            if instance.needs != "activations":
-                continue
             try:
                 combine_all([instance, halves[1][name], blank])
                 found[name] = instance.importance().detach().float().cpu()
