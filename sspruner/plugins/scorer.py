@@ -108,7 +108,7 @@ def check_scorer_class(cls: Any, plugin: str) -> None:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has needs={cls.needs!r}; known: {', '.join(NEEDS)}")
     if not isinstance(cls.token_sums, tuple):
         raise PluginError(
-            f"plugin {plugin!r}: scorer {cls.name!r} has token_sums={cls.token_sums!r}: not a tuple of names of attributes"
+            f"plugin {plugin!r}: scorer {cls.name!r} has token_sums={cls.token_sums!r}, not a tuple of names"
         )
     if cls.basis != SELECT and cls.axes != {"state"}:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has a basis of its own: its only axis is 'state'")
