@@ -19,7 +19,7 @@ from zoo import zoo
 
 import sspruner
 from sspruner import walk
-from sspruner.calibrate.shards import summed
+from sspruner.calibrate.shards import part_of_this_process, summed
 from sspruner.calibrate.sources import Calibration
 from sspruner.plugins import manager
 from sspruner.plugins.scorer import make_scorer
@@ -300,6 +300,19 @@ def test_the_first_process_keeps_the_cache(tmp_path: Path, together: Together) -
     assert together(2, from_cache, str(tmp_path)) == [(True, 1), (True, 1)]
     assert (tmp_path / "0").is_dir()
     assert not (tmp_path / "1").exists()
+
+
+def part() -> tuple[torch.Tensor, torch.Tensor]:
+    own = part_of_this_process(data())
+    return own.tokens, own.mask
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, [3, 2]), (4, [2, 1, 1, 1])])
+def test_each_sequence_is_observed_once(count: int, sizes: list[int], together: Together) -> None:
+    found = together(count, part)
+    assert [len(tokens) for tokens, _ in found] == sizes
+    rows = sorted(row for tokens, mask in found for row in torch.cat([tokens, mask], 1).tolist())
+    assert rows == sorted(torch.cat([data().tokens, data().mask], 1).tolist())
 
 
 def sums() -> list[Any]:
