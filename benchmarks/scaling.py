@@ -151,7 +151,7 @@ from sspruner.train.twist import Deal
 from torch import distributed
 torch.set_num_threads(1)
 device = torch.device("cpu")
-with processes({device}):
+with processes():
     model = sspruner.load("mamba2-books-4m", dtype="float32")[0]
     deal = Deal(model, ["head"], {keep}, {ends}, 0)
     subnets, shards = Subnets(model, deal.draw("size", 1)[0]), Shards(model.named_parameters(), device)
@@ -174,14 +174,10 @@ with processes({device}):
 
 def exchanged(workers: int, repeats: int, folder: Path) -> dict[str, float]:
     """A round without steps between: bytes that one process sends, seconds, and the rate of a plain all-to-all."""
-    import inspect
     import json
 
-    from sspruner.processes import processes
-
-    joined = "device" if inspect.signature(processes).parameters else ""
     file = folder / "scaling_worker.py"
-    file.write_text(WORKER.format(keep=KEEP, ends=1, repeats=repeats, device=joined), encoding="utf-8")
+    file.write_text(WORKER.format(keep=KEEP, ends=1, repeats=repeats), encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*command, f"--nproc-per-node={workers}", str(file)],

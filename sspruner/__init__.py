@@ -6,7 +6,7 @@ Names are loaded on first use, so that `import sspruner` and `sspruner --help` d
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sspruner.errors import InputError, ModelError, PlanError, PluginError, ProofError, SSPrunerError
+from sspruner.errors import InputError, ModelError, PlanError, PluginError, ProcessError, ProofError, SSPrunerError
 from sspruner.plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PluginError",
+    "ProcessError",
     "ProofError",
     "Refit",
     "Result",

@@ -27,3 +27,9 @@ class ProofError(SSPrunerError):
     """A cut that did not do what its plan predicts. Never the user's fault; nothing is written."""
 
     exit_code = 1
+
+
+class ProcessError(SSPrunerError):
+    """Another process of this run is gone, so that this one cannot go on."""
+
+    exit_code = 1

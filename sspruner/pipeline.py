@@ -28,6 +28,7 @@ from sspruner.planning.decide import check_budget, choosers, compared, make_plan
 from sspruner.planning.plan import Plan, check_plan
 from sspruner.planning.reduction import reduction
 from sspruner.planning.scores import Scores
+from sspruner.processes import from_one, rank
 from sspruner.quick import quick_on_cpu
 from sspruner.refitting import KINDS, check_calibration
 from sspruner.refitting import refit as refit_plan
@@ -80,7 +81,8 @@ def score(
     `name.option` is for that scorer alone. calibration: anything that `sspruner.calibration` takes, with samples and
     seq_len, or its result. Scorers that need weights only ignore it. cache: take scores that were made before, where
     model, scorer, its code, options, calibration and seed are the same (docs/calibration.md).
-    Raises InputError for an unknown scorer, axis or option, PluginError if the scorer breaks its contract.
+    Raises InputError for an unknown scorer, axis or option, PluginError if the scorer breaks its contract. Processes
+    of one run (torch.distributed) share the work, and all get the same (docs/calibration.md).
     """
     several = isinstance(scorer, list | tuple)
     scorers: list[Any] = list(scorer) if isinstance(scorer, list | tuple) else [scorer]
@@ -224,7 +226,7 @@ def prune(
     curves = None
     if one_shot:
         with clock("search"), on_device(model, run.device):
-            settled = settle(model, run.graph, run.groups, found, budget, limits, data, progress)
+            settled = from_one(lambda: settle(model, run.graph, run.groups, found, budget, limits, data, progress))
         run.jobs = [job for job in run.jobs if job.label == settled.label]
         budget, curves, search = settled.budget, settled.curves, search | settled.evidence
         if run.refused:
@@ -327,12 +329,12 @@ def _scored(
             code = [*(cls for cls, _ in job.scorers.values()), *(type(site.family) for site in run.graph.layers)]
             asked = {"axes": run.axes, "options": job.options, "seed": run.seed, "device": run.device.type}
             keys[job.label] = cache_key(run.model, code, asked, data.tokens, data.mask)
-    found = {label: hit for label, key in keys.items() if key and (hit := cached(key))}
+    found = from_one(lambda: {label: hit for label, key in keys.items() if key and (hit := cached(key))})
     order, run.jobs = run.jobs, [job for job in run.jobs if job.label not in found]
     made = run.walk(data, cut=None, progress=progress, journal=journal) if run.jobs else {}
     run.jobs = order
     for label, scores in made.items():
-        if key := keys.get(label):
+        if rank() == 0 and (key := keys.get(label)):
             store(key, scores)
     ordered = {label: replace(s, importance={n: s.importance[n] for n in run.groups}) for label, s in found.items()}
     return {job.label: (ordered | made)[job.label] for job in order if job.label not in run.refused}
@@ -367,7 +369,14 @@ def calibrated(
     seed: int,
     progress: Progress | None,
 ) -> Calibration:
-    """The calibration itself, or one made from a source, the model being on the device that shall sample."""
-    if isinstance(source, Calibration):
-        return source
-    return calibration(source, model, tokenizer, samples=samples, seq_len=seq_len, seed=seed, progress=progress)
+    """The calibration itself, or one made from a source, the model being on the device that shall sample.
+
+    Of several processes the first makes it for all.
+    """
+
+    def make() -> Calibration:
+        if isinstance(source, Calibration):
+            return source
+        return calibration(source, model, tokenizer, samples=samples, seq_len=seq_len, seed=seed, progress=progress)
+
+    return from_one(make)

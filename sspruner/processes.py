@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from sspruner.errors import InputError, ProcessError, SSPrunerError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)  # others may wait while one works; that one is gone is noticed at once
+FAILED, CODE = "sspruner/failed", "sspruner/code"  # keys: how many processes failed; the exit code of the first one
+
+
+def started_together() -> bool:
+    """Whether torchrun started other processes, too."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[None]:
-    """Join the other processes that torchrun started, inside the block; nccl on GPUs, gloo elsewhere."""
-    if "RANK" not in os.environ or distributed.is_initialized():
+def processes() -> Iterator[None]:
+    """Join the other processes that torchrun started, inside the block: gloo, and nccl for what is on GPUs.
+
+    "cuda" is this process's own GPU from here on. Raises InputError where they cannot meet.
+    """
+    if not started_together() or distributed.is_initialized():
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this process's own from here on
-    store, number, count = next(rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(count):  # one torchrun: it keeps the store when it starts all again
-        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=store, rank=number, world_size=count)
+    store, number, count = _meeting()
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", number)) % gpus)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    with lost_peers():
+        distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     try:
         yield
     finally:
@@ -43,12 +61,93 @@ def world() -> int:
 
 def barrier() -> None:
     """Wait for all."""
-    if world() > 1:
-        distributed.barrier()
+    gathered(None)
 
 
 def total(value: torch.Tensor) -> torch.Tensor:
-    """The sum over processes, in place."""
+    """The sum over processes, in place; of the same shape in all of them."""
     if world() > 1:
-        distributed.all_reduce(value)
+        with lost_peers():
+            distributed.all_reduce(value)
     return value
+
+
+def gathered(value: T) -> list[T]:
+    """What every process has, in their order."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    with lost_peers():
+        distributed.all_gather_object(found, value)
+    return found
+
+
+def from_one(make: Callable[[], T], source: int = 0) -> T:
+    """What `make` returns, or the SSPrunerError that it raises, in one process: in all of them, to the bit."""
+    if world() == 1:
+        return make()
+    found: list[Any] = [None, None]
+    if rank() == source:
+        try:
+            found[0] = make()
+        except SSPrunerError as error:
+            found[1] = error
+    with lost_peers():
+        distributed.broadcast_object_list(found, src=source)
+    if found[1] is not None:
+        raise found[1]
+    made: T = found[0]
+    return made
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Raise a ProcessError where torch says that another process does not answer any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        brief = str(error).strip().splitlines()[0].rpartition("] ")[2]
+        raise ProcessError(
+            f"another process of this run is gone ({brief}); was it killed, or out of memory?"
+        ) from error
+
+
+def fail(code: int, say: Callable[[], None]) -> int:
+    """Say why this run fails, unless another of its processes has; returns the exit code of all.
+
+    A process that fails has to call this while it is still joined: the others take a lost connection to one that has
+    not for a process that was killed.
+    """
+    try:
+        store = _meeting()[0] if started_together() else None
+    except InputError:
+        store = None
+    if store is None:
+        say()
+        return code
+    try:
+        if store.add(FAILED, 1) == 1:
+            say()
+            store.set(CODE, str(code))
+            return code
+        store.wait([CODE], timedelta(seconds=30))  # torchrun ends all when one has ended: not before it was said
+        return int(store.get(CODE))
+    except RuntimeError:  # the store went with the process that kept it
+        return code
+
+
+@cache
+def _meeting() -> tuple[Any, int, int]:
+    """The store that all processes can write to, the number of this one, and how many there are."""
+    try:
+        store, number, count = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"RANK and WORLD_SIZE say that this is one of several processes, and they cannot meet "
+            f"({str(error).splitlines()[0]}); start them with torchrun"
+        ) from error
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(count):  # one torchrun: it keeps the store when it starts all again
+        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store, number, count

@@ -14,6 +14,7 @@ import sspruner
 from sspruner.calibrate.gradients import check_differentiable, mean_and_fisher, mean_gradients, predicted_tokens
 from sspruner.calibrate.local import LocalGradients
 from sspruner.calibrate.replay import Inputs, Replay
+from sspruner.calibrate.shards import part_of_this_process, summed
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.calibrate.view import Observation, SSMView
 from sspruner.device import offloaded, on_device, resident, resolve_device
@@ -32,13 +33,16 @@ from sspruner.plugins import manager
 from sspruner.plugins.scorer import (
     SELECT,
     Scorer,
+    check_combines,
     check_scorer_class,
     checked_coordinates,
     checked_importance,
+    combine,
     make_scorer,
     reduced,
 )
 from sspruner.plugins.scorer import observe as observe_layer
+from sspruner.processes import from_one, gathered, world
 from sspruner.quick import quick_on_cpu
 from sspruner.surgery.mask import is_masked, mask_group, unmask
 
@@ -62,7 +66,10 @@ class Job:
         names = {cls.name for cls, _ in self.scorers.values()}
         self.options = {k: v for k, v in options.items() if k.rpartition(".")[0] in ("", *names)}
         self.changes_weights = [cls.name for cls, _ in self.scorers.values() if cls.reduce is not Scorer.reduce]
-        self.needs = {self.make(axis).needs for axis in axes}  # wrong options fail here, before any work
+        made = [self.make(axis) for axis in axes]  # wrong options fail here, before any work
+        self.needs = {one.needs for one in made}
+        for one in made if world() > 1 else ():
+            check_combines(one)
 
     def make(self, axis: str) -> Scorer:
         """A fresh instance for one dependency group. `name.option` is an option of that scorer alone."""
@@ -115,7 +122,8 @@ class Run:
             self._check_basis(job)
         self.tolerant, self.refused = tolerant, dict[str, str]()
         self.bases: dict[str, Basis] = {}  # dependency group -> the directions that its units are, of the last job
-        self.scorers: dict[str, Scorer] = {}  # dependency group -> who scored it, if it has more to say (reduce)
+        # Dependency group -> who scored it, if it has more to say (reduce), and the process that knows it all.
+        self.scorers: dict[str, tuple[Scorer, int]] = {}
 
     @property
     def granularity(self) -> dict[str, str]:
@@ -144,6 +152,8 @@ class Run:
         goes on after them. There is one job then, too.
         """
         model = fingerprint(self.model)
+        if len({*gathered(model)}) > 1:
+            raise InputError("the processes of this run hold different models; give all of them the same")
         with quick_on_cpu(self.model, self.device):
             walk = _Walk(self, data, sequential=cut is not None)
             walk.score(walk.at_once())
@@ -186,8 +196,8 @@ class Run:
         cls, plugin = job.scorers[group.axis]
         if cls.reduce is Scorer.reduce:  # it has no more to say; such scores may also be from the cache
             return choose(importance), {}
-        scorer = self.scorers.pop(group.name)  # its statistics go with it
-        keep, updates = reduced(scorer, group, plugin, importance, choose)
+        scorer, knows = self.scorers.pop(group.name)  # its statistics go with it
+        keep, updates = from_one(lambda: reduced(scorer, group, plugin, importance, choose), knows)
         try:
             check_updates(updates, self.model, self.graph)
         except PlanError as error:
@@ -215,10 +225,15 @@ class Run:
 
 
 class _Walk:
-    """One pass over a model: the scorers at work, and what they have returned."""
+    """One pass over a model: the scorers at work, and what they have returned.
+
+    Several processes walk side by side, each with its part of the calibration. Statistics become one before a group is
+    scored, and one process says what it comes to, so that all of them cut the same.
+    """
 
     def __init__(self, run: Run, data: Calibration | None, sequential: bool) -> None:
-        self.run, self.graph, self.data = run, run.graph, data
+        self.run, self.graph = run, run.graph
+        self.data = part_of_this_process(data) if data is not None and run.needs_data else None
         self.jobs = {job.label: job for job in run.jobs}
         self.importance: dict[str, dict[str, torch.Tensor]] = {label: {} for label in self.jobs}
         self.bases: dict[str, dict[str, Basis]] = {label: {} for label in self.jobs}
@@ -227,7 +242,8 @@ class _Walk:
             for name, group in run.groups.items()
             for label, job in self.jobs.items()
         }
-        self.seen: set[str] = set()  # dependency groups that activations were shown of
+        self.shown: set[str] = set()  # dependency groups that activations were shown of, in this process
+        self.knows: dict[str, int] = {}  # dependency group -> the first process that was shown activations of it
         self.gradients: Mapping[str, torch.Tensor] | None = None  # of the whole dense model
         self.fisher: Mapping[str, torch.Tensor] | None = None
         self.local: LocalGradients | None = None  # of single blocks, on the inputs that the cut ones before them make
@@ -236,12 +252,11 @@ class _Walk:
         self.in_turn = {n for n in backward if sequential and run.groups[n[1]].axis not in WHOLE_MODEL}
         if not self.graph.blocks:
             self.in_turn = set()  # no list of blocks to walk over
-        if data is not None:
-            per_batch = max(1, TOKENS_PER_BATCH // data.tokens.shape[1])
+        if self.data is not None:
             if backward - self.in_turn:
-                self._whole_gradients(data, per_batch, {self.at_work[n].needs for n in backward - self.in_turn})
+                self._whole_gradients({self.at_work[n].needs for n in backward - self.in_turn})
             if self.in_turn or any(scorer.needs == "activations" for scorer in self.at_work.values()):
-                self.replay = Replay(run.model, run.graph, data.batches(per_batch), run.device)
+                self.replay = Replay(run.model, run.graph, self._batches(), run.device)
             if self.in_turn:
                 assert self.replay is not None
                 fisher = any(self.at_work[n].needs == "fisher" for n in self.in_turn)
@@ -249,13 +264,19 @@ class _Walk:
         self.sites = {path: site for site in run.graph.sites for path in (site.path, *site.aliases)}
         self.linear = _linear_paths(run.model, run.groups.values())
 
-    def _whole_gradients(self, data: Calibration, per_batch: int, needs: set[str]) -> None:
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This process's part of the calibration: (tokens, mask), (b, T) each."""
+        assert self.data is not None
+        return self.data.batches(max(1, TOKENS_PER_BATCH // self.data.tokens.shape[1]))
+
+    def _whole_gradients(self, needs: set[str]) -> None:
+        assert self.data is not None
         with on_device(self.run.model, self.run.device):
-            count = predicted_tokens(data.mask)
+            count = sum(gathered(predicted_tokens(self.data.mask)))
             if "fisher" in needs:
-                self.gradients, self.fisher = mean_and_fisher(self.run.model, data.batches(per_batch), count)
+                self.gradients, self.fisher = mean_and_fisher(self.run.model, self._batches(), count)
             else:
-                self.gradients = mean_gradients(self.run.model, data.batches(per_batch), count)
+                self.gradients = mean_gradients(self.run.model, self._batches(), count)
 
     def note(self, journal: Journal, done: int) -> None:
         """Note how far the walk has come: what the next block is given, and the scores so far."""
@@ -341,6 +362,7 @@ class _Walk:
 
     def score(self, names: list[tuple[str, str]]) -> None:
         """Take the importances of groups that have been observed, or that need no more than weights and gradients."""
+        self._agree()
         for label, name in names:
             with self._tolerating(label):
                 self._score(label, name)
@@ -353,17 +375,28 @@ class _Walk:
         except InputError as error:
             if not self.run.tolerant:
                 raise
-            self.run.refused[label] = str(error)
-            self.at_work = {key: scorer for key, scorer in self.at_work.items() if key[0] != label}
-            if len(self.run.refused) == len(self.jobs):
-                raise
+            self._refuse({label: str(error)})
+
+    def _refuse(self, refused: Mapping[str, str]) -> None:
+        """Leave jobs out, label -> why. Raises InputError if none is left."""
+        self.run.refused.update(refused)
+        self.at_work = {key: scorer for key, scorer in self.at_work.items() if key[0] not in self.run.refused}
+        if len(self.run.refused) == len(self.jobs):
+            raise InputError(next(reversed(self.run.refused.values())))
+
+    def _agree(self) -> None:
+        """What any process was shown, and what any of them refuses, holds for all."""
+        for number, (shown, refused) in enumerate(gathered((self.shown, self.run.refused))):
+            for name in shown:
+                self.knows.setdefault(name, number)
+            self._refuse({label: why for label, why in refused.items() if label not in self.run.refused})
 
     def _score(self, label: str, name: str) -> None:
         if label in self.run.refused:
             return
         scorer, group = self.at_work.pop((label, name)), self.run.groups[name]
         plugin = self.jobs[label].scorers[group.axis][1]
-        if scorer.needs == "activations" and name not in self.seen:
+        if scorer.needs == "activations" and name not in self.knows:
             raise ModelError(
                 f"{name}: its module never ran on the calibration text (a fused kernel, or an expert that got no "
                 "token?); it cannot be scored by activations"
@@ -371,11 +404,15 @@ class _Walk:
         if scorer.needs != "activations":
             with resident(self.run.model, group.layer):
                 observe_layer(scorer, self._still(scorer, group, (label, name) in self.in_turn), plugin)
-        self.importance[label][name] = checked_importance(scorer, group, plugin)
+        elif world() > 1:
+            combine(scorer, group, plugin, summed)
+        knows = self.knows.get(name, 0)
+        self.importance[label][name] = from_one(lambda: checked_importance(scorer, group, plugin), knows)
         if scorer.basis != SELECT:
-            self.run.bases[name] = self.bases[label][name] = checked_coordinates(scorer, group, plugin)
+            basis = from_one(lambda: checked_coordinates(scorer, group, plugin), knows)
+            self.run.bases[name] = self.bases[label][name] = basis
         if type(scorer).reduce is not Scorer.reduce:
-            self.run.scorers[name] = scorer
+            self.run.scorers[name] = scorer, knows
 
     def _still(self, scorer: Scorer, group: DependencyGroup, in_turn: bool) -> SSMView:
         """A view without activations: weights, and the gradients or losses that the scorer needs."""
@@ -393,15 +430,13 @@ class _Walk:
 
     def _loss(self, group: DependencyGroup, units: Sequence[int]) -> float:
         """Mean calibration loss with some units of a group of whole modules masked. Before any cut."""
-        assert self.data is not None
         if not group.blocks:
             raise InputError("losses without a unit are measured on the axes block and mixer only")
         keep = tuple(unit for unit in range(group.units) if unit not in set(units))
-        batches = self.data.batches(max(1, TOKENS_PER_BATCH // self.data.tokens.shape[1]))
         with on_device(self.run.model, self.run.device):
             mask_group(self.run.model, group, Selection(group.units, (keep,)))
             try:
-                return mean_loss(self.run.model, batches)
+                return mean_loss(self.run.model, self._batches())
             finally:
                 unmask(self.run.model)
 
@@ -409,7 +444,7 @@ class _Walk:
         for label, job in self.jobs.items():
             scorer = self.at_work.get((label, group.name))
             if scorer is not None and scorer.needs == "activations":
-                self.seen.add(group.name)
+                self.shown.add(group.name)
                 with self._tolerating(label):
                     observe_layer(scorer, SSMView(seen, group), job.scorers[group.axis][1])
 

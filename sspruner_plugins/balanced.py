@@ -30,6 +30,7 @@ TINY = 1e-30  # where nothing was reached or read at all
 class Balanced(sspruner.Scorer):
     name, axes, needs, basis = "balanced", {"state"}, "activations", "balanced"
     spectrum = "Hankel singular values"
+    token_sums = ("tokens", "reached", "read")
 
     def __init__(self, weights: str = "output") -> None:
         if weights not in ("output", "none"):

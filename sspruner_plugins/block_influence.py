@@ -16,6 +16,7 @@ import sspruner
 class BlockInfluence(sspruner.Scorer):
     name, axes, needs = "block-influence", {"block"}, "activations"
     comparable = True
+    token_sums = ("sums", "tokens")
 
     def __init__(self) -> None:
         self.sums: dict[int, float] = {}

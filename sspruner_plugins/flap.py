@@ -14,6 +14,7 @@ Cost: one more forward of each block. Axes: head, head_dim, channel, mlp. Option
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,25 +27,36 @@ class Flap(sspruner.Scorer):
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.sum: torch.Tensor | float = 0.0  # of y - first: (in features,)
+        self.first: torch.Tensor | float = 0.0  # y of the first token: (in features,)
+        self.sum: torch.Tensor | float = 0.0  # of y - first
         self.squares: torch.Tensor | float = 0.0
+        self.key = ""
 
     def observe(self, view: sspruner.SSMView) -> None:
         # The last Linear whose columns the units own: out_proj or down_proj. In Mamba1 x_proj reads them before.
         reader = [m for m in view.group.members if m.dims == (1,)][-1]
         key = view.group.key(reader.tensor)
         y = view.inputs[key].double()  # (tokens, in features)
-        if not len(y):
-            return
-        if not self.tokens:
-            self.first = y[0]
+        if not self.key:
             self.key, self.weight = key, view.tensor(key).double()  # (out features, in features)
+            self.first = self.weight.new_zeros(self.weight.shape[1])
             self.columns = reader.index.to(y.device)  # (groups, units, channels)
             bias = self.key.removesuffix("weight") + "bias"
             self.bias_key, self.bias = bias, view.tensor(bias).double() if view.has(bias) else None
+        if not self.tokens and len(y):
+            self.first = y[0]
         y = y - self.first
         self.tokens += len(y)
         self.sum, self.squares = self.sum + y.sum(0), self.squares + y.square().sum(0)
+
+    def combine(self, total: Callable[[Any], Any]) -> None:
+        # From one origin: a mean of the first values, in fp32 as they are, so that a constant stays without variance.
+        sampled = total(float(self.tokens > 0))  # processes that saw a token
+        origin = torch.as_tensor(total(self.first) / max(sampled, 1)).float().double()
+        shift = self.first - origin if self.tokens else 0.0
+        squares = self.squares + 2 * shift * self.sum + self.tokens * shift * shift
+        self.sum, self.squares = total(self.sum + self.tokens * shift), total(squares)
+        self.first, self.tokens = origin, total(self.tokens)
 
     def importance(self) -> torch.Tensor:
         if self.tokens < 2:
@@ -59,7 +71,7 @@ class Flap(sspruner.Scorer):
     def reduce(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         keep = choose(self.importance())
         dropped = self.columns[~keep.to(self.columns.device)].flatten()
-        mean = self.first + self.sum / self.tokens  # (in features,)
+        mean = torch.as_tensor(self.first + self.sum / self.tokens)  # (in features,)
         bias = self.weight[:, dropped] @ mean[dropped]  # (out features,)
         return keep, {self.bias_key: (bias if self.bias is None else self.bias + bias).float()}
 

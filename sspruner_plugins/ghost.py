@@ -28,6 +28,7 @@ from sspruner.graph.family import Projected
 
 class Ghost(sspruner.Scorer):
     name, axes, needs = "ghost", {"state", "head", "head_dim", "group", "channel"}, "activations"
+    token_sums = ("tokens", "change", "h2", "c2")
 
     def __init__(self, variant: str = "joint") -> None:
         if variant not in ("joint", "means", "output"):

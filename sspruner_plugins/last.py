@@ -31,6 +31,7 @@ import sspruner
 class Last(sspruner.Scorer):
     name, axes, needs = "last", {"state"}, "activations"
     comparable = True
+    token_sums = ("tokens", "b2", "c2", "lost")
 
     def __init__(self, input: str = "activations") -> None:
         if input not in ("activations", "weights"):

@@ -21,6 +21,7 @@ import sspruner
 
 class RRQR(sspruner.Scorer):
     name, axes, needs = "rrqr", {"state"}, "activations"
+    token_sums = ("gram", "tokens")
 
     def __init__(self) -> None:
         self.gram: torch.Tensor | float = 0.0  # sum_t B_t B_t^T: fp64 (G, N, N)

@@ -23,6 +23,7 @@ import sspruner
 
 class SparseGPT(sspruner.Scorer):
     name, axes, needs, granularity = "sparsegpt", {"weight"}, "activations", "tensor"
+    token_sums = ("gram", "tokens")
 
     def __init__(self, percdamp: float = 0.01, block: int = 128) -> None:
         if not isinstance(percdamp, int | float) or isinstance(percdamp, bool) or not 0 <= percdamp < 1:

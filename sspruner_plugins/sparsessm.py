@@ -23,6 +23,7 @@ from sspruner.graph.family import SelectiveProjected
 
 class SparseSSM(sspruner.Scorer):
     name, axes, needs = "sparsessm", {"state", "decay"}, "activations"
+    token_sums = ("energy",)
 
     def __init__(self) -> None:
         self.energy: torch.Tensor | float = 0.0  # sum_t h_t^2: fp64 (G, P, N), P channels of each group

@@ -25,6 +25,7 @@ REDUCTIONS = ("sum", "mean", "max")
 class Wanda(sspruner.Scorer):
     name, needs, granularity = "wanda", "activations", "row"
     axes = sspruner.AXES - {"block", "mixer"} | {"weight"}
+    token_sums = ("energy", "tokens")
 
     def __init__(self, reduction: str = "sum") -> None:
         if reduction not in REDUCTIONS:
@@ -47,7 +48,7 @@ class Wanda(sspruner.Scorer):
         if not any(self.tokens.values()):
             raise sspruner.InputError("no linear layer of these units was given a token; choose another scorer")
         rms = {key: (energy / max(self.tokens[key], 1)).sqrt() for key, energy in self.energy.items()}  # (in,)
-        owned = self.group.gather({key: size * rms[key] for key, size in self.size.items()})
+        owned = self.group.gather({key: self.size[key] * rms[key] for key in rms})
         scores = torch.cat([s.double() for s in owned.values()], -1)  # (groups, units, elements)
         if self.reduction == "max":
             return scores.amax(-1)

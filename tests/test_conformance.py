@@ -58,6 +58,25 @@ class Good(sspruner.Scorer):
         return self.total / self.tokens
 
 
+class Together(Good):
+    token_sums = ("tokens", "total")
+
+
+class Uncounted(Good):
+    token_sums = ("total",)
+
+
+class Absent(Good):
+    token_sums = ("tokens", "totals")
+
+
+class Unshaped(Good):
+    """Takes it that every process has observed something."""
+
+    def combine(self, total: Callable[[Any], Any]) -> None:
+        self.tokens, self.total = total(self.tokens), total(self.total.clone())
+
+
 class Flat(Good):
     def importance(self) -> torch.Tensor:
         return super().importance().flatten()
@@ -325,6 +344,9 @@ FAULTS = {
     Unknown: r"reduce's update of nowhere\.weight names backbone\.layers\.0\.mixer\.nowhere\.weight, which the",
     Infinite: r"reduce's update of D is not finite",
     Merging: r"reduce changes the model: backbone\.layers\.0\.mixer\.D has other values",
+    Uncounted: r"scores differ where several processes observe a part each, and are combined; unit \d of set \d of",
+    Absent: r"combine fails: AttributeError: 'Absent' object has no attribute 'totals'; on backbone",
+    Unshaped: r"combine fails: AttributeError: 'float' object has no attribute 'clone'; on backbone",
     Columns: r"depend on where a unit stands: they differ after .*; unit \d+ of set \d+ of .*:weight has",
     Rates: r"depend on where a unit stands: they differ after .*; unit \d+ of set \d+ of .*:decay has",
 }  # fmt: skip
@@ -357,6 +379,7 @@ def test_any_draw_of_random_numbers_is_seen() -> None:
 
 def test_what_they_break_is_sound() -> None:
     check_scorer(Good, families=["mamba2", "mamba"], max_examples=3)
+    check_scorer(Together, families=["mamba2", "mamba"], max_examples=3)
 
 
 def test_a_class_that_is_no_scorer_is_named() -> None:
@@ -364,6 +387,7 @@ def test_a_class_that_is_no_scorer_is_named() -> None:
         ({"axes": {"nope"}}, r"'nope' is no axis; these are: attn_head, block"),
         ({"axes": "state"}, r"needs a name \(a string\) and axes \(a set of strings\)"),
         ({"needs": "luck"}, r"has needs='luck'"),
+        ({"token_sums": "tokens"}, r"has token_sums='tokens', not a tuple of names"),
     ):
         with pytest.raises(AssertionError, match=says):
             check_scorer(type("Wrong", (Good,), attributes))

@@ -369,7 +369,7 @@ seen = []
 def spied(model, batch):
     seen.append(batch)
     return likelihood(model, batch)
-with processes(torch.device("cpu")):
+with processes():
     model = tiny_model()
     found = train(model, text(folder), SMALL, spied, folder / "run")
     torch.save(seen, folder / f"seen-{{rank()}}.pt")

@@ -14,7 +14,7 @@ import torch
 from sspruner.processes import processes
 torch.set_num_threads(1)
 import {module}
-with processes(torch.device("cpu")):
+with processes():
     {module}.{function}({folder!r})
 """
 

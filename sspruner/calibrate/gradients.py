@@ -1,6 +1,7 @@
 """Gradients of the calibration loss through the whole model at once, for scorers with needs="gradients" or "fisher".
 
 One graph of the whole model and one batch is held at a time. `sspruner.calibrate.local` needs one block's.
+Several processes give their own batches each, and get the gradients of all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sspruner.calibrate.token_steps import differentiable
 from sspruner.errors import InputError, ModelError
 from sspruner.forward import forward
 from sspruner.precision import in_fp32
+from sspruner.processes import gathered, total
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]  # tokens int64 (b, T), mask bool (b, T)
 Gradients = dict[str, torch.Tensor]  # parameter name -> fp32, in its shape, on the CPU
@@ -27,7 +29,7 @@ def mean_gradients(model: nn.Module, batches: Batches, tokens: int) -> Gradients
     """Gradient of the mean next-token loss over all calibration tokens.
 
     On the model's own text: logits at t predict t + 1, and only positions whose token and next token are not padding
-    count. tokens: how many of those there are in all batches, so that any split into batches gives the same sum. A
+    count. tokens: how many of those there are in all batches of all processes, so that any split gives the same sum. A
     shared parameter has one gradient under all its names. Raises ModelError for a gradient that is not finite.
     """
     check_some(tokens)
@@ -65,7 +67,7 @@ def mean_and_fisher(model: nn.Module, batches: Batches, tokens: int) -> tuple[Gr
                             sums.setdefault(p, torch.zeros_like(p)).add_(p.grad, alpha=predicted / tokens)
                             squares.setdefault(p, torch.zeros_like(p)).addcmul_(p.grad, p.grad)
                 model.zero_grad(set_to_none=True)
-        fisher = {p: square / sequences for p, square in squares.items()}
+        fisher = {p: square / sum(gathered(sequences)) for p, square in squares.items()}
         return _by_name(model, sums), _by_name(model, fisher)
 
 
@@ -139,11 +141,11 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def _by_name(model: nn.Module, values: Mapping[nn.Parameter, torch.Tensor]) -> Gradients:
-    """Under all names of each parameter; zeros for a part that the forward never calls. What must be finite is.
+    """Sums over processes, under all names of each parameter; zeros for what no forward calls. All are finite.
 
     The last parameter that is not is named: a backward pass meets it first.
     """
-    found = {p: values.get(p, torch.zeros_like(p)).detach().float().cpu() for p in model.parameters()}
+    found = {p: total(values.get(p, torch.zeros_like(p)).detach().cpu()).float() for p in model.parameters()}
     for name, p in reversed(list(model.named_parameters())):
         check_gradient(name, found[p])
     return {name: found[p] for name, p in model.named_parameters(remove_duplicate=False)}

@@ -32,6 +32,7 @@ from sspruner.calibrate.replay import Flow, Replay
 from sspruner.calibrate.token_steps import differentiable
 from sspruner.graph.ssm_graph import within
 from sspruner.precision import in_fp32
+from sspruner.processes import gathered, total
 
 
 class LocalGradients:
@@ -46,6 +47,8 @@ class LocalGradients:
                 call's own squares: the products between calls are left out, for they would need the gradients of every
                 sequence to be kept. `mean_and_fisher` has them
 
+    Several processes have a replay of their own sequences each, and get the gradients of all of them.
+
     Narrow weights are in fp32 while their block works. What the replay gives a block stays rounded as it is: its
     inputs after the first block, rotations, scaled embeddings.
     """
@@ -57,7 +60,7 @@ class LocalGradients:
         self._replay, self._sequences, self._want_fisher = replay, replay.one_by_one(), fisher
         self._sequences.hidden.clear()  # the replay has them
         self._predicted = [predicted_tokens(mask) for mask in self._sequences.masks]  # by sequence
-        self._total = sum(self._predicted)
+        self._total = sum(gathered(sum(self._predicted)))  # of all processes
         check_some(self._total)
         self._runs = self._sequences if fisher else replay  # what goes through a block at once
         self._upstream = self._dense()  # g, by block
@@ -77,7 +80,7 @@ class LocalGradients:
                     sums[p] += gradient
                     if self._want_fisher:  # g is that of the mean over the tokens of all sequences
                         squares[p] += (gradient * (self._total / self._predicted[run])).square()
-        sequences = sum(map(bool, self._predicted))
+        sequences = sum(gathered(sum(map(bool, self._predicted))))
         self._accumulate(self.gradients, sums)
         self._accumulate(self.fisher, {p: square / sequences for p, square in squares.items()})
 
@@ -86,7 +89,7 @@ class LocalGradients:
         for name, p in self._replay.model.named_parameters(remove_duplicate=False):
             names.setdefault(p, []).append(name)
         for p, value in values.items():
-            value = value.float().cpu()
+            value = total(value.cpu()).float()
             check_gradient(names[p][0], value)
             into.update(dict.fromkeys(names[p], value + into[names[p][0]] if names[p][0] in into else value))
 

@@ -7,8 +7,9 @@ import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,28 +24,75 @@ DEBUG = "SSPRUNER_DEBUG"  # set to anything to get tracebacks
 
 def reports_errors(command: Command) -> Command:
     """Turn errors into one line on standard error and an exit code: 2 the user's, 1 a failed check, 130 Ctrl-C."""
+    return _reporting(command, shared=False)
 
+
+def reports_errors_of_all(command: Command) -> Command:
+    """The same for a command that the processes of torchrun share: one line of all of them, and one exit code."""
+    return _reporting(command, shared=True)
+
+
+def _reporting(command: Command, shared: bool) -> Command:
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C that comes while it imports numpy
+        with ExitStack() as joined:  # until the error has been told
+            try:
+                import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C that comes while it imports numpy
 
-            command(*args, **kwargs)
-        except SSPrunerError as error:
-            if os.environ.get(DEBUG):
+                if _together():
+                    from sspruner.processes import lost_peers, processes
+
+                    if not shared:
+                        raise InputError(
+                            "this command runs in one process: start it without torchrun (or unset WORLD_SIZE)"
+                        )
+                    joined.enter_context(processes())
+                    with lost_peers():
+                        command(*args, **kwargs)
+                else:
+                    command(*args, **kwargs)
+            except (typer.Exit, BrokenPipeError):
                 raise
-            typer.echo(f"sspruner: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            typer.echo("sspruner: interrupted; nothing written", err=True)
-            raise typer.Exit(130) from None
-        except OSError as error:  # the file system: a path that is too long, a right that is missing
-            if os.environ.get(DEBUG) or isinstance(error, BrokenPipeError):
-                raise
-            typer.echo(f"sspruner: {error}", err=True)
-            raise typer.Exit(2) from None
+            except (Exception, KeyboardInterrupt) as error:
+                known = _known(error)
+                if known is None and not _together():
+                    raise
+                code, line = known or (1, "".join(traceback.format_exception(error)))
+                raise typer.Exit(fail(code, line)) from None
 
     return wrapper  # type: ignore[return-value]
+
+
+def _known(error: BaseException) -> tuple[int, str] | None:
+    """The exit code of an error and its one line, None for one that has to be seen with its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "sspruner: interrupted; nothing written"
+    if os.environ.get(DEBUG):
+        return None
+    if isinstance(error, SSPrunerError):
+        return error.exit_code, f"sspruner: {' '.join(str(error).split())}"
+    if isinstance(error, OSError):  # the file system: a path that is too long, a right that is missing
+        return 2, f"sspruner: {error}"
+    return None
+
+
+def _together() -> bool:
+    """Whether torchrun started other processes, too. Costs nothing where it did not."""
+    if "RANK" not in os.environ:
+        return False
+    from sspruner.processes import started_together
+
+    return started_together()
+
+
+def fail(code: int, line: str) -> int:
+    """Say on standard error why a run fails; of the processes of torchrun the first does. Returns their exit code."""
+    if not _together():
+        typer.echo(line, err=True)
+        return code
+    from sspruner.processes import fail as fail_together
+
+    return fail_together(code, lambda: typer.echo(line, err=True))
 
 
 @contextmanager
@@ -61,16 +109,18 @@ def kept_if_interrupted(working: Path | None) -> Iterator[None]:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A rich progress bar on standard error, if that is a terminal.
+    """A rich progress bar on standard error, if that is a terminal; of several processes the first has one.
 
     Yields the callback that the Python API takes as `progress`.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+    from sspruner.processes import rank
+
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=rank() > 0 or not console.is_terminal) as bar:
         task = bar.add_task("working", total=None)
 
         def report(phase: str, done: int, total: int) -> None:

@@ -21,6 +21,7 @@ from sspruner.cli import (
     scorers,
     train,
 )
+from sspruner.cli.console import fail
 
 app = typer.Typer(
     name="sspruner",
@@ -44,8 +45,8 @@ def main() -> None:
             raise
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
-        typer.echo(f"sspruner: {' '.join(error.format_message().split())}{hint}", err=True)
-        code = error.exit_code  # type: ignore[attr-defined]
+        line = f"sspruner: {' '.join(error.format_message().split())}{hint}"
+        code = fail(error.exit_code, line)  # type: ignore[attr-defined]
     sys.exit(code or 0)
 
 

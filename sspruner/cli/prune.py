@@ -19,7 +19,7 @@ from sspruner.cli.console import (
     prepare,
     progress_bar,
     ratios_from,
-    reports_errors,
+    reports_errors_of_all,
     scorers_from,
     show,
 )
@@ -28,7 +28,7 @@ from sspruner.errors import InputError
 NAME = "prune"
 
 
-@reports_errors
+@reports_errors_of_all
 def command(
     model: o.Model = None,
     scorer: o.Scorer = None,
@@ -81,6 +81,7 @@ def command(
     from sspruner.io.output import check_output, remove_working, working_folder
     from sspruner.limits import limits_from
     from sspruner.plugins import manager
+    from sspruner.processes import barrier, rank
     from sspruner.report.table import result_table
     from sspruner.targets import chosen
 
@@ -148,14 +149,16 @@ def command(
             resume=resume,
             progress=progress,
         ).named(name_of(model), command_line())
-    if out:
-        with kept_if_interrupted(working):
-            sspruner.save(result.model, out, tokenizer, result=result, overwrite=overwrite)
-    if working:
-        remove_working(working)
-    emit(result.report.to_json(), json)
-    if str(json) != "-":
-        show(result_table(result.report))
-        if result.scores.from_cache:
-            typer.echo(f"scores of {result.report.scorer}{from_cache(result.scores)}")
-        typer.echo(f"saved to {out}" if out else "nothing saved; add --out DIR to keep the pruned model")
+    if rank() == 0:
+        if out:
+            with kept_if_interrupted(working):
+                sspruner.save(result.model, out, tokenizer, result=result, overwrite=overwrite)
+        if working:
+            remove_working(working)
+        emit(result.report.to_json(), json)
+        if str(json) != "-":
+            show(result_table(result.report))
+            if result.scores.from_cache:
+                typer.echo(f"scores of {result.report.scorer}{from_cache(result.scores)}")
+            typer.echo(f"saved to {out}" if out else "nothing saved; add --out DIR to keep the pruned model")
+    barrier()

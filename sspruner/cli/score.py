@@ -8,13 +8,13 @@ from typing import Annotated, Optional
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import from_cache, options_from, prepare, progress_bar, reports_errors, scorers_from
+from sspruner.cli.console import from_cache, options_from, prepare, progress_bar, reports_errors_of_all, scorers_from
 from sspruner.errors import InputError
 
 NAME = "score"
 
 
-@reports_errors
+@reports_errors_of_all
 def command(
     model: o.Model = None,
     scorer: o.Scorers = None,
@@ -46,6 +46,7 @@ def command(
     import sspruner
     from sspruner.io.output import check_file
     from sspruner.plugins import manager
+    from sspruner.processes import barrier, rank
 
     names = scorer or ["ghost"]
     if out is None:
@@ -88,14 +89,17 @@ def command(
         if curves and isinstance(source, sspruner.Calibration):
             (only,) = found.values()
             measured = sspruner.sensitivity(loaded, only, source, device=device, progress=progress)
+    if rank() == 0:
+        if curves:
             measured.save(curves)
-    if len(files) > 1:
-        out.mkdir(exist_ok=True)
-    for file, name, scores in zip(files, names, found.values(), strict=True):
-        scores.save(file)
-        typer.echo(f"{len(scores.importance)} dependency groups scored by {name} in {file}{from_cache(scores)}")
-    if curves:
-        typer.echo(f"damage of cutting each layer alone, on {measured.tokens:,} tokens, in {curves}")
+        if len(files) > 1:
+            out.mkdir(exist_ok=True)
+        for file, name, scores in zip(files, names, found.values(), strict=True):
+            scores.save(file)
+            typer.echo(f"{len(scores.importance)} dependency groups scored by {name} in {file}{from_cache(scores)}")
+        if curves:
+            typer.echo(f"damage of cutting each layer alone, on {measured.tokens:,} tokens, in {curves}")
+    barrier()
 
 
 def _file_name(scorer: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import check_json, emit, names_from, prepare, progress_bar, reports_errors
+from sspruner.cli.console import check_json, emit, names_from, prepare, progress_bar, reports_errors_of_all
 from sspruner.errors import InputError
 
 NAME = "train"
@@ -43,15 +43,13 @@ RunFolder = Annotated[Optional[Path], typer.Option("--out", help="Folder of the 
 
 @contextmanager
 def running(device: Optional[str]) -> Iterator[tuple[Any, Callable[[dict[str, float], int, int], None]]]:
-    """Among the processes of the run, with quiet libraries: the device, and a progress bar for the metrics of steps."""
+    """With quiet libraries: the device, and a progress bar for the metrics of steps."""
     from sspruner.device import resolve_device
-    from sspruner.processes import processes
 
     prepare(None)
-    where = resolve_device(device)
-    with processes(where), progress_bar() as report:
+    with progress_bar() as report:
         yield (
-            where,
+            resolve_device(device),
             lambda metrics, step, steps: report(
                 f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s", step, steps
             ),
@@ -78,7 +76,7 @@ def source(text: Any, tokenizer: Any, seq_len: int, held_out: int, seed: int) ->
 
 
 @app.command("distil")
-@reports_errors
+@reports_errors_of_all
 def distil(
     model: Annotated[str, typer.Argument(help="Pruned model: folder or hub id.", show_default=False)],
     teacher: Annotated[
@@ -127,7 +125,7 @@ def distil(
 
 
 @app.command("gradual")
-@reports_errors
+@reports_errors_of_all
 def gradual(
     model: Annotated[str, typer.Argument(help="Model: folder or hub id.", show_default=False)],
     text: Text = None,
@@ -184,7 +182,7 @@ def gradual(
 
 
 @app.command("twist")
-@reports_errors
+@reports_errors_of_all
 def twist(
     model: Annotated[str, typer.Argument(help="Model: folder or hub id.", show_default=False)],
     text: Text = None,

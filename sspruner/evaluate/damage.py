@@ -14,6 +14,7 @@ from sspruner.evaluate.windows import Sums, log_softmax, next_tokens, sums
 from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.planning.plan import Plan
+from sspruner.processes import gathered
 from sspruner.quick import quick_on_cpu
 from sspruner.surgery.mask import masked
 
@@ -83,7 +84,10 @@ def damage_of(dense: Sequence[Sums], pruned: Sequence[Sums]) -> Damage:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean negative log-likelihood of a model, nats per predicted token, by the same protocol."""
+    """Mean negative log-likelihood of a model, nats per predicted token, by the same protocol.
+
+    Several processes give their own batches each, and get the mean of all, the same to the bit.
+    """
     total, count = 0.0, 0
     for tokens, mask in batches:
         logp = log_probabilities(model, tokens, mask)  # (b, T-1, V)
@@ -91,7 +95,8 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tens
         nll = -logp.gather(-1, targets[..., None]).squeeze(-1)
         total += float(nll[counted].double().sum())
         count += int(counted.sum())
-    return total / max(count, 1)
+    every = gathered((total, count))
+    return sum(nll for nll, _ in every) / max(sum(tokens for _, tokens in every), 1)
 
 
 def log_probabilities(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

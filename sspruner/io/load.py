@@ -19,6 +19,7 @@ from sspruner.graph.ssm_graph import trace
 from sspruner.io.checkpoint import INDEX, shards
 from sspruner.io.native import is_native, read_native
 from sspruner.io.sizes import check_counts, check_sizes
+from sspruner.processes import world
 from sspruner.surgery.record import WEIGHTS, Cut, check_recorded, fields, recorded, restore_stock, weights_subfolder
 from sspruner.surgery.slice import cut_buffer, slice_model
 from sspruner.surgery.tensors import add_bias
@@ -52,6 +53,8 @@ def load(
         native = _check_folder(Path(where))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
+    if offload is not None and world() > 1:
+        raise InputError(f"offload works in one process, not in {world()}: start it without torchrun")
     if offload is not None:
         loaded = _offloaded(where, dtype, Path(offload), trust_remote_code)
     else:

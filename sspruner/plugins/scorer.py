@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from sspruner.calibrate.shards import Total
 from sspruner.calibrate.view import SSMView
-from sspruner.errors import InputError, ModelError, PluginError, SSPrunerError
+from sspruner.errors import InputError, ModelError, PluginError, ProcessError, SSPrunerError
 from sspruner.graph.group import DependencyGroup
 from sspruner.planning.budget import GRANULARITIES
 from sspruner.planning.decide import Choose
@@ -39,12 +40,15 @@ class Scorer(ABC):
     comparable  whether importance can be compared between layers as it is: a loss, a share. If not, the allocation
             "global" divides it by the root of the layer's sum of squares (sspruner.planning.comparable)
     spectrum    in words, what importance is if it is a spectrum, such as "Hankel singular values": reports draw it
+    token_sums  names of the attributes that are sums over tokens, for several processes that observe a part of the
+            calibration each. An instance may set its own, where its options decide
     granularity   on the axes of single elements: whether they compete within a "row", a "tensor", or "global"
     """
 
     name: ClassVar[str]
     axes: ClassVar[set[str]]
     needs: str = "activations"
+    token_sums: tuple[str, ...] = ()
     basis: ClassVar[str] = "select"
     granularity: ClassVar[str] = "tensor"
     comparable: ClassVar[bool] = False
@@ -56,6 +60,16 @@ class Scorer(ABC):
     @abstractmethod
     def observe(self, view: SSMView) -> None:
         """Accumulate what is needed from one layer and batch. Must not change the model."""
+
+    def combine(self, total: Total) -> None:
+        """Replace what was observed here by what all processes have observed; before importance(), with activations.
+
+        total(value): the sum over all processes of a tensor, a number, or a dict of them; each has to ask for the same
+        things in the same order. One that was shown nothing has what its constructor made. The default does it with
+        the attributes in token_sums; override it for statistics that are not plain sums.
+        """
+        for name in self.token_sums:
+            setattr(self, name, total(getattr(self, name)))
 
     @abstractmethod
     def importance(self) -> torch.Tensor:
@@ -92,6 +106,10 @@ def check_scorer_class(cls: Any, plugin: str) -> None:
         )
     if cls.needs not in NEEDS:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has needs={cls.needs!r}; known: {', '.join(NEEDS)}")
+    if not isinstance(cls.token_sums, tuple):
+        raise PluginError(
+            f"plugin {plugin!r}: scorer {cls.name!r} has token_sums={cls.token_sums!r}, not a tuple of names"
+        )
     if cls.basis != SELECT and cls.axes != {"state"}:
         raise PluginError(f"plugin {plugin!r}: scorer {cls.name!r} has a basis of its own: its only axis is 'state'")
     if (cls.basis != SELECT) != (cls.coordinates is not Scorer.coordinates):
@@ -123,6 +141,21 @@ def make_scorer(cls: type[Scorer], *, axis: str, seed: int, options: dict[str, A
         raise PluginError(f"scorer {cls.name!r} could not be made: {type(error).__name__}: {error}") from error
     instance.axis, instance.seed = axis, seed
     return instance
+
+
+def check_combines(scorer: Scorer) -> None:
+    """Raise InputError for a scorer that cannot be told what other processes have observed."""
+    if scorer.needs == "activations" and not scorer.token_sums and type(scorer).combine is Scorer.combine:
+        raise InputError(
+            f"scorer {scorer.name!r} runs in one process: it does not say how observations of several add up; name its "
+            "sums over tokens in token_sums, or define combine()"
+        )
+
+
+def combine(scorer: Scorer, group: DependencyGroup, plugin: str, total: Total) -> None:
+    """scorer.combine(total). Whatever it raises becomes a PluginError that names the plugin and the layer."""
+    with _blaming(_where(scorer, group, plugin)):
+        scorer.combine(total)
 
 
 def observe(scorer: Scorer, view: SSMView, plugin: str) -> None:
@@ -195,7 +228,7 @@ def _blaming(where: str) -> Iterator[None]:
         yield
     except InputError as error:  # what the user asked for cannot be done: the scorer says why
         raise InputError(f"{where.partition(': ')[2]}: {error}") from error
-    except ModelError:  # what the scorer asked of the model, the model has not
+    except (ModelError, ProcessError):  # what the scorer asked of the model or of other processes, these have not
         raise
     except Exception as error:
         detail = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ from sspruner.plugins.scorer import SELECT, Scorer, check_scorer_class, checked_
 from sspruner.testing.cases import Case, OneByOne, Trimmed, axes_of, cases, families_by_axis, windows
 from sspruner.testing.examples import try_examples
 from sspruner.testing.plans import permute, permute_rows, zero_units
-from sspruner.testing.watch import Touched, Watch, broken_update, chooser
+from sspruner.testing.watch import Touched, Watch, broken_update, chooser, combine_all
 
 PROPERTIES = (
-    *("determinism", "memory", "needs", "permutation", "batches", "padding", "bfloat16", "basis", "reduce"),
-    "degenerate",
+    *("determinism", "memory", "needs", "permutation", "batches", "processes", "padding", "bfloat16", "basis"),
+    *("reduce", "degenerate"),
 )
 ROUNDING = 2.0**-22  # about one rounding of fp32
 NARROW = 2.0**-7  # what the roundings of bf16 add up to
@@ -229,6 +230,32 @@ class _Check:
         alone = self.score(case.model(), OneByOne(**vars(case.data())), axes)
         why = "scores depend on how the calibration is split into batches"
         self.close(first, alone, tolerance, why)
+
+    def processes(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """Two instances that saw half each, and one that saw nothing, come to what one that saw all of it does."""
+        blank = make_scorer(self.cls, axis=axes[0], seed=0, options=self.options)
+        combines = blank.token_sums or self.cls.combine is not Scorer.combine
+        if len(case.lengths) < 2 or blank.needs != "activations" or not combines:
+            return
+        halves = []
+        for part in (slice(0, None, 2), slice(1, None, 2)):
+            data = case.data()
+            half = replace(data, tokens=data.tokens[part], mask=data.mask[part])
+            with self.watch.only_observing():
+                self.score(case.model(), half, axes)
+            halves.append(self.watch.instances)
+        found = {}
+        for name, instance in halves[0].items():
+            blank = make_scorer(self.cls, axis=instance.axis, seed=0, options=self.options)
+            try:
+                combine_all([instance, halves[1][name], blank])
+                found[name] = instance.importance().detach().float().cpu()
+            except InputError:
+                continue
+            except Exception as error:
+                self.fail(f"combine fails: {type(error).__name__}: {error}; on {name} of {self.where}")
+        why = "scores differ where several processes observe a part each, and are combined"
+        self.close(first, found, tolerance, why)
 
     def padding(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
         lengths = f"(sequences of {', '.join(map(str, case.lengths))} tokens)"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import torch
@@ -12,7 +15,8 @@ from torch import nn
 from sspruner.calibrate.view import SSMView
 from sspruner.errors import PluginError
 from sspruner.graph.group import DependencyGroup
-from sspruner.plugins.scorer import Scorer
+from sspruner.planning.reduction import Basis
+from sspruner.plugins.scorer import SELECT, Scorer
 
 
 class Watch:
@@ -25,6 +29,7 @@ class Watch:
 
     def __init__(self, scorer: type[Scorer]) -> None:
         self.start()
+        self.observing = False
         watch = self
 
         def observe(self: Any, view: SSMView) -> None:
@@ -39,14 +44,33 @@ class Watch:
                 watch.problem = f"writes to view.{changed[0]}, which is shared, in {view.layer}"
 
         def importance(self: Any) -> Any:
+            if watch.observing:
+                return torch.zeros(watch.shapes[watch.names[id(self)]])
             value = scorer.importance(self)
             name = watch.names.get(id(self))
             if name and not watch.problem:
                 watch.problem = _fault(value, watch.shapes[name], name)
             return value
 
+        def coordinates(self: Any) -> Basis:
+            if watch.observing:
+                groups, units = watch.shapes[watch.names[id(self)]]
+                return (torch.eye(units).expand(groups, -1, -1),) * 2
+            return scorer.coordinates(self)
+
         members = {"observe": observe, "importance": importance, "__module__": scorer.__module__}
+        if scorer.basis != SELECT:
+            members["coordinates"] = coordinates
         self.cls: type[Scorer] = type(scorer.__name__, (scorer,), members)
+
+    @contextmanager
+    def only_observing(self) -> Iterator[None]:
+        """Instances observe, and are not asked what it comes to: that would be once only."""
+        self.observing = True
+        try:
+            yield
+        finally:
+            self.observing = False
 
     def start(self) -> None:
         """Forget the run before."""
@@ -54,6 +78,40 @@ class Watch:
         self.instances: dict[str, Scorer] = {}
         self.names: dict[int, str] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
+
+
+def combine_all(instances: Sequence[Scorer]) -> None:
+    """Call `combine` on all at once, as that many processes do. Raises what the first of them raises."""
+    meet, given = Barrier(len(instances), timeout=20), [None] * len(instances)
+
+    def one(number: int) -> None:
+        def total(value: Any) -> Any:
+            given[number] = value
+            meet.wait()
+            found = _sum(given)
+            meet.wait()  # nobody gives the next value before all have read this one
+            return found
+
+        try:
+            instances[number].combine(total)
+        except BaseException:
+            meet.abort()
+            raise
+
+    with ThreadPoolExecutor(len(instances)) as threads:
+        calls = [threads.submit(one, number) for number in range(len(instances))]
+    errors = [error for call in calls if (error := call.exception())]
+    for error in [*(e for e in errors if not isinstance(e, BrokenBarrierError)), *errors][:1]:
+        raise error
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """As `sspruner.calibrate.shards.summed` has it: of tensors, numbers, or dicts that may lack keys."""
+    if isinstance(values[0], dict):
+        return {
+            key: _sum([value.get(key, 0) for value in values]) for key in dict.fromkeys(k for v in values for k in v)
+        }
+    return sum(values)
 
 
 def _activations(view: SSMView) -> dict[str, torch.Tensor]:

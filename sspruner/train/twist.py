@@ -110,10 +110,13 @@ def twist(
     dtypes, device = {name: p.dtype for name, p in model.named_parameters()}, next(model.parameters()).device
     plans = [deal.draw(f"draw {number}", 1)[0] for number in range(draws)]
     subnets, shards = Subnets(model, plans[0]), Shards(model.named_parameters(), device)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0, device=device)  # the shards hold it, and no process all of it
     run = _Run(subnets, shards, deal, every, text, held_out, settings, folder, progress)
     trained, drawn = run.train(plans, device)
     for name, parameter in model.named_parameters():
-        parameter.data = shards.weights(name).view(parameter.shape).to(dtypes[name])
+        parameter.data = shards.weights(name).view(shapes[name]).to(dtypes[name])
     made_for = {"fingerprint": fingerprint(model)}  # the trained one
     drawn = replace(drawn, plans=tuple(replace(plan, model=made_for) for plan in plans))
     return model.requires_grad_(False).eval(), drawn, trained

@@ -16,6 +16,7 @@ import sspruner
 
 class Outflow(sspruner.Scorer):
     name, axes, needs = "outflow", {"head", "head_dim", "channel"}, "activations"
+    token_sums = ("energy", "tokens")
 
     def __init__(self, gate: bool = True) -> None:
         self.gate, self.tokens = gate, 0

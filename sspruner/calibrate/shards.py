@@ -1,0 +1,48 @@
+"""One calibration for several processes: each observes its part, and sums over the parts are those over all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sspruner.calibrate.sources import Calibration
+from sspruner.errors import InputError, PluginError
+from sspruner.processes import gathered, rank, total, world
+
+Total = Callable[[Any], Any]  # a tensor, a number, or a dict of such -> the sum over all processes
+
+
+def part_of_this_process(data: Calibration) -> Calibration:
+    """Sequences rank, rank + world, ... of those that are observed. Raises InputError if a process would have none."""
+    if len(data.tokens) < world():
+        raise InputError(
+            f"calibration: {len(data.tokens)} sequences for {world()} processes; give each at least one with "
+            "--samples, or start fewer"
+        )
+    own = slice(rank(), None, world())
+    return replace(data, tokens=data.tokens[own], mask=data.mask[own])
+
+
+def summed(value: Any) -> Any:
+    """The sum over processes of a tensor, a number, or a dict of such; all call it for the same things in one order.
+
+    A process that saw nothing may have the number that it began with, and a dict may lack keys: that counts as a
+    tensor of that number, and as 0. Tensors are summed in their own dtype. Raises PluginError for shapes that differ.
+    """
+    if isinstance(value, dict):
+        keys = dict.fromkeys(key for keys in gathered([*value]) for key in keys)
+        return {key: summed(value.get(key, 0)) for key in keys}
+    kinds = gathered((value.shape, value.dtype) if isinstance(value, torch.Tensor) else value)
+    tensors = {kind for kind in kinds if isinstance(kind, tuple)}
+    if not tensors:
+        return sum(kinds)
+    if len(tensors) > 1:
+        shapes = ", ".join(sorted(f"{tuple(shape)} {dtype}" for shape, dtype in tensors))
+        raise PluginError(f"what it sums differs between processes: {shapes}")
+    ((shape, dtype),) = tensors
+    if not isinstance(value, torch.Tensor):
+        return total(torch.full(shape, value, dtype=dtype))
+    return total(value.detach().to("cpu", copy=True).contiguous()).to(value.device)
