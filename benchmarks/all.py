@@ -123,6 +123,7 @@ PARTS = (
         timed=True,
         data=False,
     ),
+    Part("shift.py", "shift"),
     Part("twist.py", "twist", ("--results", "WORK/training"), ("--quick", "--results", "WORK/training"), large=True),
     Part(SCALING, "scaling", ("--threads", "1"), timed=True, data=False),
     Part("gpu.py", "gpu", quick=("--batch", "1", "--repeats", "1", "--generate", "2"), timed=True, data=False),
