@@ -2,8 +2,8 @@
 
     python benchmarks/shift.py --data ../shared/data --threads 1
 
-A fraction of the units of an axis goes at random, in all blocks or in all but the first and last; what writes to the
-residual stream in their layers is multiplied by (n / q) ** e, for n units of which q stay; or gets the mean of what went
+A fraction of the units of an axis goes at random, in all blocks or all but the first and last. What writes to the
+residual stream in their layers is multiplied by (n / q) ** e, where q of n units stay, or gets the mean of what went
 as a bias (sspruner.refit "bias", observed on books-val.txt). Perplexity on windows of books-test.txt, over that of the
 dense model: the geometric mean over draws. `as sliced` is e = 0: what a norm over the units does is in it.
 """

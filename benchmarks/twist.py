@@ -28,7 +28,7 @@ import sspruner
 
 KEEPS, WORKERS, TOKENS, RATE, EVERY_DEAL, DRAWS = (0.75, 0.5, 0.25), (2, 4), 100_000, 5e-4, 5, 8
 ENDS = ("*layers.0.*", "*layers.5.*")  # blocks that every sub-network, and every cut, has whole
-ONE_SHOT = ("ghost", "magnitude", "random")
+ONE_SHOT = ("ghost", "magnitude")
 
 
 def twist(bench: Bench, data: Path, workers: int, keep: float, tokens: int, deal: int = EVERY_DEAL) -> Row:
