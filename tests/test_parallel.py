@@ -249,6 +249,36 @@ class Differs(Plain):
         self.found = self.found[:, : 1 + rank()]
 
 
+class Own(Plain):
+    """Has an opinion of its own in each process."""
+
+    name, token_sums = "own", ("found",)
+
+    def importance(self) -> torch.Tensor:
+        return super().importance() * (-1) ** rank()
+
+    def reduce(self, choose: sspruner.Choose) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return choose(self.importance()), {"D": torch.full((2,), 1.0 + rank())}
+
+
+def cut_by_own() -> tuple[list[Any], list[torch.Tensor], list[torch.Tensor]]:
+    found = sspruner.prune(tiny_model(), Own, sparsity=0.5, calibration=data(), device="cpu")
+    return (
+        [group.keep for group in found.plan.groups.values()],
+        [*found.plan.updates.values()],
+        [*found.scores.importance.values()],
+    )
+
+
+def test_one_process_says_what_is_cut(together: Together) -> None:
+    first, second = together(2, cut_by_own)
+    assert first[0] == second[0]
+    for a, b in zip(first[1] + first[2], second[1] + second[2], strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(value, torch.ones(2)) for value in first[1])
+    assert all(bool((value >= 0).all()) for value in first[2])
+
+
 def scored_by(scorer: Any, seed: int = 0, sequences: int = 4, tolerant: bool = False, **more: Any) -> Any:
     run = walk.Run(tiny_model(seed=seed * rank()), [scorer] if not tolerant else [scorer, "ghost"], ["state"],
                    {}, 0, "cpu", tolerant=tolerant)  # fmt: skip
