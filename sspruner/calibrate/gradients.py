@@ -67,7 +67,8 @@ def mean_and_fisher(model: nn.Module, batches: Batches, tokens: int) -> tuple[Gr
                             sums.setdefault(p, torch.zeros_like(p)).add_(p.grad, alpha=predicted / tokens)
                             squares.setdefault(p, torch.zeros_like(p)).addcmul_(p.grad, p.grad)
                 model.zero_grad(set_to_none=True)
-        fisher = {p: square / sum(gathered(sequences)) for p, square in squares.items()}
+        count = sum(gathered(sequences))  # by all processes, also one in whose sequences nothing is predicted
+        fisher = {p: square / count for p, square in squares.items()}
         return _by_name(model, sums), _by_name(model, fisher)
 
 
