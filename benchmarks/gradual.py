@@ -6,9 +6,9 @@
 Gradual pruning trains, too. So beside it stand the best one-shot mask (by books-val.txt), trained on the same tokens of
 books-train.txt with its zeros kept, and the dense model, trained on them as well; all on the text alone. Units: with
 the dense model as teacher, as in distil.py, whose rows are taken where --results has them. One learning rate for all,
-the one that distil.py chose. Calibration on books-val.txt, reported on books-test.txt. Sizes are of files that were written
-and read again. Speed: a forward with the zeros in dense tensors, and with the linear layers as products with CSR
-tensors of torch.sparse, against the dense model; all take turns within a repeat, and a ratio is within one.
+the one that distil.py chose. Calibration on books-val.txt, reported on books-test.txt. Sizes are of files that were
+written and read again. Speed: a forward with the zeros in dense tensors, and with the linear layers as products with
+CSR tensors of torch.sparse, against the dense model; all take turns within a repeat, and a ratio is within one.
 """
 
 from __future__ import annotations
