@@ -5,10 +5,11 @@
 
 Gradual pruning trains, too. So beside it stand the best one-shot mask (by books-val.txt), trained on the same tokens of
 books-train.txt with its zeros kept, and the dense model, trained on them as well; all on the text alone. Units: with
-the dense model as teacher, as in distil.py, whose rows are taken where --results has them. One learning rate for all,
-the one that distil.py chose. Calibration on books-val.txt, reported on books-test.txt. Sizes are of files that were
-written and read again. Speed: a forward with the zeros in dense tensors, and with the linear layers as products with
-CSR tensors of torch.sparse, against the dense model; all take turns within a repeat, and a ratio is within one.
+the dense model as teacher, as in distil.py, whose rows are taken where --results has them. Learning rates are those
+that distil.py chose; of weights, that of heads. Calibration on books-val.txt, reported on books-test.txt. Sizes are of
+files that were written and read again. Speed: a forward with the zeros in dense tensors, and with the linear layers as
+products with CSR tensors of torch.sparse, against the dense model; all take turns within a repeat, and a ratio is
+within one.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from common import deliver, options, progress, provenance, table
 from distil import CUTS
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training import LEARNING_RATE, Bench, Row, perplexity, ratio, sizes, speed
+from training import CHOSEN_RATES, Bench, Row, perplexity, ratio, sizes, speed
 
 import sspruner
 from sspruner.benchmark.measure import order
 from sspruner.benchmark.statistics import median_interval
 from sspruner.train.gradual import gradual
 
-SPARSITIES, TOKENS, MASK_EVERY = (0.5, 0.7), 100_000, 2
+SPARSITIES, TOKENS, UNIT_TOKENS, MASK_EVERY = (0.5, 0.7), 100_000, 50_000, 2
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "gradmag")
 UNITS = ("head 25%, ghost", "state 90%, ghost")  # of distil.CUTS
 BATCH, REPEATS = (8, 256), 11  # tokens of a forward that is timed
@@ -84,18 +85,19 @@ def weights(bench: Bench, tokens: int, rate: float) -> tuple[list[list[str]], li
     return shown, against, [trained, *found[label], *found["gradual"]]
 
 
-def units(bench: Bench, tokens: int, rate: float) -> tuple[list[list[str]], list[Row]]:
+def units(bench: Bench, tokens: int) -> tuple[list[list[str]], list[Row]]:
     """Heads and states that end in a slice: GHOST's cut, the same trained, and gradual pruning; and the runs."""
-    dense, trained = bench.as_cut("dense", {}), bench.distilled("dense", {}, tokens, rate)
-    shown, runs = [["none", *[f"{perplexity(r):.2f} ({percent(r, dense)})" for r in (dense, trained)], "–", "–"]], []
+    dense, shown, runs = bench.as_cut("dense", {}), [], []
     for label in UNITS:
         cut = CUTS[label][0]
-        once, after = bench.as_cut(label, cut), bench.distilled(label, cut, tokens, rate)
+        rate = CHOSEN_RATES[cut["axis"]]
+        control, after = bench.distilled("dense", {}, tokens, rate), bench.distilled(label, cut, tokens, rate)
         own = pruned(bench, cut["axis"], cut["sparsity"], tokens, rate, taught=True)
-        cells = [f"{perplexity(row):.2f} ({percent(row, dense)})" for row in (once, after, own)]
-        shown.append([label.partition(",")[0], *cells, ratio(own, after)])
-        runs += [after, own]
-    return shown, [trained, *runs]
+        four = (control, bench.as_cut(label, cut), after, own)
+        cells = [f"{perplexity(row):.2f} ({percent(row, dense)})" for row in four]
+        shown.append([f"{label.partition(',')[0]}, {rate:g}", *cells, ratio(own, after)])
+        runs += [control, after, own]
+    return shown, runs
 
 
 def percent(row: Row, dense: Row) -> str:
@@ -222,13 +224,13 @@ def speeds(models: dict[str, Any], repeats: int) -> list[list[str]]:
 def main() -> None:
     parser = options(__doc__, "gradual.py")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/training"), help="folder of the rows")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="default: what distil.py chose")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    bench, tokens = Bench(given.data, given.results, given.quick), 4000 if given.quick else TOKENS
-    shown, against, runs = weights(bench, tokens, given.learning_rate)
-    structured, more = units(bench, tokens, given.learning_rate)
+    bench = Bench(given.data, given.results, given.quick)
+    tokens, unit_tokens = (4000, 2000) if given.quick else (TOKENS, UNIT_TOKENS)
+    shown, against, runs = weights(bench, tokens, CHOSEN_RATES["weight"])
+    structured, more = units(bench, unit_tokens)
     loaded = [sspruner.load(model_folder(bench, "weight", s), dtype="float32")[0] for s in SPARSITIES]
     models = {"dense": bench.dense} | {f"{s:.0%}": model for s, model in zip(SPARSITIES, loaded, strict=True)}
     stored, timed = file_sizes(models), speeds(models, 2 if given.quick else REPEATS)
@@ -238,15 +240,24 @@ def main() -> None:
     text += "\n" + table(
         "Perplexity ratio (95 % interval over windows); below 1: gradual is better", ["pair", *percents], against
     )
-    head = ["axis", "cut by GHOST, not trained", "the same, trained", "gradual", "gradual / trained (95 % interval)"]
-    text += "\n" + table(f"Units that end in a slice: perplexity (over dense), {tokens:,} tokens", head, structured)
+    head = [
+        "cut, learning rate",
+        "dense, trained",
+        "GHOST, not trained",
+        "GHOST, trained",
+        "gradual",
+        "gradual / trained (95 % interval)",
+    ]
+    text += "\n" + table(
+        f"Units that end in a slice: perplexity (over dense), {unit_tokens:,} tokens", head, structured
+    )
     kinds = ["as `sspruner.save` writes it", "values and a bit each", "CSR of torch"]
     head = ["model", "zeros in linear layers (in all)", *[f"{kind}, {d}" for d in ("fp32", "bf16") for kind in kinds]]
     text += "\n" + table("Size on disk, MB (of the dense file)", head, stored)
     text += "\n" + table("Speed: times as fast as dense, median (95 % interval)", *[timed[0], timed[1:]])
     note = (
-        f"{sizes(bench)}; learning rate {given.learning_rate:g}, a mask every {MASK_EVERY} steps up to 70 % of them; "
-        f"{speed([*runs, *more])}; {2 if given.quick else REPEATS} repeats of times"
+        f"{sizes(bench)}; learning rate of weights {CHOSEN_RATES['weight']:g}; a mask every {MASK_EVERY} steps up to "
+        f"70 % of them; {speed([*runs, *more])}; {2 if given.quick else REPEATS} repeats of times"
     )
     numbers = {"perplexity": shown, "ratio": against, "units": structured, "size": stored, "speed": timed}
     deliver(given, "gradual.py", text + "\n\n" + provenance(note), numbers)
