@@ -29,7 +29,7 @@ MODEL, SEED = "mamba2-books-4m", 0
 OBSERVED, REPORTED, CHOSEN = 32, 64, 32  # windows: of books-val for scores, of books-test, of books-val for choices
 CHOSEN_SEED = 1  # other windows of books-val than those observed
 SEQ_LEN, BATCH, AT_ONCE, EVERY = 256, 8, 4, 20
-CHOSEN_RATES = {"head": 3e-4, "state": 1e-4, "weight": 3e-4}  # distil.py chose the first two, and says how
+CHOSEN_RATES = {"head": 3e-4, "state": 3e-4, "weight": 3e-4}  # distil.py chose the first two, and says how
 Row = dict[str, Any]
 
 
