@@ -21,7 +21,7 @@ from training import Bench, Row, perplexity, ratio, sizes, speed
 BUDGETS = (50_000, 100_000, 200_000)  # tokens
 CUTS: dict[str, tuple[Row, int]] = {  # label -> arguments of sspruner.prune, and how many of the budgets
     "head 25%, ghost": ({"axis": "head", "scorer": "ghost", "sparsity": 0.25}, 3),
-    "head 50%, ghost": ({"axis": "head", "scorer": "ghost", "sparsity": 0.5}, 3),
+    "head 50%, ghost": ({"axis": "head", "scorer": "ghost", "sparsity": 0.5}, 2),
     "state 90%, ghost": ({"axis": "state", "scorer": "ghost", "sparsity": 0.9}, 2),
     "state 90%, balanced": ({"axis": "state", "scorer": "balanced", "sparsity": 0.9}, 1),
     "state 75%, ghost": ({"axis": "state", "scorer": "ghost", "sparsity": 0.75}, 1),
