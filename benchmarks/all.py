@@ -92,6 +92,22 @@ PARTS = (
     Part("compare.py", "compare", ("--recall", "WORK"), ("--recall", "WORK", "--quick"), after=COMPARED),
     _recall(128, large=True),
     Part(
+        "distil.py",
+        "distil",
+        ("--results", "WORK/training"),
+        ("--quick", "--results", "WORK/training-quick"),
+        large=True,
+    ),
+    Part(
+        "gradual.py",
+        "gradual",
+        ("--results", "WORK/training", "--threads", "1"),
+        ("--quick", "--results", "WORK/training-quick"),
+        timed=True,
+        large=True,
+        after=("distil.py",),
+    ),
+    Part(
         "projection_cost.py",
         "projection_cost",
         ("--threads", "1", "--repeats", "3", "--batch", "1", "16"),
