@@ -138,6 +138,7 @@ def test_shared_blocks_and_experts(family: str, name: str, together: Together) -
 
 
 @settings(max_examples=8)
+@example(lengths=[0, 0, 0, 4], count=2, per_batch=1, name="last", order="first")  # batches of padding alone
 @example(lengths=[9, 0, 7, 1], count=2, per_batch=4096, name="taylor", order="second")  # one has nothing to predict
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=4, max_size=9).filter(lambda found: max(found) > 3),
