@@ -48,7 +48,8 @@ class Last(sspruner.Scorer):
             return
         counted, G = view.mask, view.group.groups
         B, C = view.B[counted].double(), view.C[counted].double()  # (tokens, G, N)
-        dt = view.dt[counted].double().flatten(1).unflatten(1, (G, -1))  # (tokens, G, K): heads in runs, by group
+        dt = view.dt[counted].double().flatten(1)
+        dt = dt.reshape(len(dt), G, dt.shape[1] // G)  # (tokens, G, K): heads in runs, by group
         A = view.A.double().reshape(G, dt.shape[-1], -1)  # (G, K, N), or (G, K, 1)
         lost = [-torch.expm1(dt * a).sum(0) for a in A.unbind(-1)]  # one state at a time: tokens x K, never x N
         self.tokens += view.tokens
