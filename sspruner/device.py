@@ -31,7 +31,7 @@ def resolve_device(device: str | None) -> torch.device:
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The whole model on `device` inside the block, and back where it was after it.
 
-    A model whose blocks lie on disk stays where it is: its blocks go to the device one by one (calibrate.replay).
+    A model whose blocks lie apart stays where it is: its blocks go to the device one by one (calibrate.replay).
     """
     if offloaded(model):
         yield
@@ -45,8 +45,54 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def offloaded(model: nn.Module) -> Any:
-    """What brings the blocks of a model from disk (io.offload.Blocks); None if they are in memory."""
+    """What brings the blocks of a model from disk and other devices (io.offload.Blocks); None if it is in memory."""
     return getattr(model, OFFLOADED, None)
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raise InputError for a model whose blocks lie on disk or on several devices; `what` needs all of it at once."""
+    if offloaded(model):
+        raise InputError(f"{what}: the model's blocks lie apart; load it without offload and device_map")
+
+
+def works_on(model: nn.Module, block: str, device: torch.device) -> torch.device:
+    """Where a block computes: on the accelerator that it stays on, else on `device`."""
+    blocks = offloaded(model)
+    home: torch.device = device if blocks is None else blocks.homes.get(block, device)
+    return device if home.type == "cpu" else home
+
+
+@contextmanager
+def working_on(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on `device` inside the block. After it every tensor is what it was, where it was: changes are lost."""
+    held = [
+        (tensors, leaf, tensor, tensor.data)
+        for each in module.modules()
+        for tensors in (each._parameters, each._buffers)
+        for leaf, tensor in tensors.items()
+        if tensor is not None and tensor.device != device
+    ]
+    module.to(device)
+    try:
+        yield
+    finally:
+        for tensors, leaf, tensor, data in held:
+            if tensors[leaf] is tensor:
+                tensor.data = data
+            else:  # `to` has put another in its place
+                tensors[leaf] = tensor  # type: ignore[assignment]
+
+
+def moved(value: Any, device: torch.device, *, wide: bool = False) -> Any:
+    """Tensors inside tuples, lists and dicts, on `device`; wide: bf16 and fp16 as fp32."""
+    if isinstance(value, torch.Tensor):
+        narrow = wide and value.dtype in (torch.bfloat16, torch.float16)
+        return value.to(device, torch.float32 if narrow else value.dtype)
+    if isinstance(value, dict):
+        return {k: moved(v, device, wide=wide) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(moved(v, device, wide=wide) for v in value)
+    return value
 
 
 @contextmanager

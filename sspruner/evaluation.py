@@ -13,7 +13,7 @@ from torch import nn
 
 from sspruner.calibrate.sample import sample_from
 from sspruner.calibrate.sources import Progress, read_text
-from sspruner.device import offloaded, on_device, resolve_device
+from sspruner.device import check_whole, on_device, resolve_device
 from sspruner.errors import InputError
 from sspruner.evaluate import paired
 from sspruner.evaluate.harness import TaskMetric, check_harness, run_tasks
@@ -333,8 +333,9 @@ def _check(
         raise InputError(f"{'lambada' if lambada is not None else 'tasks'}: needs a tokenizer, and this model has none")
     if not (metrics or lambada is not None or tasks):
         raise InputError(f"nothing to measure: name metrics ({', '.join(METRICS)}), lambada or tasks")
-    if any(each is not None and offloaded(each) for each in (model, against)):
-        raise InputError("evaluate: the model's blocks lie on disk; load it without offload")
+    for each in (model, against):
+        if each is not None:
+            check_whole(each, "evaluate")
     if tasks:
         check_harness()
     if against is not None:

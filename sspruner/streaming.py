@@ -1,4 +1,4 @@
-"""The second half of `prune` for a model whose blocks lie on disk: measure, cut, prove and keep, block by block.
+"""The second half of `prune` for a model whose blocks lie apart: measure, cut, prove and keep, block by block.
 
 The same numbers as `damages` and `slice_with_proof` have for a model in memory: five streams of hidden states go
 through the blocks side by side, and a block is read once for all of them.
@@ -48,6 +48,7 @@ def check_offloaded(run: Run, budget: Budget, limits: Limits | None, mode: str, 
     """Raise InputError for what needs more of a model than one block at a time."""
     shared = {site.path for site in run.graph.sites if site.aliases}
     why = {
+        "cut blocks are written on the way: load it with offload=FOLDER, too": offloaded(run.model).folder is None,
         "the model was cut already: save it, and load that": bool(offloaded(run.model).kept),
         "mode mask leaves nothing on disk to save": mode == "mask",
         f"refit {refit} runs dense blocks beside cut ones": refit != "none",
@@ -62,7 +63,7 @@ def check_offloaded(run: Run, budget: Budget, limits: Limits | None, mode: str, 
         "sampling from the model reads all of it for every token: give a text file": calibration == "self",
     }
     if reasons := [reason for reason, holds in why.items() if holds]:
-        raise InputError(f"not with --offload: {reasons[0]}")
+        raise InputError(f"not with --offload or --device-map: {reasons[0]}")
 
 
 def journal_for(run: Run, budget: Budget, data: Calibration, one_shot: bool, resume: bool) -> Journal:

@@ -189,31 +189,6 @@ def test_each_block_runs_once_to_be_observed_and_once_after_its_cut() -> None:
     assert ran == [0, 1]
 
 
-def test_one_block_at_a_time_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block goes to the compute device before it runs and home after it, and no two are there at once."""
-    model = tiny_model(layers=3)
-    there: set[int] = set()
-    log: list[tuple[int, ...]] = []
-    travel = nn.Module.to
-    names = {id(block): i for i, block in enumerate(model.backbone.layers)}
-    device = torch.device("cpu", 0)  # stands for an accelerator: the same memory under another name
-
-    def to(self: nn.Module, target: torch.device) -> nn.Module:
-        if id(self) in names:
-            (there.add if target is device else there.discard)(names[id(self)])
-            log.append(tuple(there))
-        return travel(self, target)
-
-    monkeypatch.setattr(nn.Module, "to", to)
-    ids = tokens(2, 9)
-    replay = Replay(model, sspruner.trace(model), [(ids, torch.ones_like(ids, dtype=torch.bool))], "cpu")
-    replay.device = device
-    for block in replay.blocks:
-        replay.observe(block, [f"{block}.mixer"], lambda path, hidden, mask, inputs: None)
-        replay.advance(block)
-    assert log == [(0,), (), (0,), (), (1,), (), (1,), (), (2,), (), (2,), ()]
-
-
 def test_blocks_are_found_in_order() -> None:
     model, ids = tiny_model(layers=12), tokens(2, 9)
     graph = sspruner.trace(model)

@@ -1,6 +1,7 @@
 """Layer-by-layer replay: each block runs once to be observed and once, after its cut, to feed the next block.
 
-One block at a time is on the compute device; the hidden states of all batches wait on the CPU between blocks.
+One block at a time is at work, on the compute device or on the accelerator where it stays; the hidden states of all
+batches wait on the CPU between blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.products import Products
-from sspruner.device import resident
+from sspruner.device import moved, resident, working_on, works_on
 from sspruner.errors import ModelError
 from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
@@ -165,7 +166,7 @@ class Replay:
         with self.on_device(block):
             for batch, mask in enumerate(self.masks):
                 for path, hidden in self._module_inputs(block, paths, batch):
-                    observer(path, hidden, mask.to(self.device), partial(self._linear_inputs, block, path, batch))
+                    observer(path, hidden, mask.to(hidden.device), partial(self._linear_inputs, block, path, batch))
 
     def _module_inputs(self, block: str, paths: list[str], batch: int) -> list[tuple[str, torch.Tensor]]:
         """(path, input) in the order of the calls. A linear layer may stay out of it (another layer's adapter)."""
@@ -236,7 +237,8 @@ class Replay:
         with self.on_device(block):
             for batch, mask in enumerate(self.masks):
                 before, after = self._residual(batch), self.run(block, batch, self.hidden[batch])
-                yield before.to(self.device), after[0] if len(after) == 1 else sum(after), mask.to(self.device)  # type: ignore[misc]
+                out = after[0] if len(after) == 1 else after[0] + after[1]
+                yield before.to(out.device), out, mask.to(out.device)
 
     def _residual(self, batch: int) -> torch.Tensor:
         """The residual stream that enters the next block: mamba_ssm carries it in two parts."""
@@ -257,33 +259,17 @@ class Replay:
         """
         module = self.model.get_submodule(block)
         args, kwargs = self.inputs[batch][block]
+        device = works_on(self.model, block, self.device)
         with _evaluating(module):
-            out = module(*_to((*flowing, *args), self.device, wide), **_to(kwargs, self.device, wide))
+            out = module(*moved((*flowing, *args), device, wide=wide), **moved(kwargs, device, wide=wide))
         return tuple(out[: len(flowing)]) if isinstance(out, tuple) else (out,)
 
     @contextmanager
     def on_device(self, block: str) -> Iterator[nn.Module]:
-        """One block on the compute device, and home after it."""
+        """One block on the device that it works on, and home after it: what is changed there is lost."""
         module = self.model.get_submodule(block)
-        with resident(self.model, block):
-            home = next(module.parameters()).device
-            module.to(self.device)
-            try:
-                yield module
-            finally:
-                module.to(home)
-
-
-def _to(value: Any, device: torch.device, wide: bool) -> Any:
-    """Tensors inside tuples, lists and dicts, on `device`; wide: bf16 and fp16 as fp32."""
-    if isinstance(value, torch.Tensor):
-        narrow = wide and value.dtype in (torch.bfloat16, torch.float16)
-        return value.to(device, torch.float32 if narrow else value.dtype)
-    if isinstance(value, dict):
-        return {k: _to(v, device, wide) for k, v in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_to(v, device, wide) for v in value)
-    return value
+        with resident(self.model, block), working_on(module, works_on(self.model, block, self.device)):
+            yield module
 
 
 @contextmanager

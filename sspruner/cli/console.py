@@ -226,6 +226,19 @@ def bounds_from(given: list[str] | None, what: str) -> dict[str, int]:
         raise InputError(f"{what} {given}: expected UNITS or PATTERN=UNITS, a whole number") from None
 
 
+def sizes_from(given: list[str] | None) -> dict[int | str, int] | None:
+    """`PLACE=SIZE`, each: a GPU by its number or another place, and the bytes that it may take."""
+    from sspruner.limits import parse_bytes
+
+    if given is None:
+        return None
+    pairs = [pair for text in given for pair in _pairs(text, f"--max-memory {text!r}")]
+    return {
+        int(place) if place.isdigit() else place: int(parse_bytes(size, f"--max-memory {place}"))
+        for place, size in pairs
+    }
+
+
 def batches_from(text: str) -> tuple[int, ...]:
     """`1,16,64`: whole numbers, each at least 1."""
     return numbers_from(text, "--batch")

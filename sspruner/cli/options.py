@@ -124,7 +124,20 @@ Offload = Annotated[
     bool,
     typer.Option("--offload", help="Keep the model on disk and read it block by block; needs --out and a text file."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="With --offload: go on where the same command was interrupted.")]
+DeviceMap = Annotated[
+    Optional[str],
+    typer.Option(help="auto: blocks on GPUs, in memory and on disk, as they fit; with --out and a text file in prune."),
+]
+MaxMemory = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        help="PLACE=SIZE, what --device-map may fill: 0=20GiB, cpu=60GiB. Repeatable.", show_default="4/5 of all"
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="With --offload or --device-map: go on where the same command was interrupted."),
+]
 Plugin = Annotated[Optional[list[Path]], typer.Option(help="Python file with a plugin. Repeatable.")]
 Out = Annotated[Optional[Path], typer.Option(help="Folder to write the model to.")]
 TrustRemoteCode = Annotated[

@@ -22,6 +22,7 @@ from sspruner.cli.console import (
     reports_errors_of_all,
     scorers_from,
     show,
+    sizes_from,
 )
 from sspruner.errors import InputError
 
@@ -69,6 +70,8 @@ def command(
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
     offload: o.Offload = False,
+    device_map: o.DeviceMap = None,
+    max_memory: o.MaxMemory = None,
     resume: o.Resume = False,
     out: o.Out = None,
     overwrite: o.Overwrite = False,
@@ -85,7 +88,8 @@ def command(
     from sspruner.report.table import result_table
     from sspruner.targets import chosen
 
-    working = working_folder(out) if offload and out else None
+    apart = offload or device_map is not None
+    working = working_folder(out) if apart and out else None
     axes, named = axes_from(axis), scorers_from(scorer) if scorer else None
     budget: dict[str, Any] = {
         "axis": axes,
@@ -114,10 +118,12 @@ def command(
     make_budget(**budget)  # what makes no sense fails before the model is read
     if out:
         check_output(out, overwrite)
-    if offload and not out:
-        raise InputError("--offload writes the cut blocks on the way: add --out DIR")
-    if resume and not offload:
-        raise InputError("--resume goes on with an interrupted --offload: add that, too")
+    if offload and device_map:
+        raise InputError("--offload leaves all blocks on disk, --device-map those that fit nowhere else; give one")
+    if apart and not out:
+        raise InputError(f"--{'offload' if offload else 'device-map'} writes the cut blocks on the way: add --out DIR")
+    if resume and not apart:
+        raise InputError("--resume goes on with an interrupted --offload or --device-map: add that, too")
     check_json(json)
     scorer_options = options_from(option)
     prepare(plugin)
@@ -126,7 +132,13 @@ def command(
             manager.scorer(name)
     with progress_bar() as progress, kept_if_interrupted(working):
         loaded, tokenizer = sspruner.load(
-            model, tokenizer=tokenizer, dtype=dtype, offload=working, trust_remote_code=trust_remote_code
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            offload=working,
+            device_map=device_map,
+            max_memory=sizes_from(max_memory),
+            trust_remote_code=trust_remote_code,
         )
         result = sspruner.prune(
             loaded,

@@ -8,7 +8,15 @@ from typing import Annotated, Optional
 import typer
 
 from sspruner.cli import options as o
-from sspruner.cli.console import from_cache, options_from, prepare, progress_bar, reports_errors_of_all, scorers_from
+from sspruner.cli.console import (
+    from_cache,
+    options_from,
+    prepare,
+    progress_bar,
+    reports_errors_of_all,
+    scorers_from,
+    sizes_from,
+)
 from sspruner.errors import InputError
 
 NAME = "score"
@@ -28,6 +36,8 @@ def command(
     tokenizer: o.Tokenizer = None,
     trust_remote_code: o.TrustRemoteCode = False,
     seed: o.Seed = 0,
+    device_map: o.DeviceMap = None,
+    max_memory: o.MaxMemory = None,
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
     curves: Annotated[
@@ -66,7 +76,14 @@ def command(
         for name in each.values() if isinstance(each, dict) else [each]:
             manager.scorer(name)
     with progress_bar() as progress:
-        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = sspruner.load(
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device_map=device_map,
+            max_memory=sizes_from(max_memory),
+            trust_remote_code=trust_remote_code,
+        )
         source: str | sspruner.Calibration = calibration
         if curves:  # scored and measured on the same text
             source = sspruner.calibration(

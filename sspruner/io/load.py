@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sspruner.errors import InputError, ModelError
 from sspruner.graph.ssm_graph import trace
 from sspruner.io.checkpoint import INDEX, shards
 from sspruner.io.native import is_native, read_native
+from sspruner.io.placement import check_device_map
 from sspruner.io.sizes import check_counts, check_sizes
 from sspruner.processes import world
 from sspruner.surgery.record import WEIGHTS, Cut, check_recorded, fields, recorded, restore_stock, weights_subfolder
@@ -36,6 +37,8 @@ def load(
     tokenizer: str | Path | None = None,
     dtype: str = "auto",
     offload: str | Path | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder, a hub id, or a reference model that ships: by its name, or with no argument.
@@ -43,8 +46,10 @@ def load(
     The model is on the CPU in eval mode; a native checkpoint of mamba_ssm becomes transformers' model of the same
     numbers. The tokenizer is the model's own, or that of another folder or hub id, `tokenizer`; None if there is none.
     dtype: "auto" (as saved), "float32", "bfloat16" or "float16". offload: a folder for working files; the weights of
-    the model's blocks then stay on disk, and are read one block at a time (docs/offload.md). Raises InputError for a
-    path that is wrong, ModelError for a model that is incomplete, corrupt, or holds NaN or infinite weights.
+    the model's blocks then stay on disk, and are read one block at a time (docs/offload.md). device_map: blocks stay on
+    GPUs, in memory or on disk, each in one place: "auto", as accelerate fills them up to max_memory, bytes by place; or
+    a map, module -> place. A model that fits in one place is loaded as without it. Raises InputError for a path or a
+    place that is wrong, ModelError for a model that is incomplete, corrupt, or holds NaN or infinite weights.
     """
     where = str(_reference(model) or model)
     native = None
@@ -53,11 +58,15 @@ def load(
         native = _check_folder(Path(where))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
-    if offload is not None and world() > 1:
-        raise InputError(f"offload works in one process, not in {world()}: start it without torchrun")
-    if offload is not None:
-        loaded = _offloaded(where, dtype, Path(offload), trust_remote_code)
-    else:
+    check_device_map(device_map, max_memory)
+    loaded = None
+    if offload is not None or device_map is not None:
+        if world() > 1:
+            what = "offload" if device_map is None else "device_map"
+            raise InputError(f"{what} works in one process, not in {world()}: start it without torchrun")
+        folder = None if offload is None else Path(offload)
+        loaded = _apart(where, dtype, folder, device_map, max_memory, trust_remote_code)
+    if loaded is None:
         loaded = _native(where, native, dtype) if native else _transformers(where, dtype, trust_remote_code)
         check_finite(loaded, where)
     found = _tokenizer(str((tokenizer and _reference(tokenizer)) or tokenizer or where), trust_remote_code)
@@ -137,8 +146,16 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
     return loaded
 
 
-def _offloaded(where: str, dtype: str, folder: Path, trust_remote_code: bool) -> Any:
-    """A model of which one block at a time is in memory. Values are checked when they are used."""
+def _apart(
+    where: str,
+    dtype: str,
+    folder: Path | None,
+    device_map: str | Mapping[str, int | str] | None,
+    max_memory: Mapping[int | str, int | str] | None,
+    trust_remote_code: bool,
+) -> Any:
+    """A model whose blocks lie on disk or on several devices; None if it fits in one place. Values are checked when
+    they are used."""
     from sspruner.io.offload import offload, saved_dtype
     from sspruner.io.skeleton import skeleton
 
@@ -153,7 +170,7 @@ def _offloaded(where: str, dtype: str, folder: Path, trust_remote_code: bool) ->
     weights = Path(where) / weights_subfolder(built.config)
     wanted = getattr(torch, dtype) if dtype != "auto" else built.config.dtype or saved_dtype(weights)
     built = skeleton(where, dtype=wanted, buffers=True, trust_remote_code=trust_remote_code)
-    return offload(built, where, weights, folder)
+    return offload(built, where, weights, folder, device_map, max_memory)
 
 
 def check_finite(model: nn.Module, where: str = "") -> None:

@@ -1,11 +1,11 @@
-"""A model that is larger than memory: its blocks lie on disk, and each is brought in while it works."""
+"""A model that is larger than one device: its blocks lie on disk or on several devices, and each works in its turn."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from sspruner.device import OFFLOADED, offloaded
+from sspruner.device import OFFLOADED, moved, offloaded, working_on
 from sspruner.errors import ModelError
 from sspruner.graph.causality import check_causal
 from sspruner.graph.ssm_graph import SSMGraph, trace, within
 from sspruner.io.checkpoint import INDEX, unpickled, weight_files
 from sspruner.io.journal import write_tensors
 from sspruner.io.native import EMBEDDING
+from sspruner.io.placement import DISK, Place, device_of, places
 from sspruner.surgery.record import RECORD
 
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks above it are mapped, and unmapped when they are freed
@@ -32,13 +33,22 @@ class Blocks:
     """The weights of a model's blocks, on disk. The model, on the meta device, has those of one block at a time.
 
     What is in no block stays in memory: embeddings, the last norm, the head; and so do parameters that several blocks
-    share. A block that was changed goes to a file of its own in `folder` (`keep`), and is read from there from then on.
-    A forward of the whole model works, too: each block is read when it is called.
+    share, and blocks that have a home, a device. A block that was changed goes to a file of its own in `folder`
+    (`keep`), and is read from there from then on. A forward of the whole model works, too: each block is read when it
+    is called, and what it is given is brought to its device and back.
     """
 
-    def __init__(self, model: Any, graph: SSMGraph, sources: dict[str, Path], where: str, folder: Path) -> None:
+    def __init__(
+        self,
+        model: Any,
+        graph: SSMGraph,
+        sources: dict[str, Path],
+        where: str,
+        folder: Path | None,
+        homes: Mapping[str, torch.device],
+    ) -> None:
         """sources: name of a tensor in the checkpoint -> its file. Raises ModelError if they do not fit the model."""
-        self.model, self.where, self.folder = model, where, folder
+        self.model, self.where, self.folder, self.homes = model, where, folder, homes
         self.mixers = [site.path for site in graph.layers]
         count = len(model.get_submodule(graph.blocks))
         self.blocks = [f"{graph.blocks}.{i}" for i in range(count)]
@@ -49,10 +59,14 @@ class Blocks:
         self._conversions = _conversions(model)
         self._raw: dict[str, list[str]] = {}  # block -> the checkpoint's names of its tensors
         self._index()
+        self._calls: dict[str, tuple[torch.device, ExitStack]] = {}  # where the input came from, what ends the call
         self._load(REST)
         for block in self.blocks:
-            model.get_submodule(block).register_forward_pre_hook(self._enters(block))
-            model.get_submodule(block).register_forward_hook(self._leaves(block), always_call=True)
+            module = model.get_submodule(block)
+            module.register_forward_pre_hook(self._enters(block), with_kwargs=True)
+            module.register_forward_hook(self._leaves(block), always_call=True)
+            if block in homes:
+                self._enter(block)  # and never leaves
         setattr(model, OFFLOADED, self)
 
     def block_of(self, path: str) -> str:
@@ -81,6 +95,8 @@ class Blocks:
         if not self._file(block).is_file():
             raise ModelError(f"{self._file(block)} is missing: start without --resume")
         self.kept.add(block)
+        if block in self.homes:
+            self._load(block)
 
     def tensors(self, block: str) -> dict[str, torch.Tensor]:
         """A block's own parameters, and the buffers that are saved with them, by their names in the model."""
@@ -93,6 +109,7 @@ class Blocks:
         return {n: v for n, v in self.model.state_dict(keep_vars=True).items() if self.block_of(n) == REST}
 
     def _file(self, block: str) -> Path:
+        assert self.folder is not None  # streaming.check_offloaded
         return self.folder / f"{block}.safetensors"
 
     def _enter(self, block: str) -> None:
@@ -107,16 +124,29 @@ class Blocks:
                 _set(self.model, name, torch.empty_like(value, device="meta"), value)
 
     def _enters(self, block: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if "forward" not in vars(module):  # else another stands in for it (calibrate.replay)
-                self._enter(block)
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+            if "forward" in vars(module):  # another stands in for it (calibrate.replay)
+                return None
+            self._enter(block)
+            if block not in self.homes:
+                return None
+            stack = ExitStack()
+            stack.enter_context(working_on(module, self.homes[block]))
+            self._calls[block] = (args[0] if args else kwargs["hidden_states"]).device, stack
+            return moved(args, self.homes[block]), moved(kwargs, self.homes[block])
 
         return hook
 
     def _leaves(self, block: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            if "forward" not in vars(module):
-                self._leave(block)
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+            if "forward" in vars(module):
+                return None
+            self._leave(block)
+            if block not in self.homes:
+                return None
+            origin, stack = self._calls.pop(block)
+            stack.close()
+            return moved(out, origin)
 
         return hook
 
@@ -125,7 +155,7 @@ class Blocks:
         if block in self.kept:
             held = self.model.state_dict(keep_vars=True)
             for name, value in load_file(self._file(block)).items():
-                _set(self.model, name, value, held[name])
+                _set(self.model, name, value.to(self.homes.get(block, "cpu")), held[name])
             return
         with _opened({self.sources[raw] for raw in self._raw[block]}) as tensors:
             # Read here: transformers would do so in threads, whose heaps keep what they have freed.
@@ -135,6 +165,8 @@ class Blocks:
         for path in self.mixers:
             if block != REST and within(path, block):
                 check_causal(self.model.get_submodule(path), path)
+        for name, value in self._own(block).items() if block in self.homes else ():
+            _set(self.model, name, value.to(self.homes[block]), value)
 
     def _own(self, block: str) -> dict[str, torch.Tensor]:
         return self.rest() if block == REST else self.tensors(block)
@@ -174,16 +206,31 @@ class Blocks:
                 raise ModelError(f"model {self.where}: config.json knows nothing of {raw}, which is among its weights")
 
 
-def offload(model: Any, where: str, weights: Path, folder: Path) -> Any:
+def offload(
+    model: Any,
+    where: str,
+    weights: Path,
+    folder: Path | None,
+    device_map: str | Mapping[str, Place] | None = None,
+    max_memory: Mapping[Place, int | str] | None = None,
+) -> Any:
     """Give a model on the meta device (`io.skeleton`) its weights: those of its blocks one by one, when they are used.
 
-    weights: the folder of the checkpoint. folder: where changed blocks go. Returns the model.
+    weights: the folder of the checkpoint. folder: where changed blocks go. device_map: which blocks are on a device
+    instead (`io.placement`). Returns the model; None if the map has one place for all of it, in memory.
     """
     graph = trace(model)
     if not graph.blocks:
         raise ModelError(f"model {where}: its mixers are not inside a list of blocks; it cannot be read block by block")
+    homes: dict[str, torch.device] = {}
+    if device_map is not None:
+        blocks = [f"{graph.blocks}.{i}" for i in range(len(model.get_submodule(graph.blocks)))]
+        found = places(model, blocks, _outside(model, blocks), device_map, max_memory)
+        homes = {block: device_of(place) for block, place in found.items() if place != DISK}
+        if len(homes) == len(blocks) and len({*homes.values()}) == 1:
+            return None
     _return_what_is_freed()
-    Blocks(model, graph, tensor_files(weights), where, folder)
+    Blocks(model, graph, tensor_files(weights), where, folder, homes)
     return model
 
 
@@ -219,7 +266,7 @@ def write_weights(model: Any, folder: Path) -> None:
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         with blocks.resident(block), _silent():
             own = blocks.rest() if block == REST else blocks.tensors(block)
-            model.save_pretrained(one, state_dict={n: value.detach() for n, value in own.items()})
+            model.save_pretrained(one, state_dict={n: value.detach().cpu() for n, value in own.items()})
         (one / "model.safetensors").rename(folder / name)
         with safe_open(folder / name, framework="pt") as written:
             weight_map |= dict.fromkeys(written.keys(), name)
@@ -239,6 +286,15 @@ def _shared(model: nn.Module, blocks: list[str]) -> set[str]:
         for name, p in model.named_parameters(remove_duplicate=False)
         if held[id(p)] > 1 and any(within(name, block) for block in blocks)
     }
+
+
+def _outside(model: nn.Module, blocks: list[str]) -> int:
+    """The bytes of the parameters that are in no block."""
+    return sum(
+        p.numel() * p.element_size()
+        for name, p in model.named_parameters()
+        if not any(within(name, block) for block in blocks)
+    )
 
 
 def _conversions(model: Any) -> list[Any]:

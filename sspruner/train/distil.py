@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sspruner.device import check_whole
 from sspruner.errors import InputError, ModelError
 from sspruner.forward import embedding
 from sspruner.graph.fingerprint import fingerprint
@@ -49,6 +50,8 @@ def distil(
     out: folder for run.json, metrics.jsonl and checkpoints, from which an interrupted run goes on.
     Raises InputError for bad arguments, ModelError if the models do not share a vocabulary.
     """
+    check_whole(student, "training")
+    check_whole(teacher, "a teacher")
     settings = settings or Settings(seq_len=text.seq_len)
     if not 0 <= alpha <= 1 or temperature <= 0 or hidden < 0 or lora < 0:
         raise InputError(f"alpha {alpha} (0 to 1), temperature {temperature} (above 0), hidden {hidden}, lora {lora}")

@@ -26,6 +26,7 @@ import sspruner
 from sspruner import ELEMENT_AXES
 from sspruner.calibrate.sources import calibration
 from sspruner.calibrate.view import SSMView
+from sspruner.device import check_whole
 from sspruner.errors import InputError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import DependencyGroup
@@ -69,6 +70,9 @@ def gradual(
     "global"; elements compete in the whole model. teacher: learn from it, too, as in `distil`, half and half.
     out: the folder of the run (docs/train.md). Raises InputError for bad arguments, and where a state no longer decays.
     """
+    check_whole(model, "training")
+    if teacher is not None:
+        check_whole(teacher, "a teacher")
     settings = settings or Settings(seq_len=text.seq_len)
     if alpha < 0:
         raise InputError(f"alpha {alpha}: must be at least 0")

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from sspruner import ELEMENT_AXES
+from sspruner.device import check_whole
 from sspruner.errors import InputError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.ssm_graph import trace, within
@@ -96,6 +97,7 @@ def twist(
 
     Raises InputError for bad arguments, and where so many workers cannot hold every unit, or there are more than units.
     """
+    check_whole(model, "training")
     settings = settings or Settings(seq_len=text.seq_len)
     if every < 1 or draws < 1:
         raise InputError(f"every {every}, draws {draws}: must be at least 1")

@@ -1,0 +1,86 @@
+"""Devices made of the CPU: what is on one of them computes as ever, and refuses tensors that are on another.
+
+So code for several GPUs runs without one: what it forgets to move is an error here as it is there. A process that calls
+`devices` has them until it ends, so tests do that in one of its own. They are called other:0 and other:1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.backend_registration as registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+NAME, COUNT = "other", 2
+BETWEEN = ("aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_")  # take tensors from other devices, too
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on one of the devices; `value`, on the CPU, is what it holds."""
+
+    value: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, value: torch.Tensor, device: torch.device) -> Elsewhere:
+        made: Elsewhere = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, value.shape, strides=value.stride(), storage_offset=value.storage_offset(), dtype=value.dtype,
+            device=device,
+        )  # fmt: skip
+        made.value = value
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+class Dispatch(TorchDispatchMode):
+    """Sees what makes tensors on the devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+class Backend(registration._DummyBackendModule):
+    """What torch asks of a device's module."""
+
+    def device_count(self) -> int:
+        return COUNT
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        pass
+
+
+@contextmanager
+def devices() -> Iterator[None]:
+    """The devices, inside the block."""
+    if torch._C._get_privateuse1_backend_name() != NAME:
+        registration._setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
+    torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(.., device=)` makes it on the CPU, and moves it
+    with Dispatch():
+        yield
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operation on the CPU, its result where its inputs are. Raises RuntimeError if they are on several devices."""
+    name = func._schema.name
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    places = {t.device for t in tensors if t.dim() or isinstance(t, Elsewhere)}  # a number on the CPU goes anywhere
+    if name not in BETWEEN and len(places) > 1:
+        raise RuntimeError(f"{name}: tensors on {' and '.join(sorted(map(str, places)))}")
+    where = torch.device(kwargs.get("device") or (tensors[0].device if name in BETWEEN else next(iter(places), "cpu")))
+    here = kwargs | ({"device": torch.device("cpu")} if kwargs.get("device") is not None else {})
+    args_here, here = tree_map_only(Elsewhere, lambda t: t.value, (args, here))
+    if name == "aten::histc" and not args_here[0].is_floating_point():  # of whole numbers: not on the CPU
+        args_here = (args_here[0].float(), *args_here[1:])
+    out = func(*args_here, **here)
+    if name.endswith("_"):
+        return args[0]  # in place
+    return out if where.type == "cpu" else tree_map_only(torch.Tensor, lambda t: Elsewhere(t, where), out)
