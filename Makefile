@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .venv-oracle
 
-.PHONY: demo test lint bench wheel clean oracle-env oracle-test
+.PHONY: demo test test-slow lint bench wheel clean oracle-env oracle-test
 
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# The tests that take longest; CI runs them after the others.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -27,7 +27,9 @@ NOT_MEANT = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(manager.scorers()))
+@pytest.mark.parametrize(
+    "name", ["ghost", *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(manager.scorers()) if n != "ghost")]
+)
 def test_every_scorer_conforms(name: str) -> None:
     check_scorer(name, max_examples=FEW, skip=NOT_MEANT.get(name, ()))
 

@@ -20,6 +20,7 @@ from sspruner.testing import check_family
 FEW = 2 if settings.default.max_examples <= 25 else 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_conforms(family: str) -> None:
     check_family(manager.families()[family], lambda seed: zoo(family, seed=seed), max_examples=FEW)

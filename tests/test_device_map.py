@@ -50,6 +50,7 @@ def pruned(folder: Path, out: Path, device_map: Any, working: Path, *, resume: b
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_cut_as_in_memory(family, tmp_path):
     model = zoo(family)
@@ -147,6 +148,7 @@ def test_auto_takes_most_of_what_is_free():
     assert not any(p.is_meta for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_even_with_another_map(tmp_path):
     """A machine with less memory may finish what a larger one began: results are those of every map."""
     sspruner.save(zoo("mamba2"), tmp_path / "model")

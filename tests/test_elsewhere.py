@@ -144,6 +144,7 @@ def elsewhere(*call: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("families", [FAMILIES[::2], FAMILIES[1::2]], ids=lambda families: " ".join(families))
 def test_a_pipeline_over_devices(families):
     elsewhere("through_a_pipeline", *families)
@@ -153,6 +154,7 @@ def test_auto_fills_devices_evenly_then_memory_then_the_disk():
     elsewhere("auto")
 
 
+@pytest.mark.slow
 def test_another_device():
     elsewhere("on_another_device", "mamba2", "jamba", "bamba", "falcon_h1")
 

@@ -57,6 +57,7 @@ def test_it_is_not_installed_here() -> None:
     assert importlib.util.find_spec("sspruner_example") is None
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(python: Path, tmp_path: Path) -> None:
     shutil.copytree(EXAMPLE / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     said = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests", cwd=tmp_path)

@@ -182,6 +182,7 @@ def interrupted(at: int):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 @pytest.mark.parametrize("scorer", ["ghost", "magnitude", "balanced"])
 def test_an_interrupted_run_goes_on_and_ends_the_same(family, scorer, tmp_path):
@@ -377,6 +378,7 @@ def sspruner_scorers():
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_from_the_command_line(tmp_path):
     """kill -9 in the middle of the walk; then the same command with --resume, and one that was never killed."""
     (tmp_path / "killer.py").write_text(KILLER)

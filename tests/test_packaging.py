@@ -73,6 +73,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         assert f"{module} = sspruner_plugins.{module}\n" in f"{entries}\n"
 
 
+@pytest.mark.slow
 def test_the_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -112,6 +112,7 @@ def same(every: list[Any], alone: Importance, tolerance: float = 1e-6) -> None:
             assert (found[group] - expected).abs().max() <= tolerance * expected.abs().max(), group
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "count"),
     [(name, options, count) for name, options in observing() for count in ([3] if options else [2, 4])],

@@ -87,6 +87,7 @@ def lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("sspruner: ")]
 
 
+@pytest.mark.slow
 def test_torchrun_prunes_like_one_process(model: Path, tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     done = torchrun("prune", str(model), *SMALL, "--out", str(shared), "--json", str(tmp_path / "report.json"))
@@ -99,6 +100,7 @@ def test_torchrun_prunes_like_one_process(model: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["calibration"]["sequences"] == 5
 
 
+@pytest.mark.slow
 def test_the_failure_of_one_is_that_of_all(model: Path, tmp_path: Path, plugin: Callable[[str], list[str]]) -> None:
     done = torchrun(
         "prune", str(model), *SMALL, *plugin("raise ValueError('broken here')"), "--out", str(tmp_path / "out")
@@ -111,6 +113,7 @@ def test_the_failure_of_one_is_that_of_all(model: Path, tmp_path: Path, plugin: 
     assert not done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "code", "message"),
     [

@@ -189,6 +189,7 @@ def loss_at(loss: Any, parameter: torch.Tensor, direction: torch.Tensor, step: f
     return found
 
 
+@pytest.mark.slow
 @each_family
 def test_compiles_in_one_graph_as_stock_does(family: str) -> None:
     model = sspruner.apply(zoo(family), every_state(sspruner.trace(zoo(family))))

@@ -153,6 +153,7 @@ def test_errors_are_those_of_the_models_own_blocks_and_only_fall(family, kind):
     assert first == pytest.approx((without[cut], with_new[cut]), rel=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(data=st.data(), kind=st.sampled_from(["bias", "output"]))
 def test_no_blocks_error_rises_and_masked_is_sliced(data, kind):
@@ -386,6 +387,7 @@ def test_a_bias_is_solved_for_where_single_elements_go():
     assert all(after < before for before, after in found.errors.values())
 
 
+@pytest.mark.slow
 def test_prune_refits_and_reports_the_damage_without(reference):
     model, tokenizer = copy.deepcopy(reference[0]), reference[1]
     data = sspruner.calibration("self", model, tokenizer, samples=12, seq_len=128, held_out=4)
@@ -405,6 +407,7 @@ def test_prune_refits_and_reports_the_damage_without(reference):
     )
 
 
+@pytest.mark.slow
 def test_refit_on_the_command_line(tmp_path):
     run = CliRunner().invoke
     small = ["--samples", "8", "--seq-len", "64", "--seed", "1"]

@@ -758,6 +758,7 @@ def follows_the_cut_layers(model: torch.nn.Module, scorer: Any, axes: dict[str, 
         assert result.plan.groups[name] == select(scores, result.plan.groups[name].after)
 
 
+@pytest.mark.slow
 @given(models(dtypes=FP32), st.data())
 def test_sequential_scores_each_layer_on_the_cut_ones_before_it(model: torch.nn.Module, data: st.DataObject) -> None:
     state = model.config.state_size
@@ -784,6 +785,7 @@ def test_what_weights_have_scored_is_cut_too_before_the_next_layer() -> None:
     follows_the_cut_layers(zoo("mamba2"), {"state": "ghost", "head": "magnitude"}, {"state": 0.5, "head": 0.5}, 1e-4)
 
 
+@pytest.mark.slow
 @given(models(dtypes=FP32))
 def test_one_shot_is_score_plan_apply(model: torch.nn.Module) -> None:
     assume(model.config.state_size > 1)
@@ -801,6 +803,7 @@ def self_text(reference: tuple) -> Calibration:
     return sspruner.calibration("self", model, samples=24, seq_len=128, held_out=24, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.75, 0.9])
 def test_ghost_hurts_less_than_magnitude_and_that_less_than_random(
     sparsity: float, reference: tuple, self_text: Calibration

@@ -252,6 +252,7 @@ def test_heads_divide_over_gpus() -> None:
 # Exactness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_offer_for_hf_is_the_exact_check(family: str) -> None:
     """Every axis that is offered is a real cut that stock classes build, at any size; every other axis is none."""

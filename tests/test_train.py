@@ -378,6 +378,7 @@ with processes():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_train_what_one_would(count: int, tmp_path: Path) -> None:
     """The same blocks in the same steps, by torchrun with gloo: weights differ by roundings of the mean alone."""

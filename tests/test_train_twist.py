@@ -110,7 +110,7 @@ def plainly(folder: Path, workers: int) -> dict[str, torch.Tensor]:
     return flat(trained)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_it_is_the_method_as_described(workers: int, tmp_path: Path) -> None:
     """The same weights as plain code makes in one process; draws are worth what the report says; bytes as counted."""
     done(torchrun(workers, "whole", ME, tmp_path))
@@ -174,6 +174,7 @@ def exchanges(folder: str) -> None:
     distributed.all_to_all_single = real
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_slices_travel_and_come_back_as_means(count: int, tmp_path: Path) -> None:
     done(torchrun(count, "exchanges", ME, tmp_path))
@@ -196,6 +197,7 @@ def killed(folder: str) -> None:
     torch.save(torch.cat(seen), place / f"seen-{rank()}.pt")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     """torchrun starts all workers again; they go on from the last checkpoint, with all the data after it."""
     done(torchrun(2, "whole", ME, tmp_path))
@@ -243,6 +245,7 @@ def resized(folder: str) -> None:
         torch.save(first[0], place / "first.pt")
 
 
+@pytest.mark.slow
 def test_fewer_or_more_workers_go_on(tmp_path: Path) -> None:
     """A checkpoint of two processes is read by three: the same weights, and the run ends well."""
     done(torchrun(2, "begun", ME, tmp_path))
@@ -267,6 +270,7 @@ def test_one_process_alone_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_through_the_command_line(tmp_path: Path) -> None:
     """The folder of a run: the best draw, all that was trained, the plans; another worker count is one line."""
     (tmp_path / "train.txt").write_text("The rain fell in torrents, except at occasional intervals. " * 60, "utf-8")
