@@ -21,15 +21,15 @@ from training import Bench, Row, perplexity, ratio, sizes, speed
 BUDGETS = (50_000, 100_000, 200_000)  # tokens
 CUTS: dict[str, tuple[Row, int]] = {  # label -> arguments of sspruner.prune, and how many of the budgets
     "head 25%, ghost": ({"axis": "head", "scorer": "ghost", "sparsity": 0.25}, 3),
-    "head 50%, ghost": ({"axis": "head", "scorer": "ghost", "sparsity": 0.5}, 2),
+    "head 50%, ghost": ({"axis": "head", "scorer": "ghost", "sparsity": 0.5}, 3),
     "state 90%, ghost": ({"axis": "state", "scorer": "ghost", "sparsity": 0.9}, 2),
-    "state 90%, balanced": ({"axis": "state", "scorer": "balanced", "sparsity": 0.9}, 1),
-    "state 75%, ghost": ({"axis": "state", "scorer": "ghost", "sparsity": 0.75}, 1),
-    "state 75%, balanced": ({"axis": "state", "scorer": "balanced", "sparsity": 0.75}, 0),
-    "state 50%, ghost": ({"axis": "state", "scorer": "ghost", "sparsity": 0.5}, 0),
-    "state 50%, balanced": ({"axis": "state", "scorer": "balanced", "sparsity": 0.5}, 0),
+    "state 90%, balanced": ({"axis": "state", "scorer": "balanced", "sparsity": 0.9}, 2),
+    "state 75%, ghost": ({"axis": "state", "scorer": "ghost", "sparsity": 0.75}, 2),
+    "state 75%, balanced": ({"axis": "state", "scorer": "balanced", "sparsity": 0.75}, 1),
+    "state 50%, ghost": ({"axis": "state", "scorer": "ghost", "sparsity": 0.5}, 1),
+    "state 50%, balanced": ({"axis": "state", "scorer": "balanced", "sparsity": 0.5}, 1),
 }
-TRIED = {"head": ("head 25%, ghost", (3e-4, 1e-3, 3e-3)), "state": ("state 90%, ghost", (3e-5, 1e-4, 3e-4))}
+TRIED = {"head": ("head 25%, ghost", (1e-4, 3e-4, 1e-3)), "state": ("state 90%, ghost", (3e-5, 1e-4, 3e-4))}
 LEAST = 0.005  # a share of less damage than this is a ratio to nothing
 
 

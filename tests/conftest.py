@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before it is imported: what is not here is not looked for, minutes long
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

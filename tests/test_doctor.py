@@ -350,6 +350,7 @@ def test_plugins_that_clash(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "described by plugin 'a' and by 'b'" in found["plugins"].says
 
 
+@pytest.mark.slow
 def test_without_the_dependencies_of_tests() -> None:
     code = (
         "import sys; sys.modules.update(hypothesis=None, pytest=None);"

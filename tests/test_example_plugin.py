@@ -64,6 +64,7 @@ def test_its_own_tests_pass(python: Path, tmp_path: Path) -> None:
     assert "3 passed" in said
 
 
+@pytest.mark.slow
 def test_it_prunes(python: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text((EXAMPLE / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     options = shlex.split("--axis head --sparsity 0.25 --calibration text.txt --samples 1 --seq-len 32 --out pruned")

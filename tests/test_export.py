@@ -84,6 +84,7 @@ def test_projections_beside_other_cuts_and_other_sizes_by_layer(tmp_path: Path) 
     assert found["dtypes"] == ["torch.float32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "axis"), [("mamba2", "head_dim"), ("mamba", "channel"), ("jamba", "mlp")])
 def test_any_sizes_are_expressed(family: str, axis: str, tmp_path: Path) -> None:
     """Half of one axis, in the first layer only: no stock config can say it."""

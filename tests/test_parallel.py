@@ -129,6 +129,7 @@ def test_scores_are_those_of_one_process(name: str, options: dict[str, Any], cou
     assert able
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name"),
     [("zamba2", "wanda"), ("zamba2", "taylor"), ("granitemoehybrid", "wanda"), ("granitemoehybrid", "flap")],

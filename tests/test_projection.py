@@ -234,6 +234,7 @@ def test_saved_and_loaded(model: Any, data: st.DataObject) -> None:
         check_round_trip(model, Path(folder) / "model")
 
 
+@pytest.mark.slow
 @each_family
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_masked_model_is_saved_as_it_is(family: str, twice: bool, tmp_path: Path) -> None:

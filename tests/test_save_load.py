@@ -147,6 +147,7 @@ print(json.dumps({"logits": logits.double().tolist(), "made": made.tolist(), "st
 """
 
 
+@pytest.mark.slow
 def test_a_uniform_cut_loads_in_a_process_that_never_imports_sspruner(tmp_path: Path) -> None:
     model = tiny_model(groups=2, layers=2)
     sspruner.apply(model, uniform(model, (0, 2, 3)))

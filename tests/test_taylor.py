@@ -59,6 +59,7 @@ def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else up(self))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize(("family", "axis"), FAMILIES_AND_AXES)
 def test_first_order_is_the_slope_of_the_loss(family: str, axis: str) -> None:

@@ -69,6 +69,7 @@ def test_masked_equals_sliced(model: torch.nn.Module, data: st.DataObject) -> No
     assert dense + added - found.parameters_removed == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_bias_that_can_be_added(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
