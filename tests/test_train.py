@@ -22,9 +22,12 @@ from letters import Letters
 from test_train_text import sources
 from tiny import half, logits, tiny_model, tokens
 from torch import nn
+from torchrun import done, torchrun
+from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.errors import InputError, ModelError
+from sspruner.processes import rank, world
 from sspruner.train import checkpoint
 from sspruner.train.distil import distil, distillation, divergence, hidden_error, zeros_stay
 from sspruner.train.loop import Settings, perplexity, train
@@ -386,8 +389,8 @@ def test_processes_train_what_one_would(count: int, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "worker.py").write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path)), "utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ran = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, env=os.environ)
+    assert ran.returncode == 0, ran.stderr[-3000:]
     weights, perplexities = torch.load(tmp_path / "found.pt")
     (tmp_path / "alone").mkdir()
     model = tiny_model()
@@ -403,3 +406,28 @@ def test_processes_train_what_one_would(count: int, tmp_path: Path) -> None:
     lines, alone = metrics(tmp_path / "run"), metrics(tmp_path / "alone")
     assert [line["step"] for line in lines] == [line["step"] for line in alone]
     assert lines[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-5)
+
+
+def every_family(folder: str) -> None:
+    """Three steps of each family, in so many processes as there are; the first keeps the weights."""
+    for family in FAMILIES:
+        model, run = zoo(family), Path(folder) / f"{family}-{world()}"
+        if rank() == 0:
+            run.mkdir()
+        train(model, text(Path(folder)), replace(SMALL, max_tokens=3 * 4 * 8), likelihood, run)
+        if rank() == 0:
+            torch.save(model.state_dict(), run / "weights.pt")
+
+
+@pytest.mark.slow
+def test_every_family_trains_in_processes(tmp_path: Path) -> None:
+    """Experts that no token of a process chose, blocks that layers share: no gradient is waited for in vain."""
+    sources(tmp_path)
+    done(torchrun(2, "every_family", "test_train", tmp_path))
+    every_family(str(tmp_path))
+    for family in FAMILIES:
+        weights = [torch.load(tmp_path / f"{family}-{count}" / "weights.pt") for count in (1, 2)]
+        before = zoo(family).state_dict()
+        assert any(not torch.equal(value, before[name]) for name, value in weights[0].items())
+        for name, value in weights[0].items():
+            torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=f"{family}: {name}")
