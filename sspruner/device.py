@@ -70,7 +70,7 @@ def working_on(module: nn.Module, device: torch.device) -> Iterator[None]:
         for each in module.modules()
         for tensors in (each._parameters, each._buffers)
         for leaf, tensor in tensors.items()
-        if tensor is not None and tensor.device != device
+        if tensor is not None
     ]
     module.to(device)
     try:

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from elsewhere import devices
-from test_offload import TEXT
+from safetensors.torch import load_file
+from test_offload import TEXT, Interrupted, interrupted
 from tiny import logits, tiny_model, tokens
 from zoo import FAMILIES, zoo
 
@@ -137,6 +139,27 @@ def on(module: torch.nn.Module) -> set[str]:
     return {str(p.device) for p in module.parameters()}
 
 
+def resumed() -> None:
+    """What was begun on disk ends on devices, on which the blocks are that were cut before."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        sspruner.save(zoo("mamba2").to(torch.bfloat16), root / "model")
+        whole, _ = sspruner.load(root / "model")
+        theirs = pruned(lambda: whole, scorer="balanced")
+        with interrupted(8), suppress(Interrupted):  # one for each of three blocks that are scored, two for a cut one
+            pruned(lambda: sspruner.load(root / "model", offload=root / "w")[0], scorer="balanced")
+        with devices():
+            device_map = {"": "other:1", "backbone.layers.1": "other:0"}
+            model, _ = sspruner.load(root / "model", device_map=device_map, offload=root / "w")
+            ours = pruned(lambda: model, resume=True, scorer="balanced")
+            assert [on(block) for block in model.backbone.layers] == [{"other:1"}, {"other:0"}, {"other:1"}]
+            check_close(ours, theirs)
+            kept = offloaded(model)
+            for block in kept.blocks:
+                held = load_file(kept.folder / f"{block}.safetensors")
+                assert all(torch.equal(value.cpu(), held[name]) for name, value in kept.tensors(block).items())
+
+
 def elsewhere(*call: str) -> None:
     """One of the functions above, in a process of its own."""
     command = [sys.executable, __file__, *call]
@@ -157,6 +180,10 @@ def test_auto_fills_devices_evenly_then_memory_then_the_disk():
 @pytest.mark.slow
 def test_another_device():
     elsewhere("on_another_device", "mamba2", "jamba", "bamba", "falcon_h1")
+
+
+def test_a_run_that_was_begun_on_disk():
+    elsewhere("resumed")
 
 
 def test_one_block_at_a_time_is_there():

@@ -95,8 +95,6 @@ class Blocks:
         if not self._file(block).is_file():
             raise ModelError(f"{self._file(block)} is missing: start without --resume")
         self.kept.add(block)
-        if block in self.homes:
-            self._load(block)
 
     def tensors(self, block: str) -> dict[str, torch.Tensor]:
         """A block's own parameters, and the buffers that are saved with them, by their names in the model."""
