@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from sspruner import ELEMENT_AXES
 from sspruner.errors import InputError
+from sspruner.job import OneScorer
 from sspruner.limits import Limits
 from sspruner.planning.budget import Budget, pattern_sparsity
 from sspruner.plugins import manager
 from sspruner.plugins.scorer import SELECT, Scorer
-from sspruner.walk import OneScorer
 
 DEFAULT = "ghost"
 AUTO = "auto"

@@ -24,6 +24,7 @@ from sspruner.evaluate.paired import Interval
 from sspruner.forward import embedding
 from sspruner.graph.ssm_graph import SSMGraph, trace
 from sspruner.io.output import atomic_file, check_results
+from sspruner.job import OneScorer
 from sspruner.limits import sizes
 from sspruner.pipeline import Source, calibrated, score
 from sspruner.planning.cache import cache_key
@@ -33,7 +34,7 @@ from sspruner.planning.scores import Scores
 from sspruner.quick import quick_on_cpu
 from sspruner.report.compared import Comparison, Cut, row_from_json, row_to_json
 from sspruner.surgery.mask import masked
-from sspruner.walk import TOKENS_PER_BATCH, OneScorer
+from sspruner.walk import TOKENS_PER_BATCH
 
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 ROWS = ".rows"  # in the folder of a comparison: the rows that are finished

@@ -21,6 +21,7 @@ from sspruner.evaluate.damage import damages
 from sspruner.fitting import check_asked, check_cut, trial
 from sspruner.graph.ssm_graph import trace
 from sspruner.io.journal import Journal
+from sspruner.job import OneScorer
 from sspruner.limits import Limits
 from sspruner.planning.allocate import allocate
 from sspruner.planning.cache import cache_key, cached, store
@@ -38,7 +39,7 @@ from sspruner.streaming import check_offloaded, cut_by_blocks, journal_for
 from sspruner.surgery.mask import mask, mask_elements, mask_group, unmask, update_tensors
 from sspruner.surgery.proof import slice_with_proof
 from sspruner.targets import fit_to
-from sspruner.walk import TOKENS_PER_BATCH, OneScorer, Run
+from sspruner.walk import TOKENS_PER_BATCH, Run
 
 PROMPT_TOKENS, NEW_TOKENS = 24, 40
 

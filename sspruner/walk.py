@@ -25,20 +25,17 @@ from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import WHOLE_MODEL, SSMGraph, trace, within
 from sspruner.io.journal import Journal
 from sspruner.io.load import check_finite
+from sspruner.job import Job, OneScorer
 from sspruner.planning.decide import Choose
 from sspruner.planning.plan import basis_refused, check_updates
 from sspruner.planning.reduction import PARTS, Basis, Selection
 from sspruner.planning.scores import Scores
-from sspruner.plugins import manager
 from sspruner.plugins.scorer import (
     SELECT,
     Scorer,
-    check_combines,
-    check_scorer_class,
     checked_coordinates,
     checked_importance,
     combine,
-    make_scorer,
     reduced,
 )
 from sspruner.plugins.scorer import observe as observe_layer
@@ -49,34 +46,7 @@ from sspruner.surgery.mask import is_masked, mask_group, unmask
 PHASE = "walk"  # of a journal
 TOKENS_PER_BATCH = 4096  # tokens that go through one block at a time
 
-OneScorer = str | type[Scorer] | Mapping[str, str]  # a name, a class, or a name for each axis
 Cut = Callable[[dict[str, torch.Tensor]], None]  # dependency group -> importance: of those that have been scored
-
-
-class Job:
-    """One scorer for each axis, and its options: what becomes one Scores."""
-
-    def __init__(self, scorer: OneScorer, axes: Sequence[str], options: Mapping[str, Any], seed: int) -> None:
-        self.scorers = {axis: _scorer_for(axis, scorer) for axis in axes}
-        unused = [axis for axis in scorer if axis not in axes] if isinstance(scorer, Mapping) else []
-        if unused:
-            raise InputError(f"a scorer for axis {unused[0]!r}, which is not cut; these are: {', '.join(axes)}")
-        self.label = ", ".join(dict.fromkeys(cls.name for cls, _ in self.scorers.values()))
-        self.seed = seed
-        names = {cls.name for cls, _ in self.scorers.values()}
-        self.options = {k: v for k, v in options.items() if k.rpartition(".")[0] in ("", *names)}
-        self.changes_weights = [cls.name for cls, _ in self.scorers.values() if cls.reduce is not Scorer.reduce]
-        made = [self.make(axis) for axis in axes]  # wrong options fail here, before any work
-        self.needs = {one.needs for one in made}
-        for one in made if world() > 1 else ():
-            check_combines(one)
-
-    def make(self, axis: str) -> Scorer:
-        """A fresh instance for one dependency group. `name.option` is an option of that scorer alone."""
-        cls, _ = self.scorers[axis]
-        own = {k: v for k, v in self.options.items() if "." not in k}
-        own |= {k.removeprefix(f"{cls.name}."): v for k, v in self.options.items() if k.rpartition(".")[0] == cls.name}
-        return make_scorer(cls, axis=axis, seed=self.seed, options=own)
 
 
 class Run:
@@ -456,23 +426,3 @@ def _linear_paths(model: nn.Module, groups: Iterable[DependencyGroup]) -> dict[s
         if isinstance(module, nn.Linear):
             paths.setdefault(id(module.weight), []).append(path)
     return {g.name: paths[id(model.get_parameter(g.tensor))] for g in groups if g.axis == "weight"}
-
-
-def _scorer_for(axis: str, scorer: OneScorer) -> tuple[type[Scorer], str]:
-    """The scorer class for one axis and its plugin. Raises InputError if there is none, or if it cannot score it."""
-    if isinstance(scorer, Mapping):
-        if axis not in scorer:
-            raise InputError(f"no scorer for axis {axis!r}: {', '.join(scorer)} have one; add {axis}=NAME")
-        scorer = scorer[axis]
-    if isinstance(scorer, str):
-        cls, plugin = manager.scorer(scorer)
-    else:
-        cls, plugin = scorer, getattr(scorer, "__module__", "?")
-        check_scorer_class(cls, plugin)
-    if axis not in cls.axes:
-        able = [name for name, (other, _) in sorted(manager.scorers().items()) if axis in other.axes]
-        hint = f"; these score {axis}: {', '.join(able)}" if able else ""
-        raise InputError(
-            f"scorer {cls.name!r} does not score axis {axis!r}; it scores {', '.join(sorted(cls.axes))}{hint}"
-        )
-    return cls, plugin
