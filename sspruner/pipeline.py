@@ -14,12 +14,12 @@ from torch import nn
 
 from sspruner.asked import make_budget, scorers_asked
 from sspruner.calibrate.sources import Calibration, Progress, calibration
-from sspruner.device import offloaded, on_device
+from sspruner.device import check_whole, offloaded, on_device
 from sspruner.errors import InputError
 from sspruner.evaluate.continuation import continuation
 from sspruner.evaluate.damage import damages
 from sspruner.fitting import check_asked, check_cut, trial
-from sspruner.graph.ssm_graph import trace
+from sspruner.graph.ssm_graph import WHOLE_MODEL, trace
 from sspruner.io.journal import Journal
 from sspruner.job import OneScorer
 from sspruner.limits import Limits
@@ -88,6 +88,9 @@ def score(
     several = isinstance(scorer, list | tuple)
     scorers: list[Any] = list(scorer) if isinstance(scorer, list | tuple) else [scorer]
     run = Run(model, scorers, [axis] if isinstance(axis, str) else list(axis), options, seed, device)
+    across = "weights" in run.needs and any(name in WHOLE_MODEL for name in run.axes)
+    if across or not run.needs <= {"weights", "activations"}:
+        check_whole(model, "scores by gradients, by losses, or by weights of several blocks")
     data = None
     if run.needs_data:
         with on_device(model, run.device):

@@ -226,6 +226,33 @@ def test_what_needs_the_whole_model_says_so(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
+def test_every_scorer_scores_a_model_in_pieces_as_a_whole_one(family, tmp_path):
+    """Or says that it cannot."""
+    sspruner.save(zoo(family), tmp_path)
+    whole, _ = sspruner.load(tmp_path)
+    model, _ = sspruner.load(tmp_path, device_map=alternating(whole))
+    scored = set()
+
+    def scores(of: Any, scorer: str, axis: str) -> Any:
+        try:
+            return sspruner.score(of, scorer, axis=axis, calibration=TEXT, samples=2).importance
+        except InputError as error:
+            return str(error)
+
+    for axis in sorted({group.axis for group in sspruner.trace(whole).groups.values()} | {"weight", "decay"}):
+        for scorer in ("magnitude", "wanda", "taylor", "ghost", "block-influence", "perplexity-drop"):
+            theirs, ours = scores(whole, scorer, axis), scores(model, scorer, axis)
+            if isinstance(theirs, str):
+                continue  # not an axis of this scorer
+            if isinstance(ours, str):
+                assert "blocks lie apart" in ours
+                continue
+            assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+            scored.add((scorer, axis))
+    assert scored >= {("ghost", "state"), ("magnitude", "state"), ("wanda", "weight"), ("block-influence", "block")}
+
+
 ARGUMENTS = ["--axis", "state", "--samples", "2", "--seq-len", "48", "--device-map", "auto"]
 
 
