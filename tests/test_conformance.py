@@ -34,6 +34,7 @@ def test_every_scorer_conforms(name: str) -> None:
     check_scorer(name, max_examples=FEW, skip=NOT_MEANT.get(name, ()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"variant": "means"}], ids=str)
 def test_options_reach_the_scorer(options: dict) -> None:
     check_scorer("ghost", options=options, max_examples=FEW)

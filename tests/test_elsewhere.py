@@ -173,6 +173,7 @@ def test_a_pipeline_over_devices(families):
     elsewhere("through_a_pipeline", *families)
 
 
+@pytest.mark.slow
 def test_auto_fills_devices_evenly_then_memory_then_the_disk():
     elsewhere("auto")
 

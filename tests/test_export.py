@@ -94,6 +94,7 @@ def test_any_sizes_are_expressed(family: str, axis: str, tmp_path: Path) -> None
     check_export(sspruner.apply(model, Plan({name: plan.groups[name]})), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_bias_that_a_cut_added_is_exported(tmp_path: Path) -> None:
     model = tiny_model(bias=False)
     name = f"{sspruner.trace(model).layers[0].path}.out_proj"

@@ -152,6 +152,7 @@ def test_a_constant_layer_scores_zero(value: float) -> None:
     assert torch.equal(same.importance(), torch.zeros(1, 3, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     zoo_models(("mamba2", "zamba2", "falcon_h1", "zamba")),

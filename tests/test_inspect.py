@@ -185,6 +185,7 @@ def test_published_models(name: str, tmp_path: Path) -> None:
     assert (found.kv_bytes > 0) == (name.startswith(("Zamba2", "Nemotron")))
 
 
+@pytest.mark.slow
 def test_100_mb_of_state_for_mamba2_of_13_billion(tmp_path: Path) -> None:
     folder = config_alone(tmp_path / "model", CONFIGS["Mamba2-1.3B"])
     found = json.loads(done("inspect", folder, "--memory", "24GB", "--json", "-").stdout)["footprint"]

@@ -89,6 +89,7 @@ def test_every_family_is_cut_as_in_memory(family, tmp_path):
     check_prune(zoo(family), tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(data=st.data())
 def test_any_cut_is_that_in_memory(data):

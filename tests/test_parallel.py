@@ -139,6 +139,7 @@ def test_shared_blocks_and_experts(family: str, name: str, together: Together) -
     same(together(3, scores, family, name, {}, data()), scores(family, name, {}, data()))
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @example(lengths=[0, 0, 0, 4], count=2, per_batch=1, name="last", order="first")  # batches of padding alone
 @example(lengths=[9, 0, 7, 1], count=2, per_batch=4096, name="taylor", order="second")  # one has nothing to predict

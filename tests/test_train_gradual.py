@@ -162,6 +162,7 @@ def test_units_end_in_a_slice_that_is_proved(family: str, axis: str, allocation:
     torch.testing.assert_close(logits(sspruner.load(tmp_path / "saved")[0], seen), logits(model, seen))
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(stop=st.integers(1, 10), axis=st.sampled_from(["weight", "state"]))
 def test_an_interrupted_run_ends_with_the_same_masks_and_weights(

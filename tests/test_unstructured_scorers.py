@@ -257,6 +257,7 @@ def test_gradmag_refuses_an_alpha_that_means_nothing(alpha: Any) -> None:
         GradMag(alpha=alpha)
 
 
+@pytest.mark.slow
 @given(models(dtypes=FP32), st.sampled_from(["snip", "gradmag"]))
 def test_gradients_do_not_depend_on_batches_or_padding(model: nn.Module, scorer: str) -> None:
     ids, mask = padded()

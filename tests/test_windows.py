@@ -61,6 +61,7 @@ def by_hand(model: torch.nn.Module, dense: torch.nn.Module, text: torch.Tensor, 
     return Sums(*torch.tensor(rows, dtype=torch.float64).unbind(1))
 
 
+@pytest.mark.slow
 @given(models(dtypes=FP32), st.lists(st.integers(2, 20), min_size=1, max_size=3), spans(), st.data())
 def test_sums_are_what_an_explicit_loop_says(
     model: torch.nn.Module, lengths: list[int], span: tuple[int, int], data: st.DataObject
