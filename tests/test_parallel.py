@@ -45,6 +45,7 @@ def work(number: int, count: int, meeting: str, function: Callable[..., Any], ar
     store = distributed.FileStore(meeting, count)
     patience = timedelta(minutes=2)  # a process that waits for ever would be a test that never ends
     distributed.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=patience)
+    distributed.barrier()  # who leaves while another still connects cuts it off
     try:
         return function(*arguments)
     except sspruner.SSPrunerError as error:
