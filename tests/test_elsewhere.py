@@ -135,6 +135,25 @@ def one_block_at_a_time() -> None:
         assert on(model) == {"cpu"}
 
 
+def where_blocks_work() -> None:
+    """Those on an accelerator there, those in memory and on disk on the compute device; in a plain forward at home."""
+    with tempfile.TemporaryDirectory() as name, devices():
+        sspruner.save(tiny_model(layers=3), name)
+        places = {"backbone.layers.0": "other:0", "backbone.layers.1": "cpu", "backbone.layers.2": "disk"}
+        model, _ = sspruner.load(name, device_map=places)
+        ids = tokens(2, 9)
+        replay = Replay(model, sspruner.trace(model), [(ids, torch.ones_like(ids, dtype=torch.bool))], "other:1")
+        seen: list[set[str]] = []
+        for block in model.backbone.layers:
+            block.mixer.register_forward_pre_hook(lambda mixer, args: seen.append(on(mixer) | {str(args[0].device)}))
+        for block in replay.blocks:
+            replay.advance(block)
+        assert seen == [{"other:0"}, {"other:1"}, {"other:1"}]
+        seen.clear()
+        model(input_ids=ids, use_cache=False)
+        assert seen == [{"other:0"}, {"cpu"}, {"cpu"}]
+
+
 def on(module: torch.nn.Module) -> set[str]:
     return {str(p.device) for p in module.parameters()}
 
@@ -185,6 +204,10 @@ def test_another_device():
 
 def test_a_run_that_was_begun_on_disk():
     elsewhere("resumed")
+
+
+def test_where_blocks_work():
+    elsewhere("where_blocks_work")
 
 
 def test_one_block_at_a_time_is_there():

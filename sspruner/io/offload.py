@@ -26,6 +26,7 @@ from sspruner.io.placement import DISK, Place, device_of, places
 from sspruner.surgery.record import RECORD
 
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks above it are mapped, and unmapped when they are freed
+CPU = torch.device("cpu")
 REST = ""  # what is called like a block: all that is in no block, or in several
 
 
@@ -35,7 +36,7 @@ class Blocks:
     What is in no block stays in memory: embeddings, the last norm, the head; and so do parameters that several blocks
     share, and blocks that have a home, a device. A block that was changed goes to a file of its own in `folder`
     (`keep`), and is read from there from then on. A forward of the whole model works, too: each block is read when it
-    is called, and what it is given is brought to its device and back.
+    is called, and what one on an accelerator is given is brought there and back.
     """
 
     def __init__(
@@ -126,12 +127,13 @@ class Blocks:
             if "forward" in vars(module):  # another stands in for it (calibrate.replay)
                 return None
             self._enter(block)
-            if block not in self.homes:
+            home = self.homes.get(block, CPU)
+            if home.type == "cpu":  # it works where it has been brought to
                 return None
             stack = ExitStack()
-            stack.enter_context(working_on(module, self.homes[block]))
+            stack.enter_context(working_on(module, home))
             self._calls[block] = (args[0] if args else kwargs["hidden_states"]).device, stack
-            return moved(args, self.homes[block]), moved(kwargs, self.homes[block])
+            return moved(args, home), moved(kwargs, home)
 
         return hook
 
@@ -140,7 +142,7 @@ class Blocks:
             if "forward" in vars(module):
                 return None
             self._leave(block)
-            if block not in self.homes:
+            if block not in self._calls:
                 return None
             origin, stack = self._calls.pop(block)
             stack.close()
@@ -153,7 +155,7 @@ class Blocks:
         if block in self.kept:
             held = self.model.state_dict(keep_vars=True)
             for name, value in load_file(self._file(block)).items():
-                _set(self.model, name, value.to(self.homes.get(block, "cpu")), held[name])
+                _set(self.model, name, value.to(self.homes.get(block, CPU)), held[name])
             return
         with _opened({self.sources[raw] for raw in self._raw[block]}) as tensors:
             # Read here: transformers would do so in threads, whose heaps keep what they have freed.
