@@ -13,7 +13,7 @@ import torch
 from common import books, deliver, options, progress, provenance, table
 
 import sspruner
-from sspruner.evaluate.damage import damages
+from sspruner.evaluation.damage import damages
 
 CUTS = (
     ("mamba2-books-4m", "state", "ghost", (0.75, 0.9, 0.97)),

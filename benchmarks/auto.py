@@ -15,8 +15,8 @@ import torch
 from common import books, deliver, options, progress, provenance, table
 
 import sspruner
-from sspruner.asked import candidates
-from sspruner.evaluate.damage import damages
+from sspruner.evaluation.damage import damages
+from sspruner.scoring.choice import candidates
 
 CUTS = (("mamba2-books-4m", "state"), ("mamba2-books-4m", "head"), ("mamba1-books", "state"))
 SPARSITIES = {"state": (0.75, 0.9), "head": (0.5,)}

@@ -17,7 +17,7 @@ import torch
 from common import books, cuts, deliver, options, progress, provenance, table
 
 import sspruner
-from sspruner.evaluate.damage import damages
+from sspruner.evaluation.damage import damages
 
 ROWS = (("ghost", (0.75, 0.9)), ("balanced", (0.9, 0.97)))
 SOURCES = {"books-val": "books-val.txt", "WikiText-2": "wikitext2-valid.txt", "self": "self"}

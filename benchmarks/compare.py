@@ -19,7 +19,7 @@ from common import deliver, options, progress, provenance
 from recall import CALIBRATION_SEED, CALIBRATION_SEQUENCES, HELD_OUT, tasks
 
 import sspruner
-from sspruner.evaluate.last_word import passages
+from sspruner.evaluation.last_word import passages
 
 SCORERS, SPARSITIES = ["ghost", "balanced", "taylor", "magnitude", "random"], (0.25, 0.5, 0.75, 0.9)
 WINDOWS, REPORTED, PASSAGES, SEED = 32, 32, 200, 0

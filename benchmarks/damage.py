@@ -18,7 +18,7 @@ import torch
 from common import progress, provenance, table
 
 import sspruner
-from sspruner.evaluate.damage import log_probabilities
+from sspruner.evaluation.damage import log_probabilities
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.97)
 SEEDS = (0, 1)  # of the random scorer, and of the calibration windows of the others

@@ -15,7 +15,7 @@ import torch
 from common import deliver, options, progress, provenance, table
 
 import sspruner
-from sspruner.benchmark.shapes import shape_models
+from sspruner.benchmarking.shapes import shape_models
 
 SHAPES, KEEP, BATCHES = ("mamba2-130m", "mamba2-370m"), (64, 32, 16), (1, 8, 32)
 PROMPT = 4  # tokens: a state costs the same after any

@@ -4,7 +4,7 @@
     python benchmarks/distil.py --quick --results /tmp/quick --data ../shared/data
 
 Each number of tokens is a run of its own, with its own cosine. Loss: half the text, half the dense model's answers
-(sspruner.train.distil, alpha 0.5, T 1), on books-train.txt. Scores: windows of books-val.txt; the learning rate of an
+(training.distil, alpha 0.5, T 1), on books-train.txt. Scores: windows of books-val.txt; the learning rate of an
 axis is the one of TRIED that is best on other windows of books-val.txt, for one cut at the smallest budget; the dense
 model is trained at the same rate. Reported: windows of books-test.txt. A row that is in --results is not made again,
 and an interrupted run goes on.

@@ -56,7 +56,7 @@ def main() -> None:
         raise SystemExit("gpu.py: torch sees no CUDA device; nothing was measured and nothing was written")
 
     import sspruner
-    from sspruner.benchmark.shapes import shape_models
+    from sspruner.benchmarking.shapes import shape_models
 
     rows, numbers, machine, path = [], {}, {}, ""
     for shape in given.shape or SHAPES:

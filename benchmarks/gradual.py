@@ -30,9 +30,9 @@ from torch import nn
 from training import CHOSEN_RATES, Bench, Row, perplexity, ratio, sizes, speed
 
 import sspruner
-from sspruner.benchmark.measure import order
-from sspruner.benchmark.statistics import median_interval
-from sspruner.train.gradual import gradual
+from sspruner.benchmarking.measure import order
+from sspruner.benchmarking.statistics import median_interval
+from sspruner.training.gradual import gradual
 
 SPARSITIES, TOKENS, UNIT_TOKENS, MASK_EVERY = (0.5, 0.7), 100_000, 50_000, 2
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "gradmag")

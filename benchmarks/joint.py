@@ -25,8 +25,8 @@ from damage import measure
 
 import sspruner
 from sspruner.calibrate.state import chunks
-from sspruner.evaluate.damage import log_probabilities
-from sspruner.planning import reduction
+from sspruner.evaluation.damage import log_probabilities
+from sspruner.plans import reduction
 from sspruner_plugins.balanced import Balanced
 
 reduction.INVERSE = torch.inf  # the least squares solution is of rank k, but no exact projector

@@ -16,7 +16,7 @@ import torch
 from common import MODELS, books, cuts, deliver, options, progress, provenance, state_cuts, table
 
 import sspruner
-from sspruner.evaluate.last_word import last_words, passages
+from sspruner.evaluation.last_word import last_words, passages
 
 WINDOWS, PASSAGES, SEED = 32, 300, 0
 

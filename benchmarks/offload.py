@@ -79,7 +79,7 @@ def one(model: Path, work: Path, scorer: str) -> dict[str, Any]:
     import time
 
     import sspruner
-    from sspruner.report.result import peak_memory_bytes
+    from sspruner.files.provenance import peak_memory_bytes
 
     start, imported = time.perf_counter(), peak_memory_bytes()
     tokens = torch.randint(

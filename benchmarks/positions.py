@@ -14,7 +14,7 @@ import torch
 from common import MODELS, books, cuts, deliver, interval, options, progress, provenance, state_cuts, table
 
 import sspruner
-from sspruner.evaluate.damage import log_probabilities
+from sspruner.evaluation.damage import log_probabilities
 
 CALIBRATED, LENGTHS, LENGTH, WINDOWS, SEED = 8192, (128, 256), 2048, 8, 0
 ENDS = (128, 256, 512, 1024, 2048)

@@ -20,8 +20,8 @@ from common import insert, progress, provenance, table
 from scoring_cost import random_model, timed, wait_until_quiet
 
 import sspruner
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 from sspruner.testing.plans import directions
 
 SHAPES = {"reference": {"hidden": 256, "heads": 8, "layers": 6}, "130M": {"hidden": 768, "heads": 24, "layers": 24}}

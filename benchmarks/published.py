@@ -12,7 +12,7 @@ import torch
 from common import books, deliver, options, provenance, table
 
 import sspruner
-from sspruner.evaluate.damage import damages
+from sspruner.evaluation.damage import damages
 
 CUTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 DENSE = 13.17

@@ -22,7 +22,7 @@ from common import insert, progress, provenance, table
 from train_recall import TEST_SEED, TEST_SEQUENCES
 
 import sspruner
-from sspruner.evaluate.recall import recall, sequences
+from sspruner.evaluation.recall import recall, sequences
 
 KEPT = (0.75, 0.5, 0.375, 0.25, 0.125)  # fractions of the states
 SEEDS = (0, 1, 2)  # of the random scorer

@@ -17,7 +17,7 @@ import torch
 from common import MODELS, books, progress, provenance, table
 
 import sspruner
-from sspruner.evaluate.damage import log_probabilities
+from sspruner.evaluation.damage import log_probabilities
 
 WINDOWS, SEQ_LEN, WINDOWS_PER_BATCH = 320, 256, 8
 FILES = ("books-val.txt", "books-test.txt")

@@ -18,7 +18,7 @@ import torch
 from common import books, deliver, options, progress, provenance, table
 
 import sspruner
-from sspruner.evaluate.damage import damages
+from sspruner.evaluation.damage import damages
 
 CUTS = {  # label -> reference model, axis, scorer
     "mamba2-books-4m head": ("mamba2-books-4m", "head", "ghost"),

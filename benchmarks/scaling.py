@@ -23,11 +23,11 @@ import torch
 from common import deliver, options, progress, provenance, table
 
 import sspruner
-from sspruner.benchmark.ceiling import token_operations
-from sspruner.benchmark.shapes import shape_config
-from sspruner.footprint import footprint
+from sspruner.benchmarking.ceiling import token_operations
+from sspruner.benchmarking.footprint import footprint
+from sspruner.benchmarking.shapes import shape_config
 from sspruner.surgery.slice import slice_model
-from sspruner.train.twist import Deal
+from sspruner.training.twist import Deal
 
 MEMORY, FLOPS, INSIDE, BETWEEN, NODE = 80e9, 0.4 * 989e12, 0.7 * 450e9, 0.7 * 50e9, 8  # of one H100; bytes a second
 BATCH, EVERY, KEEP, ENDS, TOKENS, OBSERVED = 2**19, 15, 0.5, 2, 1e9, (128, 2048)
@@ -130,8 +130,8 @@ def in_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
 
 def step_of(model: Any, tokens: torch.Tensor, teacher: Any = None) -> Callable[[], Any]:
     """A training step of the package, without the optimiser."""
-    from sspruner.train.distil import distillation
-    from sspruner.train.gradual import likelihood
+    from sspruner.training.distil import distillation
+    from sspruner.training.gradual import likelihood
 
     objective = distillation(teacher) if teacher is not None else likelihood
 

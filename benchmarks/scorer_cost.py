@@ -25,7 +25,7 @@ from scorer_rows import Row, row
 from scoring_cost import mib, random_model, random_tokens, timed, wait_until_quiet
 
 import sspruner
-from sspruner.benchmark import resident
+from sspruner.benchmarking import resident
 
 ROWS: dict[str, list[Row]] = {  # axis -> rows
     "state": [

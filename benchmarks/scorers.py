@@ -32,9 +32,9 @@ from scorer_rows import MODELS, TABLES, Row, Table
 from scorer_table import render
 
 import sspruner
-from sspruner.evaluate.damage import log_probabilities
-from sspruner.evaluate.last_word import last_words, passages
-from sspruner.plugins import manager
+from sspruner.evaluation.damage import log_probabilities
+from sspruner.evaluation.last_word import last_words, passages
+from sspruner.scoring.known import find_scorer
 
 SIZES = {"seq_len": 256, "calibration_windows": 8, "reported_windows": 32, "passages": 40}
 REPORTED_SEED, WINDOWS_PER_BATCH, PASSAGES_PER_BATCH, DIGITS = 0, 8, 32, 6
@@ -102,7 +102,7 @@ class Bench:
 
 def code_of(scorer: str) -> str:
     """A hash of the module that a scorer comes from, without comments and docstrings."""
-    cls = manager.scorer(scorer)[0]
+    cls = find_scorer(scorer)[0]
     tree = ast.parse(inspect.getsource(inspect.getmodule(cls) or cls))
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -116,7 +116,7 @@ def file_of(results: Path, model: str, axis: str, label: str, seed: int) -> Path
 
 def seeds_of(row: Row, table: Table, asked: int | None) -> Iterator[int]:
     """One seed for what is neither drawn nor calibrated."""
-    fixed = row.scorer != "random" and manager.scorer(row.scorer)[0].needs == "weights"
+    fixed = row.scorer != "random" and find_scorer(row.scorer)[0].needs == "weights"
     yield from range(1 if fixed else asked or max(row.seeds, table.seeds))
 
 

@@ -29,6 +29,7 @@ from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.state import ghost_sum
 from sspruner.calibrate.view import Observation, SSMView
 from sspruner.graph.family import Projected
+from sspruner.scoring.known import find_scorer
 
 BATCH, SEQ_LEN, SEED = 8, 256, 0
 BLOCK = 3  # the layer that is timed; its input is what the real blocks before it make
@@ -136,9 +137,8 @@ class Case:
 
 def ghost() -> sspruner.Scorer:
     """A fresh instance of the scorer that ships."""
-    from sspruner.plugins import manager
 
-    return manager.scorer("ghost")[0]()
+    return find_scorer("ghost")[0]()
 
 
 def random_model(

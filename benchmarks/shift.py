@@ -19,8 +19,8 @@ import torch
 from common import books, deliver, options, progress, provenance, table
 
 import sspruner
-from sspruner.evaluate.damage import mean_loss
-from sspruner.planning.scores import Scores
+from sspruner.evaluation.damage import mean_loss
+from sspruner.scoring.scores import Scores
 
 ENDS = ("*layers.0.*", "*layers.5.*")
 CUTS = {

@@ -4,7 +4,7 @@
     python benchmarks/tool_speed.py --data ../shared/data --large      # GHOST on the 130M shape, minutes
 
 A forward is that of the stock model with its own settings over the calibration tokens, and beside it the same with what
-`sspruner.quick` does. Repeats are interleaved; a ratio is the median of those within a repeat.
+`sspruner.compute.quick` does. Repeats are interleaved; a ratio is the median of those within a repeat.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from common import books, deliver, options, progress, provenance, table
 
 import sspruner
-from sspruner.benchmark.shapes import shape_model
-from sspruner.evaluate.damage import damages
-from sspruner.quick import quick_on_cpu
+from sspruner.benchmarking.shapes import shape_model
+from sspruner.compute.quick import quick_on_cpu
+from sspruner.evaluation.damage import damages
 
 CPU = torch.device("cpu")
 SCORERS, CUTS = ["ghost", "balanced", "taylor", "magnitude", "random"], (0.25, 0.5, 0.75, 0.9)

@@ -22,7 +22,7 @@ from common import progress, provenance
 from torch import nn
 
 import sspruner
-from sspruner.evaluate.recall import answers, recall, sequences
+from sspruner.evaluation.recall import answers, recall, sequences
 
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP, DECAY, CLIP = 1e-2, 0.1, 50, 0.5, 1.0  # warm-up in steps; decay: a fraction
 BATCH, FIRST_PAIRS, MORE_PAIRS, LEARNED = 64, 4, 4, 0.9

@@ -19,11 +19,11 @@ import torch
 from common import books, progress
 
 import sspruner
-from sspruner.evaluate import paired
-from sspruner.evaluate.damage import log_probabilities
-from sspruner.train.distil import distil
-from sspruner.train.loop import Settings
-from sspruner.train.text import Text
+from sspruner.evaluation import paired
+from sspruner.evaluation.damage import log_probabilities
+from sspruner.training.distil import distil
+from sspruner.training.loop import Settings
+from sspruner.training.text import Text
 
 MODEL, SEED = "mamba2-books-4m", 0
 OBSERVED, REPORTED, CHOSEN = 32, 64, 32  # windows: of books-val for scores, of books-test, of books-val for choices

@@ -18,13 +18,14 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 import sspruner
+from sspruner.compute.forward import forward
+from sspruner.compute.kernels import KERNELS
 from sspruner.errors import PluginError
-from sspruner.forward import forward
 from sspruner.graph.family import Family, Projected, SelectiveProjected
-from sspruner.plugins import manager
+from sspruner.graph.known import installed_families
+from sspruner.scoring.known import installed_scorers
 from sspruner.testing.models import FAMILIES, VOCABULARY, zoo
 
-KERNELS = ("mamba_ssm", "causal_conv1d")  # where importable, transformers binds them whatever the device
 LEAST_TRANSFORMERS = (5, 15)  # before, some mixers looked ahead where there were no kernels
 TOKENS = 19  # the tiny models' chunks are of 8: more than two, and not a multiple of one
 PREFILLS = (1, 9)  # tokens at once, before the others follow one by one
@@ -60,7 +61,7 @@ def diagnose() -> Iterator[Check]:
     for name in ("triton", "kernels"):
         yield Check(name, True, _version(name) or "not installed (not needed)")
     try:
-        families, scorers = manager.families(), manager.scorers()
+        families, scorers = installed_families(), installed_scorers()
     except PluginError as error:
         yield Check("plugins", False, f"{_line(error)}. Repair or uninstall it: no command works with it")
         return

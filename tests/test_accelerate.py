@@ -14,9 +14,9 @@ from tiny import half, logits, models, plans, tiny_model, tokens
 from zoo import FAMILIES, rounding, zoo
 
 import sspruner
-from sspruner.acceleration import accelerated
+from sspruner.compute.acceleration import accelerated
+from sspruner.compute.forward import forward
 from sspruner.errors import ModelError
-from sspruner.forward import forward
 from sspruner.runtime import decode_step
 from sspruner.testing.plans import directions
 

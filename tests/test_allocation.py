@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 from zoo import zoo
 
 import sspruner
+from sspruner.budgets.allocate import EVEN, allocate
+from sspruner.budgets.budget import Budget
+from sspruner.budgets.comparable import comparable
+from sspruner.budgets.decide import check_budget, compared, select
+from sspruner.budgets.split import best_split, damage_at
 from sspruner.cli.main import app
-from sspruner.curves import levels
-from sspruner.evaluate.damage import damages
-from sspruner.planning.allocate import EVEN, allocate
-from sspruner.planning.budget import Budget
-from sspruner.planning.comparable import comparable
-from sspruner.planning.decide import check_budget, compared, select
-from sspruner.planning.split import best_split, damage_at
-from sspruner.plugins import manager
+from sspruner.evaluation.damage import damages
+from sspruner.pruning.sensitivity import levels
+from sspruner.scoring.known import find_scorer
 from sspruner.testing.plans import random_projection
 
 SHAPES = st.lists(st.tuples(st.integers(1, 2), st.integers(2, 6)), min_size=1, max_size=3)
@@ -86,7 +86,7 @@ def test_the_scorer_says_whether_its_scores_compare():
     ids = tokens(2, 12)
     for name, how in (("ghost", "energy"), ("taylor", "none"), ("magnitude", "energy"), ("last", "none")):
         scores = sspruner.score(tiny_model(layers=2), name, calibration=calibrated(ids))
-        own = manager.scorer(name)[0].comparable
+        own = find_scorer(name)[0].comparable
         assert json.loads(scores.metadata["comparable"]) == {"state": own}
         assert own == (how == "none")
         found, asked = compared(scores, Budget(0.5)), comparable(scores.importance, {"state": how})

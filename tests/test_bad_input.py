@@ -19,8 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from zoo import zoo
 
 import sspruner
-from sspruner.plugins import manager
 from sspruner.plugins.manager import plugin_manager
+from sspruner.scoring.known import installed_scorers
 
 LAYER = "backbone.layers.0.mixer"
 GROUP = f"{LAYER}:state"
@@ -559,7 +559,7 @@ def test_outputs(case: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_folder_without_the_right_to_write(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sspruner.io.output.os.access", lambda path, mode: False)  # root may always write
+    monkeypatch.setattr("sspruner.files.output.os.access", lambda path, mode: False)  # root may always write
     prune(here, (f"cannot write in {here}",))
 
 
@@ -798,7 +798,7 @@ def constant(model: torch.nn.Module, kind: str) -> tuple[torch.nn.Module, torch.
     return model, torch.full((4, 19), 3)
 
 
-SHIPPED = {name: cls for name, (cls, _) in manager.scorers().items()}
+SHIPPED = {name: cls for name, (cls, _) in installed_scorers().items()}
 
 
 @pytest.mark.parametrize("kind", ["zero", "one token"])

@@ -22,11 +22,11 @@ from zoo import zoo
 import sspruner
 from sspruner.calibrate import state
 from sspruner.cli.main import app
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Projection
-from sspruner.planning.reduction import projections as projections_of
-from sspruner.plugins.scorer import Scorer, check_scorer_class
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Projection
+from sspruner.plans.reduction import projections as projections_of
 from sspruner.runtime.projected_state import project_state
+from sspruner.scoring.scorer import Scorer, check_scorer_class
 from sspruner_plugins.balanced import balance
 
 PROJECTED = ("mamba2", "zamba2", "bamba", "granitemoehybrid", "falcon_h1", "nemotron_h")

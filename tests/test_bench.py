@@ -20,13 +20,13 @@ from tiny import half, tiny_model, tokens
 from zoo import FAMILIES, zoo
 
 import sspruner
-from sspruner.acceleration import accelerated
-from sspruner.benchmark import measure, resident, run
-from sspruner.benchmark.ceiling import Rates, Work, head_weights, prefill_work, step_work, token_operations
-from sspruner.benchmark.measure import order
-from sspruner.benchmark.run import Times, cache_bytes, run_once
-from sspruner.benchmark.shapes import SHAPES, shape_config, shape_model, shape_models
-from sspruner.benchmark.statistics import median_interval
+from sspruner.benchmarking import measure, resident, run
+from sspruner.benchmarking.ceiling import Rates, Work, head_weights, prefill_work, step_work, token_operations
+from sspruner.benchmarking.measure import order
+from sspruner.benchmarking.run import Times, cache_bytes, run_once
+from sspruner.benchmarking.shapes import SHAPES, shape_config, shape_model, shape_models
+from sspruner.benchmarking.statistics import median_interval
+from sspruner.compute.acceleration import accelerated
 from sspruner.errors import InputError
 from sspruner.io.skeleton import skeleton
 
@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {"batches": (1, 3), "prompt": 9, "generate": 2, "repeats
 
 @pytest.fixture(autouse=True)
 def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sspruner.benchmark import ceiling
+    from sspruner.benchmarking import ceiling
 
     monkeypatch.setattr(ceiling, "COPY_BYTES", {"cpu": 2**16})
     monkeypatch.setattr(ceiling, "MATMUL", {"cpu": 16})

@@ -21,9 +21,9 @@ from tiny import tiny_model, tokens
 from zoo import zoo
 
 import sspruner
-from sspruner.planning import cache
 from sspruner.plugins.manager import load_file as load_plugin
 from sspruner.plugins.manager import plugin_manager
+from sspruner.scoring import cache
 
 DATA = calibrated(tokens(4, 19))
 

@@ -24,11 +24,11 @@ from zoo import zoo
 
 import sspruner
 from sspruner.cli.main import app
-from sspruner.pipeline import Result
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
-from sspruner.report.card import FOLDER, READERS, model_card
-from sspruner.report.result import Report
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
+from sspruner.pruning.report import Report
+from sspruner.pruning.result import Result
+from sspruner.reporting.card import FOLDER, READERS, model_card
 
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 HEADS = ["What was removed", "What it cost", "How to load it", "How to make it again"]

@@ -16,9 +16,9 @@ from tiny import half, logits, tiny_model, tokens
 from zoo import zoo
 
 import sspruner
-from sspruner.io import checkpoint
+from sspruner.formats import checkpoint
 from sspruner.io.export import WRITERS
-from sspruner.planning.plan import Plan
+from sspruner.plans.plan import Plan
 
 SHARDED = [to for to in WRITERS if to != "mamba-ssm"]
 WEIGHTS = ("backbone.layers.0.mixer:state",)  # cut alone, no stock config can say it

@@ -15,11 +15,11 @@ from tiny import tiny_model
 from zoo import zoo
 
 import sspruner
+from sspruner.budgets.allocate import allocate
+from sspruner.budgets.budget import Budget, pattern_sparsity
+from sspruner.budgets.decide import check_budget, choosers
+from sspruner.budgets.elements import FLOOR, choose, choose_globally, competing, parse_pattern
 from sspruner.graph.group import Block, DependencyGroup
-from sspruner.planning.allocate import allocate
-from sspruner.planning.budget import Budget, pattern_sparsity
-from sspruner.planning.decide import check_budget, choosers
-from sspruner.planning.elements import FLOOR, choose, choose_globally, competing, parse_pattern
 
 Scores = dict[str, torch.Tensor]
 Chooser = Callable[[torch.Tensor], torch.Tensor]

@@ -23,13 +23,13 @@ from transformers import AutoTokenizer, Mamba2ForCausalLM
 from zoo import zoo
 
 import sspruner
+from sspruner.benchmarking.footprint import footprint
 from sspruner.cli.main import main
-from sspruner.fitting import offers
-from sspruner.footprint import footprint
-from sspruner.io.load import DEFAULT, REFERENCES
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
-from sspruner.planning.scores import Scores
+from sspruner.formats.fitting import offers
+from sspruner.io.source import DEFAULT, REFERENCES
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
+from sspruner.scoring.scores import Scores
 from sspruner.surgery import mask
 from sspruner.surgery import slice as slicing
 
@@ -523,7 +523,7 @@ def test_scorers_lists_where_each_comes_from() -> None:
 def test_any_character_can_be_printed(
     charset: str, model: Path, cheap: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sspruner.pipeline.continuation", lambda *args: FOREIGN)
+    monkeypatch.setattr("sspruner.pruning.prune.continuation", lambda *args: FOREIGN)
     result = done("prune", model, *cheap, "--json", tmp_path / "r.json", charset=charset)
     assert FOREIGN.encode(charset, "replace").decode(charset) in " ".join(result.stdout.split())
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["continuation"]["pruned"] == FOREIGN

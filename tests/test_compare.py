@@ -19,12 +19,12 @@ from zoo import zoo
 
 import sspruner
 from sspruner.cli.main import app
-from sspruner.evaluate.damage import damage, damages
-from sspruner.evaluate.last_word import Passage, last_words
-from sspruner.evaluate.paired import Interval
-from sspruner.evaluate.recall import recall, sequences
-from sspruner.plugins import manager
-from sspruner.report.compared import Cut
+from sspruner.comparison.record import Cut
+from sspruner.evaluation.damage import damage, damages
+from sspruner.evaluation.last_word import Passage, last_words
+from sspruner.evaluation.paired import Interval
+from sspruner.evaluation.recall import recall, sequences
+from sspruner.scoring.known import installed_scorers
 
 SCORERS = ["ghost", "balanced", "magnitude", "taylor"]
 
@@ -264,7 +264,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     everything = CliRunner().invoke(app, [*args, "--json", "-"])
     assert everything.exit_code == 0, everything.output
     ran = set(json.loads(everything.stdout)["cells"])
-    known = {name for name, (cls, _) in manager.scorers().items() if "state" in cls.axes and cls.needs == "weights"}
+    known = {name for name, (cls, _) in installed_scorers().items() if "state" in cls.axes and cls.needs == "weights"}
     assert ran == known | {"ghost"}
     for more, why in (
         (["--scorer", "ghots"], "unknown scorer 'ghots'"),
@@ -292,5 +292,5 @@ def test_what_is_no_number_is_null_in_json_and_shown_as_such(tmp_path: Path) -> 
     assert math.isnan(Cut.from_json(data).measures["perplexity"].value)
     assert Cut.from_json(data).measures["kl_to_dense"] == cut.measures["kl_to_dense"]
     assert "nan (" in found.to_markdown()
-    sspruner.write_report(tmp_path)
+    sspruner.report(tmp_path)
     assert (tmp_path / "report.html").is_file()

@@ -15,6 +15,7 @@ from hypothesis import settings
 import sspruner
 from sspruner.calibrate.sources import Calibration
 from sspruner.plugins import manager
+from sspruner.scoring.known import installed_scorers
 from sspruner.testing import check_scorer
 from sspruner.testing.watch import Touched
 
@@ -28,7 +29,7 @@ NOT_MEANT = {
 
 
 @pytest.mark.parametrize(
-    "name", ["ghost", *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(manager.scorers()) if n != "ghost")]
+    "name", ["ghost", *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(installed_scorers()) if n != "ghost")]
 )
 def test_every_scorer_conforms(name: str) -> None:
     check_scorer(name, max_examples=FEW, skip=NOT_MEANT.get(name, ()))
@@ -418,7 +419,7 @@ def test_the_kit_leaves_no_trace() -> None:
 
 
 def test_only_the_kit_imports_hypothesis() -> None:
-    code = "import sys, sspruner.cli.main, sspruner.pipeline, sspruner.testing; print('hypothesis' in sys.modules)"
+    code = "import sys, sspruner.cli.main, sspruner.pruning.prune, sspruner.testing; print('hypothesis' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False"
     code = "import sys; sys.modules['hypothesis'] = None; from sspruner.testing import check_scorer"

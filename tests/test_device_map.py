@@ -22,13 +22,13 @@ from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.cli.main import app
-from sspruner.device import offloaded
+from sspruner.compute.device import offloaded
 from sspruner.errors import InputError
-from sspruner.evaluation import evaluate_model
+from sspruner.evaluation.evaluate import evaluate
 from sspruner.io import load as load_module
-from sspruner.train.distil import distil
-from sspruner.train.gradual import gradual
-from sspruner.train.twist import twist
+from sspruner.training.distil import distil
+from sspruner.training.gradual import gradual
+from sspruner.training.twist import twist
 
 Map = dict[str, Any]
 
@@ -217,7 +217,7 @@ def test_what_needs_the_whole_model_says_so(tmp_path):
         lambda: gradual(model, text, out),
         lambda: gradual(whole, text, out, teacher=model),
         lambda: twist(model, text, out),
-        lambda: evaluate_model(model, text=tokens(2, 12)),
+        lambda: evaluate(model, text=tokens(2, 12)),
     ):
         with pytest.raises(InputError, match="blocks lie apart; load it without offload and device_map"):
             run()

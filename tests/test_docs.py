@@ -24,8 +24,10 @@ from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.cli.main import app
-from sspruner.plugins import hookspecs, manager
+from sspruner.graph.known import installed_families
+from sspruner.plugins import hookspecs
 from sspruner.plugins.manager import plugin_manager
+from sspruner.scoring.known import installed_scorers
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/scorers").glob("*.md")])
@@ -256,7 +258,7 @@ def test_the_graph_lists_every_axis() -> None:
 
 def test_the_families_are_listed_with_their_mixers_and_axes() -> None:
     rows = {row[0].strip("`"): row[1:] for row in table("docs/families.md", "What ships")}
-    families = {name: f for name, f in manager.families().items() if type(f).__module__.startswith("sspruner.")}
+    families = {name: f for name, f in installed_families().items() if type(f).__module__.startswith("sspruner.")}
     assert {name: mixer.strip("`") for name, (mixer, _) in rows.items()} == {
         name: f.mixer_class for name, f in families.items()
     }
@@ -267,7 +269,7 @@ def test_the_families_are_listed_with_their_mixers_and_axes() -> None:
 def test_the_scorers_are_listed_with_their_axes_and_needs() -> None:
     listed = table("docs/scorers.md", "The scorers that ship")
     rows = {name: row[1:] for row in listed for name in re.findall("`(.*?)`", row[0])}
-    shipped = {n: cls for n, (cls, _) in manager.scorers().items() if cls.__module__.startswith("sspruner_plugins.")}
+    shipped = {n: cls for n, (cls, _) in installed_scorers().items() if cls.__module__.startswith("sspruner_plugins.")}
     assert set(rows) == set(shipped)
     for name, (axes, needs, _) in rows.items():
         named = set(re.findall(r"`(\w+)`", axes))

@@ -27,6 +27,7 @@ from sspruner.doctor import Check, diagnose
 from sspruner.errors import PluginError
 from sspruner.graph import causality
 from sspruner.graph.family import Projected
+from sspruner.graph.known import installed_families
 from sspruner.plugins import manager
 
 TESTED = [f"{family} {test}" for family in sorted(FAMILIES) for test in ("causality", "recurrence")]
@@ -43,7 +44,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let only these families be installed: the others take time."""
-    installed = manager.families()
+    installed = installed_families()
 
     def choose(*names: str) -> None:
         monkeypatch.setattr(manager, "families", lambda: {name: installed[name] for name in names})
@@ -206,7 +207,7 @@ def test_where_an_nvidia_gpu_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_mixer_that_looks_ahead(family: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a tenth of the next token, and only over the end of a chunk."""
     only(family)
-    mixer = next(m for m in zoo(family).modules() if manager.families()[family].recognises(m))
+    mixer = next(m for m in zoo(family).modules() if installed_families()[family].recognises(m))
     right = type(mixer).forward
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -225,7 +226,7 @@ def test_a_mixer_that_looks_ahead(family: str, only: Callable[..., None], monkey
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_step_in_decoding(family: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only(family)
-    mixer = next(m for m in zoo(family).modules() if manager.families()[family].recognises(m))
+    mixer = next(m for m in zoo(family).modules() if installed_families()[family].recognises(m))
     right = type(mixer).forward
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +261,7 @@ def test_a_scan_that_is_another_recurrence(
 ) -> None:
     """The same in prefill and in decoding, and causal: only the recurrence tells."""
     only(family)
-    described = manager.families()[family]
+    described = installed_families()[family]
     right = type(described).project
 
     def project(self: Any, *args: Any) -> Any:
@@ -275,7 +276,7 @@ def test_a_scan_that_is_another_recurrence(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loop_is_the_oracles(family: str) -> None:
-    model, described = zoo(family), manager.families()[family]
+    model, described = zoo(family), installed_families()[family]
     mixer = next(m for m in model.modules() if described.recognises(m))
     with torch.no_grad():
         hidden, _ = doctor._seen(model, mixer, doctor._ids())
@@ -308,7 +309,7 @@ def test_numbers_that_are_none(only: Callable[..., None], monkeypatch: pytest.Mo
 
 def test_a_mixer_under_another_name(only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only("mamba2")
-    monkeypatch.setattr(type(manager.families()["mamba2"]), "mixer_class", "Mamba2Layer")
+    monkeypatch.setattr(type(installed_families()["mamba2"]), "mixer_class", "Mamba2Layer")
     found = checks()
     assert failed(found) == ["mamba2 recurrence"]
     assert "Mamba2ForCausalLM has no Mamba2Layer" in found["mamba2 recurrence"].says
@@ -328,7 +329,7 @@ def test_a_family_of_a_plugin(tmp_path: Path) -> None:
     plugin.write_text(
         "import sspruner\n"
         "from sspruner.plugins import manager\n"
-        "class Mine(type(manager.families()['mamba2'])):\n"
+        "class Mine(type(installed_families()['mamba2'])):\n"
         "    name, mixer_class = 'mine', 'MyMixer'\n"
         "@sspruner.hookimpl\n"
         "def sspruner_families():\n"

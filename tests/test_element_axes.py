@@ -17,11 +17,11 @@ from torch import nn
 from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
-from sspruner.calibrate.products import Products
 from sspruner.calibrate.replay import Replay
+from sspruner.compute.products import Products
 from sspruner.graph.elements import element_groups
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 from sspruner.surgery.mask import dropped, is_masked
 
 MAMBA1 = ("mamba", "falcon_mamba", "jamba")

@@ -25,10 +25,10 @@ from tiny import close, half, logits, tiny_model, tokens
 from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
-from sspruner.planning.plan import Plan, check_plan
-from sspruner.planning.reduction import Selection
-from sspruner.report.result import Report, sparsity_of
-from sspruner.report.table import result_table
+from sspruner.plans.plan import Plan, check_plan
+from sspruner.plans.reduction import Selection
+from sspruner.pruning.report import Report, sparsity_of
+from sspruner.reporting.table import result_table
 from sspruner.surgery import mask as masking
 from sspruner.surgery import proof
 from sspruner.surgery import tensors as writing

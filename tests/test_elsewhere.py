@@ -24,7 +24,7 @@ from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.calibrate.replay import Replay
-from sspruner.device import offloaded
+from sspruner.compute.device import offloaded
 
 
 def pruned(load: Callable[[], Any], **arguments: Any) -> Any:

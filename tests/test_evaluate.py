@@ -13,10 +13,10 @@ from tiny import everything, models, plans, tiny_model, tokens
 from zoo import FAMILIES, zoo
 
 import sspruner
-from sspruner.evaluate.continuation import continuation
-from sspruner.evaluate.damage import damage
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.evaluation.continuation import continuation
+from sspruner.evaluation.damage import damage
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 
 FP32 = (torch.float32,)
 

@@ -17,11 +17,11 @@ from tiny import tiny_model, tokens
 from transformers import AutoTokenizer
 
 import sspruner
-from sspruner.evaluate import paired
-from sspruner.evaluate.last_word import last_word_accuracy
-from sspruner.evaluate.paired import Interval
-from sspruner.evaluate.result import Row
-from sspruner.io.load import DEFAULT, REFERENCES
+from sspruner.evaluation import paired
+from sspruner.evaluation.last_word import last_word_accuracy
+from sspruner.evaluation.paired import Interval
+from sspruner.evaluation.result import Row
+from sspruner.io.source import DEFAULT, REFERENCES
 
 PASSAGES = ["The dog saw the cat and the cat saw the dog", "One and one is two", "He went to the sea to see the sea"]
 
@@ -50,7 +50,7 @@ def test_rows_are_what_their_parts_say(pair: tuple, passages_file: Path) -> None
     cut, dense, tokenizer = pair
     text = tokens(3, 200)
     before = {n: p.clone() for n, p in cut.named_parameters()}
-    found = sspruner.evaluate_model(
+    found = sspruner.evaluate(
         cut, tokenizer, against=dense, text=text, tokens=350, max_length=160, stride=40, lambada=passages_file
     )
     assert all(torch.equal(p, before[n]) for n, p in cut.named_parameters())
@@ -87,7 +87,7 @@ def test_rows_are_what_their_parts_say(pair: tuple, passages_file: Path) -> None
 
 def test_a_model_against_itself(pair: tuple, passages_file: Path) -> None:
     _, dense, tokenizer = pair
-    found = sspruner.evaluate_model(
+    found = sspruner.evaluate(
         dense, tokenizer, against=dense, text=tokens(4, 60), max_length=32, lambada=passages_file,
         metrics=("perplexity", "position", "length", "recall"),
     )  # fmt: skip
@@ -101,20 +101,20 @@ def test_a_model_against_itself(pair: tuple, passages_file: Path) -> None:
 
 def test_text_of_the_model_itself_and_a_model_alone() -> None:
     model = tiny_model()
-    found = sspruner.evaluate_model(model, tokens=64, max_length=16)
+    found = sspruner.evaluate(model, tokens=64, max_length=16)
     assert found["perplexity"].items == 4
     assert found["perplexity"].against is None
     assert found.protocol["text_from"] == "model"
     assert any("passkey: needs a tokenizer" in note for note in found.notes)
-    again = sspruner.evaluate_model(model, tokens=64, max_length=16)
+    again = sspruner.evaluate(model, tokens=64, max_length=16)
     assert again.to_json() == found.to_json()
-    other = sspruner.evaluate_model(tiny_model(seed=1), against=model, tokens=64, max_length=16, metrics=["perplexity"])
+    other = sspruner.evaluate(tiny_model(seed=1), against=model, tokens=64, max_length=16, metrics=["perplexity"])
     assert other["perplexity"].against == found["perplexity"].value  # the text is the dense model's own
     assert other["kl_to_dense"].value.low > 0
 
 
 def test_json_is_json_and_has_the_agreed_keys(pair: tuple) -> None:
-    found = sspruner.evaluate_model(pair[0], against=pair[1], text=tokens(4, 60), max_length=32)
+    found = sspruner.evaluate(pair[0], against=pair[1], text=tokens(4, 60), max_length=32)
     endless = replace(found.rows[0], value=Interval(math.inf, math.nan, 2.0))
     data = json.loads(replace(found, rows=(endless, *found.rows[1:])).to_json(), parse_constant=pytest.fail)
     assert data["rows"][0]["value"] == [None, None, 2.0]
@@ -172,7 +172,7 @@ def test_bad_arguments_are_one_line(given: dict[str, Any], message: str) -> None
         wide.resize_token_embeddings(32, mean_resizing=False)
         given = {"against": wide}
     with pytest.raises(sspruner.InputError, match=message):
-        sspruner.evaluate_model(tiny_model(), **{"text": tokens(2, 40), "max_length": 32, **given})
+        sspruner.evaluate(tiny_model(), **{"text": tokens(2, 40), "max_length": 32, **given})
 
 
 def test_the_command_line(tmp_path: Path, passages_file: Path) -> None:
@@ -231,10 +231,10 @@ def test_tasks_without_lm_eval_are_one_line(tmp_path: Path, monkeypatch: pytest.
 
 def test_intervals_of_the_table_are_those_of_the_parts(pair: tuple) -> None:
     """The bootstrap is over windows: the same sums give the same interval."""
-    from sspruner.evaluate.windows import measure, windows
+    from sspruner.evaluation.windows import measure, windows
 
     text = tokens(6, 33)
-    found = sspruner.evaluate_model(pair[0], against=pair[1], text=text, max_length=32, metrics=["perplexity"], seed=3)
+    found = sspruner.evaluate(pair[0], against=pair[1], text=text, max_length=32, metrics=["perplexity"], seed=3)
     own, theirs = measure(pair[0], windows(list(text), 32), 3, pair[1])
     assert theirs is not None
     assert found["perplexity"].change == pytest.approx(paired.perplexity_ratio(own.nll, theirs.nll, own.tokens, 3))

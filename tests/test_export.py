@@ -19,7 +19,7 @@ from zoo import zoo
 
 import sspruner
 from sspruner.cli.main import app
-from sspruner.planning.plan import Plan
+from sspruner.plans.plan import Plan
 from sspruner.testing.plans import directions
 
 READ = """

@@ -22,9 +22,9 @@ from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
 from sspruner.cli.main import app
-from sspruner.io.stock import padded
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.formats.stock import padded
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 
 READ = """
 import copy, json, sys

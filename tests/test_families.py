@@ -18,8 +18,8 @@ from zoo import FAMILIES, rounding, zoo, zoo_models
 
 import sspruner
 from sspruner.graph.group import DependencyGroup, as_rows
-from sspruner.planning.plan import Plan, check_plan
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan, check_plan
+from sspruner.plans.reduction import Selection
 from sspruner.surgery.mask import mask
 from sspruner.surgery.predict import removed_parameters, removed_state_bytes
 from sspruner.surgery.proof import measured_state_bytes, slice_with_proof

@@ -26,9 +26,9 @@ import sspruner
 from sspruner.errors import ModelError, PlanError, ProofError
 from sspruner.graph import causality
 from sspruner.graph.family import Family, Projected
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
-from sspruner.plugins import manager
+from sspruner.graph.known import installed_families
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask
 from sspruner.surgery.proof import slice_with_proof
@@ -127,7 +127,7 @@ def mambapy_block(mambapy: Any, mixer: Any, head: int) -> nn.Module:
 @given(st.data())
 def test_project_is_what_reaches_the_scan(family, data):
     """Family.project -> the step recurrence -> gate and norm -> out_proj is the cut mixer's output."""
-    described = manager.families()[family]
+    described = installed_families()[family]
     for mixer in cut_mixers(data, family):
         hidden = hidden_for(mixer)
         p = described.project(mixer, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
@@ -271,7 +271,7 @@ def stale_config_lists(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: Family, model: Any, keep: Any) -> None:
         model.config.num_hidden_layers = len(keep)
 
-    for family in manager.families().values():
+    for family in installed_families().values():
         patch.setattr(type(family), "keep_blocks", wrong)
 
 

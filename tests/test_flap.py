@@ -16,9 +16,9 @@ from zoo import zoo, zoo_models
 
 import sspruner
 from sspruner.graph.group import DependencyGroup, Member
-from sspruner.plugins import manager
+from sspruner.scoring.known import find_scorer
 
-Flap = manager.scorer("flap")[0]
+Flap = find_scorer("flap")[0]
 AXES = {
     "head": ("mamba2", "zamba2", "falcon_h1", "zamba"),
     "head_dim": ("mamba2", "zamba2", "falcon_h1", "zamba"),

@@ -23,7 +23,7 @@ from zoo import zoo
 
 import sspruner
 from sspruner.io.skeleton import skeleton
-from sspruner.planning.plan import Plan
+from sspruner.plans.plan import Plan
 
 SECONDS = 20  # for any one case; a good folder takes a tenth of one
 HUGE = [2**31, 2**63, 10**18, 10**400, 20_000_000, 2000]

@@ -20,6 +20,7 @@ from zoo import zoo, zoo_models
 import sspruner
 from sspruner.calibrate import selective, state
 from sspruner.graph.family import Projected, SelectiveProjected
+from sspruner.scoring.known import find_scorer
 from sspruner.surgery.mask import mask_group, unmask
 
 OUTPUT = {"variant": "output"}
@@ -236,7 +237,7 @@ def test_the_mask_alone_keeps_padding_out(family: str, axis: str) -> None:
     for view in shown(model, tokens(3, 19), axis):
         w = slow_weights(model.get_submodule(view.layer), view.y.detach().flatten(2), view.z)
         view.mask = mask
-        scorer = sspruner.plugins.manager.scorer("ghost")[0](**OUTPUT)
+        scorer = find_scorer("ghost")[0](**OUTPUT)
         scorer.axis = axis
         scorer.observe(view)
         expected = slow_sum(view.projected, w, mask)

@@ -20,7 +20,7 @@ import sspruner
 from sspruner.calibrate.gradients import check_differentiable, mean_and_fisher, mean_gradients, predicted_tokens
 from sspruner.calibrate.local import LocalGradients
 from sspruner.calibrate.replay import Replay
-from sspruner.graph.ssm_graph import within
+from sspruner.graph.site import within
 from sspruner.surgery.mask import mask_group
 
 Gradients = dict[str, torch.Tensor]

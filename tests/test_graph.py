@@ -20,7 +20,7 @@ from sspruner.calibrate.sources import Calibration
 from sspruner.graph.family import Family, Projected
 from sspruner.graph.group import DependencyGroup, as_rows, drop_rows
 from sspruner.graph.layout import Fold, Layout, Rows, Slot
-from sspruner.planning.plan import Plan
+from sspruner.plans.plan import Plan
 from sspruner.plugins.manager import plugin_manager
 from sspruner.surgery.slice import slice_model
 

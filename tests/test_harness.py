@@ -14,8 +14,8 @@ from test_evaluation import pair  # noqa: F401  # a fixture
 from tiny import tokens
 
 import sspruner
-from sspruner.evaluate.harness import _metric, run_tasks
-from sspruner.planning.reduction import Selection
+from sspruner.evaluation.harness import _metric, run_tasks
+from sspruner.plans.reduction import Selection
 
 DOCS = [("The man went to the", [" house", " sea"], 0), ("She saw the", [" dog", " sea", " sky"], 2),
         ("It was a", [" day", " night"], 1), ("He said", [" yes", " no"], 0)]  # fmt: skip
@@ -96,7 +96,7 @@ def test_a_local_task_is_what_plain_code_says(folder: Path, pair: tuple) -> None
 def test_tasks_are_rows_beside_the_dense_model(folder: Path, pair: tuple) -> None:  # noqa: F811
     _, dense, tokenizer = pair
     models = cuts(dense)
-    found = sspruner.evaluate_model(
+    found = sspruner.evaluate(
         models["balanced"], tokenizer, against=dense, metrics=(), tasks=["choices", "rolling"], include_path=folder
     )
     acc, ppl = found["choices/acc"], found["rolling/word_perplexity"]

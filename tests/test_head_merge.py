@@ -16,10 +16,10 @@ from zoo import rounding, zoo
 
 import sspruner
 from sspruner.graph.group import DependencyGroup
-from sspruner.plugins import manager
+from sspruner.scoring.known import find_scorer
 from sspruner_plugins.head_merge import _balanced, _distances, _kmeans
 
-HeadMerge = manager.scorer("head-merge")[0]
+HeadMerge = find_scorer("head-merge")[0]
 METHODS = ("mean", "kmeans")
 
 

@@ -16,16 +16,17 @@ from tiny import half, tiny_model, tokens
 from zoo import FAMILIES, zoo
 
 import sspruner
+from sspruner.benchmarking.footprint import Footprint, footprint
+from sspruner.budgets.limits import Limits
+from sspruner.compute.forward import forward
 from sspruner.errors import ModelError
-from sspruner.footprint import Footprint, footprint
-from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.io.skeleton import skeleton
-from sspruner.limits import Limits, sizes
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 from sspruner.surgery.apply import apply_sizes
 from sspruner.surgery.proof import CACHES
+from sspruner.surgery.sizes import sizes
 
 CONTEXT = 19
 

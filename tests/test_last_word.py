@@ -17,7 +17,7 @@ from tiny import VOCABULARY, models, tiny_model
 from torch import nn
 
 import sspruner
-from sspruner.evaluate.last_word import last_word_accuracy, last_words, passages
+from sspruner.evaluation.last_word import last_word_accuracy, last_words, passages
 
 LETTERS = "abcdefgh \n,."
 TEXTS = [

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
-from sspruner.limits import Limits, Sizes, limits_from, sizes
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Projection, Selection
+from sspruner.budgets.limits import Limits, limits_from
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Projection, Selection
 from sspruner.surgery.proof import measured_state_bytes
+from sspruner.surgery.sizes import Sizes, sizes
 from sspruner.testing.plans import directions, plans, random_plan
 
 

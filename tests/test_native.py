@@ -21,10 +21,10 @@ from zoo import FAMILIES, zoo
 import sspruner
 from sspruner.calibrate import selective, state
 from sspruner.graph.family import Projected
+from sspruner.graph.known import installed_families
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
-from sspruner.plugins import manager
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 from sspruner.surgery import proof
 from sspruner.surgery.predict import removed_parameters, removed_state_bytes
 
@@ -139,7 +139,7 @@ def test_mamba1_is_traced_by_its_attributes() -> None:
 @each_variant
 def test_every_parameter_of_a_mixer_is_described_to_its_last_row(variant: str) -> None:
     mixer = mixers(build(variant))[0]
-    family = next(f for f in manager.families().values() if f.recognises(mixer))
+    family = next(f for f in installed_families().values() if f.recognises(mixer))
     layout = family.layout(mixer)
     for name, parameter in mixer.named_parameters():
         for slot in (s for s in layout.slots if s.tensor == name):
@@ -149,14 +149,14 @@ def test_every_parameter_of_a_mixer_is_described_to_its_last_row(variant: str) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixers_of_transformers_are_not_mistaken_for_native_ones(family: str) -> None:
     for module in zoo(family).modules():
-        found = [f.name for f in manager.families().values() if f.recognises(module)]
+        found = [f.name for f in installed_families().values() if f.recognises(module)]
         assert found in ([], [family])
 
 
 @each_variant
 def test_native_mixers_are_of_one_family(variant: str) -> None:
     for module in build(variant).modules():
-        found = [f.name for f in manager.families().values() if f.recognises(module)]
+        found = [f.name for f in installed_families().values() if f.recognises(module)]
         assert len(found) == isinstance(module, (Mamba, Mamba2))
 
 
@@ -374,7 +374,7 @@ def test_project_is_what_the_mixer_feeds_to_its_scan(variant: str) -> None:
     """From its result, norm and out_proj give the mixer's output."""
     model, ids = build(variant), tokens()
     mixer, hidden = mixers(model)[1], mixer_inputs(model, ids)[1]
-    family = next(f for f in manager.families().values() if f.recognises(mixer))
+    family = next(f for f in installed_families().values() if f.recognises(mixer))
     mask = torch.ones_like(ids, dtype=torch.bool)
     p = family.project(mixer, hidden, mask)
     y = (state if isinstance(p, Projected) else selective).scan_output(p).flatten(-2)
@@ -398,7 +398,7 @@ def test_ghost_is_measured_on_the_inputs_that_the_mixers_get(variant: str) -> No
     ids = calibration()[:3]  # a quarter is held out
     scores = sspruner.score(model, "ghost", calibration=calibration()).importance
     for i, (mixer, hidden) in enumerate(zip(mixers(model), mixer_inputs(model, ids), strict=True)):
-        family = next(f for f in manager.families().values() if f.recognises(mixer))
+        family = next(f for f in installed_families().values() if f.recognises(mixer))
         with torch.no_grad():
             p = family.project(mixer, hidden, torch.ones_like(ids, dtype=torch.bool))
             total = (state if isinstance(p, Projected) else selective).ghost_sum(p)

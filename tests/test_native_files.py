@@ -22,10 +22,10 @@ from torch import nn
 from zoo import zoo
 
 import sspruner
-from sspruner.io.native import MAMBA1, MAMBA2
+from sspruner.formats.native import MAMBA1, MAMBA2
 from sspruner.io.skeleton import skeleton
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 
 FILES = ("pytorch_model.bin", "model.safetensors", "shards")
 MIXERS: list[dict[str, Any]] = [

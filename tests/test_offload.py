@@ -26,12 +26,12 @@ from zoo import FAMILIES, zoo, zoo_models
 import sspruner
 from sspruner.cli.console import kept_if_interrupted
 from sspruner.cli.main import app
-from sspruner.device import offloaded, resident
+from sspruner.compute.device import offloaded, resident
 from sspruner.errors import InputError, ModelError, PlanError, SSPrunerError
-from sspruner.io import journal
-from sspruner.io.load import REFERENCES
-from sspruner.io.output import working_folder
-from sspruner.planning.plan import Plan
+from sspruner.files import journal
+from sspruner.files.output import working_folder
+from sspruner.io.source import REFERENCES
+from sspruner.plans.plan import Plan
 
 TEXT = tokens(12, 19)
 Change = Callable[[Any], None]
@@ -178,7 +178,7 @@ def interrupted(at: int):
         write(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sspruner.io.journal.write_tensors", counting)
+        patch.setattr("sspruner.files.journal.write_tensors", counting)
         patch.setattr("sspruner.io.offload.write_tensors", counting)
         yield
 

@@ -20,9 +20,9 @@ from tiny import logits, tiny_model, tokens
 from zoo import zoo
 
 import sspruner
-from sspruner.io.native import EMBEDDING, native_fields
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.formats.native import EMBEDDING, native_fields
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-oracle" / "bin" / "python"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from sspruner import InputError
-from sspruner.io.output import atomic_file, atomic_folder, check_file, check_output
+from sspruner.files.output import atomic_file, atomic_folder, check_file, check_output
 
 EARLIER = {"config.json": b"old", "weights/a.bin": b"older"}
 NEW = {"config.json": b"new", "weights/b.bin": b"newer", "plan.json": b"newest"}
@@ -186,7 +186,7 @@ def test_places_that_a_folder_may_not_take(kind: str, overwrite: bool, says: str
 
 @pytest.mark.parametrize("check", [check_output, check_file])
 def test_a_folder_without_the_right_to_write(check: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sspruner.io.output.os.access", lambda path, mode: mode != os.W_OK)  # root may always write
+    monkeypatch.setattr("sspruner.files.output.os.access", lambda path, mode: mode != os.W_OK)  # root may always write
     with pytest.raises(InputError, match=f"cannot write in {tmp_path}"):
         check(tmp_path / "new")  # type: ignore[operator]
 

@@ -32,8 +32,8 @@ PROGRAM = """if True:
         "version": distribution("sspruner").version,
         "state": sspruner.trace(model).state_bytes,
         "vocabulary": len(tokenizer),
-        "scorers": sorted(manager.scorers()),
-        "families": sorted(manager.families()),
+        "scorers": sorted(installed_scorers()),
+        "families": sorted(installed_families()),
         "plugins": sorted(e.name for e in entry_points(group="sspruner")),
         "command": [e.value for e in entry_points(group="console_scripts", name="sspruner")],
     }))

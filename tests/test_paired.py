@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
-from sspruner.evaluate import paired
+from sspruner.evaluation import paired
 
 VALUES = st.lists(st.floats(-5, 5), min_size=2, max_size=30).map(lambda v: torch.tensor(v, dtype=torch.float64))
 

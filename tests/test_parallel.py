@@ -19,12 +19,12 @@ from torch import distributed
 from zoo import zoo
 
 import sspruner
-from sspruner import walk
+from sspruner.calibrate import sources
 from sspruner.calibrate.shards import part_of_this_process, summed
 from sspruner.calibrate.sources import Calibration
-from sspruner.plugins import manager
-from sspruner.plugins.scorer import make_scorer
-from sspruner.processes import rank
+from sspruner.compute.processes import rank
+from sspruner.scoring.known import find_scorer, installed_scorers
+from sspruner.scoring.scorer import make_scorer
 from sspruner.testing.cases import axes_of, windows
 
 MOST = 4
@@ -77,12 +77,12 @@ def data(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Calibration:
 
 
 def made(name: str, options: dict[str, Any]) -> sspruner.Scorer:
-    return make_scorer(manager.scorer(name)[0], axis="", seed=0, options=options)
+    return make_scorer(find_scorer(name)[0], axis="", seed=0, options=options)
 
 
 def observing() -> list[tuple[str, dict[str, Any]]]:
     """Every installed scorer that needs more than weights, with its default options and some others."""
-    every = [(name, options) for name in sorted(manager.scorers()) for options in ({}, *OPTIONS.get(name, []))]
+    every = [(name, options) for name in sorted(installed_scorers()) for options in ({}, *OPTIONS.get(name, []))]
     return [(name, options) for name, options in every if made(name, options).needs != "weights"]
 
 
@@ -94,13 +94,13 @@ def model_for(family: str, name: str, options: dict[str, Any]) -> Any:
 
 def scores(family: str, name: str, options: dict[str, Any], seen: Calibration, per_batch: int = 4096) -> Importance:
     """On all axes that the scorer and the model have. per_batch: tokens in one forward."""
-    model, before = model_for(family, name, options), walk.TOKENS_PER_BATCH
-    axes = [axis for axis in axes_of(model) if axis in manager.scorer(name)[0].axes]
-    walk.TOKENS_PER_BATCH = per_batch
+    model, before = model_for(family, name, options), sources.TOKENS_PER_BATCH
+    axes = [axis for axis in axes_of(model) if axis in find_scorer(name)[0].axes]
+    sources.TOKENS_PER_BATCH = per_batch
     try:
         return sspruner.score(model, name, axis=axes, options=options, calibration=seen, device="cpu").importance
     finally:
-        walk.TOKENS_PER_BATCH = before
+        sources.TOKENS_PER_BATCH = before
 
 
 def same(every: list[Any], alone: Importance, tolerance: float = 1e-6) -> None:
@@ -161,7 +161,7 @@ def test_any_split(lengths: list[int], count: int, per_batch: int, name: str, or
 def cut(family: str, name: str, options: dict[str, Any], more: dict[str, Any], own: bool = False) -> dict[str, Any]:
     """What `prune` makes of a model: units that stay, new values, scores, logits. own: calibrations that differ."""
     model = model_for(family, name, options)
-    able = [axis for axis in axes_of(model) if axis in manager.scorer(name)[0].axes]
+    able = [axis for axis in axes_of(model) if axis in find_scorer(name)[0].axes]
     axis = "state" if "state" in able else sorted(able)[0]
     seen = data(seed=rank() if own else 0)
     result = sspruner.prune(

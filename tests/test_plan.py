@@ -17,12 +17,12 @@ from tiny import everything, half, plans, tiny_model
 from zoo import FAMILIES, zoo
 
 import sspruner
+from sspruner.budgets.allocate import allocate
+from sspruner.budgets.budget import Budget
+from sspruner.budgets.decide import select
 from sspruner.graph.group import Block, DependencyGroup
-from sspruner.planning.allocate import allocate
-from sspruner.planning.budget import Budget
-from sspruner.planning.decide import select
-from sspruner.planning.plan import Plan, check_plan
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan, check_plan
+from sspruner.plans.reduction import Selection
 
 GRAPH = sspruner.trace(tiny_model(layers=3, groups=2, heads_per_group=4, state=8))
 STATES, HEADS = list(GRAPH.on_axis("state")), list(GRAPH.on_axis("head"))

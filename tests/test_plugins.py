@@ -13,8 +13,10 @@ from zoo import FAMILIES
 
 import sspruner
 from sspruner.graph.families.mamba2 import Mamba2
+from sspruner.graph.known import installed_families
 from sspruner.plugins import manager
-from sspruner.plugins.scorer import make_scorer
+from sspruner.scoring.known import installed_scorers
+from sspruner.scoring.scorer import make_scorer
 
 
 @pytest.fixture
@@ -49,19 +51,19 @@ class Fine(sspruner.Scorer):
 
 def test_built_ins_come_by_entry_point_like_anyone(register) -> None:
     register("third party", sspruner_scorers=lambda: [Fine])
-    origins = {name: plugin for name, (_, plugin) in manager.scorers().items() if not name.startswith("tp:")}
+    origins = {name: plugin for name, (_, plugin) in installed_scorers().items() if not name.startswith("tp:")}
     assert {"ghost", "block-influence", "magnitude", "random"} <= set(origins)
     assert origins.pop("fine") == "third party"
     assert origins == {name: name.replace("-", "_") for name in origins}
-    homes = {name: type(family).__module__ for name, family in manager.families().items()}
+    homes = {name: type(family).__module__ for name, family in installed_families().items()}
     assert all(homes[name] == f"sspruner.graph.families.{name}" for name in FAMILIES)
     assert all(home.startswith("sspruner.graph.families.") for home in homes.values())
 
 
 def test_a_shipped_scorer_scores_known_axes_only() -> None:
-    for name, (cls, _) in manager.scorers().items():
+    for name, (cls, _) in installed_scorers().items():
         assert cls.axes <= sspruner.AXES | sspruner.ELEMENT_AXES, name
-    scored = set().union(*(cls.axes for cls, _ in manager.scorers().values()))
+    scored = set().union(*(cls.axes for cls, _ in installed_scorers().values()))
     assert scored == sspruner.AXES | sspruner.ELEMENT_AXES
 
 
@@ -145,7 +147,7 @@ def scorer_class(**attributes: object) -> type:
 def test_scorers_that_are_refused(offered: type, message: str, register) -> None:
     register("mine", sspruner_scorers=lambda: [offered])
     with pytest.raises(sspruner.PluginError, match=message):
-        manager.scorers()
+        installed_scorers()
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from zoo import zoo, zoo_models
 
 import sspruner
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan, basis_refused
-from sspruner.planning.reduction import Projection, Selection
+from sspruner.plans.plan import Plan, basis_refused
+from sspruner.plans.reduction import Projection, Selection
 from sspruner.runtime import projected_state
 from sspruner.surgery import project, proof
 from sspruner.testing.plans import directions, random_projection

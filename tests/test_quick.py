@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny import tiny_model, tokens
 
 import sspruner
-from sspruner import quick
-from sspruner.calibrate.products import Products
-from sspruner.evaluate.damage import damage
-from sspruner.quick import Wide, quick_on_cpu
+from sspruner.compute import quick
+from sspruner.compute.products import Products
+from sspruner.compute.quick import Wide, quick_on_cpu
+from sspruner.evaluation.damage import damage
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ def test_scores_and_damage_do_not_depend_on_the_chunk_nor_on_how_sequences_are_b
     found = []
     for chunk, per_batch in ((64, 4), (4, 4), (3, 1)):
         monkeypatch.setattr(quick, "CHUNK", chunk)
-        monkeypatch.setattr("sspruner.walk.TOKENS_PER_BATCH", 21 * per_batch)
+        monkeypatch.setattr("sspruner.calibrate.sources.TOKENS_PER_BATCH", 21 * per_batch)
         model = tiny_model()
         result = sspruner.prune(model, "ghost", sparsity=0.5, calibration=ids, seed=0)
         assert set(sizes(model)) == {8}
@@ -150,6 +150,6 @@ def test_whatever_scores_or_measures_is_quick(what: str, monkeypatch: pytest.Mon
     elif what == "compare":
         sspruner.compare(model, ["magnitude"], sparsities=(0.5,), calibration=data, baseline=small)
     else:
-        sspruner.evaluate_model(model, text=data.held_out, max_length=8, metrics=["perplexity", "length", "recall"])
+        sspruner.evaluate(model, text=data.held_out, max_length=8, metrics=["perplexity", "length", "recall"])
     assert seen == {4}
     assert {*sizes(model), *sizes(small)} == {8}

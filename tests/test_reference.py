@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import sspruner
-from sspruner.evaluate.damage import log_probabilities
-from sspruner.io.load import REFERENCES
+from sspruner.evaluation.damage import log_probabilities
+from sspruner.io.source import REFERENCES
 
 NAMES = sorted(path.name for path in REFERENCES.iterdir() if path.is_dir())
 SEQ_LEN = 128

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
-from sspruner import refitting
 from sspruner.calibrate.regression import RIDGES, Moments, ridge
 from sspruner.cli.main import app
-from sspruner.evaluate.damage import damages
+from sspruner.evaluation.damage import damages
+from sspruner.pruning import refit as refitting
 from sspruner.testing.plans import directions, plans, random_plan
 
 ROUNDING = 1e-9
@@ -187,7 +187,7 @@ def test_neurons_that_others_repeat_cost_nothing_after_an_output_refit(kind):
     graph = sspruner.trace(model)
     name, group = next((n, g) for n, g in graph.groups.items() if g.axis == "mlp")
     keep = torch.arange(group.units)[None] % 2 == 0
-    plan = sspruner.Plan({name: sspruner.planning.reduction.reduction(keep)})
+    plan = sspruner.Plan({name: sspruner.plans.reduction.reduction(keep)})
     found = sspruner.refit(model, plan, kind, calibration=dataset(64, 24))
     (before, after), *_ = found.errors.values()
     assert before > 1e-3
@@ -236,7 +236,7 @@ def test_any_batch_split_gives_the_same(monkeypatch, axis):
     model = zoo("zamba2") if axis == "head" else zoo("mamba2")
     plan, data = random_plan(sspruner.trace(model), (axis,), seed=5), dataset(9, 16)
     whole = sspruner.refit(model, plan, calibration=data)
-    monkeypatch.setattr(refitting, "TOKENS_PER_BATCH", 32)  # two sequences at a time
+    monkeypatch.setattr("sspruner.calibrate.sources.TOKENS_PER_BATCH", 32)  # two sequences at a time
     parts = sspruner.refit(model, plan, calibration=data)
     for name, value in whole.plan.updates.items():
         assert torch.allclose(value, parts.plan.updates[name], atol=1e-5 * float(value.abs().max()))
@@ -290,7 +290,7 @@ def test_where_the_stream_shrinks_the_dense_model_runs_beside_the_cut_one():
 def test_what_follows_a_dropped_block_makes_up_for_it():
     model, plan = zoo("mamba2"), None
     blocks = sspruner.trace(model).groups["backbone.layers:block"]
-    plan = sspruner.Plan({blocks.name: sspruner.planning.reduction.reduction(torch.tensor([[False, True, True]]))})
+    plan = sspruner.Plan({blocks.name: sspruner.plans.reduction.reduction(torch.tensor([[False, True, True]]))})
     data = dataset(32)
     found = sspruner.refit(model, plan, calibration=data)
     first, *_ = found.errors.values()
@@ -306,7 +306,7 @@ def test_the_next_block_adds_what_a_dropped_one_did():
         for layer in model.backbone.layers[:2]:
             layer.mixer.out_proj.weight.zero_()  # so each adds its bias alone
     plan = sspruner.Plan(
-        {"backbone.layers:block": sspruner.planning.reduction.reduction(torch.tensor([[False, True, True]]))}
+        {"backbone.layers:block": sspruner.plans.reduction.reduction(torch.tensor([[False, True, True]]))}
     )
     found = sspruner.refit(model, plan, "bias", calibration=dataset())
     both = sum(layer.mixer.out_proj.bias for layer in model.backbone.layers[:2])
@@ -374,7 +374,7 @@ def test_what_cannot_be_solved_is_refused_with_the_reason(axis, arguments, says)
     ],
 )
 def test_prune_refuses_what_cannot_be_refitted_before_it_scores(monkeypatch, arguments, says):
-    monkeypatch.setattr("sspruner.walk.Run.walk", lambda *args, **kwargs: pytest.fail("scored"))
+    monkeypatch.setattr("sspruner.scoring.run.Run.walk", lambda *args, **kwargs: pytest.fail("scored"))
     with pytest.raises(sspruner.InputError, match=says):
         sspruner.prune(zoo("mamba2"), "magnitude", axis="head", **({"calibration": dataset()} | arguments))
 

@@ -15,8 +15,8 @@ from zoo import zoo, zoo_models
 
 import sspruner
 from sspruner.calibrate.replay import Replay
-from sspruner.graph.ssm_graph import within
-from sspruner.planning.plan import Plan
+from sspruner.graph.site import within
+from sspruner.plans.plan import Plan
 from sspruner.surgery.mask import is_masked, mask_group
 
 FINAL_NORMS = ("backbone.norm_f", "model.norm_f", "model.final_layernorm", "model.norm")  # what follows the last block

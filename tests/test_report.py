@@ -21,13 +21,13 @@ from test_cli import done, refused, tree
 from tiny import tiny_model, tokens
 
 import sspruner
-from sspruner.planning.scores import Scores
-from sspruner.report import html as pages
-from sspruner.report.agreement import agreement, displaced, is_static, telling
-from sspruner.report.content import Section, Table
-from sspruner.report.folder import clean, read_folder
-from sspruner.report.score_sections import below_best
-from sspruner.report.sections import sections
+from sspruner.reporting import html as pages
+from sspruner.reporting.agreement import agreement, displaced, is_static, telling
+from sspruner.reporting.content import Section, Table
+from sspruner.reporting.folder import clean, read_folder
+from sspruner.reporting.score_sections import below_best
+from sspruner.reporting.sections import sections
+from sspruner.scoring.scores import Scores
 
 HOSTILE = '</td><script>alert("x")</script><img src=http://x.example/a.png> & $x^{2$ _é日\u202e'
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -266,7 +266,7 @@ WHOLE = {
 def test_the_page_is_whole_and_loads_nothing(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = write(tmp_path_factory.mktemp("r") / "d", content)
     shown = sections(read_folder(folder))
-    out = sspruner.write_report(folder)
+    out = sspruner.report(folder)
     text = out.read_text(encoding="utf-8")
     page = Page(text)
     assert list(loads(page)) == []
@@ -496,14 +496,14 @@ def test_outputs_are_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: p
     (tmp_path / "bench.json").write_text(json.dumps(BENCH))
     (tmp_path / "compare.json").write_text(json.dumps(WHOLE["compare.json"]))
     figures, page = tmp_path / "report-figures", tmp_path / "report.html"
-    sspruner.write_report(tmp_path)
+    sspruner.report(tmp_path)
     assert {path.name for path in figures.iterdir()} == {"bench-0.png", "compare-perplexity-ratio.png"}
     (tmp_path / "compare.json").unlink()
     before = tree(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(pages.os, "rename", lambda a, b: (_ for _ in ()).throw(OSError("full")))
         refused(tmp_path, ("cannot be written", "full"), "report", tmp_path)
-    sspruner.write_report(tmp_path)
+    sspruner.report(tmp_path)
     assert {path.name for path in figures.iterdir()} == {"bench-0.png"}
     assert page.read_bytes() != before["report.html"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -514,7 +514,7 @@ def test_outputs_are_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: p
 
 def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     write(tmp_path / "d", {"bench.json": BENCH})
-    pages_ = {sspruner.write_report(tmp_path / "d", tmp_path / f"{i}.html").read_bytes() for i in range(2)}
+    pages_ = {sspruner.report(tmp_path / "d", tmp_path / f"{i}.html").read_bytes() for i in range(2)}
     assert len(pages_) == 1
 
 
@@ -529,13 +529,13 @@ def test_what_compare_bench_and_evaluate_write_is_shown(tmp_path: Path) -> None:
     found = sspruner.bench(models, batches=(1, 2), prompt=4, generate=2, repeats=2, **rates)
     found.save(tmp_path / "bench.json")
     how: dict[str, Any] = {"text": ids, "max_length": 8, "metrics": ["perplexity", "position", "length"]}
-    evaluation = sspruner.evaluate_model(models["cut"], against=dense, **how)
+    evaluation = sspruner.evaluate(models["cut"], against=dense, **how)
     (tmp_path / "evaluation.json").write_text(evaluation.to_json())
     shown = sections(read_folder(tmp_path))
     names = figures(shown)
     assert {"compare-perplexity-ratio", "compare-pareto-bytes", "compare-pareto-speed"} <= names
     assert any(name.startswith("bench") for name in names)
-    page = Page(sspruner.write_report(tmp_path).read_text(encoding="utf-8"))
+    page = Page(sspruner.report(tmp_path).read_text(encoding="utf-8"))
     text = " ".join(page.cells)
     for interval in (evaluation["perplexity"].change, evaluation["kl_to_dense"].value):
         assert interval is not None
@@ -546,7 +546,7 @@ def test_the_earlier_pictures_come_back_if_new_ones_cannot_take_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(BENCH))
-    sspruner.write_report(tmp_path)
+    sspruner.report(tmp_path)
     before, rename = tree(tmp_path), pages.os.rename
 
     def failing(source: Path, target: Path) -> None:
@@ -556,5 +556,5 @@ def test_the_earlier_pictures_come_back_if_new_ones_cannot_take_their_place(
 
     monkeypatch.setattr(pages.os, "rename", failing)
     with pytest.raises(sspruner.InputError, match="no space left"):
-        sspruner.write_report(tmp_path)
+        sspruner.report(tmp_path)
     assert tree(tmp_path) == before

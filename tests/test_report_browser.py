@@ -11,9 +11,9 @@ from browser import NAMES, find_browser, seen
 from test_report import BENCH, EVALUATION, HOSTILE, bench_row, write
 
 import sspruner
-from sspruner.planning.scores import Scores
-from sspruner.report.folder import read_folder
-from sspruner.report.sections import sections
+from sspruner.reporting.folder import read_folder
+from sspruner.reporting.sections import sections
+from sspruner.scoring.scores import Scores
 
 BROWSER = find_browser()
 
@@ -61,7 +61,7 @@ def content() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = write(tmp_path_factory.mktemp("report") / "results", content())
-    return folder, sspruner.write_report(folder).read_text(encoding="utf-8")
+    return folder, sspruner.report(folder).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -13,9 +13,9 @@ from tiny import VOCABULARY, tiny_model
 from torch import nn
 
 import sspruner
-from sspruner.evaluate.last_word import last_words
-from sspruner.evaluate.passkey import DEPTHS, passkey_text, passkeys
-from sspruner.evaluate.recall import recall, sequences, tasks_for
+from sspruner.evaluation.last_word import last_words
+from sspruner.evaluation.passkey import DEPTHS, passkey_text, passkeys
+from sspruner.evaluation.recall import recall, sequences, tasks_for
 
 
 @pytest.mark.parametrize(("trained", "pairs"), [(None, 15), (3, 3), (99, 15)])

@@ -19,9 +19,9 @@ from tiny import half, logits, models, plans, tiny_model, tokens
 from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
-from sspruner.io.load import DEFAULT, REFERENCES
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.io.source import DEFAULT, REFERENCES
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 from sspruner.surgery.record import fields
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -20,12 +20,13 @@ from tiny import models, tiny_model, tokens
 from zoo import rounding, zoo, zoo_models
 
 import sspruner
+from sspruner.budgets.decide import select
 from sspruner.calibrate.sources import Calibration
 from sspruner.graph.family import Projected, SelectiveProjected
 from sspruner.graph.group import DependencyGroup
-from sspruner.planning.decide import select
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
+from sspruner.scoring.known import find_scorer
 from sspruner.surgery.mask import mask_group, unmask
 
 FP32 = (torch.float32,)
@@ -56,7 +57,7 @@ def importance(model: torch.nn.Module, ids: torch.Tensor, scorer: Any = "ghost",
 def batches_of(tokens_per_batch: int) -> Iterator[None]:
     """Calibration in batches of so many tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sspruner.walk.TOKENS_PER_BATCH", tokens_per_batch)
+        patch.setattr("sspruner.calibrate.sources.TOKENS_PER_BATCH", tokens_per_batch)
         yield
 
 
@@ -125,7 +126,7 @@ def test_scaling_what_reads_a_state_scales_its_score(
     model: torch.nn.Module, c: float, variant: str, data: st.DataObject
 ) -> None:
     """C[n] * c on the view gives S[n] * c and leaves every other score alone."""
-    cls, _ = sspruner.plugins.manager.scorer("ghost")
+    cls, _ = find_scorer("ghost")
     for view in shown(model, tokens(), "state"):
         G, N = view.B.shape[2:]
         g, n = data.draw(st.integers(0, G - 1)), data.draw(st.integers(0, N - 1))
@@ -256,7 +257,7 @@ def test_ghost_is_exact_on_every_axis(drawn: tuple[torch.nn.Module, str], length
 
 
 def test_every_axis_that_ghost_offers_is_tested() -> None:
-    cls, _ = sspruner.plugins.manager.scorer("ghost")
+    cls, _ = find_scorer("ghost")
     assert cls.axes == set(GHOST_AXES)
     for axis, families in GHOST_AXES.items():
         for family in families:

@@ -18,15 +18,16 @@ from typer.testing import CliRunner
 from zoo import zoo
 
 import sspruner
-from sspruner import search
-from sspruner.asked import candidates, scorers_asked
+from sspruner.budgets.budget import Budget
+from sspruner.budgets.limits import Limits
 from sspruner.cli.main import app
-from sspruner.evaluate.damage import Damage, damages
-from sspruner.limits import Limits, sizes
-from sspruner.planning.budget import Budget
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
-from sspruner.plugins import manager
+from sspruner.evaluation.damage import Damage, damages
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
+from sspruner.pruning import search
+from sspruner.scoring.choice import candidates, scorers_asked
+from sspruner.scoring.known import installed_scorers
+from sspruner.surgery.sizes import sizes
 
 MODEL = tiny_model(layers=3, state=12)
 GRAPH = sspruner.trace(MODEL)
@@ -154,7 +155,7 @@ def test_the_scorer_of_least_perplexity_is_chosen_and_what_cannot_cut_is_said():
 @pytest.mark.parametrize("axis", ["state", "head", "mlp", "block"])
 def test_auto_chooses_among_all_that_only_select(axis):
     found = candidates(axis, "select")
-    for name, (cls, _) in manager.scorers().items():
+    for name, (cls, _) in installed_scorers().items():
         able = (
             axis in cls.axes and cls.basis == "select" and cls.reduce is sspruner.Scorer.reduce and cls.needs != "loss"
         )

@@ -23,7 +23,7 @@ from sspruner.calibrate import state
 from sspruner.calibrate.replay import Replay
 from sspruner.graph.families.mamba1_type import Mamba1Type
 from sspruner.graph.families.mamba2_type import Mamba2Type
-from sspruner.plugins import manager
+from sspruner.scoring.known import find_scorer
 
 DATA = calibrated(tokens(4, 19), torch.arange(19) < torch.tensor([19, 12, 19, 7])[:, None])
 
@@ -86,7 +86,7 @@ def test_a_list_of_one_and_a_tuple() -> None:
 
 def test_classes_and_one_scorer_for_each_axis() -> None:
     model, axes = zoo("zamba2"), ["head", "mlp"]
-    cls, _ = manager.scorer("wanda")
+    cls, _ = find_scorer("wanda")
     by_axis = {"head": "ghost", "mlp": "magnitude"}
     found = score(model, [cls, by_axis, "flap"], axis=axes)
     assert list(found) == ["wanda", "ghost, magnitude", "flap"]

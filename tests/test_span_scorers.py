@@ -21,6 +21,7 @@ import sspruner
 from sspruner.calibrate.selective import energy_by_channel, energy_sum
 from sspruner.graph.family import SelectiveProjected
 from sspruner.graph.group import as_rows
+from sspruner.scoring.known import find_scorer
 from sspruner_plugins.last import Last, share
 from sspruner_plugins.rrqr import RRQR, pivoted
 from sspruner_plugins.sparsessm import SparseSSM
@@ -459,4 +460,4 @@ def test_one_budget_for_all_layers_gives_each_its_own() -> None:
 
 def test_the_classes_are_those_that_are_registered() -> None:
     for cls in (RRQR, Last, SparseSSM):
-        assert sspruner.plugins.manager.scorer(cls.name)[0] is cls
+        assert find_scorer(cls.name)[0] is cls

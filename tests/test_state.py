@@ -17,7 +17,7 @@ from sspruner.calibrate import state
 from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.view import Observation, SSMView
 from sspruner.graph.family import Projected
-from sspruner.graph.ssm_graph import within
+from sspruner.graph.site import within
 
 TOLERANCE = 1e-4  # relative, of every sum in fp32
 

@@ -16,8 +16,8 @@ from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
 from sspruner.graph.layout import Layout
-from sspruner.planning.plan import Plan, axis_of
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.reduction import Selection
 from sspruner.surgery import proof
 from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask

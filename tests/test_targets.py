@@ -19,16 +19,16 @@ from typer.testing import CliRunner
 from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
+from sspruner.budgets.allocate import allocate
+from sspruner.budgets.budget import Budget
 from sspruner.cli.main import app
-from sspruner.fitting import Subject, check_fits, offers, runs, unfit
+from sspruner.formats.fitting import Subject, check_fits, offers, runs, unfit
+from sspruner.formats.stock import check_stock
+from sspruner.formats.targets import TABLE, Fit, Rule, Target, _quantities, _table, names, nearest, quantity, target
 from sspruner.io.skeleton import skeleton
-from sspruner.io.stock import check_stock
-from sspruner.planning.allocate import allocate
-from sspruner.planning.budget import Budget
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
-from sspruner.report.table import result_table
-from sspruner.targets import TABLE, Fit, Rule, Target, _quantities, _table, names, nearest, quantity, target
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
+from sspruner.reporting.table import result_table
 
 SPLITTING = ("vllm", "tensorrt-llm")
 ids = tokens(6, 24)
@@ -361,14 +361,14 @@ def test_what_no_target_takes_is_refused_before_scoring(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("scored")
 
-    monkeypatch.setattr("sspruner.walk.Run.walk", never)
-    monkeypatch.setattr("sspruner.pipeline.calibrated", never)
+    monkeypatch.setattr("sspruner.scoring.run.Run.walk", never)
+    monkeypatch.setattr("sspruner.scoring.score.calibrated", never)
     with pytest.raises((sspruner.InputError, sspruner.ModelError), match=message):
         sspruner.prune(tiny_model(heads_per_group=4), **({"sparsity": 0.5} | options), target="hf", calibration=ids)
 
 
 def test_an_epsilon_that_the_config_cannot_say_is_found_before_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sspruner.pipeline.calibrated", None)
+    monkeypatch.setattr("sspruner.scoring.score.calibrated", None)
     with pytest.raises(sspruner.ModelError, match=r"vllm cannot take this cut: .*variance_epsilon"):
         sspruner.prune(zoo("falcon_h1"), "magnitude", axis="head", target="vllm", calibration=ids)
 

@@ -17,8 +17,8 @@ from test_cli import done, refused
 from tiny import half, tiny_model, tokens
 
 import sspruner
-from sspruner.planning.scores import Scores
-from sspruner.report.terminal import ASCII, BLOCKS, Bars, Heat, bars, heats, plots, sizes_of
+from sspruner.reporting.terminal import ASCII, BLOCKS, Bars, Heat, bars, heats, plots, sizes_of
+from sspruner.scoring.scores import Scores
 
 
 def printed(picture: Any, *, width: int = 100, encoding: str = "utf-8", colour: Any = None) -> str:

@@ -26,13 +26,13 @@ from torchrun import done, torchrun
 from zoo import FAMILIES, zoo
 
 import sspruner
+from sspruner.compute.processes import rank, world
 from sspruner.errors import InputError, ModelError
-from sspruner.processes import rank, world
-from sspruner.train import checkpoint
-from sspruner.train.distil import distil, distillation, divergence, hidden_error, zeros_stay
-from sspruner.train.loop import Settings, perplexity, train
-from sspruner.train.run import run_folder
-from sspruner.train.text import Text
+from sspruner.training import checkpoint
+from sspruner.training.distil import distil, distillation, divergence, hidden_error, zeros_stay
+from sspruner.training.loop import Settings, perplexity, train
+from sspruner.training.run import run_folder
+from sspruner.training.text import Text
 
 SMALL = Settings(max_tokens=6 * 4 * 8, batch=4, at_once=4, seq_len=8, learning_rate=1e-2, every=2)
 

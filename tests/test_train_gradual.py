@@ -17,10 +17,10 @@ from tiny import logits, tiny_model, tokens
 from zoo import zoo
 
 import sspruner
+from sspruner.budgets.elements import FLOOR
 from sspruner.errors import InputError
-from sspruner.planning.elements import FLOOR
-from sspruner.train import gradual as module
-from sspruner.train.gradual import Pruner, Schedule, decay_ranges, gradual
+from sspruner.training import gradual as module
+from sspruner.training.gradual import Pruner, Schedule, decay_ranges, gradual
 
 TEN = replace(SMALL, max_tokens=10 * 32, every=3)
 STEPS = {"every": 2, "begin": 0.1, "end": 0.7}

@@ -15,11 +15,11 @@ from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.errors import InputError
-from sspruner.planning.plan import Plan
+from sspruner.plans.plan import Plan
 from sspruner.surgery.slice import slice_model
 from sspruner.testing.plans import plans, sizes
-from sspruner.train.subnet import Subnets
-from sspruner.train.twist import Deal
+from sspruner.training.subnet import Subnets
+from sspruner.training.twist import Deal
 
 
 def flat(model: Any) -> dict[str, torch.Tensor]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from letters import Letters
 
 from sspruner.errors import InputError
-from sspruner.train import text as module
-from sspruner.train.text import Text, packed, shuffled
+from sspruner.training import text as module
+from sspruner.training.text import Text, packed, shuffled
 
 WORDS = st.text(st.sampled_from("ab \n"), max_size=60)
 

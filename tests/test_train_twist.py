@@ -22,15 +22,15 @@ from torch import distributed, nn
 from torchrun import command, done, torchrun
 
 import sspruner
+from sspruner.compute.processes import rank, world
 from sspruner.errors import InputError
-from sspruner.processes import rank, world
 from sspruner.surgery.slice import slice_model
-from sspruner.train import twist as module
-from sspruner.train.gradual import likelihood
-from sspruner.train.loop import Settings, adamw, perplexity
-from sspruner.train.shards import KINDS, Shards
-from sspruner.train.text import Text
-from sspruner.train.twist import Deal, twist
+from sspruner.training import twist as module
+from sspruner.training.gradual import likelihood
+from sspruner.training.loop import Settings, adamw, perplexity
+from sspruner.training.shards import KINDS, Shards
+from sspruner.training.text import Text
+from sspruner.training.twist import Deal, twist
 
 ME = "test_train_twist"
 SMALL = Settings(max_tokens=7 * 6 * 8, batch=6, at_once=2, seq_len=8, learning_rate=1e-2, every=2)

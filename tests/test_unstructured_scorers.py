@@ -18,7 +18,7 @@ from zoo import FAMILIES, zoo
 import sspruner
 from sspruner.calibrate.view import Observation, SSMView
 from sspruner.graph.group import DependencyGroup
-from sspruner.plugins import manager
+from sspruner.scoring.known import find_scorer
 from sspruner.surgery.mask import mask_group, unmask
 from sspruner_plugins.gradmag import GradMag
 from sspruner_plugins.snip import Snip
@@ -297,7 +297,7 @@ def test_permuting_the_outputs_of_a_layer_permutes_its_scores(scorer: str) -> No
 
 @pytest.mark.parametrize("scorer", ["wanda", "snip", "gradmag", "sparsegpt"])
 def test_they_score_no_tensor_that_must_not_be_touched(scorer: str) -> None:
-    cls, _ = manager.scorer(scorer)
+    cls, _ = find_scorer(scorer)
     assert not cls.axes & {"block", "mixer"}
     for family in FAMILIES:
         tensors = [g.tensor for g in sspruner.trace(zoo(family)).on_axis("weight").values()]

@@ -20,8 +20,8 @@ from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
 from sspruner.io import load as loading
-from sspruner.planning.plan import Plan, check_plan
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan, check_plan
+from sspruner.plans.reduction import Selection
 from sspruner.surgery import mask as masking
 from sspruner.surgery import proof
 from sspruner.surgery import tensors as writing

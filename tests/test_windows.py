@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny import models, tiny_model, tokens
 
 import sspruner
-from sspruner.evaluate import paired
-from sspruner.evaluate.windows import Sums, losses, measure, windows
+from sspruner.evaluation import paired
+from sspruner.evaluation.windows import Sums, losses, measure, windows
 
 FP32 = (torch.float32,)
 

@@ -9,8 +9,8 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from zoo import rounding
 
 import sspruner
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 from sspruner.testing.plans import plans, selection
 
 __all__ = [

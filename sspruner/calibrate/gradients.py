@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from sspruner.calibrate.token_steps import differentiable
+from sspruner.compute.forward import forward
+from sspruner.compute.precision import in_fp32
+from sspruner.compute.processes import gathered, total
 from sspruner.errors import InputError, ModelError
-from sspruner.forward import forward
-from sspruner.precision import in_fp32
-from sspruner.processes import gathered, total
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]  # tokens int64 (b, T), mask bool (b, T)
 Gradients = dict[str, torch.Tensor]  # parameter name -> fp32, in its shape, on the CPU

@@ -30,9 +30,9 @@ from sspruner.calibrate.gradients import (
 )
 from sspruner.calibrate.replay import Flow, Replay
 from sspruner.calibrate.token_steps import differentiable
-from sspruner.graph.ssm_graph import within
-from sspruner.precision import in_fp32
-from sspruner.processes import gathered, total
+from sspruner.compute.precision import in_fp32
+from sspruner.compute.processes import gathered, total
+from sspruner.graph.site import within
 
 
 class LocalGradients:

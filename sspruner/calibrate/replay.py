@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.calibrate.products import Products
-from sspruner.device import moved, resident, working_on, works_on
+from sspruner.compute.device import moved, resident, working_on, works_on
+from sspruner.compute.forward import forward
+from sspruner.compute.products import Products
 from sspruner.errors import ModelError
-from sspruner.forward import forward
 from sspruner.graph.ssm_graph import SSMGraph
 
 Inputs = Callable[[], dict[str, torch.Tensor]]  # linear layer, relative to the module -> its input

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.acceleration import accelerating
+from sspruner.compute.acceleration import accelerating
+from sspruner.compute.forward import forward
+from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
-from sspruner.forward import forward
-from sspruner.quick import quick_on_cpu
 
 
 @torch.no_grad()

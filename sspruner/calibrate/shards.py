@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from sspruner.calibrate.sources import Calibration
+from sspruner.compute.processes import gathered, rank, total, world
 from sspruner.errors import InputError, PluginError
-from sspruner.processes import gathered, rank, total, world
 
 Total = Callable[[Any], Any]  # a tensor, a number, or a dict of such -> the sum over all processes
 

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.sample import sample_from
+from sspruner.compute.forward import embedding
 from sspruner.errors import InputError
-from sspruner.forward import embedding
 
+TOKENS_PER_BATCH = 4096  # tokens in one micro-batch
 TEXT_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".csv", ".text"}
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
@@ -37,13 +38,23 @@ class Calibration:
     seed: int
     held_out_is_separate: bool
 
-    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(tokens, mask) in batches of `size` sequences."""
-        yield from _batches(self.tokens, self.mask, size)
+    def batches(self, size: int | None = None, *, logits: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(tokens, mask), both (b, T), in micro-batches of `size` sequences; without a size, `micro_batch_size`."""
+        yield from _batches(self.tokens, self.mask, size or micro_batch_size(self.tokens.shape[1], logits=logits))
 
-    def held_out_batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The held-out (tokens, mask) in batches of `size` sequences."""
-        yield from _batches(self.held_out, self.held_out_mask, size)
+    def held_out_batches(self, size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The held-out (tokens, mask), both (b, T), in micro-batches whose logits fit beside the dense model's."""
+        yield from _batches(
+            self.held_out, self.held_out_mask, size or micro_batch_size(self.held_out.shape[1], logits=True)
+        )
+
+
+def micro_batch_size(seq_len: int, *, logits: bool = False) -> int:
+    """Sequences in one forward pass of one process.
+
+    logits: half as many, since the logits of the dense and of the pruned model are in memory side by side.
+    """
+    return max(1, TOKENS_PER_BATCH // (2 if logits else 1) // seq_len)
 
 
 def _batches(tokens: torch.Tensor, mask: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Cut a model as a plan says, prove the cut, and save the result."""
     import sspruner
-    from sspruner.io.output import check_output
+    from sspruner.files.output import check_output
 
     check_output(out, overwrite)
     made = sspruner.Plan.load(plan)

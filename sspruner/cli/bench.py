@@ -69,9 +69,9 @@ def command(
     from dataclasses import replace
 
     import sspruner
-    from sspruner.benchmark.shapes import named_models
-    from sspruner.limits import parse_bandwidth, parse_flops
-    from sspruner.report.bench import bench_table
+    from sspruner.io.named import named_models
+    from sspruner.reporting.bench import bench_table
+    from sspruner.units import parse_bandwidth, parse_flops
 
     check_json(json)
     batches = batches_from(batch)

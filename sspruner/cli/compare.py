@@ -77,25 +77,26 @@ def command(
 ) -> None:
     """Score with several scorers in one pass, cut by each to several sizes, and show what every cut costs."""
     import sspruner
-    from sspruner.asked import DEFAULT, make_budget
-    from sspruner.comparison import MARKS, SPARSITIES
-    from sspruner.evaluate.last_word import passages, read_passages
-    from sspruner.evaluate.measures import check_metrics
-    from sspruner.io.load import name_of
-    from sspruner.io.output import check_results
-    from sspruner.plugins import manager
-    from sspruner.report.table import comparison_table
+    from sspruner.budgets.asked import make_budget
+    from sspruner.comparison.compare import MARKS, SPARSITIES
+    from sspruner.evaluation.last_word import passages, read_passages
+    from sspruner.evaluation.measures import check_metrics
+    from sspruner.files.output import check_results
+    from sspruner.io.source import name_of
+    from sspruner.reporting.table import comparison_table
+    from sspruner.scoring.choice import DEFAULT
+    from sspruner.scoring.known import find_scorer, installed_scorers
 
     check_json(json)
     if out is not None:
         check_results(out, MARKS)
     scorer_options, ratios = options_from(option), ratios_from(ratio)
     prepare(plugin)
-    able = {name: cls for name, (cls, _) in sorted(manager.scorers().items()) if axis in cls.axes}
+    able = {name: cls for name, (cls, _) in sorted(installed_scorers().items()) if axis in cls.axes}
     quick = [name for name, cls in able.items() if name == DEFAULT or cls.needs == "weights"]
     scorers = names_from(scorer) or quick or [DEFAULT]
     for name in scorers:
-        manager.scorer(name)
+        find_scorer(name)
     sparsities = fractions_from(sparsity, "--sparsity") or SPARSITIES
     for fraction in sparsities:
         make_budget(axis, fraction, None, allocation, multiple_of, ratios, ignore or [], normalise=normalise)

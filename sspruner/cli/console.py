@@ -40,7 +40,7 @@ def _reporting(command: Command, shared: bool) -> Command:
                 import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C that comes while it imports numpy
 
                 if _together():
-                    from sspruner.processes import lost_peers, processes
+                    from sspruner.compute.processes import lost_peers, processes
 
                     if not shared:
                         raise InputError(
@@ -80,7 +80,7 @@ def _together() -> bool:
     """Whether torchrun started other processes, too. Costs nothing where it did not."""
     if "RANK" not in os.environ:
         return False
-    from sspruner.processes import started_together
+    from sspruner.compute.processes import started_together
 
     return started_together()
 
@@ -90,7 +90,7 @@ def fail(code: int, line: str) -> int:
     if not _together():
         typer.echo(line, err=True)
         return code
-    from sspruner.processes import fail as fail_together
+    from sspruner.compute.processes import fail as fail_together
 
     return fail_together(code, lambda: typer.echo(line, err=True))
 
@@ -116,7 +116,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from sspruner.processes import rank
+    from sspruner.compute.processes import rank
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -228,7 +228,7 @@ def bounds_from(given: list[str] | None, what: str) -> dict[str, int]:
 
 def sizes_from(given: list[str] | None) -> dict[int | str, int] | None:
     """`PLACE=SIZE`, each: a GPU by its number or another place, and the bytes that it may take."""
-    from sspruner.limits import parse_bytes
+    from sspruner.units import parse_bytes
 
     if given is None:
         return None
@@ -290,7 +290,7 @@ def command_line() -> str:
 
 def check_json(path: Path | None) -> None:
     """Raise InputError, before any work, if `emit` could not write to `path`."""
-    from sspruner.io.output import check_file
+    from sspruner.files.output import check_file
 
     if path is not None and str(path) != "-":
         check_file(path)
@@ -298,7 +298,7 @@ def check_json(path: Path | None) -> None:
 
 def emit(text: str, path: Path | None) -> None:
     """Write `text` to a file, atomically, or to standard output if the path is `-`."""
-    from sspruner.io.output import atomic_file
+    from sspruner.files.output import atomic_file
 
     if path is None:
         return

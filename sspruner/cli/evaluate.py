@@ -68,10 +68,10 @@ def command(
 ) -> None:
     """Measure perplexity, recall and tasks, with intervals, alone or against the dense model; gates for CI."""
     import sspruner
-    from sspruner.evaluation import METRICS
-    from sspruner.io.load import name_of
-    from sspruner.limits import parse_increase
-    from sspruner.report.evaluation import evaluation_table
+    from sspruner.evaluation.evaluate import METRICS
+    from sspruner.io.source import name_of
+    from sspruner.reporting.evaluation import evaluation_table
+    from sspruner.units import parse_increase
 
     check_json(json)
     chosen = None if metrics is None else [name for name in names_from([metrics]) if name != "none"]
@@ -89,7 +89,7 @@ def command(
         if against is not None:
             dense, theirs = sspruner.load(against, dtype=dtype, trust_remote_code=trust_remote_code)
             own = own or theirs
-        found = sspruner.evaluate_model(
+        found = sspruner.evaluate(
             loaded,
             own,
             against=dense,

@@ -35,11 +35,11 @@ def command(
 ) -> None:
     """Write a cut model for another reader, or say why that cannot take it."""
     import sspruner
+    from sspruner.files.output import check_output
+    from sspruner.formats.stock import padding
     from sspruner.io.export import reads, writer_of
-    from sspruner.io.output import check_output
     from sspruner.io.skeleton import skeleton
-    from sspruner.io.stock import padding
-    from sspruner.report.card import report_beside
+    from sspruner.reporting.card import report_beside
 
     writer = writer_of(to, target, tp)
     check_output(out, overwrite)

@@ -40,16 +40,16 @@ def command(
     from json import dumps
 
     import sspruner
-    from sspruner.fitting import after, offers
-    from sspruner.footprint import footprint
+    from sspruner.benchmarking.footprint import footprint
+    from sspruner.formats.fitting import after, offers
+    from sspruner.formats.targets import chosen
     from sspruner.io.skeleton import skeleton
-    from sspruner.limits import parse_bandwidth, parse_bytes
-    from sspruner.planning.plan import check_plan
-    from sspruner.report.footprint import footprint_table
-    from sspruner.report.targets import targets_table
-    from sspruner.report.terminal import plots
+    from sspruner.plans.plan import check_plan
+    from sspruner.reporting.footprint import footprint_table
+    from sspruner.reporting.targets import targets_table
+    from sspruner.reporting.terminal import plots
     from sspruner.surgery.apply import apply_sizes
-    from sspruner.targets import chosen
+    from sspruner.units import parse_bandwidth, parse_bytes
 
     check_json(json)
     wanted = chosen(target, tp)

@@ -41,10 +41,10 @@ def command(
 ) -> None:
     """Decide what to keep: scores and a budget become plan.json."""
     import sspruner
-    from sspruner.fitting import check_cut
-    from sspruner.io.output import check_file
-    from sspruner.planning.plan import check_plan
-    from sspruner.targets import chosen
+    from sspruner.files.output import check_file
+    from sspruner.formats.fitting import check_cut
+    from sspruner.formats.targets import chosen
+    from sspruner.plans.plan import check_plan
 
     fractions = axes_from(axis) if axis else None
     if isinstance(fractions, str):

@@ -79,14 +79,15 @@ def command(
 ) -> None:
     """Score, plan and cut a model layer by layer; prove the cut; show what it cost; save the result."""
     import sspruner
-    from sspruner.asked import make_budget, scorers_asked
-    from sspruner.io.load import name_of
-    from sspruner.io.output import check_output, remove_working, working_folder
-    from sspruner.limits import limits_from
-    from sspruner.plugins import manager
-    from sspruner.processes import barrier, rank
-    from sspruner.report.table import result_table
-    from sspruner.targets import chosen
+    from sspruner.budgets.asked import make_budget
+    from sspruner.budgets.limits import limits_from
+    from sspruner.compute.processes import barrier, rank
+    from sspruner.files.output import check_output, remove_working, working_folder
+    from sspruner.formats.targets import chosen
+    from sspruner.io.source import name_of
+    from sspruner.reporting.table import result_table
+    from sspruner.scoring.choice import scorers_asked
+    from sspruner.scoring.known import find_scorer
 
     apart = offload or device_map is not None
     working = working_folder(out) if apart and out else None
@@ -129,7 +130,7 @@ def command(
     prepare(plugin)
     for one in scorers_asked(named, basis, list(axes) if isinstance(axes, dict) else [axes]):
         for name in one.values() if isinstance(one, dict) else [str(one)]:
-            manager.scorer(name)
+            find_scorer(name)
     with progress_bar() as progress, kept_if_interrupted(working):
         loaded, tokenizer = sspruner.load(
             model,

@@ -25,4 +25,4 @@ def command(
     """Show the results in a folder as one HTML file, which needs no network, with PNG files beside it."""
     import sspruner
 
-    typer.echo(f"written to {sspruner.write_report(folder, out)}")
+    typer.echo(f"written to {sspruner.report(folder, out)}")

@@ -54,9 +54,9 @@ def command(
 ) -> None:
     """Score every unit of an axis on the dense model and write scores.safetensors, or one file for each scorer."""
     import sspruner
-    from sspruner.io.output import check_file
-    from sspruner.plugins import manager
-    from sspruner.processes import barrier, rank
+    from sspruner.compute.processes import barrier, rank
+    from sspruner.files.output import check_file
+    from sspruner.scoring.known import find_scorer
 
     names = scorer or ["ghost"]
     if out is None:
@@ -74,7 +74,7 @@ def command(
     scorers = [scorers_from(name) for name in names]
     for each in scorers:
         for name in each.values() if isinstance(each, dict) else [each]:
-            manager.scorer(name)
+            find_scorer(name)
     with progress_bar() as progress:
         loaded, tokenizer = sspruner.load(
             model,

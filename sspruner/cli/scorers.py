@@ -13,11 +13,11 @@ def command(plugin: o.Plugin = None) -> None:
     """List the installed scorers: axes, needs, origin."""
     from rich.table import Table
 
-    from sspruner.plugins import manager
+    from sspruner.scoring.known import installed_scorers
 
     prepare(plugin)
     table = Table("scorer", "axes", "needs")
     table.add_column("plugin", overflow="fold")  # a path is of use only whole
-    for name, (cls, origin) in sorted(manager.scorers().items()):
+    for name, (cls, origin) in sorted(installed_scorers().items()):
         table.add_row(name, ", ".join(sorted(cls.axes)), cls.needs, origin)
     show(table)

@@ -44,7 +44,7 @@ RunFolder = Annotated[Optional[Path], typer.Option("--out", help="Folder of the 
 @contextmanager
 def running(device: Optional[str]) -> Iterator[tuple[Any, Callable[[dict[str, float], int, int], None]]]:
     """With quiet libraries: the device, and a progress bar for the metrics of steps."""
-    from sspruner.device import resolve_device
+    from sspruner.compute.device import resolve_device
 
     prepare(None)
     with progress_bar() as report:
@@ -58,7 +58,7 @@ def running(device: Optional[str]) -> Iterator[tuple[Any, Callable[[dict[str, fl
 
 def asked(text: Optional[list[str]], out: Optional[Path], *values: Any) -> tuple[Path, Any]:
     """The run's folder and the loop's settings. Raises InputError where --text or --out is missing."""
-    from sspruner.train.loop import Settings
+    from sspruner.training.loop import Settings
 
     if not text or out is None:
         raise InputError(f"{'--out' if text else '--text'} is missing")
@@ -68,7 +68,7 @@ def asked(text: Optional[list[str]], out: Optional[Path], *values: Any) -> tuple
 
 def source(text: Any, tokenizer: Any, seq_len: int, held_out: int, seed: int) -> Any:
     """The training text. Raises InputError for a model without a tokenizer."""
-    from sspruner.train.text import Text as Source
+    from sspruner.training.text import Text as Source
 
     if tokenizer is None:
         raise InputError("training text needs a tokenizer, and this model has none: give --tokenizer")
@@ -107,7 +107,7 @@ def distil(
 ) -> None:
     """Let a pruned model learn from text and from its dense model; goes on where the same command was interrupted."""
     import sspruner
-    from sspruner.train.distil import distil as train
+    from sspruner.training.distil import distil as train
 
     check_json(json)
     folder, settings = asked(
@@ -163,7 +163,7 @@ def gradual(
 ) -> None:
     """Prune by weight and gradient while the model trains; goes on where the same command was interrupted."""
     import sspruner
-    from sspruner.train.gradual import gradual as train
+    from sspruner.training.gradual import gradual as train
 
     check_json(json)
     folder, settings = asked(
@@ -213,7 +213,7 @@ def twist(
 ) -> None:
     """Train random sub-networks, one in each process of torchrun, so that any of them can be kept at the end."""
     import sspruner
-    from sspruner.train.twist import twist as train
+    from sspruner.training.twist import twist as train
 
     check_json(json)
     folder, settings = asked(
@@ -233,7 +233,7 @@ def twist(
 def keep_draws(model: Any, tokenizer: Any, drawn: Any, out: Path) -> None:
     """Save the trained model as a whole, and the plans of its drawn sub-networks; the first process does."""
     import sspruner
-    from sspruner.processes import rank
+    from sspruner.compute.processes import rank
 
     if rank() == 0:
         sspruner.save(model, out / WHOLE, tokenizer, overwrite=True)
@@ -249,7 +249,7 @@ def finish(
     import json as to
 
     import sspruner
-    from sspruner.processes import barrier, rank
+    from sspruner.compute.processes import barrier, rank
 
     where = out / MODEL
     if rank() == 0:

@@ -16,7 +16,7 @@ from torch import nn
 from sspruner.graph.group import DependencyGroup
 
 if TYPE_CHECKING:
-    from sspruner.graph.ssm_graph import Site
+    from sspruner.graph.site import Site
 
 
 def element_groups(model: nn.Module, sites: list[Site], blocks: str) -> dict[str, DependencyGroup]:

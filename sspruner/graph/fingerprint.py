@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from sspruner.device import in_turn
+from sspruner.compute.device import in_turn
 
 SAMPLES_PER_TENSOR = 4096
 

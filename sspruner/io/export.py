@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sspruner.device import offloaded
+from sspruner.compute.device import offloaded
 from sspruner.errors import InputError, ModelError
-from sspruner.fitting import check_fits
-from sspruner.io.native import write_native
-from sspruner.io.output import atomic_folder
-from sspruner.io.remote import write_remote
+from sspruner.files.output import atomic_folder
+from sspruner.formats.fitting import check_fits
+from sspruner.formats.native import write_native
+from sspruner.formats.remote import write_remote
+from sspruner.formats.stock import check_stock, padded, write_stock
+from sspruner.formats.targets import chosen
 from sspruner.io.save import write_folder
-from sspruner.io.stock import check_stock, padded, write_stock
-from sspruner.report.card import write_card
-from sspruner.report.result import Report
+from sspruner.pruning.report import Report
+from sspruner.reporting.card import write_card
 from sspruner.surgery.mask import is_masked
-from sspruner.targets import chosen
 
 WRITERS = {  # and how what was written is read
     "hf": "AutoModelForCausalLM.from_pretrained({out!r})",

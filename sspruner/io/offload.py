@@ -15,13 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from sspruner.device import OFFLOADED, moved, offloaded, working_on
+from sspruner.compute.device import OFFLOADED, moved, offloaded, working_on
 from sspruner.errors import ModelError
+from sspruner.files.journal import write_tensors
+from sspruner.formats.checkpoint import INDEX, unpickled, weight_files
+from sspruner.formats.native import EMBEDDING
 from sspruner.graph.causality import check_causal
-from sspruner.graph.ssm_graph import SSMGraph, trace, within
-from sspruner.io.checkpoint import INDEX, unpickled, weight_files
-from sspruner.io.journal import write_tensors
-from sspruner.io.native import EMBEDDING
+from sspruner.graph.site import within
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
 from sspruner.io.placement import DISK, Place, device_of, places
 from sspruner.surgery.record import RECORD
 
@@ -176,7 +178,7 @@ class Blocks:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        from sspruner.io.load import tie
+        from sspruner.io.source import tie
 
         dtype = self.model.config.dtype
         wanted = LoadStateDictConfig(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.device import resolve_device
+from sspruner.compute.device import resolve_device
 from sspruner.errors import InputError
-from sspruner.graph.ssm_graph import within
+from sspruner.graph.site import within
 
 AUTO, DISK = "auto", "disk"
 USED = 0.8  # of the memory that is free: the rest is for activations, one more block, and its copy in fp32

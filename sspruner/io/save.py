@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from sspruner import ELEMENT_AXES
-from sspruner.device import offloaded
-from sspruner.io.checkpoint import write_model
+from sspruner.axes import ELEMENT_AXES
+from sspruner.compute.device import offloaded
+from sspruner.files.output import atomic_folder
+from sspruner.formats.checkpoint import write_model
+from sspruner.formats.stock import stock_difference
 from sspruner.io.offload import write_weights
-from sspruner.io.output import atomic_folder
-from sspruner.io.stock import stock_difference
-from sspruner.planning.plan import axis_of
-from sspruner.planning.tensors import FOLDER
-from sspruner.report.card import write_card
-from sspruner.report.result import Report
+from sspruner.plans.plan import axis_of
+from sspruner.plans.tensors import FOLDER
+from sspruner.pruning.report import Report
+from sspruner.reporting.card import write_card
 from sspruner.surgery.mask import added_biases, masked_projections
 from sspruner.surgery.record import RECORD, WEIGHTS, noted
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from sspruner.errors import InputError, ModelError
-from sspruner.io.load import _cannot, _check_folder, _finish_cut, _is_local, _reference, _watched_init
-from sspruner.io.native import native_config
-from sspruner.io.sizes import check_counts
+from sspruner.formats.native import native_config
+from sspruner.formats.sizes import check_counts
+from sspruner.io.source import cannot, check_folder, finish_cut, is_local, reference_folder, watched_init
 from sspruner.surgery.record import recorded, restore_stock
 
 
@@ -31,11 +31,11 @@ def skeleton(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-    where = str(_reference(model) or model)
+    where = str(reference_folder(model) or model)
     native = None
-    if _is_local(where):
+    if is_local(where):
         where = str(Path(where).expanduser())
-        native = _check_folder(Path(where))
+        native = check_folder(Path(where))
     try:
         check_counts(native or PreTrainedConfig.get_config_dict(where)[0])
         if native:
@@ -44,21 +44,21 @@ def skeleton(
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         cut, cuts = copy.deepcopy(config), recorded(config)
         restore_stock(config)  # the original model is built, then cut
-        with torch.device("meta"), _watched_init(type(config), cuts, f"model {where}"):
+        with torch.device("meta"), watched_init(type(config), cuts, f"model {where}"):
             built = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
             )
     except (InputError, ModelError):
         raise
     except Exception as error:  # transformers raises many types for a bad config or name
-        raise _cannot(error, f"model {where}: cannot be built from its config", trust_remote_code) from error
+        raise cannot(error, f"model {where}: cannot be built from its config", trust_remote_code) from error
     for name, p in built.named_parameters():
         if not all(p.shape):
             raise ModelError(f"model {where}: config.json makes {name} {tuple(p.shape)}; no model has such a size")
     if buffers:
         _make_buffers(built)
     if cuts:
-        _finish_cut(built, cut)
+        finish_cut(built, cut)
     built.config.dtype = dtype or cut.dtype
     return built.eval()
 

@@ -8,7 +8,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from sspruner.graph.family import Family
-    from sspruner.plugins.scorer import Scorer
+    from sspruner.scoring.scorer import Scorer
 
 hookspec = pluggy.HookspecMarker("sspruner")
 hookimpl = pluggy.HookimplMarker("sspruner")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import sys
@@ -17,8 +16,7 @@ from sspruner.errors import InputError, PluginError
 from sspruner.plugins import hookspecs
 
 if TYPE_CHECKING:
-    from sspruner.graph.family import Family
-    from sspruner.plugins.scorer import Scorer
+    pass
 
 
 @cache
@@ -63,59 +61,6 @@ def load_file(path: str | Path) -> str:
     return name
 
 
-def scorers() -> dict[str, tuple[type[Scorer], str]]:
-    """Every scorer by name, with the plugin it comes from. Raises PluginError on a clash or a malformed scorer."""
-    from sspruner.plugins.scorer import check_scorer_class
-
-    found: dict[str, tuple[type[Scorer], str]] = {}
-    for cls, plugin in _collect("sspruner_scorers"):
-        check_scorer_class(cls, plugin)
-        if cls.name in found:
-            raise PluginError(
-                f"scorer {cls.name!r}: offered by plugin {found[cls.name][1]!r} and by plugin {plugin!r}; rename one"
-            )
-        found[cls.name] = (cls, plugin)
-    return found
-
-
-def scorer(name: str) -> tuple[type[Scorer], str]:
-    """The scorer called `name` and its plugin. Raises InputError that lists the known and suggests the nearest."""
-    known = scorers()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"unknown scorer {name!r}; known: {', '.join(sorted(known))}{hint}")
-    return known[name]
-
-
-def scorer_of_basis(basis: str) -> str:
-    """The name of the first scorer that has a basis. Raises InputError that lists the bases there are."""
-    known = {cls.basis: name for name, (cls, _) in sorted(scorers().items(), reverse=True)}
-    if basis not in known:
-        raise InputError(f"unknown basis {basis!r}; installed scorers have: {', '.join(sorted(known))}")
-    return known[basis]
-
-
-def families() -> dict[str, Family]:
-    """Every model family by name. Raises PluginError on a clash or a malformed family."""
-    from sspruner.graph.family import Family
-
-    found: dict[str, Family] = {}
-    origin: dict[str, str] = {}
-    for family, plugin in _collect("sspruner_families"):
-        if not isinstance(family, Family) or not all(hasattr(family, a) for a in ("name", "mixer_class")):
-            raise PluginError(
-                f"plugin {plugin!r}: sspruner_families returned {family!r}, not an object of a subclass of "
-                "sspruner.Family with name and mixer_class"
-            )
-        for taken in (f"family {family.name!r}", f"mixer class {family.mixer_class!r}"):
-            if taken in origin:
-                raise PluginError(f"{taken}: described by plugin {origin[taken]!r} and by {plugin!r}; remove one")
-            origin[taken] = plugin
-        found[family.name] = family
-    return found
-
-
 def _register(manager: pluggy.PluginManager, module: Any, name: str) -> None:
     try:
         manager.register(module, name=name)
@@ -132,7 +77,7 @@ def _register(manager: pluggy.PluginManager, module: Any, name: str) -> None:
         raise PluginError(f"plugin {name!r}: {problem}; decorate one of {hooks} with @sspruner.hookimpl")
 
 
-def _collect(hook_name: str) -> list[tuple[Any, str]]:
+def collect(hook_name: str) -> list[tuple[Any, str]]:
     """(object, plugin name) for everything that the plugins return from one hook."""
     found = []
     for impl in getattr(plugin_manager().hook, hook_name).get_hookimpls():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from sspruner.device import offloaded
+from sspruner.compute.device import offloaded
 from sspruner.errors import InputError, PlanError
 from sspruner.graph.fingerprint import fingerprint
-from sspruner.graph.ssm_graph import SSMGraph, trace
-from sspruner.planning.plan import Plan, check_plan
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.plans.plan import Plan, check_plan
 from sspruner.surgery.mask import is_masked, mask
 from sspruner.surgery.proof import slice_with_proof
 from sspruner.surgery.slice import slice_model

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan, axis_of
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.reduction import Selection
 
 
 class Nothing(nn.Module):

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sspruner.device import offloaded
+from sspruner.compute.device import offloaded
 from sspruner.errors import PlanError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import DependencyGroup, Member, as_rows
-from sspruner.graph.ssm_graph import SSMGraph, trace
-from sspruner.planning.plan import Plan, check_mask, check_plan
-from sspruner.planning.reduction import Basis, Projection, Reduction
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.plans.plan import Plan, check_mask, check_plan
+from sspruner.plans.reduction import Basis, Projection, Reduction
 from sspruner.surgery.project import install, mask_state
 from sspruner.surgery.tensors import add_bias, new_biases, remove_bias, tensor, write, zero
 

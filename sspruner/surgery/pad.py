@@ -11,8 +11,8 @@ from torch import nn
 
 from sspruner.errors import PlanError
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Reduction, Selection
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Reduction, Selection
 from sspruner.surgery.slice import cut_layout, fold_values, rows_to_drop, without_rows
 
 

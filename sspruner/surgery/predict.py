@@ -10,8 +10,8 @@ from torch import nn
 from sspruner.graph.group import drop_rows
 from sspruner.graph.layout import state_bytes
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan, axis_of
-from sspruner.planning.reduction import Selection
+from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.reduction import Selection
 from sspruner.surgery.project import added_by_projections
 from sspruner.surgery.slice import Cuts, cut_layout, rows_to_drop
 from sspruner.surgery.tensors import new_biases, tensor

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from sspruner.graph.layout import ENCODE
-from sspruner.graph.ssm_graph import SSMGraph, trace
-from sspruner.planning.plan import Plan
-from sspruner.planning.reduction import Basis, Projection, projections
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Basis, Projection, projections
 from sspruner.runtime.projected_state import project_state, unproject_state
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.compute.forward import embedding, forward
+from sspruner.compute.precision import in_fp32
 from sspruner.errors import ModelError, ProofError
-from sspruner.forward import embedding, forward
 from sspruner.graph.layout import STATE_ITEMSIZE
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan
-from sspruner.precision import in_fp32
+from sspruner.plans.plan import Plan
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import added_parameters, removed_parameters, removed_state_bytes, zeros_left
 from sspruner.surgery.project import project_states

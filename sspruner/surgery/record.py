@@ -10,8 +10,8 @@ from typing import Any
 
 from sspruner.errors import PlanError
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import VERSION, Plan, axis_of
-from sspruner.planning.reduction import Projection, Reduction
+from sspruner.plans.plan import VERSION, Plan, axis_of
+from sspruner.plans.reduction import Projection, Reduction
 from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.slice import cut_layout
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from sspruner.graph.group import drop_rows
 from sspruner.graph.layout import Layout
-from sspruner.graph.ssm_graph import Site, SSMGraph
-from sspruner.planning.plan import Plan, axis_of
-from sspruner.planning.reduction import Projection
+from sspruner.graph.site import Site
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.reduction import Projection
 from sspruner.surgery.blocks import drop_blocks
 from sspruner.surgery.mask import dropped_rows
 from sspruner.surgery.project import project_states

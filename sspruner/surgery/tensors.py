@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from sspruner.errors import PlanError
-from sspruner.graph.ssm_graph import SSMGraph, trace
-from sspruner.planning.plan import Plan
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.plans.plan import Plan
 from sspruner.surgery.blocks import retie
 
 

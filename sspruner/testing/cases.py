@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from sspruner.axes import WHOLE_MODEL
 from sspruner.calibrate.sources import Calibration
-from sspruner.graph.ssm_graph import WHOLE_MODEL, trace
-from sspruner.planning.plan import Plan
+from sspruner.graph.trace import trace
+from sspruner.plans.plan import Plan
 from sspruner.surgery.slice import slice_model
 from sspruner.testing.models import FAMILIES, SHAPE, SHAPES, VOCABULARY, zoo
 from sspruner.testing.plans import selection, sizes
@@ -125,14 +126,14 @@ def windows(tokens: torch.Tensor, mask: torch.Tensor) -> Calibration:
 class OneByOne(Calibration):
     """One sequence per batch, with its padding."""
 
-    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, size: int | None = None, *, logits: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield from super().batches(1)
 
 
 class Trimmed(Calibration):
     """One sequence per batch, without its padding."""
 
-    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, size: int | None = None, *, logits: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for tokens, mask in super().batches(1):
             yield tokens[:, mask[0]], mask[:, mask[0]]
 

@@ -18,13 +18,14 @@ from torch import nn
 
 import sspruner
 from sspruner.calibrate import selective, state
+from sspruner.compute.forward import embedding, forward
 from sspruner.errors import SSPrunerError
-from sspruner.forward import embedding, forward
 from sspruner.graph.family import Family, Projected
+from sspruner.graph.known import installed_families
 from sspruner.graph.layout import Layout
-from sspruner.graph.ssm_graph import SSMGraph, trace
-from sspruner.planning.plan import Plan
-from sspruner.plugins import manager
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.plans.plan import Plan
 from sspruner.plugins.manager import plugin_manager
 from sspruner.surgery.proof import slice_with_proof
 from sspruner.testing.examples import try_examples
@@ -260,7 +261,7 @@ class _Seen:
 @contextmanager
 def _registered(family: Family) -> Iterator[None]:
     """A family that no plugin offers is one inside the block."""
-    if type(manager.families().get(family.name)) is type(family):  # a hook makes new objects whenever it is called
+    if type(installed_families().get(family.name)) is type(family):  # a hook makes new objects whenever it is called
         yield
         return
     hook = sspruner.hookimpl(lambda: [family])

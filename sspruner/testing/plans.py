@@ -11,8 +11,8 @@ from torch import nn
 
 from sspruner.graph.group import DependencyGroup, Member, as_rows
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.planning.plan import Plan, basis_refused
-from sspruner.planning.reduction import Projection, Selection
+from sspruner.plans.plan import Plan, basis_refused
+from sspruner.plans.reduction import Projection, Selection
 
 
 def selection(groups: int, units: int, after: int, seed: int, safe: tuple[int, ...] = ()) -> Selection:

@@ -14,10 +14,11 @@ import torch
 import sspruner
 from sspruner.calibrate.sources import Calibration
 from sspruner.errors import InputError, PluginError, SSPrunerError
-from sspruner.graph.ssm_graph import SSMGraph, trace
-from sspruner.planning.reduction import INVERSE
-from sspruner.plugins import manager
-from sspruner.plugins.scorer import SELECT, Scorer, check_scorer_class, checked_coordinates, make_scorer
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.plans.reduction import INVERSE
+from sspruner.scoring.known import find_scorer
+from sspruner.scoring.scorer import SELECT, Scorer, check_scorer_class, checked_coordinates, make_scorer
 from sspruner.testing.cases import Case, OneByOne, Trimmed, axes_of, cases, families_by_axis, windows
 from sspruner.testing.examples import try_examples
 from sspruner.testing.plans import permute, permute_rows, zero_units
@@ -57,7 +58,7 @@ def check_scorer(
 
     Raises AssertionError: one sentence that says what broke, in which dependency group, of which model.
     """
-    cls = manager.scorer(scorer)[0] if isinstance(scorer, str) else scorer
+    cls = find_scorer(scorer)[0] if isinstance(scorer, str) else scorer
     try:
         check_scorer_class(cls, getattr(cls, "__module__", "?"))
     except PluginError as error:

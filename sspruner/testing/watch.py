@@ -15,8 +15,8 @@ from torch import nn
 from sspruner.calibrate.view import SSMView
 from sspruner.errors import PluginError
 from sspruner.graph.group import DependencyGroup
-from sspruner.planning.reduction import Basis
-from sspruner.plugins.scorer import SELECT, Scorer
+from sspruner.plans.reduction import Basis
+from sspruner.scoring.scorer import SELECT, Scorer
 
 
 class Watch:

@@ -1,0 +1,16 @@
+"""Axes: the kinds of thing that can shrink, by name (docs/graph.md)."""
+
+#: Axes of units: tensors get smaller.
+AXES = {
+    *("state", "head", "head_dim", "group", "channel", "dt_rank"),  # in a mixer
+    *("attn_head", "mlp", "hidden", "block", "mixer"),  # around it
+}
+
+#: Axes of single elements: zeros in tensors that keep their size.
+ELEMENT_AXES = {"weight", "decay"}
+
+#: Axes with one dependency group for all layers.
+WHOLE_MODEL = ("hidden", "block", "mixer")
+
+#: On the axes of single elements, where they compete.
+GRANULARITIES = ("row", "tensor", "global")

@@ -1,0 +1,1 @@
+"""Speed and memory at decode and prefill, and their theoretical ceiling."""

@@ -1,0 +1,159 @@
+"""Footprint: what a model takes in memory, how many sequences fit beside it, and what one decode step has to move.
+
+All of it follows from shapes, so a model on the meta device will do. docs/footprint.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from sspruner.compute.forward import embedding
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.surgery.sizes import sizes
+
+CONTEXT = 4096  # tokens
+BATCHES = (1, 16, 64, 256)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a model and of the caches of one sequence; they are what transformers' caches hold, for every family.
+
+    dtype               of the weights, and of the convolution states and of keys and values with them
+    parameters          one that several modules share counts once
+    weight_bytes        of all parameters
+    state_bytes         per sequence: recurrent state, fp32
+    conv_bytes          per sequence: convolution states
+    kv_bytes_per_token  per sequence: keys and values of one token, in every attention layer: a block that several
+                        layers share has a cache in each
+    context             tokens that a sequence has behind it
+    fixed_read_bytes    weights that a decode step reads whatever the batch: all but those of the next two, each as
+                        often as it is used, for a block that six layers share does not stay in a GPU's cache
+    row_bytes           weights that it reads for each sequence: one row of the input embedding, 0 if that is tied
+                        to the head and so is read anyway
+    expert_bytes        weights of all experts
+    experts             in one layer; a token is sent to experts_per_token of them
+    """
+
+    dtype: str
+    parameters: int
+    weight_bytes: int
+    state_bytes: int
+    conv_bytes: int
+    kv_bytes_per_token: int
+    context: int
+    fixed_read_bytes: int
+    row_bytes: int
+    expert_bytes: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values of one sequence, `context` tokens long."""
+        return self.kv_bytes_per_token * self.context
+
+    @property
+    def sequence_bytes(self) -> int:
+        """Bytes that one sequence takes beside the weights."""
+        return self.state_bytes + self.conv_bytes + self.kv_bytes
+
+    def sequences(self, memory: float) -> int:
+        """How many sequences fit in `memory` bytes beside the weights; activations are not counted."""
+        return max(0, int((memory - self.weight_bytes) // self.sequence_bytes))
+
+    def step_bytes(self, batch: int) -> int:
+        """Bytes that one decode step of `batch` sequences has to read and write, at the least.
+
+        Weights are read; recurrent and convolution states are read and written; keys and values are read for
+        `context` tokens and written for one. Of the experts, as many as the batch's tokens can be sent to are read:
+        fewer, where tokens agree. Activations and logits are not counted.
+        """
+        weights = self.fixed_read_bytes + batch * self.row_bytes
+        if self.experts:
+            weights += self.expert_bytes // self.experts * min(self.experts, batch * self.experts_per_token)
+        states = 2 * (self.state_bytes + self.conv_bytes) + self.kv_bytes_per_token * (self.context + 1)
+        return weights + batch * states
+
+    def ceiling(self, batch: int, bandwidth: float) -> float:
+        """Tokens per second, of all sequences together, if moving bytes is all that takes time. bandwidth: bytes/s."""
+        return batch * bandwidth / self.step_bytes(batch)
+
+    def to_json(
+        self, batches: Sequence[int] = BATCHES, memory: float | None = None, bandwidth: float | None = None
+    ) -> dict[str, Any]:
+        """All numbers, for programs."""
+        steps = {batch: self.step_bytes(batch) for batch in batches}
+        return {
+            **asdict(self),
+            "kv_bytes": self.kv_bytes,
+            "sequence_bytes": self.sequence_bytes,
+            "sequences": None if memory is None else self.sequences(memory),
+            "decode": [
+                {
+                    "batch": batch,
+                    "step_bytes": step,
+                    "bytes_per_token": step / batch,
+                    "tokens_per_second": None if bandwidth is None else self.ceiling(batch, bandwidth),
+                }
+                for batch, step in steps.items()
+            ],
+        }
+
+
+def footprint(model: Any, graph: SSMGraph, context: int = CONTEXT) -> Footprint:
+    """The footprint of a model with sequences of `context` tokens; it may be on the meta device.
+
+    Of a model that is not known as a whole, attention and experts are not described and so not counted as such.
+    """
+    size = sizes(model, graph)
+    experts = _experts(model, graph)
+    held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    table = embedding(model).weight
+    tied = held[id(table)] > 1
+    fixed = 0
+    for name, p in model.named_parameters():
+        if id(p) in experts or (p is table and not tied):
+            continue
+        once = p is table or "_adapter_list." in name  # Zamba2's adapters belong to one of the layers that share
+        fixed += _bytes(p) * (1 if once else held[id(p)])
+    return Footprint(
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        parameters=size.parameters,
+        weight_bytes=size.weight_bytes,
+        state_bytes=size.state_bytes,
+        conv_bytes=size.conv_bytes,
+        kv_bytes_per_token=_kv_bytes(model, graph),
+        context=context,
+        fixed_read_bytes=fixed,
+        row_bytes=0 if tied else table.shape[1] * table.element_size(),
+        expert_bytes=sum(_bytes(p) for p in experts.values()),
+        experts=next((p.shape[0] for p in experts.values()), 0),
+        experts_per_token=model.config.num_experts_per_tok if experts else 0,
+    )
+
+
+def _kv_bytes(model: nn.Module, graph: SSMGraph) -> int:
+    """Bytes of keys and values of one token, in every layer that attends."""
+    total = 0
+    for site in graph.sites:
+        if site.kind == "attention":
+            itemsize = model.get_parameter(f"{site.path}.k_proj.weight").element_size()
+            total += 2 * site.layout.count(("attn_head", "attn_dim")) * itemsize * (1 + len(site.aliases))
+    return total
+
+
+def _experts(model: nn.Module, graph: SSMGraph) -> dict[int, nn.Parameter]:
+    """The weights of experts, (experts, out, in) each, by id."""
+    sites = [model.get_submodule(site.path) for site in graph.sites if site.kind == "experts"]
+    return {id(p): p for site in sites for p in site.parameters() if p.ndim == 3}
+
+
+def _bytes(p: nn.Parameter) -> int:
+    return prod(p.shape) * p.element_size()

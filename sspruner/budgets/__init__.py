@@ -1,0 +1,1 @@
+"""Budgets: how much to remove, and where, becomes a plan."""

@@ -1,0 +1,221 @@
+"""Decide: from scores and a budget to what stays of every dependency group, and to the plan that says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from sspruner.axes import ELEMENT_AXES
+from sspruner.budgets.allocate import allocate
+from sspruner.budgets.budget import Budget, ignored, pattern_sparsity, protected, ratio_of
+from sspruner.budgets.comparable import comparable
+from sspruner.budgets.elements import check_pattern, choose, choose_globally, competing
+from sspruner.budgets.split import Curve
+from sspruner.errors import InputError, PlanError
+from sspruner.formats.targets import fit_to
+from sspruner.graph.group import DependencyGroup
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.reduction import Basis, Reduction, reduction
+from sspruner.scoring.scorer import Choose
+from sspruner.scoring.scores import Scores
+
+
+def plan(
+    graph: SSMGraph,
+    scores: Scores,
+    *,
+    sparsity: float | Mapping[str, float] | None = None,
+    keep: int | None = None,
+    allocation: str = "uniform",
+    multiple_of: int = 1,
+    ratios: Mapping[str, float] | None = None,
+    ignore: Sequence[str] = (),
+    pattern: str | None = None,
+    granularity: str | None = None,
+    rows: Sequence[str] = (),
+    normalise: str | None = None,
+    floor: Mapping[str, int] | None = None,
+    cap: Mapping[str, int] | None = None,
+    curves: Mapping[str, Curve] | None = None,
+    target: str | None = None,
+    tp: int = 1,
+) -> Plan:
+    """Keep the highest-scored units of every dependency group in `scores`, on one axis or on several.
+
+    The arguments are those of `Budget`: what to remove (`sparsity`, a fraction or one per axis, or `keep`), and where
+    (`ratios`, `ignore`, `floor`, `cap`); `allocation="global"` lets layers compete, "adaptive" takes the best split by
+    `curves`, which sspruner.sensitivity measures (docs/allocation.md). With a `target` the sizes are rounded to those
+    that this runtime takes, over `tp` GPUs (docs/targets.md). Scorers that change weights, too, do so in
+    `prune` only. Raises InputError for an impossible budget, PlanError if the scores do not fit the graph,
+    ModelError for a model that the target does not serve.
+    """
+    sparsity = pattern_sparsity(pattern) if sparsity is None and keep is None and pattern else sparsity
+    budget = Budget(
+        sparsity, keep, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows, normalise,
+        floor or {}, cap or {}, fit_to(graph, target, tp),
+    )  # fmt: skip
+    made = plan_within(graph, scores, budget, curves)
+    if budget.fit is None:
+        return made
+    lines = rounded({name: graph.groups[name] for name in scores.importance if name in graph.groups}, budget)
+    return replace(made, made_by=made.made_by | {"target": {**budget.fit.to_json(), "rounded": lines}})
+
+
+def rounded(groups: Mapping[str, DependencyGroup], budget: Budget) -> list[str]:
+    """What the rounding to a target's sizes changes in a uniform budget, in words."""
+    if budget.fit is None:
+        return []
+    return budget.fit.changes(allocate(groups, replace(budget, fit=None)), allocate(groups, budget))
+
+
+def plan_within(graph: SSMGraph, scores: Scores, budget: Budget, curves: Mapping[str, Curve] | None = None) -> Plan:
+    """The same, for a Budget."""
+    known = {**graph.groups, **graph.elements}
+    for name, importance in scores.importance.items():
+        group = known.get(name)
+        if group is None or tuple(importance.shape) != (group.groups, group.units):
+            raise PlanError(f"{name}: scores of shape {tuple(importance.shape)} do not fit this model; score it again")
+    groups = {name: group for name, group in known.items() if name in scores.importance}
+    by_axis = json.loads(scores.metadata.get("granularity", "{}"))
+    choose = choosers(groups, budget, by_axis, compared(scores, budget), curves)
+    return make_plan(groups, {n: choose[n](scores.importance[n]) for n in groups}, {}, scores, budget)
+
+
+def make_plan(
+    groups: Mapping[str, DependencyGroup],
+    keep: Mapping[str, torch.Tensor],
+    updates: Mapping[str, torch.Tensor],
+    scores: Scores,
+    budget: Budget,
+) -> Plan:
+    """The plan that keeps what `keep` says, name -> bool (groups, units), and gives tensors new values.
+
+    Raises InputError if nothing is removed.
+    """
+    cut = {name: stays for name, stays in keep.items() if not stays.all()}
+    if not cut:
+        raise InputError("the budget removes nothing: every dependency group keeps all its units")
+    return Plan(
+        {n: reduction(stays, scores.bases.get(n)) for n, stays in cut.items() if not groups[n].tensor},
+        {"fingerprint": scores.metadata.get("model", "")},
+        {**scores.metadata, **budget.to_json()},
+        elements={name: stays for name, stays in cut.items() if groups[name].tensor},
+        updates=dict(updates),
+    )
+
+
+def choosers(
+    groups: Mapping[str, DependencyGroup],
+    budget: Budget,
+    granularity: Mapping[str, str],
+    importance: Mapping[str, torch.Tensor] | None = None,
+    curves: Mapping[str, Curve] | None = None,
+) -> dict[str, Choose]:
+    """For every dependency group, which of its units stay: scores (groups, units) -> bool, the same shape.
+
+    granularity: the scorers' own, by axis. importance: all scores, where layers compete (`compared`). curves: what
+    cutting each layer alone costs, for the allocation "adaptive". Raises InputError for a
+    pattern that matches nothing, and for a budget that a group cannot meet: it names the nearest that it can.
+    """
+    counts = allocate(groups, budget, importance, curves)
+    found: dict[str, Choose] = {
+        name: partial(_best_units, count=counts[name], protected=protected(group, budget.ignore))
+        for name, group in groups.items()
+        if not group.tensor
+    }
+    elements = {name: group for name, group in groups.items() if group.tensor}
+    return found | _element_choosers(elements, budget, granularity, importance)
+
+
+def compared(scores: Scores, budget: Budget) -> dict[str, torch.Tensor]:
+    """All scores as the allocation compares them between layers: by the budget's normalisation, or the scorer's own."""
+    own = json.loads(scores.metadata.get("comparable", "{}"))  # axis -> whether they are as they come
+    axes = {axis_of(name) for name in scores.importance} - ELEMENT_AXES
+    return comparable(
+        scores.importance, {axis: budget.normalise or ("none" if own.get(axis, True) else "energy") for axis in axes}
+    )
+
+
+def _element_choosers(
+    groups: Mapping[str, DependencyGroup],
+    budget: Budget,
+    granularity: Mapping[str, str],
+    importance: Mapping[str, torch.Tensor] | None,
+) -> dict[str, Choose]:
+    if not groups:
+        if budget.pattern or budget.granularity or budget.rows:
+            raise InputError("pattern, granularity and rows are for single elements: axis weight")
+        return {}
+    known = sorted({run for group in groups.values() for run in group.runs or {}})
+    for run in budget.rows:
+        if run not in known:
+            raise InputError(f"rows {run!r}: no tensor has such rows; these are known: {', '.join(known)}")
+    found: dict[str, Choose] = {}
+    together: dict[tuple[str, float], list[str]] = {}
+    rows = {name: competing(group, tuple(budget.rows)) for name, group in groups.items()}
+    for name, group in groups.items():
+        sparsity = 0.0 if ignored(name, budget.ignore) else ratio_of(name, budget)
+        where = budget.granularity_of(group.axis, granularity)
+        if sparsity and budget.pattern and not math.isclose(sparsity, pattern_sparsity(budget.pattern)):
+            removes = pattern_sparsity(budget.pattern)
+            raise InputError(f"{name}: pattern {budget.pattern} removes {removes:g}, not {sparsity:g}; leave one out")
+        if not sparsity or not rows[name].any():
+            found[name] = _whole
+        elif where == "global":
+            together.setdefault((group.axis, sparsity), []).append(name)
+        else:
+            if budget.pattern:
+                check_pattern(group, budget.pattern)
+            found[name] = partial(choose, rows=rows[name], sparsity=sparsity, pattern=budget.pattern, granularity=where)
+    for (_, sparsity), names in together.items():
+        if importance is None:
+            raise InputError("elements of all tensors compete: their scores have to be known before any is cut")
+        kept = choose_globally({n: importance[n] for n in names}, {n: rows[n] for n in names}, sparsity)
+        found |= {n: partial(_decided, kept=kept[n]) for n in names}
+    return found
+
+
+def _whole(scores: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(scores, dtype=torch.bool)
+
+
+def _decided(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """What was decided when all scores were compared."""
+    if scores.shape != kept.shape:
+        raise InputError("decides by blocks of columns, which cannot compete globally; use granularity row or tensor")
+    return kept
+
+
+def _best_units(scores: torch.Tensor, count: int, protected: Sequence[int]) -> torch.Tensor:
+    """Keep the `count` best units of every set; of equal units the first. scores: (groups, units)."""
+    scores = scores.clone()
+    scores[:, list(protected)] = torch.inf
+    best = scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+
+
+def select(
+    importance: torch.Tensor, count: int, protected: Sequence[int] = (), basis: Basis | None = None
+) -> Reduction:
+    """Keep the `count` best units of every set. importance: (groups, units). basis: what they are, if directions."""
+    return reduction(_best_units(importance, count, protected), basis)
+
+
+def check_budget(groups: Mapping[str, DependencyGroup], budget: Budget) -> None:
+    """Raise InputError, before any work, if the budget cannot be met whatever the scores, or removes nothing."""
+    elements = {name: group for name, group in groups.items() if group.tensor}
+    within = budget if budget.pattern or not elements else replace(budget, granularity="tensor")
+    _element_choosers(elements, within, {}, None)
+    units = {name: group for name, group in groups.items() if not group.tensor}
+    counts = allocate(
+        groups, budget, {n: torch.zeros(g.groups, g.units) for n, g in units.items()}, {name: {} for name in units}
+    )
+    zeros = any(not ignored(n, budget.ignore) and ratio_of(n, budget) > 0 for n in elements)
+    if not zeros and all(count == groups[name].units for name, count in counts.items()):
+        raise InputError("the budget removes nothing: every dependency group keeps all its units")

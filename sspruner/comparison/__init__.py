@@ -1,0 +1,1 @@
+"""Compare scorers and sparsities on the same text."""

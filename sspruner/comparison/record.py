@@ -1,0 +1,190 @@
+"""What a comparison found: cuts by scorer and size, as JSON, as Markdown, and as CSV with one line for each number."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sspruner.evaluation.paired import Interval
+from sspruner.files.output import atomic_file
+from sspruner.files.provenance import versions
+from sspruner.units import as_bytes
+
+SAME_STATE = 0.05  # a smaller dense model stands beside cuts whose state bytes differ from its own by less than this
+
+# What a table shows: its title, a measure, what stands behind that in brackets, the digits of both.
+TABLES = (
+    ("perplexity (KL to dense, nats/token)", "perplexity", "kl_to_dense", 3, 4),
+    ("LAMBADA, nats per last word (accuracy)", "lambada_nll", "lambada_accuracy", 3, 3),
+    ("associative recall, nats per answer (accuracy)", "recall_nll", "recall_accuracy", 3, 3),
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model as a cut leaves it, or as it is, and what was measured of it.
+
+    measures: name -> value and ends of the 95 % interval: `perplexity`; against the dense model, on the same tokens,
+    `perplexity_ratio`, `kl_to_dense` and `top1_agreement`; `lambada_accuracy`, `lambada_nll`, `recall_accuracy` and
+    `recall_nll`, each with its `_change` from the dense model on the same items.
+    state_bytes: of recurrent state per sequence. kept: units by dependency group.
+    """
+
+    measures: dict[str, Interval]
+    state_bytes: int
+    parameters: int
+    kept: dict[str, int] = field(default_factory=dict)
+    model: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Flat: `perplexity` is a number, with `perplexity_interval` beside it, any other measure value, low, high."""
+        data: dict[str, Any] = {name: interval.to_json() for name, interval in self.measures.items()}
+        if "perplexity" in data:
+            data |= {"perplexity": data["perplexity"][0], "perplexity_interval": data["perplexity"]}
+        data |= {"state_bytes": self.state_bytes, "parameters": self.parameters, "kept": self.kept}
+        return data | ({"model": self.model} if self.model else {})
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Cut:
+        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
+        named = {("perplexity" if name == "perplexity_interval" else name): value for name, value in data.items()}
+        measures = {name: Interval.from_json(value) for name, value in named.items() if isinstance(value, list)}
+        return cls(
+            measures, int(data["state_bytes"]), int(data["parameters"]), dict(data["kept"]), data.get("model", "")
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What each scorer's cuts cost. cells: scorer -> sparsity -> the cut, or why it cannot be made.
+
+    All scores are one-shot: of the dense model. from_cache: scorers whose scores were made in an earlier run.
+    baseline: a smaller dense model, measured on the same tokens.
+    """
+
+    axis: str
+    sparsities: tuple[float, ...]
+    dense: Cut
+    cells: dict[str, dict[float, Cut | str]]
+    from_cache: tuple[str, ...]
+    calibration: dict[str, Any]
+    seed: int
+    baseline: Cut | None = None
+    model: str = ""
+    command: str = ""
+
+    def named(self, model: str, command: str, baseline: str | None = None) -> Comparison:
+        """The same comparison; it says how the models were called and the command that ran."""
+        small = replace(self.baseline, model=baseline or "") if self.baseline else None
+        return replace(self, model=model, command=command, baseline=small)
+
+    def to_json(self) -> str:
+        """The content of compare.json; a cell is a cut, or has `error`."""
+        data = {
+            "version": 1,
+            "model": self.model,
+            "axis": self.axis,
+            "sparsities": self.sparsities,
+            "dense": self.dense.to_json(),
+            "cells": {label: row_to_json(row) for label, row in self.cells.items()},
+            "baseline": self.baseline.to_json() if self.baseline else None,
+            "from_cache": self.from_cache,
+            "calibration": self.calibration,
+            "seed": self.seed,
+            "versions": versions(),
+            "command": self.command,
+        }
+        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """The tables that `sspruner compare` prints, as Markdown."""
+        parts = []
+        for title, head, rows in self.tables():
+            lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+            cells = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+            parts.append(f"**axis {self.axis}: {title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells))
+        return "\n\n".join([*parts, "\n".join(f"- {line}" for line in self.notes())]) + "\n"
+
+    def to_csv(self) -> str:
+        """One line for each measure of each cut, with its 95 % interval; the dense model's have no scorer."""
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(["scorer", "sparsity", "state_bytes", "parameters", "measure", "value", "low", "high"])
+        rows: list[tuple[str, float | str, Cut | str]] = [("", 0.0, self.dense)]
+        rows += [(self.baseline.model, "", self.baseline)] if self.baseline else []
+        rows += [(label, sparsity, cut) for label, row in self.cells.items() for sparsity, cut in row.items()]
+        for label, sparsity, cut in rows:
+            if isinstance(cut, Cut):
+                for name, interval in cut.measures.items():
+                    lines.writerow([label, sparsity, cut.state_bytes, cut.parameters, name, *interval])
+        return text.getvalue()
+
+    def save(self, folder: str | Path) -> None:
+        """Write compare.json, compare.md and compare.csv, each atomically."""
+        for suffix, text in (("json", self.to_json()), ("md", self.to_markdown()), ("csv", self.to_csv())):
+            with atomic_file(Path(folder) / f"compare.{suffix}") as temporary:
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+        """(title, header, rows) for every measure that was taken: a row for each scorer, a column for each cut."""
+        head = ["scorer", *(f"{100 * sparsity:g} %" for sparsity in self.sparsities)]
+        for title, measure, beside, *digits in TABLES:
+            if measure not in self.dense.measures:
+                continue
+            rows = [
+                [label, *(_shown(row[s], measure, beside, digits) for s in self.sparsities)]
+                for label, row in self.cells.items()
+            ]
+            if self.baseline:
+                own = _shown(self.baseline, measure, beside, digits)
+                beside_cuts = (own if self._has_state_of_baseline(s) else "" for s in self.sparsities)
+                rows.append([f"smaller dense: {self.baseline.model}", *beside_cuts])
+            yield f"{title}; dense {_shown(self.dense, measure, beside, digits)}", head, rows
+
+    def _has_state_of_baseline(self, sparsity: float) -> bool:
+        wanted = self.baseline.state_bytes if self.baseline else 0
+        cuts = [row[sparsity] for row in self.cells.values()]
+        return any(isinstance(cut, Cut) and abs(cut.state_bytes - wanted) < SAME_STATE * wanted for cut in cuts)
+
+    def notes(self) -> list[str]:
+        """What could not be cut and why, and how it was measured."""
+        cells = [(label, cut) for label, row in self.cells.items() for cut in row.values()]
+        reasons = [f"– {label}: {cut}" for label, cut in cells if isinstance(cut, str)]
+        data = self.calibration
+        where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
+        lines = [
+            f"one-shot scores; calibration: {data['source']}, {data['tokens']:,} tokens; measured on "
+            f"{data['held_out_tokens']:,} others ({where}); seed {self.seed}"
+        ]
+        if (small := self.baseline) and "perplexity" in small.measures:
+            ratio = small.measures["perplexity_ratio"]
+            lines.append(
+                f"smaller dense model {small.model}: {as_bytes(small.state_bytes)} of state per sequence, "
+                f"{small.parameters:,} parameters; perplexity {small.measures['perplexity'].value:.3f}, "
+                f"{ratio.value:.3f} times the dense model's ({ratio.low:.3f} to {ratio.high:.3f})"
+            )
+        if self.from_cache:
+            lines.append(f"from the cache: {', '.join(self.from_cache)}; --no-cache scores again")
+        return [*dict.fromkeys(reasons), *lines]
+
+
+def row_to_json(row: dict[float, Cut | str]) -> dict[str, Any]:
+    """One scorer's cuts, by sparsity."""
+    return {f"{s:g}": {"error": cut} if isinstance(cut, str) else cut.to_json() for s, cut in row.items()}
+
+
+def row_from_json(data: dict[str, Any]) -> dict[float, Cut | str]:
+    """Inverse of `row_to_json`."""
+    return {float(s): cut["error"] if "error" in cut else Cut.from_json(cut) for s, cut in data.items()}
+
+
+def _shown(cut: Cut | str, measure: str, beside: str, digits: Sequence[int]) -> str:
+    if isinstance(cut, str):
+        return "–"
+    value, second = cut.measures[measure].value, cut.measures[beside].value
+    return f"{value:.{digits[0]}f} ({second:.{digits[1]}f})"

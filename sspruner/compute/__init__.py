@@ -1,0 +1,1 @@
+"""Where and how a model runs: devices, forwards, precision, several processes."""

@@ -1,0 +1,3 @@
+"""The packages whose fused kernels transformers binds where they are importable, whatever the device."""
+
+KERNELS = ("mamba_ssm", "causal_conv1d")

@@ -1,0 +1,1 @@
+"""Measure what a model can do, and what a cut costs."""

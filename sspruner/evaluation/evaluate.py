@@ -1,0 +1,343 @@
+"""Evaluate: what a model can do, with intervals, alone or beside another on the same tokens and items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sspruner.calibrate.sample import sample_from
+from sspruner.calibrate.sources import Progress, micro_batch_size, read_text
+from sspruner.compute.device import check_whole, on_device, resolve_device
+from sspruner.compute.forward import embedding
+from sspruner.compute.quick import quick_on_cpu
+from sspruner.errors import InputError
+from sspruner.evaluation import paired
+from sspruner.evaluation.harness import TaskMetric, check_harness, run_tasks
+from sspruner.evaluation.last_word import Passage, last_words, passages, read_passages
+from sspruner.evaluation.paired import Interval
+from sspruner.evaluation.passkey import passkeys
+from sspruner.evaluation.recall import recall, tasks_for
+from sspruner.evaluation.result import Evaluation, Row
+from sspruner.evaluation.windows import losses, measure, windows
+
+METRICS = ("perplexity", "position", "length", "recall", "passkey")
+SHORTEST = 128  # tokens: the first length, and the end of the first bucket of positions
+RECALL_SEQUENCES = 64
+PASSKEY_SHORTEST = 256
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    against: nn.Module | None = None,
+    text: str | Path | torch.Tensor = "self",
+    tokens: int = 8192,
+    max_length: int = 512,
+    stride: int | None = None,
+    metrics: Sequence[str] | None = None,
+    lambada: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model, and beside it `against`, a model of the same vocabulary. Both are left as they were.
+
+    text: "self" (sampled from `against`, or from the model without one), a UTF-8 text file, a `datasets` name, or
+    tokens, int64 (texts, T); of all of them the first `tokens` tokens. max_length: tokens of the longest window;
+    stride: default: half of it. metrics: some of METRICS; default: all that can be measured here. lambada: a .jsonl or
+    a `datasets` name. tasks: of lm-eval, with include_path for tasks of one's own. limit: passages of LAMBADA, drawn
+    with the seed, and items of each task. Raises InputError for arguments that make no sense and texts that are too
+    short.
+    """
+    chosen = METRICS if metrics is None else tuple(metrics)
+    stride = max(1, max_length // 2) if stride is None else stride
+    _check(model, against, chosen, tokens, max_length, stride, limit, tokenizer, lambada, tasks)
+    rows: list[Row] = []
+    notes: list[str] = []
+    by_position: dict[str, Row] = {}
+    by_length: dict[str, Row] = {}
+    asked = [] if lambada is None else passages(tokenizer, read_passages(str(lambada)), limit, seed)
+    hidden = _passkeys(tokenizer, chosen, max_length, seed, metrics is not None, notes)
+    compute = resolve_device(device)
+    with ExitStack() as stack:
+        for each in (model, against):
+            if each is not None:
+                stack.enter_context(on_device(each, compute))
+                stack.enter_context(quick_on_cpu(each, compute))
+        both: Both = (model, against)
+        if {"perplexity", "position", "length"} & set(chosen):
+            texts = _texts(text, both, tokenizer, tokens, max_length, seed, progress)
+            if "perplexity" in chosen:
+                rows += _perplexity(both, texts, max_length, stride, seed, progress)
+            if {"position", "length"} & set(chosen):
+                positions, lengths = _by_length(both, texts, max_length, "length" in chosen, seed, progress)
+                by_position = positions if "position" in chosen else {}
+                by_length = lengths if "length" in chosen else {}
+        if asked:
+            rows += _passages(both, "lambada", asked, seed, progress)
+        pairs = 0
+        if "recall" in chosen:
+            queries = tasks_for(model, RECALL_SEQUENCES, seed)
+            pairs = queries.shape[1] // 4
+            rows += _recall(both, queries, seed, progress)
+        if hidden:
+            rows += _passages(both, "passkey", hidden, seed, progress)
+        if tasks:
+            rows += _tasks(both, tokenizer, tasks, limit, include_path, seed, progress)
+    return Evaluation(
+        model="",
+        against=None if against is None else "",
+        protocol={
+            "text": "tokens" if isinstance(text, torch.Tensor) else str(text),
+            "text_from": ("dense" if against is not None else "model") if str(text) == "self" else None,
+            "tokens": tokens,
+            "window": max_length,
+            "stride": stride,
+            "first_token_of_a_text": "context only",
+            "special_tokens_added": False,
+            "lambada": None if lambada is None else str(lambada),
+            "limit": limit,
+            "tasks": list(tasks),
+            "recall": {"sequences": RECALL_SEQUENCES, "pairs": pairs} if pairs else None,
+            "passkey": {"passages": len(hidden)} if hidden else None,
+            "interval": f"95 %, bootstrap of {paired.RESAMPLES} over windows or items; shares of items: Wilson",
+            "seed": seed,
+            "device": str(compute),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        },
+        rows=tuple(rows),
+        by_position=by_position,
+        by_length=by_length,
+        notes=tuple(notes),
+    )
+
+
+Both = tuple[nn.Module, nn.Module | None]
+Made = Callable[[Any], Interval]
+
+
+def _row(
+    metric: str, own: Any, theirs: Any, make: Made, change: Callable[[Any], Interval], *,
+    items: int, kind: str = "difference",
+) -> Row:  # fmt: skip
+    """A row from a model's items and the other model's (None without)."""
+    if theirs is None:
+        return Row(metric, make(own), None, None, kind, items)
+    return Row(metric, make(own), make(theirs), change(theirs), kind, items)
+
+
+def _perplexities(
+    metric: str, own: torch.Tensor, theirs: torch.Tensor | None, count: torch.Tensor, seed: int, items: int
+) -> Row:
+    """A row of perplexities from nll and counts of each window."""
+    return _row(metric, own, theirs, lambda nll: paired.perplexity(nll, count, seed),
+                lambda other: paired.perplexity_ratio(own, other, count, seed), items=items, kind="ratio")  # fmt: skip
+
+
+def _means(metric: str, own: torch.Tensor, theirs: torch.Tensor | None, seed: int, make: Made | None = None) -> Row:
+    """A row of means over items; make: another interval than the bootstrap's."""
+    return _row(metric, own, theirs, make or partial(paired.mean, seed=seed),
+                lambda other: paired.difference(own, other, seed), items=len(own))  # fmt: skip
+
+
+def _perplexity(
+    both: Both, texts: list[torch.Tensor], window: int, stride: int, seed: int, progress: Progress | None
+) -> list[Row]:
+    model, against = both
+    own, theirs = measure(model, windows(texts, window, stride), _batch(window), against, progress)
+    n = len(own.nll)
+    rows = [_perplexities("perplexity", own.nll, None if theirs is None else theirs.nll, own.tokens, seed, n)]
+    for metric, part in (("kl_to_dense", own.kl), ("top1_agreement", own.agreement)):
+        if part is not None:
+            rows.append(Row(metric, paired.rate(part, own.tokens, seed), None, None, "difference", n))
+    return rows
+
+
+def _by_length(
+    both: Both, texts: list[torch.Tensor], longest: int, shorter: bool, seed: int, progress: Progress | None
+) -> tuple[dict[str, Row], dict[str, Row]]:
+    """Perplexity by position in windows of the greatest length, and by length; windows lie end to end."""
+    model, against = both
+    edges = _lengths(SHORTEST, min(longest, max(len(text) for text in texts) - 1))
+    positions: dict[str, Row] = {}
+    lengths: dict[str, Row] = {}
+    for length in edges if shorter else edges[-1:]:
+        data = windows(texts, length)
+        phase = f"windows of {length}"
+        own = losses(model, data, _batch(length), progress, phase)
+        theirs = None if against is None else losses(against, data, _batch(length), progress, phase)
+        lengths[str(length)] = _bucket(own, theirs, data.counted, seed)
+    for first, last in zip([0, *edges], edges, strict=False):
+        here = slice(first, last)
+        positions[f"{first}-{last - 1}"] = _bucket(
+            own[:, here], None if theirs is None else theirs[:, here], data.counted[:, here], seed
+        )
+    return positions, lengths
+
+
+def _bucket(own: torch.Tensor, theirs: torch.Tensor | None, counted: torch.Tensor, seed: int) -> Row:
+    """A row from the nll of tokens, (windows, T). Windows that end before a bucket have no token in it."""
+    count = counted.sum(1)
+    return _perplexities(
+        "perplexity", own.sum(1), None if theirs is None else theirs.sum(1), count, seed, int((count > 0).sum())
+    )
+
+
+def _passages(both: Both, name: str, asked: list[Passage], seed: int, progress: Progress | None) -> list[Row]:
+    """Accuracy, nll and, of LAMBADA, perplexity of the last words of passages."""
+    model, against = both
+    size = _batch(max(len(passage.context) + len(passage.word) for passage in asked))
+    if progress:
+        progress(name, 0, 2)
+    nll, hits = last_words(model, asked, size)
+    if progress:
+        progress(name, 1, 2)
+    their_nll, their_hits = (None, None) if against is None else last_words(against, asked, size)
+    rows = [
+        _means(f"{name}_accuracy", hits, their_hits, seed, paired.share),
+        _means(f"{name}_nll", nll, their_nll, seed),
+    ]
+    if name == "lambada":
+        rows.append(_perplexities("lambada_perplexity", nll, their_nll, torch.ones(len(nll)), seed, len(nll)))
+    return rows
+
+
+def _recall(both: Both, tokens: torch.Tensor, seed: int, progress: Progress | None) -> list[Row]:
+    if progress:
+        progress("recall", 0, 1)
+    own, theirs = (None if each is None else recall(each, tokens, _batch(tokens.shape[1])) for each in both)
+    assert own is not None
+    accuracy, nll = (None, None) if theirs is None else theirs
+    return [_means("recall_accuracy", own[0], accuracy, seed), _means("recall_nll", own[1], nll, seed)]
+
+
+def _passkeys(
+    tokenizer: Any, chosen: Sequence[str], max_length: int, seed: int, named: bool, notes: list[str]
+) -> list[Passage]:
+    """The passages to ask about; where there can be none: an error if they were asked for by name, else a note."""
+    if "passkey" not in chosen:
+        return []
+    try:
+        if tokenizer is None:
+            raise InputError("passkey: needs a tokenizer, and this model has none")
+        return passkeys(tokenizer, _lengths(min(PASSKEY_SHORTEST, max_length), max_length), seed=seed)
+    except InputError as error:
+        if named:
+            raise
+        notes.append(f"left out: {error}")
+        return []
+
+
+def _tasks(
+    both: Both, tokenizer: Any, tasks: Sequence[str], limit: int | None, include_path: str | Path | None, seed: int,
+    progress: Progress | None,
+) -> list[Row]:  # fmt: skip
+    found: list[list[TaskMetric] | None] = []
+    for each in both:
+        if progress:
+            progress("lm-eval", len(found), 2)
+        how: dict[str, Any] = {"limit": limit, "include_path": include_path}
+        found.append(None if each is None else run_tasks(each, tokenizer, tasks, **how))
+    own, theirs = found
+    assert own is not None
+    return [_task_row(m, None if theirs is None else theirs[i], seed) for i, m in enumerate(own)]
+
+
+def _task_row(own: TaskMetric, theirs: TaskMetric | None, seed: int) -> Row:
+    if own.part is None or own.count is None or (theirs is not None and theirs.part is None):
+        return Row(own.name, _normal(own), None if theirs is None else _normal(theirs), None, "difference", own.items)
+    other = None if theirs is None else theirs.part
+    if own.is_perplexity:
+        return _perplexities(own.name, own.part, other, own.count, seed, own.items)
+    part, count = own.part, own.count
+    return _row(own.name, part, other, lambda each: paired.rate(each, count, seed),
+                lambda their: paired.rate(part - their, count, seed), items=own.items)  # fmt: skip
+
+
+def _normal(metric: TaskMetric) -> Interval:
+    """From lm-eval's own standard error; without one the interval is unknown."""
+    half = paired.WILSON_Z * metric.stderr
+    return Interval(metric.value, metric.value - half, metric.value + half)
+
+
+def _texts(
+    source: str | Path | torch.Tensor, both: Both, tokenizer: Any, tokens: int, length: int, seed: int,
+    progress: Progress | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Texts as tokens, int64 (T,) each, `tokens` of them in all."""
+    model, against = both
+    if isinstance(source, torch.Tensor):
+        if source.ndim != 2 or source.shape[1] < 2 or not len(source):
+            raise InputError(f"text: tokens of shape {tuple(source.shape)}; expected (texts, tokens >= 2)")
+        texts = list(source.cpu().long())
+    elif str(source) == "self":
+        report = None if progress is None else lambda _, done, total: progress("sampling text", done, total)
+        count = max(1, tokens // length)
+        texts = list(sample_from(against or model, count, length + 1, seed=seed, progress=report))
+        tokens = count * (length + 1)  # with the first token of each, which is not measured
+    else:
+        if tokenizer is None:
+            raise InputError(f"text {source}: needs a tokenizer, and this model has none; give tokens or 'self'")
+        texts = [torch.tensor(tokenizer(read_text(str(source), "text"), add_special_tokens=False)["input_ids"])]
+    taken = []
+    for text in texts:
+        text = text[: max(0, tokens)]
+        tokens -= len(text)
+        if len(text) > 1:
+            taken.append(text)
+    if not taken:
+        raise InputError(f"text {source if isinstance(source, (str, Path)) else 'tokens'}: shorter than two tokens")
+    low, high = (int(getattr(torch.cat(taken), end)()) for end in ("min", "max"))
+    vocabulary = embedding(model).num_embeddings
+    if low < 0 or high >= vocabulary:
+        raise InputError(f"text: token id {high if low >= 0 else low} outside the vocabulary (0 to {vocabulary - 1}); "
+                         "is this the model's own tokenizer?")  # fmt: skip
+    return taken
+
+
+def _lengths(first: int, last: int) -> list[int]:
+    """first, twice that, and so on, and last."""
+    return [*(first * 2**i for i in range(64) if first * 2**i < last), last]
+
+
+def _batch(length: int) -> int:
+    return micro_batch_size(length, logits=True)
+
+
+def _check(
+    model: nn.Module, against: nn.Module | None, metrics: Sequence[str], tokens: int, max_length: int, stride: int,
+    limit: int | None, tokenizer: Any, lambada: Any, tasks: Sequence[str],
+) -> None:  # fmt: skip
+    """Raise InputError for arguments that make no sense: before any work."""
+    if wrong := [name for name in metrics if name not in METRICS]:
+        raise InputError(f"metric {wrong[0]!r}: must be one of {', '.join(METRICS)}")
+    if max_length < 1 or tokens < 2:
+        raise InputError(f"max-length {max_length}, tokens {tokens}: must be at least 1 and 2")
+    if not 1 <= stride <= max_length:
+        raise InputError(f"stride {stride}: must be at least 1 and at most the window, {max_length}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit}: must be at least 1")
+    if tokenizer is None and (lambada is not None or tasks):
+        raise InputError(f"{'lambada' if lambada is not None else 'tasks'}: needs a tokenizer, and this model has none")
+    if not (metrics or lambada is not None or tasks):
+        raise InputError(f"nothing to measure: name metrics ({', '.join(METRICS)}), lambada or tasks")
+    for each in (model, against):
+        if each is not None:
+            check_whole(each, "evaluate")
+    if tasks:
+        check_harness()
+    if against is not None:
+        sizes = [embedding(each).num_embeddings for each in (model, against)]
+        if sizes[0] != sizes[1]:
+            raise InputError(f"against: its vocabulary has {sizes[1]} tokens, the model's {sizes[0]}: not comparable")

@@ -1,0 +1,134 @@
+"""LAMBADA: how often a model says the last word of a passage, and how far off it is (Paperno et al., arXiv 1606.06031).
+
+    accuracy = share of passages of which every token of the last word is the argmax, each after the true ones before it
+    nll      = mean over passages of - sum_i log p(token i of the last word | all before it), in nats per word
+
+The last word is what follows the last white space, with that white space. The whole passage is encoded, and so is the
+passage without its last word; the word's tokens are all those of the whole after the longest beginning that both
+share. So the model reads what it would read in plain text, and no token that holds a part of the word counts as
+context. No special tokens are added, as everywhere in sspruner. Left out, as in lm-eval's lambada_openai: stop words,
+a second guess, any filter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sspruner.calibrate.sources import read_dataset, read_text
+from sspruner.compute.forward import forward
+from sspruner.errors import InputError
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Token ids of a passage without its last word (cut on the left if it was too long), and of that word."""
+
+    context: tuple[int, ...]
+    word: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """Accuracy, in [0, 1]; mean negative log-likelihood of the last word, in nats per word; number of passages."""
+
+    accuracy: float
+    nll: float
+    passages: int
+
+
+def last_word_accuracy(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    max_length: int = 1024,
+    batch_size: int = 16,
+) -> LastWord:
+    """LAMBADA's numbers for a model on passages.
+
+    samples: so many passages, drawn with the seed: the same ones for every model of one tokenizer; default: all.
+    max_length: tokens that a passage may have; longer contexts lose their beginning.
+    Raises InputError for a passage without a context, and for a word that leaves it no room.
+    """
+    nll, correct = last_words(model, passages(tokenizer, texts, samples, seed, max_length), batch_size)
+    return LastWord(float(correct.double().mean()), float(nll.mean()), len(nll))
+
+
+def passages(
+    tokenizer: Any, texts: Sequence[str], samples: int | None = None, seed: int = 0, max_length: int = 1024
+) -> list[Passage]:
+    """The passages that `last_word_accuracy` asks about, as tokens."""
+    if not texts:
+        raise InputError("no passages to read")
+    if samples is not None and samples < 1:
+        raise InputError(f"samples={samples}: must be at least 1")
+    order = list(range(len(texts)))
+    if samples is not None:
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()[:samples]
+    return [_split(tokenizer, texts[i], i, max_length) for i in order]
+
+
+def read_passages(name: str) -> list[str]:
+    """The texts of a local .jsonl, an object with `text` in each line, or of a `datasets` dataset, split test unless
+    named: NAME[:CONFIG[:SPLIT]]. Raises InputError for what is neither, with the line that is none."""
+    if not Path(name).expanduser().is_file() and Path(name).suffix != ".jsonl":
+        return read_dataset(name, "lambada", "test")
+    texts = []
+    for number, line in enumerate(read_text(name, "lambada").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            texts.append(None)
+        if not isinstance(texts[-1], str):
+            raise InputError(f'lambada file {name}: line {number} is not JSON with a "text"')
+    return texts
+
+
+def _split(tokenizer: Any, text: str, number: int, max_length: int) -> Passage:
+    text = text.rstrip()
+    before = (text.rsplit(maxsplit=1) or [text])[0]  # the same text, if it is a single word
+    whole, shorter = (list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (text, before))
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, shorter, strict=False)))
+    context, word = whole[:shared], whole[shared:]
+    if not context or not word:
+        raise InputError(f"passage {number} ({text[:40]!r}): needs a last word and something before it")
+    if len(word) >= max_length:
+        raise InputError(f"passage {number}: its last word has {len(word)} tokens; max_length must be above that")
+    return Passage(tuple(context[len(word) - max_length :]), tuple(word))
+
+
+@torch.no_grad()
+def last_words(model: nn.Module, asked: Sequence[Passage], batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of every last word, fp64, and whether all its tokens are likeliest, bool: (passages,).
+
+    Passages of like length share a batch, padded on the right. Of equal logits the first token counts as the likeliest.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: must be at least 1")
+    nll, correct = torch.zeros(len(asked), dtype=torch.float64), torch.zeros(len(asked), dtype=torch.bool)
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].context) + len(asked[i].word))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids = [torch.tensor(asked[i].context + asked[i].word) for i in rows]
+        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (b, T), int64
+        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]  # (b, T)
+        logits = forward(model, tokens, mask, use_cache=False).logits  # (b, T, V)
+        for i, row in zip(rows, logits, strict=True):
+            word = torch.tensor(asked[i].word, device=row.device)  # (w,)
+            last = len(asked[i].context) - 1
+            logp = row[last : last + len(word)].float().log_softmax(-1)  # (w, V): each predicts one token of the word
+            nll[i] = -logp.gather(-1, word[:, None]).double().sum()
+            correct[i] = bool((logp.argmax(-1) == word).all())
+    return nll, correct

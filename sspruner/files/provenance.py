@@ -1,0 +1,39 @@
+"""Provenance: versions, peak memory, and the hub name of a model."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    packages = {name: version(name) for name in ("sspruner", "torch", "transformers", "safetensors")}
+    return {"python": platform.python_version(), **packages}
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process, plus the peak that torch allocated on the GPU if there is one."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def hub_name(model: Any) -> str:
+    """The name that a model has on the hub that it was loaded from; "" if it came from elsewhere."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if not name or Path(name).exists():
+        return ""
+    try:
+        return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else ""
+    except HFValidationError:  # a path that is gone
+        return ""

@@ -1,0 +1,1 @@
+"""Checkpoint formats and the rules of the runtimes that read them."""

@@ -1,0 +1,235 @@
+"""Whether a model, or what a plan makes of it, fits a runtime target: its sizes, and that a stock config can say it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sspruner.compute.device import offloaded
+from sspruner.errors import InputError, ModelError, PlanError
+from sspruner.formats.native import native_fields
+from sspruner.formats.stock import REFUSALS, nearest_stock, stock_difference
+from sspruner.formats.targets import WAYS, Fit, Target, names, target
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
+from sspruner.surgery.record import fields, record
+from sspruner.surgery.slice import slice_model
+from sspruner.surgery.tensors import add_bias, new_biases
+
+if TYPE_CHECKING:
+    from sspruner.budgets.budget import Budget
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its graph, and where it differs from what its stock class makes of its config, "" if nowhere."""
+
+    model: Any
+    graph: SSMGraph
+    unlike: str
+
+    @classmethod
+    def of(cls, model: Any) -> Subject:
+        """model: sizes alone count, so that it may be on the meta device."""
+        graph = trace(model)
+        return cls(model, graph, stock_difference(model) if graph.family else "")
+
+
+def check_fits(model: Any, wanted: Target) -> None:
+    """Raise ModelError, with the reason and the nearest cut, unless the target takes the model as it is."""
+    if why := unfit(Subject.of(model), wanted):
+        raise ModelError(why)
+
+
+def unfit(subject: Subject, wanted: Target) -> str:
+    """Why a target does not take a model as it is, and the nearest cut; "" if it does."""
+    if why := wanted.serves(subject.graph):
+        return f"{wanted.name} cannot take this model: {why}"
+    if why := _unsayable(subject, wanted):
+        return why
+    if broken := wanted.refuses(subject.graph):
+        return f"{wanted} cannot take these sizes: {'; '.join(broken)}. {_next_cut(subject.graph, wanted)}"
+    return ""
+
+
+def _unsayable(subject: Subject, wanted: Target) -> str:
+    """Why the config that a target reads cannot say a model, whatever its sizes; "" if it can."""
+    if subject.unlike:
+        pad = padded_fits(subject.graph, wanted) if wanted.writer == "hf" else ""
+        return f"{wanted} cannot take this cut: {subject.unlike}. {nearest_stock(subject.model)}{pad or WAYS}"
+    if wanted.writer == "mamba-ssm":
+        try:
+            native_fields(subject.model)
+        except ModelError as error:
+            return str(error)
+    return ""
+
+
+def check_cut(model: Any, plan: Plan, graph: SSMGraph, wanted: Target) -> None:
+    """Raise ModelError unless the target takes what `plan` makes of `model`, whose graph it is. Nothing is changed."""
+    check_fits(after(model, plan, graph), wanted)
+
+
+@torch.no_grad()
+def after(model: Any, plan: Plan, graph: SSMGraph) -> Any:
+    """A copy of `model` on the meta device, cut as `plan` says, with the cut in its config. graph: that of `model`."""
+    small, biases = blueprint(model), new_biases(model, plan.updates)
+    before = fields(small.config)
+    for name in biases:
+        add_bias(small, name)
+    graph = trace(small) if biases else graph
+    config = small.config
+    slice_model(small, plan, graph)
+    record(config, before, plan, graph, biases)
+    return small
+
+
+def blueprint(model: Any) -> Any:
+    """A copy of a model on the meta device: its modules and its config, none of its values."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    memo[id(offloaded(model))] = None  # the copy reads nothing from disk
+    return copy.deepcopy(model, memo)
+
+
+def check_asked(wanted: Target, budget: Budget, refit: str, has_basis: bool) -> None:
+    """Raise InputError for what no stock config can say, whatever the scores."""
+    if has_basis:
+        raise InputError(
+            f"target {wanted.name}: a state in a basis of its own has tensors that it does not know; use --basis "
+            "select. export --to hf-remote writes such a model with the code that it needs"
+        )
+    if budget.allocation != "uniform":
+        raise InputError(
+            f"target {wanted.name}: takes one size for all layers, which allocation {budget.allocation} does not give; "
+            "use uniform, or uniform-best with a limit of damage"
+        )
+    if refit == "bias":
+        raise InputError(f"target {wanted.name}: refit bias adds biases that its config cannot say; use refit output")
+
+
+def trial(graph: SSMGraph, counts: Mapping[str, int]) -> Plan:
+    """A plan of these counts, the first units of every set: what can be tried before there are scores.
+
+    Blocks are left out: whether a config can say what is left depends on which go.
+    """
+    cut = {name: graph.groups[name] for name, n in counts.items() if n < graph.groups[name].units}
+    return Plan(
+        {
+            name: Selection(group.units, (tuple(range(counts[name])),) * group.groups)
+            for name, group in cut.items()
+            if group.axis != "block"
+        }
+    )
+
+
+def padded_fits(graph: SSMGraph, wanted: Target) -> str:
+    """What hf-padded would make of a model whose layers differ, in words, by the target's rules; "" where they do not.
+
+    Only an export proves it.
+    """
+    assert graph.family is not None
+    layouts = [site.layout for site in graph.layers]
+    if any(layout.is_projected for layout in layouts) or all(layout.sizes == layouts[0].sizes for layout in layouts):
+        return ""
+    largest = {dim: max(layout.sizes[dim] for layout in layouts) for dim in layouts[0].sizes}
+    broken = wanted.broken(graph.family.name, layouts[0].resized(largest))
+    if broken:
+        return f"Padded to the largest layer it would not fit either: {broken[0].why}"
+    return f"export --to hf-padded --target {wanted.name} pads all layers to the largest with zeros, which may fit"
+
+
+def _next_cut(graph: SSMGraph, wanted: Target) -> str:
+    """The mildest further cut of one axis to sizes that fit, in words."""
+    fit = Fit(wanted, graph)
+    able = {axis: fit.takes(axis) for axis in graph.axes if axis != "block"}
+    cuts = [f"--axis {axis} --keep {sizes[-1]}" for axis, sizes in able.items() if sizes]
+    return f"The nearest cut that it takes: {' or '.join(cuts)}" if cuts else "No cut of one axis makes it fit"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one target takes of one model. reason: why not the model as it is, "" if it fits.
+
+    axes: the sizes to which one axis alone can be cut; refused: why it cannot be, by axis.
+    """
+
+    target: Target
+    reason: str
+    notes: tuple[str, ...]
+    axes: Mapping[str, tuple[int, ...]]
+    refused: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs; sizes as runs of [first, last, step]."""
+        return {
+            "tp": self.target.tp,
+            "ran_here": self.target.ran,
+            "fits": not self.reason,
+            "reason": self.reason,
+            "notes": list(self.notes),
+            "axes": {axis: runs(sizes) for axis, sizes in self.axes.items()},
+            "refused": dict(self.refused),
+        }
+
+
+def offers(model: Any, only: Target | None = None) -> list[Offer]:
+    """What each target, or one alone, takes of a model, which may be on the meta device.
+
+    Of the sizes of an axis the mildest is tried; the rules say the others. Of the blocks the last is tried.
+    """
+    subject = Subject.of(model)
+    tried: dict[tuple[str, int], Subject | str] = {}
+    return [_offer(subject, one, tried) for one in ([only] if only else map(target, names()))]
+
+
+def _offer(subject: Subject, wanted: Target, tried: dict[tuple[str, int], Subject | str]) -> Offer:
+    why, fit = unfit(subject, wanted), Fit(wanted, subject.graph)
+    if wanted.serves(subject.graph):
+        return Offer(wanted, why, (), {}, {})
+    axes, refused = {}, {}
+    for axis in subject.graph.axes:
+        sizes = fit.takes(axis)
+        if not sizes:
+            continue
+        key = axis, sizes[-1] if wanted.writer == "mamba-ssm" else 0  # of stock classes one size stands for all
+        if key not in tried:
+            tried[key] = _cut_axis(subject, axis, sizes[-1])
+        small = tried[key]
+        if because := small if isinstance(small, str) else _unsayable(small, wanted):
+            refused[axis] = f"depends on which go; the last: {because}" if axis == "block" else because
+        else:
+            axes[axis] = tuple(sizes)
+    return Offer(wanted, why, tuple(wanted.notes(subject.graph)), axes, refused)
+
+
+def _cut_axis(subject: Subject, axis: str, n: int) -> Subject | str:
+    """The model with one axis cut to n units in every layer; or why that cannot be."""
+    groups = subject.graph.on_axis(axis).items()
+    plan = Plan({name: Selection(g.units, (tuple(range(n)),) * g.groups) for name, g in groups if n < g.units})
+    try:
+        return Subject.of(after(subject.model, plan, subject.graph))
+    except (PlanError, *REFUSALS) as error:
+        return " ".join(str(error).split())[:200]
+
+
+def runs(sizes: tuple[int, ...]) -> list[list[int]]:
+    """Sizes, in order, as runs of [first, last, step]."""
+    found: list[list[int]] = []
+    for n in sizes:
+        last = found[-1] if found else None
+        if last and (last[0] == last[1] or n - last[1] == last[2]):
+            last[1], last[2] = n, n - last[1]
+        else:
+            found.append([n, n, 1])
+    return found

@@ -1,0 +1,184 @@
+"""The exports hf and hf-padded: what the stock classes of transformers load from a config and weights alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sspruner.compute.precision import in_fp32
+from sspruner.errors import ModelError, PlanError
+from sspruner.formats.checkpoint import write_model
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.runtime.sizes import sizes_of
+from sspruner.surgery.pad import pad
+from sspruner.surgery.proof import check_same
+from sspruner.surgery.record import RECORD, restore_stock
+
+REFUSALS = (
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ZeroDivisionError,
+    AttributeError,
+)  # of a config or class, for its sizes
+
+
+def write_stock(model: Any, folder: Path) -> None:
+    """Write `model` for its stock class. Raises ModelError, with the nearest cut, if that does not build its sizes."""
+    check_stock(model, "hf")
+    with without_record(model):
+        write_model(model, folder)
+
+
+def check_stock(model: Any, target: str) -> None:
+    """Raise ModelError unless the stock class makes of the config alone what the model is: names, shapes, epsilons."""
+    why = stock_difference(model)
+    if why:
+        raise ModelError(f"{target} cannot express this cut: {why}. {nearest(model)}")
+
+
+def padded(model: Any) -> Any:
+    """A model of stock sizes that computes the same: rows of zeros where layers are smaller than the config's size.
+
+    Sizes with a field of their own are padded to the largest layer's, others to those before the cut. It is proved to
+    have the same logits. Raises ModelError for what zeros cannot fill: states in a basis of their own, modules that are
+    gone, new biases. What a norm's weight is scaled by is rounded to the model's dtype, after the proof.
+    """
+    graph = trace(model)
+    why = "it has no sizes of its own" if graph.family is None else ""
+    for config in () if why else _larger(model, graph):
+        try:
+            large = type(model)(config).float().eval()
+            with in_fp32(model):
+                pad(model, graph, large, trace(large))
+        except (PlanError, *REFUSALS) as error:
+            why = " ".join(str(error).split())[:200]
+            continue
+        if why := stock_difference(large):
+            continue
+        check_same(model, large, graph)
+        _as(model, large)
+        large.generation_config = model.generation_config
+        large.config.dtype = model.dtype
+        return large
+    raise ModelError(f"hf-padded cannot express this cut: {why}; hf-remote and sspruner express more")
+
+
+def padding(model: Any, large: Any) -> str:
+    """What padding costs, in words."""
+    before, after = trace(model), trace(large)
+    return (
+        f"padded with zeros: {after.parameters - before.parameters:,} of {after.parameters:,} parameters are padding, "
+        f"and a sequence keeps {after.state_bytes:,} bytes of state where the cut itself needs {before.state_bytes:,}"
+    )
+
+
+@contextmanager
+def without_record(model: Any) -> Iterator[None]:
+    """While open, the config does not say that the model was cut: it is a stock one."""
+    record = model.config.__dict__.pop(RECORD, None)
+    try:
+        yield
+    finally:
+        if record is not None:
+            setattr(model.config, RECORD, record)
+
+
+def nearest(model: Any) -> str:
+    """The cut nearest to a model's that its stock config could say, and what says more, in words."""
+    said = nearest_stock(model)
+    return f"{said}{'hf-padded, ' if said or trace(model).family else ''}hf-remote and sspruner express more"
+
+
+def nearest_stock(model: Any) -> str:
+    """The cut nearest to a model's that its stock config could say, in words that end with a blank; "" if unknown."""
+    graph, original = trace(model), _original(model)
+    if graph.family is None or original is None:
+        return ""
+    stock, advice = trace(original), []
+    fields = {d for size in graph.family.config_sizes.values() for term in size for d in term}
+    for axis in graph.axes:
+        sizes = {group.units for group in graph.on_axis(axis).values()}
+        whole = {group.units for group in stock.on_axis(axis).values()} if axis in stock.axes else sizes
+        if sizes == whole:
+            continue
+        if axis in fields and len(sizes) > 1:
+            units = [group.units for group in graph.on_axis(axis).values()]
+            advice.append(f"--axis {axis} --keep {round(sum(units) / len(units))}, one size for all layers")
+        elif axis not in fields:
+            advice.append(f"{axis} uncut, at {', '.join(map(str, sorted(whole)))}")
+    said = "; ".join(advice)
+    return f"The nearest that it builds: {said}. " if said else ""
+
+
+def stock_difference(model: Any) -> str:
+    """Where a model differs from what its stock class makes of its config; "" if nowhere."""
+    stock = _built(_plain(model))
+    if stock is None:
+        return f"{type(model).__name__} refuses the sizes of its config"
+    for what, ours, theirs in (
+        ("module", {n for n, _ in model.named_modules()}, {n for n, _ in stock.named_modules()}),
+        ("tensor", set(model.state_dict()), set(stock.state_dict())),
+    ):
+        if other := sorted(ours ^ theirs):
+            return f"the {what} {other[0]} is in one of the cut model and {type(model).__name__} alone"
+    sizes = sizes_of(model, stock)
+    for name, shape in sizes["shapes"].items():
+        return f"{name} is {tuple(shape)}, and {tuple(stock.get_parameter(name).shape)} in {type(model).__name__}"
+    for path, attributes in sizes["attributes"].items():
+        name, value = next(iter(attributes.items()))
+        return f"{path}.{name} is {value}, and {vars(stock.get_submodule(path)).get(name)} in {type(model).__name__}"
+    return ""
+
+
+def _larger(model: Any, graph: SSMGraph) -> Iterator[Any]:
+    """Configs that may hold the model: with the largest layer's sizes; with the sizes that it had before it was cut."""
+    assert graph.family is not None
+    family, stock = graph.family, (getattr(model.config, RECORD, None) or {}).get("stock", {})
+    largest, before = _plain(model), _plain(model)
+    for field, size in family.config_sizes.items():
+        setattr(largest, field, max(site.layout.stock_total(size) for site in graph.layers))
+        setattr(before, field, stock.get(field, getattr(before, field)))
+    if family.config_epsilon:
+        setattr(before, family.config_epsilon, stock.get(family.config_epsilon, getattr(before, family.config_epsilon)))
+    yield from (largest, before)
+
+
+def _as(model: nn.Module, large: nn.Module) -> None:
+    """Give a model the dtypes of another, tensor by tensor."""
+    values = model.state_dict()
+    for name, tensor in large.state_dict(keep_vars=True).items():
+        if name in values:
+            tensor.data = tensor.data.to(values[name].dtype)
+
+
+def _plain(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop(RECORD, None)
+    return config
+
+
+def _original(model: Any) -> nn.Module | None:
+    """The model before it was cut, on the meta device."""
+    config = copy.deepcopy(model.config)
+    restore_stock(config)
+    config.__dict__.pop(RECORD, None)
+    return _built(config, type(model))
+
+
+def _built(config: Any, model_class: Any = None) -> nn.Module | None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    try:
+        fresh = CONFIG_MAPPING[config.model_type].from_dict(config.to_dict())
+        with torch.device("meta"):
+            return (model_class or AutoModelForCausalLM._model_mapping[type(fresh)])(fresh)  # type: ignore[no-any-return]
+    except REFUSALS:
+        return None

@@ -1,0 +1,49 @@
+"""The models that a benchmark names: folders, hub ids, and published shapes with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sspruner.benchmarking.shapes import DTYPES, STATE, shape_config, shape_models
+from sspruner.compute.device import resolve_device
+from sspruner.errors import InputError
+from sspruner.io.load import load
+from sspruner.io.source import name_of
+
+
+def named_models(
+    models: Sequence[str],
+    shapes: Sequence[str] = (),
+    keep: Sequence[int] = (),
+    balanced: Sequence[int] = (),
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """What the command line names: loaded models, then shapes; the reference model if there is neither.
+
+    dtype "auto" is bfloat16 for shapes on a GPU, float32 on the CPU. Raises InputError for sizes without a shape, and
+    for a model that is named twice.
+    """
+    if (keep or balanced) and not shapes:
+        raise InputError("--keep and --balanced are for --shape; prune a model, and name its folder, to measure it")
+    if len(set(models)) < len(models) or len(set(shapes)) < len(shapes):
+        raise InputError("a model is named twice; once is enough, for all are measured in turns")
+    where = resolve_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
+    for shape in shapes:
+        for size in (STATE, *keep, *balanced):
+            shape_config(shape, size)
+    loaded = {}
+    wanted_models: list[str | None] = [*models] or ([] if shapes else [None])
+    for model in wanted_models:
+        found, _ = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        label = name_of(model)
+        loaded[str(model) if label in loaded else label] = found
+    precision = "bfloat16" if where.type == "cuda" else "float32"
+    wanted = DTYPES[precision if dtype == "auto" else dtype]
+    return loaded | shape_models(shapes, keep, balanced, dtype=wanted, device=where, seed=seed)

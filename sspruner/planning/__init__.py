@@ -1,1 +1,0 @@
-"""From scores and a budget to a plan."""

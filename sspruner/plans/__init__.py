@@ -1,0 +1,1 @@
+"""Plans: the decision what to remove, as data."""

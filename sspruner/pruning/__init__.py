@@ -1,0 +1,1 @@
+"""The main job: score, decide, refit, cut, prove, report."""

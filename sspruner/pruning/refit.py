@@ -1,0 +1,287 @@
+"""Refit: after a cut, what stays is solved anew in closed form, block by block, on calibration text.
+
+A block's linear layers that add to the residual stream (out_proj, down_proj, o_proj) get new values, so that the cut
+block puts out what the dense one does. Nothing is trained.
+
+    output   out_proj <- out_proj + argmin over change of sum_t |e_t - change u_t|^2 + lambda |change|^2
+    bias     bias     <- bias + mean of e_t
+
+u_t is what the cut layer is given, e_t what its output lacks of the dense layer's; dense and cut block run on the same
+input, which the cut and refitted blocks before them made. Where whole modules or parts of the residual stream go
+(hidden, block, mixer) there is no such dense block any more: then the dense model runs beside the cut one, and the last
+of a block's layers also makes up for what the residual stream lacks when it enters.
+
+lambda is chosen by a quarter of the sequences, which are left out at first; and a block keeps its new values only if
+they bring its own output, in the model's own code and dtype, nearer to the dense one's. So no block's error rises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from sspruner.axes import WHOLE_MODEL
+from sspruner.calibrate.regression import Moments, ridge
+from sspruner.calibrate.replay import Flow, Replay
+from sspruner.calibrate.sources import Calibration, Progress
+from sspruner.compute.device import resolve_device
+from sspruner.compute.quick import quick_on_cpu
+from sspruner.errors import InputError, ModelError
+from sspruner.graph.fingerprint import fingerprint
+from sspruner.graph.site import Site, within
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.plans.plan import Plan, check_plan, part_of
+from sspruner.surgery.mask import masked
+from sspruner.surgery.predict import dropped_modules
+from sspruner.surgery.tensors import lacks, tensor
+
+KINDS = ("none", "bias", "output")
+LEFT_OUT = 4  # every fourth sequence chooses the ridge
+TINY = 1e-30  # energy of a block that adds nothing
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A plan with new values for what stays, and what they did.
+
+    errors: block -> squared error of what it adds to the residual stream, over the energy of that in the dense block,
+    before and after; of those blocks that were refitted, on calibration tokens.
+    """
+
+    plan: Plan
+    kind: str
+    errors: dict[str, tuple[float, float]]
+
+
+@dataclass
+class _Writer:
+    """A linear layer that adds to the residual stream. calls: every path at which its module is called."""
+
+    weight: str
+    calls: tuple[str, ...]
+    fitted: Moments | None = None
+    other: Moments | None = None  # of the sequences that choose the ridge
+
+    @property
+    def bias(self) -> str:
+        return f"{self.weight.removesuffix('weight')}bias"
+
+
+@torch.no_grad()
+def refit(
+    model: nn.Module,
+    plan: Plan,
+    kind: str = "output",
+    *,
+    calibration: Calibration,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Refit:
+    """`plan` with new values of what stays, solved on `calibration.tokens`. The model is left as it was.
+
+    kind: "output" solves for the weights of the layers that write to the residual stream, and adds no parameter;
+    "bias" for their biases, which it adds where there are none.
+    Raises InputError for another kind, for tokens fewer than the unknowns of an output, and where nothing can be
+    solved for; PlanError if the plan does not fit the model.
+    """
+    if kind not in KINDS[1:]:
+        raise InputError(f"refit {kind!r}: must be {' or '.join(KINDS[1:])}")
+    graph = trace(model)
+    check_plan(plan, graph, fingerprint(model), model)
+    follow = any(axis in WHOLE_MODEL for axis in plan.axes)
+    writers = _writers(model, plan, graph, kind, follow)
+    _check_tokens(model, [writer.weight for writer in writers], kind, calibration)
+    batches = list(calibration.batches())
+    compute, made, errors = resolve_device(device), plan, {}
+    with quick_on_cpu(model, compute):
+        dense = Replay(model, graph, batches, compute)
+        with masked(model, plan, graph):  # embeddings are cut on the axis hidden
+            cut = Replay(model, graph, batches, compute)
+        for number, block in enumerate(cut.blocks):
+            if progress:
+                progress(f"refitting {block}", number, len(cut.blocks))
+            if not follow:
+                dense.hidden = cut.hidden
+            here = [writer for writer in writers if any(within(call, block) for call in writer.calls)]
+            made, error = _refit_block(model, made, graph, kind, here, block, dense, cut)
+            if here:
+                errors[block] = error
+        if progress:
+            progress("refitting", len(cut.blocks), len(cut.blocks))
+    return Refit(replace(made, made_by={**plan.made_by, "refit": kind}), kind, errors)
+
+
+def _refit_block(
+    model: nn.Module,
+    plan: Plan,
+    graph: SSMGraph,
+    kind: str,
+    writers: Sequence[_Writer],
+    block: str,
+    dense: Replay,
+    cut: Replay,
+) -> tuple[Plan, tuple[float, float]]:
+    """The plan with this block's new values, and its error before and after. Both replays are behind the block then."""
+    weights = {tensor(model, writer.weight): writer.weight for writer in writers}
+    wanted: list[dict[str, torch.Tensor]] = []  # what each writer puts out in the dense block: (b, T, O)
+    target: list[Flow] = []
+    with dense.on_device(block):
+        for batch in range(len(dense.masks)):
+            given, flow = dense.given(block, batch, weights)
+            wanted.append({name: _linear(model, name, u).cpu() for name, u in given.items()})
+            target.append(tuple(h.cpu() for h in flow))
+    lacking = [_stream(d) - _stream(c) for d, c in zip(dense.hidden, cut.hidden, strict=True)]
+    energy = _distance(dense.hidden, target, cut.masks)
+    dense.hidden = target
+    before = _run(model, plan, graph, cut, block)
+    made = plan
+    order = list(wanted[0])  # in which the block calls them
+    if missing := [writer.weight for writer in writers if writer.weight not in order]:
+        raise ModelError(f"{missing[0]}: what it is given was not seen (a fused kernel?); leave refit out")
+    for writer in sorted(writers, key=lambda w: order.index(w.weight)):
+        with masked(model, part_of(made, graph, block), graph), cut.on_device(block):
+            _observe(model, writer, block, cut, wanted, lacking if writer.weight == order[-1] else None)
+            if within(writer.calls[-1], block):  # of a shared module the last call: its sums are complete
+                made = replace(made, updates={**made.updates, **_solve(model, writer, kind)})
+    after = before if made is plan else _run(model, made, graph, cut, block)
+    errors = [_distance(flows, target, cut.masks) for flows in (before, after)]
+    if errors[1] > errors[0]:
+        made, after, errors[1] = plan, before, errors[0]
+    cut.hidden = after
+    return made, (errors[0] / max(energy, TINY), errors[1] / max(energy, TINY))
+
+
+def _observe(
+    model: nn.Module,
+    writer: _Writer,
+    block: str,
+    cut: Replay,
+    wanted: list[dict[str, torch.Tensor]],
+    lacking: list[torch.Tensor] | None,
+) -> None:
+    """Add a writer's moments of one call. lacking: of the residual stream before the block, to be made up for."""
+    first = 0  # number of the batch's first sequence: whoever splits the batches, the same are left out
+    for batch, mask in enumerate(cut.masks):
+        given, _ = cut.given(block, batch, {tensor(model, writer.weight): writer.weight})
+        u = given[writer.weight]  # (b, T, D)
+        lack = wanted[batch][writer.weight].to(u.device) - _linear(model, writer.weight, u)  # (b, T, O)
+        if lacking is not None:
+            lack = lack + lacking[batch].to(lack)
+        left_out = torch.arange(first, first + len(mask)) % LEFT_OUT == LEFT_OUT - 1  # (b,)
+        for part, which in (("fitted", ~left_out), ("other", left_out)):
+            rows = (mask & which[:, None]).to(u.device)  # (b, T)
+            sums, more = getattr(writer, part), Moments.of(u[rows], lack[rows])
+            setattr(writer, part, more if sums is None else sums + more)
+        first += len(mask)
+
+
+def _solve(model: nn.Module, writer: _Writer, kind: str) -> dict[str, torch.Tensor]:
+    """New values by name, from a writer's moments; the model is masked, so that what goes is zero in them."""
+    fitted, other = writer.fitted, writer.other
+    assert fitted is not None
+    assert other is not None
+    weight = tensor(model, writer.weight)
+    if kind == "output":
+        return {writer.weight: _as(weight, weight.double() + ridge(fitted, other).mT)}
+    moments = fitted + other
+    bias = torch.zeros_like(weight[:, 0]) if lacks(model, writer.bias) else tensor(model, writer.bias)
+    return {writer.bias: _as(weight, bias.double() + moments.lack_sum / moments.tokens)}
+
+
+def _writers(model: nn.Module, plan: Plan, graph: SSMGraph, kind: str, follow: bool) -> list[_Writer]:
+    """The layers to solve for: of modules that the plan cuts, or of all that stay, in the order of the blocks.
+
+    Raises InputError if there are none.
+    """
+    zeroed = {graph.elements[name].tensor for name in plan.elements} if kind == "output" else set()
+    gone = dropped_modules(plan, graph)
+    cut = {name.rpartition(":")[0] for name in plan.groups}
+    cut |= {
+        site.path for site in graph.sites for name in plan.elements if within(graph.elements[name].tensor, site.path)
+    }
+    found = [
+        _Writer(name, (site.path, *site.aliases))
+        for site in graph.sites
+        if (follow or site.path in cut) and site.kind != "experts" and not any(within(site.path, path) for path in gone)
+        for name in _written(model, site)
+        if name not in zeroed
+    ]
+    if not found:
+        raise InputError(
+            f"refit {kind}: nothing to solve for on axis {', '.join(plan.axes)}: leave --refit out"
+            + (", or try --refit bias" if zeroed else "")
+        )
+    return found
+
+
+def _written(model: nn.Module, site: Site) -> Iterator[str]:
+    """The weights of a module's linear layers that add to the residual stream."""
+    for slot in site.layout.slots:
+        path = f"{site.path}.{slot.tensor}"
+        out = slot.tensor.endswith(".weight") and slot.dim == 0 and any(rows.name == "out" for rows in slot.rows)
+        if out and isinstance(model.get_submodule(path.removesuffix(".weight")), nn.Linear):
+            yield path
+
+
+def check_calibration(
+    model: nn.Module, graph: SSMGraph, groups: Iterable[str], kind: str, calibration: Calibration
+) -> None:
+    """Raise InputError where the calibration text is too short to refit any module of these groups: before any work."""
+    paths = {name.rpartition(":")[0] for name in groups}
+    found = [name for site in graph.sites if site.path in paths for name in _written(model, site)]
+    narrowest = min(found, key=lambda name: tensor(model, name).shape[1], default=None)
+    _check_tokens(model, [narrowest] if narrowest else [], kind, calibration)
+
+
+def _check_tokens(model: nn.Module, weights: list[str], kind: str, calibration: Calibration) -> None:
+    """Raise InputError where the calibration text does not determine what is solved for."""
+    tokens = int(calibration.mask.sum())
+    widths = {name: tensor(model, name).shape[1] for name in weights} if kind == "output" else {}
+    widest = max(widths, key=lambda name: widths[name], default="it")
+    unknowns = widths.get(widest, 1)
+    if kind == "output" and len(calibration.tokens) < LEFT_OUT:
+        raise InputError(
+            f"refit output: {len(calibration.tokens)} calibration sequences; it wants {LEFT_OUT} or more, a quarter of "
+            "which chooses the ridge: give more samples, or refit bias"
+        )
+    if tokens < unknowns:
+        raise InputError(
+            f"refit {kind}: {tokens:,} calibration tokens for {unknowns:,} unknowns in each row of "
+            f"{widest}: give more samples{', or refit bias' if kind == 'output' else ''}"
+        )
+
+
+def _run(model: nn.Module, plan: Plan, graph: SSMGraph, replay: Replay, block: str) -> list[Flow]:
+    """What leaves a block under the mask of a plan, batch by batch, on the CPU."""
+    with masked(model, part_of(plan, graph, block), graph), replay.on_device(block):
+        return [tuple(h.cpu() for h in replay.run(block, i, flow)) for i, flow in enumerate(replay.hidden)]
+
+
+def _linear(model: nn.Module, weight: str, u: torch.Tensor) -> torch.Tensor:
+    """What a linear layer makes of u, as it is now, in fp32: (b, T, O)."""
+    layer = model.get_submodule(weight.removesuffix(".weight"))
+    bias = layer.bias.float() if isinstance(layer.bias, torch.Tensor) else None
+    return nn.functional.linear(u.float(), tensor(model, weight).float(), bias)
+
+
+def _as(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A new value on the CPU, in the dtype in which the model will hold it."""
+    return value.to("cpu", like.dtype)
+
+
+def _stream(flow: Flow) -> torch.Tensor:
+    """The residual stream: mamba_ssm carries it in two parts, the second None at first. fp32 (b, T, D)."""
+    parts = [h.float() for h in flow if h is not None]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _squared(difference: torch.Tensor, mask: torch.Tensor) -> float:
+    return float(difference[mask].double().square().sum())
+
+
+def _distance(flows: list[Flow], target: list[Flow], masks: list[torch.Tensor]) -> float:
+    return sum(_squared(_stream(f) - _stream(t), m) for f, t, m in zip(flows, target, masks, strict=True))

@@ -1,0 +1,114 @@
+"""report.json: what was done, what it cost, and on what. One dataclass, numbers in base units."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sspruner.errors import InputError
+from sspruner.evaluation.damage import Damage
+from sspruner.files.output import atomic_file
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.surgery.proof import Proof
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of one prune. Bytes, seconds, nats; state bytes per sequence; `proof` is None in mask mode.
+
+    basis: whether units of the state are its coordinates ("select") or directions, by the scorer's name for it.
+    refit: what was solved for after the cut, the damage without it, each block's error before and after; {} without.
+    search: what was looked at before the cut: limits and the curve of cuts, perplexity by scorer, damage by layer, all
+    on calibration text; and, of layers of different sizes, what one size for all would cost, on held-out text.
+    target: the runtime that the sizes are for, over how many GPUs, what was rounded for it and what it does with them.
+    sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
+    base_model: the name of the model on the hub that it came from (`hub_name`), "" if it came from elsewhere.
+    """
+
+    scorer: str
+    options: dict[str, Any]
+    axis: str
+    budget: dict[str, Any]
+    mode: str
+    one_shot: bool
+    calibration: dict[str, Any]
+    dense: dict[str, Any]
+    pruned: dict[str, Any]
+    layers: dict[str, dict[str, int]]
+    proof: Proof | None
+    continuation: dict[str, Any] | None
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    seed: int
+    versions: dict[str, str]
+    model: str = ""
+    command: str = ""
+    sparsity: dict[str, Any] = field(default_factory=dict)
+    basis: str = "select"
+    refit: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
+    base_model: str = ""
+    target: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Inverse of `save`. Raises InputError for a file that `save` did not write."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data.pop("version") != 1:
+                raise ValueError("its version is not 1")
+            return cls(**data | {"proof": Proof(**data["proof"]) if data["proof"] else None})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}"[:200]
+            raise InputError(f"report {path}: not a report that sspruner wrote ({why})") from error
+
+    def to_json(self) -> str:
+        """The content of report.json."""
+        return json.dumps({"version": 1, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write report.json, atomically."""
+        with atomic_file(path) as temporary:
+            # Names of files may hold bytes that are no text; as escapes they are JSON.
+            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
+
+
+def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
+    """Parameters, bytes of weights in the model's dtype, and bytes of fp32 recurrent state per sequence."""
+    return {
+        "parameters": graph.parameters,
+        "weight_bytes": graph.weight_bytes,
+        "state_bytes": graph.state_bytes,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def measured(cost: Damage) -> dict[str, float]:
+    """Damage as reports name it."""
+    return {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl}
+
+
+def sparsity_of(model: nn.Module, graph: SSMGraph, axes: Sequence[str]) -> dict[str, Any]:
+    """Zeros among the single elements of some axes, counted in the model as it is, tensor by tensor and in total.
+
+    graph: the model's own, traced after the cut. Axes that are not of single elements are left out. {} without any.
+    """
+    parameters = {g.tensor: model.get_parameter(g.tensor) for g in graph.elements.values() if g.axis in axes}
+    zeros = {name: int((parameter == 0).sum()) for name, parameter in parameters.items()}
+    elements = sum(parameter.numel() for parameter in parameters.values())
+    if not elements:
+        return {}
+    return {
+        "elements": elements,
+        "zeros": sum(zeros.values()),
+        "sparsity": sum(zeros.values()) / elements,
+        "tensors": {
+            name: {"shape": list(p.shape), "zeros": zeros[name], "sparsity": zeros[name] / p.numel()}
+            for name, p in parameters.items()
+        },
+    }

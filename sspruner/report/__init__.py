@@ -1,1 +1,0 @@
-"""The result of a prune, as a table and as JSON."""

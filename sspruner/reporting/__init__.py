@@ -1,0 +1,1 @@
+"""Draw records as tables, figures, HTML and model cards."""

@@ -1,0 +1,261 @@
+"""The model card, README.md of a folder: what was cut, what that cost, how to load the model, how to make it again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sspruner.errors import InputError, ModelError
+from sspruner.files.provenance import hub_name
+from sspruner.graph.trace import trace
+from sspruner.pruning.report import Report
+from sspruner.surgery.mask import is_masked
+from sspruner.surgery.record import recorded
+from sspruner.units import as_bytes, percent
+
+CARD = "README.md"
+FOLDER = "path/to/this/folder"  # in the code that loads it
+
+SSPRUNER = f'import sspruner\n\nmodel, tokenizer = sspruner.load("{FOLDER}")'
+STOCK = f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{FOLDER}")'
+REMOTE = STOCK[:-1] + ", trust_remote_code=True)"
+TOKENIZER = f'from transformers import AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained("{FOLDER}")'
+NATIVE = (
+    "from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel\n\n"
+    f'model = MambaLMHeadModel.from_pretrained("{FOLDER}", device="cuda")'
+)
+READERS = {  # target of an export -> (library, what to say, the code that loads it)
+    "sspruner": ("sspruner", "With sspruner:", SSPRUNER),
+    "stock": ("transformers", "With transformers, or with `sspruner.load`:", STOCK),
+    "hf": ("transformers", "With transformers alone:", STOCK),
+    "hf-padded": ("transformers", "With transformers alone; smaller layers are padded with zeros:", STOCK),
+    "hf-remote": ("transformers", "With transformers and the code in `modeling_pruned.py`:", REMOTE),
+    "mamba-ssm": ("mamba-ssm", "With the package mamba_ssm, or with `sspruner.load`:", NATIVE),
+}
+
+
+def write_card(
+    folder: Path, model: Any, reader: str, report: Report | None, *, tokenizer: bool = False, written: Any = None
+) -> None:
+    """Write README.md. The arguments are those of `model_card`."""
+    text = model_card(model, reader, report, tokenizer=tokenizer, written=written)
+    (folder / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def model_card(model: Any, reader: str, report: Report | None, *, tokenizer: bool = False, written: Any = None) -> str:
+    """The card as Markdown, with the front matter that the Hugging Face hub reads.
+
+    reader: a key of READERS. report: of the prune that made `model`; without it the card says what the config records.
+    tokenizer: whether one lies in the folder. written: what is saved in place of `model`, if that is another.
+    """
+    from huggingface_hub import ModelCardData
+
+    cuts = [] if report else [_layers(cut.plan) for cut in recorded(model.config)]
+    base_model = report.base_model if report else hub_name(model)
+    pruned = bool(report or cuts or is_masked(model))
+    data = ModelCardData(
+        library_name=READERS[reader][0],
+        pipeline_tag="text-generation",
+        base_model=base_model or None,
+        tags=["sspruner", *(["pruned"] if pruned else []), model.config.model_type],
+    )
+    name = _code(report.model) if report and report.model else f"`{type(model).__name__}`"
+    title = f"# {name}, {'pruned' if pruned else 'saved'} by sspruner"
+    origin = f"Made from {_code(base_model)}." if base_model else ""
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n\n{title}",
+        origin,
+        *(_of_report(report) if report else _of_record(model, cuts)),
+        *_this_folder(model if written is None else written, report),
+        *_loading(reader, tokenizer),
+        *(_reproducing(report) if report else []),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def report_beside(model: Any, folder: str | Path) -> Report | None:
+    """The report that lies beside a model which was loaded from `folder`; None if there is none that fits it."""
+    try:
+        report = Report.load(Path(folder).expanduser() / "report.json")
+        _ = _of_report(report), _reproducing(report)  # it says what a card needs
+        return report if report.pruned["parameters"] == trace(model).parameters else None
+    except (InputError, ModelError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _of_report(report: Report) -> list[str]:
+    """What was removed, how, and what it cost."""
+    data, dense, pruned = report.calibration, report.dense, report.pruned
+    how = {
+        "scorer": _cell(report.scorer) + (f" with {_cell(json.dumps(report.options))}" if report.options else ""),
+        "basis of the state": _cell(report.basis) if "state" in report.axis.split(", ") else "",
+        "budget": _cell(json.dumps(report.budget)),
+        "order": "all layers scored on the dense model" if report.one_shot else "layer by layer, each on what is left",
+        "refit": _cell(report.refit["kind"]) if report.refit else "none",
+        "calibration": f"{_cell(data['source'])}, {data['tokens']:,} tokens in windows of {data['seq_len']}",
+        "seed": str(report.seed),
+    }
+    cost = [
+        f"| {label} | {show(dense[key])} | {show(pruned[key])} | {percent(dense[key], pruned[key])} |"
+        for label, key, show in (
+            ("perplexity", "perplexity", "{:.3f}".format),
+            ("parameters", "parameters", "{:,}".format),
+            ("weights", "weight_bytes", as_bytes),
+            ("recurrent state per sequence, fp32", "state_bytes", as_bytes),
+        )
+    ]
+    cost.insert(1, f"| KL to the model before, nats per token | | {pruned['kl_to_dense']:.4f} | |")
+    if report.refit:
+        without = report.refit["without"]
+        cost.insert(2, f"| without the refit: perplexity | | {without['perplexity']:.3f} | |")
+        cost.insert(3, f"| without the refit: KL | | {without['kl_to_dense']:.4f} | |")
+    return [
+        "## What was removed",
+        *_removed(report.layers),
+        _zeros(report.sparsity),
+        "The cut is a mask: zeros, in tensors of their old size." if report.mode == "mask" else "",
+        "\n".join(["| how | |", "|---|---|", *(f"| {what} | {value} |" for what, value in how.items() if value)]),
+        "## What it cost",
+        "\n".join(["| | before | after | change |", "|---|---:|---:|---:|", *cost]),
+        _measured(data),
+        _proof(report),
+    ]
+
+
+def _measured(data: dict[str, Any]) -> str:
+    where = "held out from calibration"
+    if not data["held_out_is_separate"]:
+        where = "NOT held out from calibration, for the source holds a single sequence"
+    other = "They say little about text of other kinds."
+    if data["source"] == "self":
+        other = "The model itself wrote that text, before the cut: they say little about text of other kinds."
+    return (
+        f"Perplexity and KL were evaluated on {data['held_out_tokens']:,} tokens of {_code(data['source'])}, {where}. "
+        f"{other}"
+    )
+
+
+def _proof(report: Report) -> str:
+    if not report.proof:
+        return ""
+    p = report.proof
+    return (
+        f"Proof: on random tokens the logits of the cut model were those of the masked one to {p.error:.1e} of the "
+        f"largest (limit {p.tolerance:.0e}), and exactly the predicted {p.parameters_removed:,} parameters and "
+        f"{p.state_bytes_removed:,} bytes of state per sequence were gone."
+    )
+
+
+def _of_record(model: Any, cuts: list[dict[str, dict[str, int]]]) -> list[str]:
+    """What a config alone says of its cuts."""
+    if is_masked(model):
+        return ["The model is masked: zeros, in tensors of their old size. What it cost is not recorded here."]
+    if not cuts:
+        return ["sspruner cut no units from it."]
+    heads = ["## What was removed" if len(cuts) == 1 else f"## What was removed, cut {i + 1}" for i in range(len(cuts))]
+    return [
+        *(part for head, layers in zip(heads, cuts, strict=True) for part in (head, *_removed(layers))),
+        "What it cost is not recorded here.",
+    ]
+
+
+def _removed(layers: dict[str, dict[str, int]]) -> list[str]:
+    """A line for each axis of which all layers lost as much, and a table for the others."""
+    lines, rows = [], []
+    by_axis: dict[str, dict[str, dict[str, int]]] = {}
+    for name, size in layers.items():
+        path, _, axis = name.rpartition(":")
+        by_axis.setdefault(axis, {})[path] = size
+    for axis, sizes in by_axis.items():
+        if len({(size["before"], size["after"]) for size in sizes.values()}) > 1:
+            rows += [f"| {_cell(p)} | {_cell(axis)} | {s['before']:,} | {s['after']:,} |" for p, s in sizes.items()]
+            continue
+        path, size = next(iter(sizes.items()))
+        where = f"in each of {len(sizes)} layers" if len(sizes) > 1 else f"in {_code(path)}"
+        lines.append(f"- {_code(axis)}: {size['before']:,} → {size['after']:,} units {where}")
+    table = ["| layer | axis | units before | after |", "|---|---|---:|---:|", *rows] if rows else []
+    return ["\n".join(lines), "\n".join(table)]
+
+
+def _zeros(found: dict[str, Any]) -> str:
+    if not found:
+        return ""
+    return (
+        f"{found['zeros']:,} of {found['elements']:,} elements of {len(found['tensors'])} tensors are zero, in place: "
+        "the tensors stay dense."
+    )
+
+
+def _this_folder(model: Any, report: Report | None) -> list[str]:
+    """What lies in the folder, where the tables above do not say it."""
+    parameters = list(model.parameters())  # a shared one counts once
+    weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    found = {"parameters": sum(p.numel() for p in parameters), "weight_bytes": weight_bytes}
+    try:
+        found["state_bytes"] = trace(model).state_bytes
+    except ModelError:  # no model of state spaces: it has none
+        found["state_bytes"] = 0
+    if report and found == {name: report.pruned[name] for name in found}:
+        return []
+    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    return [
+        "## In this folder",
+        f"{found['parameters']:,} parameters, {as_bytes(weight_bytes)} of weights ({dtype}), and "
+        f"{as_bytes(found['state_bytes'])} of recurrent state per sequence (fp32) at run time.",
+    ]
+
+
+def _loading(reader: str, tokenizer: bool) -> list[str]:
+    _, says, code = READERS[reader]
+    return [
+        "## How to load it",
+        says,
+        _fenced(code, "python"),
+        _fenced(TOKENIZER, "python") if tokenizer and code != SSPRUNER else "",
+    ]
+
+
+def _reproducing(report: Report) -> list[str]:
+    made = "In Python, by `sspruner.prune` with the arguments above: no command was recorded."
+    versions = ", ".join(f"{_code(name)} {_code(version)}" for name, version in report.versions.items())
+    return [
+        "## How to make it again",
+        _fenced(report.command, "bash") if report.command else made,
+        f"Versions: {versions}. Seed {report.seed}.",
+    ]
+
+
+def _layers(plan: Any) -> dict[str, dict[str, int]]:
+    """In the order of the layers: a record has them in another once it has been in a file."""
+
+    def place(name: str) -> str:
+        return re.sub(r"\d+", lambda number: number[0].zfill(9), name)
+
+    names = sorted(plan.groups, key=place)
+    return {n: {"before": plan.groups[n].before, "after": plan.groups[n].after} for n in names}
+
+
+def _code(text: str) -> str:
+    """Any text as a code span of one line."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split()) or "-"
+    fence = _longer(line, 0)
+    pad = " " if line[0] == "`" or line[-1] == "`" else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _cell(text: str) -> str:
+    """The same in a table, where a pipe ends a cell."""
+    return _code(text).replace("|", r"\|")
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code that nothing in it can end."""
+    fence = _longer(text, 2)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longer(text: str, least: int) -> str:
+    """Backticks, more than in any run of them in a text, and more than `least`."""
+    return "`" * (1 + max([least, *map(len, re.findall("`+", text))]))

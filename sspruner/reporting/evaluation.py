@@ -1,0 +1,69 @@
+"""An evaluation as tables that people can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sspruner.evaluation.paired import Interval
+from sspruner.evaluation.result import Evaluation, Row
+
+SHARES = ("accuracy", "agreement", "/acc", "/exact_match")  # parts of the names of what is shown in per cent
+
+
+def evaluation_table(found: Evaluation) -> RenderableType:
+    """A row for each metric, then perplexity by position and by length, the protocol and what was left out."""
+    title = escape(found.model) + (f" against {escape(found.against)}" if found.against is not None else "")
+    parts: list[RenderableType] = []
+    if found.rows:
+        parts.append(_table(f"{title}: 95 % intervals", "metric", {row.metric: row for row in found.rows}))
+    if found.by_position:
+        parts.append(_table("perplexity by position: tokens read before", "tokens", found.by_position))
+    if found.by_length:
+        parts.append(_table("perplexity by length of the window", "tokens", found.by_length))
+    p = found.protocol
+    source = {"dense": "sampled from the dense model", "model": "sampled from the model"}.get(p["text_from"], p["text"])
+    lines = [
+        f"text: {source}; windows of {p['window']} tokens, stride {p['stride']}: every token but the first of a text "
+        f"counts once; {p['dtype']}, seed {p['seed']}",
+        *found.notes,
+    ]
+    return Group(*parts, *[Text(line) for line in lines])
+
+
+def _table(title: str, head: str, rows: Mapping[str, Row]) -> Table:
+    compared = any(row.against is not None for row in rows.values())
+    table = Table(title=title, title_justify="left")
+    table.add_column(head)
+    for header in ("model", *(("against", "change") if compared else ()), "items"):
+        table.add_column(header, justify="right")
+    for name, row in rows.items():
+        share = any(part in name for part in SHARES)
+        cells = [_shown(row.value, share)]
+        if compared:
+            cells += [_shown(row.against, share), _change(row, share)]
+        table.add_row(escape(name), *cells, str(row.items))
+    return table
+
+
+def _shown(interval: Interval | None, share: bool) -> str:
+    if interval is None:
+        return ""
+    scale, digits, unit = (100, 1, " %") if share else (1, 4 if abs(interval.value) < 1 else 3, "")
+    value, low, high = (f"{scale * x:.{digits}f}" for x in interval)
+    return f"{value}{unit} ({low} to {high})"
+
+
+def _change(row: Row, share: bool) -> str:
+    if row.change is None:
+        return ""
+    if row.kind == "ratio":
+        value, low, high = (f"{100 * (x - 1):+.2f}" for x in row.change)
+        return f"{value} % ({low} to {high})"
+    scale, digits, unit = (100, 1, " points") if share else (1, 4, "")
+    value, low, high = (f"{scale * x:+.{digits}f}" for x in row.change)
+    return f"{value}{unit} ({low} to {high})"

@@ -1,0 +1,284 @@
+"""What a report shows of a folder: sections with figures and tables. A section is there if its data are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+
+from sspruner.reporting.content import Figure, Section, Table, number_text, shown
+from sspruner.reporting.figures import Line, bars, lines
+from sspruner.reporting.folder import Compared, Cut, Evaluated, Folder, Interval, Measured, Timed
+from sspruner.reporting.score_sections import score_section
+from sspruner.units import as_bytes
+
+SIZE_MATCH = 0.01  # a bench row is of a cut if their states differ by no more than this share
+
+
+def sections(found: Folder) -> list[Section]:
+    """All sections of a folder, the results first. Of several files of a kind each has its own."""
+    made = []
+    for number, (path, compared) in enumerate(found.compared.items()):
+        made.append(_comparison(compared, found.timed, f"compare{number or ''}", path))
+    for number, (path, timed) in enumerate(found.timed.items()):
+        made.append(_bench(timed, f"bench{number or ''}", path))
+    for path, evaluated in found.evaluated.items():
+        made.append(_evaluation(evaluated, path))
+    for number, (path, cut) in enumerate(found.cuts.items()):
+        made.append(_cut(cut, f"kept{number or ''}", path))
+    if found.scores:
+        cuts = sorted({s for c in found.compared.values() for s in c.sparsities}) or [0.25, 0.5, 0.75, 0.9]
+        made.append(score_section(found.scores, tuple(cuts)))
+    made.append(_provenance(found))
+    return [section for section in made if section.figures or section.tables]
+
+
+def _size(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _comparison(compared: Compared, timed: Mapping[str, Sequence[Timed]], name: str, path: str) -> Section:
+    styles = {label: i for i, label in enumerate(compared.cells)}
+    figures: list[Figure] = []
+    for metric, title, level in (
+        ("perplexity_ratio", "perplexity / dense", 1.0),
+        ("kl_to_dense", "KL to dense, nats per token", None),
+    ):
+        what = "Perplexity" if level else "KL"
+        made = [_damage(compared, metric, label, styles[label]) for label in compared.cells]
+        made = [line for line in made if line.x]
+        if not made:
+            continue
+        spread = _spread(made)
+        figures.append(
+            Figure(
+                f"{name}-{metric.replace('_', '-')}",
+                f"{what} against what is kept",
+                f"Each line is a scorer; bars are 95 % intervals. {'Down' if level else 'Lower'} is better. "
+                f"{_best(made)}",
+                lines(made, f"{compared.axis} kept, %", title, log_y=spread, level=level),
+                Table("", ("scorer", f"{compared.axis} kept, %", title), _points(made)),
+            )
+        )
+    if pareto := _by_bytes(compared, styles, name):
+        figures.append(pareto)
+    if speed := _by_speed(compared, timed, styles, name):
+        figures.append(speed)
+    note = f"{path}: {compared.model or 'a model'}, axis {compared.axis}"
+    return Section("Damage of cuts", note, tuple(figures), (_cells(compared),))
+
+
+def _cut_points(compared: Compared, label: str, metric: str) -> Iterable[tuple[float, Measured, Interval]]:
+    for sparsity, cell in sorted(compared.cells[label].items()):
+        if isinstance(cell, Measured) and metric in cell.metrics:
+            yield sparsity, cell, cell.metrics[metric]
+
+
+def _damage(compared: Compared, metric: str, label: str, style: int) -> Line:
+    points = [(100 * (1 - s), value) for s, _, value in _cut_points(compared, label, metric)]
+    return Line(label, [x for x, _ in points], [y for _, y in points], style)
+
+
+def _by_bytes(compared: Compared, styles: Mapping[str, int], name: str) -> Figure | None:
+    metric, made = "perplexity_ratio", []
+    for label, style in styles.items():
+        points = [(c.state_bytes / 1e6, v) for _, c, v in _cut_points(compared, label, metric) if c.state_bytes]
+        if points:
+            made.append(Line(label, [x for x, _ in points], [y for _, y in points], style))
+    baseline = compared.baseline
+    if not made:
+        return None
+    if baseline and baseline.state_bytes and metric in baseline.metrics:
+        made.append(Line("smaller dense", [baseline.state_bytes / 1e6], [baseline.metrics[metric]], len(styles)))
+    x = "state per sequence, MB"
+    return Figure(
+        f"{name}-pareto-bytes",
+        "Damage against state bytes",
+        "Down and to the left is better: less damage, less state."
+        + (" The model named smaller dense was not cut." if baseline else ""),
+        lines(made, x, "perplexity / dense", log_y=_spread(made), level=1.0),
+        Table("", ("scorer", x, "perplexity / dense"), _points(made)),
+    )
+
+
+def _by_speed(
+    compared: Compared, timed: Mapping[str, Sequence[Timed]], styles: Mapping[str, int], name: str
+) -> Figure | None:
+    """Damage against decode speed, for cuts whose state a bench row has, at the largest batch."""
+    decode = [row for rows in timed.values() for row in rows if row.phase == "decode" and row.state_bytes]
+    joined = [
+        (label, row, value)
+        for label in styles
+        for _, cell, value in _cut_points(compared, label, "perplexity_ratio")
+        for row in decode
+        if cell.state_bytes and abs(cell.state_bytes - (row.state_bytes or 0)) <= SIZE_MATCH * cell.state_bytes
+    ]
+    if not joined:
+        return None
+    batch = max(row.batch for _, row, _ in joined)
+    made = []
+    for label, style in styles.items():
+        points = [(row.tokens[0], value) for found, row, value in joined if found == label and row.batch == batch]
+        if points:
+            made.append(Line(label, [x for x, _ in points], [y for _, y in points], style))
+    rows = [(label, str(row.batch), row.model, shown(row.tokens), shown(value)) for label, row, value in joined]
+    return Figure(
+        f"{name}-pareto-speed",
+        "Damage against decode speed",
+        f"At batch {batch}, the largest that was timed. Down and to the right is better: less damage, more tokens. "
+        "A cut has the speed that was measured for its size of state, whichever scorer made it.",
+        lines(made, "decode, tokens per second", "perplexity / dense", log_y=_spread(made), level=1.0),
+        Table("", ("scorer", "batch", "timed as", "tokens per second", "perplexity / dense"), tuple(rows)),
+    )
+
+
+def _cells(compared: Compared) -> Table:
+    """Every number of the comparison."""
+    rows = [("dense", "0 %", compared.dense), ("smaller dense", "0 %", compared.baseline)]
+    measured = [row for _, _, row in rows if row]
+    measured += [c for row in compared.cells.values() for c in row.values() if isinstance(c, Measured)]
+    metrics = list(dict.fromkeys(metric for m in measured for metric in m.metrics))
+    made: list[tuple[str, ...]] = [_row(label, cut, m, metrics) for label, cut, m in rows if m]
+    for label, row in compared.cells.items():
+        for sparsity, cell in row.items():
+            cut = f"{100 * sparsity:g} %"
+            made.append((label, cut, cell) if isinstance(cell, str) else _row(label, cut, cell, metrics))
+    head = ("scorer", "removed", "state bytes", "parameters", *(metric.replace("_", " ") for metric in metrics))
+    return Table("All numbers", head, tuple(made))
+
+
+def _row(label: str, cut: str, cell: Measured, metrics: Sequence[str]) -> tuple[str, ...]:
+    values = (shown(cell.metrics.get(metric)) for metric in metrics)
+    return (label, cut, _size(cell.state_bytes), _size(cell.parameters), *values)
+
+
+def _bench(timed: Sequence[Timed], name: str, path: str) -> Section:
+    figures: list[Figure] = []
+    styles = {label: i for i, label in enumerate(dict.fromkeys(row.model for row in timed))}
+    for phase in dict.fromkeys(row.phase for row in timed):
+        rows = [row for row in timed if row.phase == phase]
+        batches = sorted({row.batch for row in rows})
+        made = []
+        for label, style in styles.items():
+            mine = sorted((row for row in rows if row.model == label), key=lambda row: row.batch)
+            if not mine:
+                continue
+            made.append(Line(label, [row.batch for row in mine], [row.tokens for row in mine], style))
+            bound = [(row.batch, (row.ceiling,) * 3) for row in mine if row.ceiling is not None]
+            if len(bound) > 1:
+                made.append(Line("", [x for x, _ in bound], [y for _, y in bound], style, dotted=True))
+        if len(batches) < 2:
+            continue  # the table says it
+        figures.append(
+            Figure(
+                f"{name}-{len(figures)}",
+                f"Speed of {phase} against batch",
+                "Solid: measured, medians with 95 % intervals. Dotted: its ceiling by bytes and operations moved. "
+                "Up is better, and so is closer to the dotted line of the same colour.",
+                lines(made, "batch", "tokens per second", log_x=True, log_y=True, ticks=batches),
+                _times("", rows),
+            )
+        )
+    return Section("Speed", path, tuple(figures), (_times("All numbers", timed),))
+
+
+def _times(title: str, rows: Sequence[Timed]) -> Table:
+    head = (
+        "model",
+        "phase",
+        "batch",
+        "tokens per second",
+        "ms",
+        "ceiling",
+        "of ceiling",
+        "state bytes",
+        "peak",
+        "path",
+    )
+    cells = tuple(
+        (
+            row.model,
+            row.phase,
+            str(row.batch),
+            shown(row.tokens),
+            shown(row.ms),
+            "–" if row.ceiling is None else number_text(row.ceiling),
+            f"{100 * row.tokens[0] / row.ceiling:.1f} %" if row.ceiling else "–",
+            _size(row.state_bytes),
+            "–" if row.peak_bytes is None else as_bytes(row.peak_bytes),
+            row.path,
+        )
+        for row in rows
+    )
+    return Table(title, head, cells)
+
+
+def _evaluation(evaluated: Evaluated, path: str) -> Section:
+    rows = tuple(
+        (metric, shown(value), shown(against), f"{kind} {shown(change)}" if change else "–", _size(items))
+        for metric, value, against, change, kind, items in evaluated.rows
+    )
+    tables = [Table("", ("metric", "value", evaluated.against or "against", "change", "items"), rows)] if rows else []
+    for title, values in evaluated.more.items():
+        columns = list(dict.fromkeys(column for row in values.values() for column in row))
+        cells = tuple((name, *(shown(row.get(column)) for column in columns)) for name, row in values.items())
+        if cells:
+            tables.append(Table(title.replace("_", " ").capitalize(), ("", *columns), cells))
+    note = f"{path}: {evaluated.model}; 95 % intervals; the change is paired on the same items"
+    return Section("Quality", note, tables=tuple(tables))
+
+
+def _cut(cut: Cut, name: str, path: str) -> Section:
+    figures: list[Figure] = []
+    for axis in dict.fromkeys(group.rpartition(":")[2] for group in cut.layers):
+        groups = [group for group in cut.layers if group.rpartition(":")[2] == axis]
+        before, after = ([cut.layers[group][when] for group in groups] for when in (0, 1))
+        rows = tuple((g, str(b), str(a)) for g, b, a in zip(groups, before, after, strict=True))
+        figures.append(
+            Figure(
+                f"{name}-{len(figures)}",
+                f"Kept of each layer: {axis}",
+                f"Of {min(before):,} to {max(before):,} units a layer keeps {min(after):,} to {max(after):,}; "
+                f"{100 * sum(after) / max(1, sum(before)):.1f} % in all.",
+                bars([str(i) for i in range(len(groups))], before, after, f"{axis} units"),
+                Table("", ("layer", "before", "kept"), rows),
+            )
+        )
+    costs = tuple((key.replace("_", " "), _cost(was), _cost(now)) for key, (was, now) in cut.costs.items())
+    tables = (Table("What it cost", ("", "before", "after"), costs),) if costs else ()
+    return Section("What was cut", f"{path}{': ' if cut.model else ''}{cut.model}", tuple(figures), tables)
+
+
+def _cost(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value.is_integer() else number_text(value)
+
+
+def _provenance(found: Folder) -> Section:
+    keys = list(dict.fromkeys(key for told in found.origin.values() for key in told))
+    rows = tuple((path, *(told.get(key, "") or "–" for key in keys)) for path, told in found.origin.items())
+    return Section("Where this comes from", "", tables=(Table("", ("file", *keys), rows),))
+
+
+def _points(made: Sequence[Line]) -> tuple[tuple[str, ...], ...]:
+    return tuple((l.label, number_text(x), shown(y)) for l in made for x, y in zip(l.x, l.y, strict=True))  # noqa: E741
+
+
+def _spread(made: Sequence[Line]) -> bool:
+    """Whether values differ so much that a logarithmic scale shows them better."""
+    values = [y[0] for line in made for y in line.y if isfinite(y[0])]
+    return bool(values) and min(values) > 0 and max(values) > 5 * min(values)
+
+
+def _best(made: Sequence[Line]) -> str:
+    """The scorer with the least damage at the deepest cut, in words."""
+    deepest = min(x for line in made for x in line.x)
+    at = {
+        line.label: y[0]
+        for line in made
+        for x, y in zip(line.x, line.y, strict=True)
+        if x == deepest and isfinite(y[0])
+    }
+    if not at:
+        return ""
+    return f"With {deepest:.3g} % kept, least with {min(at, key=lambda label: at[label])}: {min(at.values()):.4g}."

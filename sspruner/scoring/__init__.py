@@ -1,0 +1,1 @@
+"""The scorer contract, and the pass over a model's layers that runs scorers."""

@@ -1,0 +1,40 @@
+"""The installed scorers, by name."""
+
+from __future__ import annotations
+
+import difflib
+
+from sspruner.errors import InputError, PluginError
+from sspruner.plugins.manager import collect
+from sspruner.scoring.scorer import Scorer, check_scorer_class
+
+
+def installed_scorers() -> dict[str, tuple[type[Scorer], str]]:
+    """Every scorer by name, with the plugin it comes from. Raises PluginError on a clash or a malformed scorer."""
+    found: dict[str, tuple[type[Scorer], str]] = {}
+    for cls, plugin in collect("sspruner_scorers"):
+        check_scorer_class(cls, plugin)
+        if cls.name in found:
+            raise PluginError(
+                f"scorer {cls.name!r}: offered by plugin {found[cls.name][1]!r} and by plugin {plugin!r}; rename one"
+            )
+        found[cls.name] = (cls, plugin)
+    return found
+
+
+def find_scorer(name: str) -> tuple[type[Scorer], str]:
+    """The scorer called `name` and its plugin. Raises InputError that lists the known and suggests the nearest."""
+    known = installed_scorers()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"unknown scorer {name!r}; known: {', '.join(sorted(known))}{hint}")
+    return known[name]
+
+
+def scorer_of_basis(basis: str) -> str:
+    """The name of the first scorer that has a basis. Raises InputError that lists the bases there are."""
+    known = {cls.basis: name for name, (cls, _) in sorted(installed_scorers().items(), reverse=True)}
+    if basis not in known:
+        raise InputError(f"unknown basis {basis!r}; installed scorers have: {', '.join(sorted(known))}")
+    return known[basis]

@@ -1,0 +1,94 @@
+"""The sizes of a model, and those that a plan leads to, predicted without a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import projections
+from sspruner.surgery.predict import added_parameters, dropped_modules, removed_parameters, removed_state_bytes
+from sspruner.surgery.project import added_by_projections
+from sspruner.surgery.slice import rows_to_drop
+
+if TYPE_CHECKING:
+    from sspruner.budgets.limits import Limits
+
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model: parameters; bytes of weights; bytes of recurrent and of convolution state per sequence."""
+
+    parameters: int
+    weight_bytes: int
+    state_bytes: int
+    conv_bytes: int
+
+    def exceeds(self, limits: Limits, dense: Sizes) -> str:
+        """The first limit of size that is exceeded, and by what, "" if none is. dense: the uncut model's."""
+        if limits.state_bytes is not None and self.state_bytes > limits.state_bytes:
+            return f"state-bytes {limits.state_bytes:,.0f}: {self.state_bytes:,} B of state per sequence"
+        if limits.memory is not None and limits.max_batch is not None:
+            taken = self.weight_bytes + limits.max_batch * (self.state_bytes + self.conv_bytes)
+            if taken > limits.memory:
+                return f"memory {limits.memory:,.0f}: {limits.max_batch} sequences take {taken:,} B with the weights"
+        if limits.parameters is not None:
+            most = limits.parameters * (dense.parameters if limits.parameters <= 1 else 1)
+            if self.parameters > most:
+                return f"params {most:,.0f}: {self.parameters:,} parameters"
+        return ""
+
+
+def sizes(model: nn.Module, graph: SSMGraph, plan: Plan | None = None) -> Sizes:
+    """The sizes of a model, or of what a plan makes of it: predicted, nothing is cut.
+
+    Bytes of weights are exact where all weights have one dtype; the bases of projected states are fp32.
+    """
+    itemsize = next(model.parameters()).element_size()
+    conv = _conv_values(model, graph, plan) * itemsize
+    if plan is None:
+        return Sizes(graph.parameters, graph.weight_bytes, graph.state_bytes, conv)
+    biases = added_parameters(model, plan, graph) - added_by_projections(model, plan, graph)
+    removed, bases = removed_parameters(model, plan, graph), _bases_left(model, graph, plan)
+    return Sizes(
+        graph.parameters - removed + biases + bases,
+        graph.weight_bytes - (removed - biases) * itemsize + bases * FP32,
+        graph.state_bytes - removed_state_bytes(plan, graph),
+        conv,
+    )
+
+
+def _conv_values(model: nn.Module, graph: SSMGraph, plan: Plan | None) -> int:
+    """Numbers in the convolution states of one sequence; a mixer without a convolution has none."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows, gone = (rows_to_drop(plan, graph), dropped_modules(plan, graph)) if plan else ({}, [])
+    total = 0
+    for site in graph.layers:
+        name = f"{site.path}.conv1d.weight"
+        if name in parameters and not _inside(site.path, gone):
+            channels, _, kernel = parameters[name].shape
+            total += (channels - len(rows.get(name, {}).get((0,), ()))) * kernel
+    return total
+
+
+def _bases_left(model: nn.Module, graph: SSMGraph, plan: Plan) -> int:
+    """Parameters that projections add where their mixers stay, and of these in the B/C groups that stay."""
+    gone, total = dropped_modules(plan, graph), 0
+    for name, projection in projections(plan.groups).items():
+        layer = graph.groups[name].layer
+        if not _inside(layer, gone):
+            added = added_by_projections(model, Plan({name: projection}), graph)
+            sets = plan.groups.get(f"{layer}:group")
+            total += added * sets.after // sets.before if sets else added  # whole: each group has as many
+    return total
+
+
+def _inside(path: str, modules: Sequence[str]) -> bool:
+    return any(f"{path}.".startswith(f"{module}.") for module in modules)

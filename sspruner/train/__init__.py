@@ -1,1 +1,0 @@
-"""Training that keeps what was pruned pruned: one loop, and what each method adds to it."""

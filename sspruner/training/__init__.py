@@ -1,0 +1,1 @@
+"""Training-time methods: distillation, gradual pruning, TwIST."""

@@ -1,0 +1,255 @@
+"""Gradual pruning by weight and gradient, while the model trains: more and more goes, and never comes back.
+
+    S = |w| |g|^alpha                                            of an element; of a unit the sum over its elements
+    s_t = s_f (1 - (1 - (t - t_0) / (T - t_0))^3)                the fraction that is gone at step t; before t_0 none
+
+g: the mean of |dL/dw| over the steps since the last mask. Elements compete under one threshold for the whole model, of
+which every tensor keeps a floor (planning.elements). Source: Shihab et al., arXiv 2505.08299 (unstructured pruning of
+Mamba; schedule of Zhu & Gupta, arXiv 1710.01878). Units of the graph's axes are ours: the same scores and schedule, one
+fraction for every layer or one threshold for all, and a slice at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sspruner
+from sspruner.axes import ELEMENT_AXES
+from sspruner.budgets.decide import plan
+from sspruner.calibrate.sources import calibration
+from sspruner.calibrate.view import SSMView
+from sspruner.compute.device import check_whole
+from sspruner.errors import InputError
+from sspruner.graph.fingerprint import fingerprint
+from sspruner.graph.group import DependencyGroup
+from sspruner.graph.trace import trace
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import reduction
+from sspruner.scoring.scorer import Scorer
+from sspruner.scoring.scores import Scores
+from sspruner.surgery.apply import apply
+from sspruner.surgery.mask import dropped
+from sspruner.surgery.tensors import tensor
+from sspruner.training.distil import distillation
+from sspruner.training.loop import Settings, Trained, train
+from sspruner.training.run import run_folder
+from sspruner.training.text import Text
+
+LEAST = 1e-37  # a score above that of what is gone
+
+
+def gradual(
+    model: nn.Module,
+    text: Text,
+    out: str | Path,
+    *,
+    axis: str = "weight",
+    sparsity: float = 0.5,
+    alpha: float = 1.0,
+    every: int = 10,
+    begin: float = 0.0,
+    end: float = 0.7,
+    allocation: str = "uniform",
+    teacher: nn.Module | None = None,
+    settings: Settings | None = None,
+    progress: Callable[[dict[str, float], int, int], None] | None = None,
+) -> tuple[nn.Module, Plan, Trained]:
+    """Train a model, and prune it meanwhile; returns it cut, the plan of the cut, and what the run came to.
+
+    axis, sparsity: what goes, and how much of it at the end. alpha: the exponent of the gradient. every: steps between
+    masks. begin, end: fractions of the steps between which the fraction rises. allocation: of units, "uniform" or
+    "global"; elements compete in the whole model. teacher: learn from it, too, as in `distil`, half and half.
+    out: the folder of the run (docs/train.md). Raises InputError for bad arguments, and where a state no longer decays.
+    """
+    check_whole(model, "training")
+    if teacher is not None:
+        check_whole(teacher, "a teacher")
+    settings = settings or Settings(seq_len=text.seq_len)
+    if alpha < 0:
+        raise InputError(f"alpha {alpha}: must be at least 0")
+    steps = settings.steps
+    schedule = Schedule(sparsity, int(begin * steps), max(1, int(end * steps)), every)
+    probe = text.held_out_blocks()[: settings.at_once]
+    asked: dict[str, Any] = {"method": "gradual", "model": fingerprint(model), "axis": axis, "alpha": alpha}
+    asked |= {"allocation": allocation, "teacher": fingerprint(teacher) if teacher else None} | asdict(schedule)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    model = model.float()
+    pruner = Pruner(model, axis, schedule, alpha, allocation, probe)
+    folder = run_folder(out, asked | settings.asked() | text.asked())
+    objective = distillation(teacher) if teacher else likelihood
+    found = train(model, text, settings, objective, folder, after_step=pruner, memory=pruner.memory, progress=progress)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    made = pruner.final()
+    model.requires_grad_(False).eval()
+    if made.drops:  # unless max_minutes ended it before anything went
+        apply(model, made)
+    return model, made, found
+
+
+def likelihood(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Cross entropy of the next token, the mean over tokens, (b, T)."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), {}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which fraction is gone after a step. begin: the last step with nothing gone; end: the first with all of it;
+    every: steps between masks."""
+
+    sparsity: float
+    begin: int
+    end: int
+    every: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise InputError(f"sparsity {self.sparsity}: must be above 0 and below 1")
+        if not 0 <= self.begin < self.end or self.every < 1:
+            raise InputError(f"schedule: begins at {self.begin}, ends at {self.end}, every {self.every} steps")
+
+    def at(self, step: int) -> float:
+        """s_t."""
+        left = 1 - (min(max(step, self.begin), self.end) - self.begin) / (self.end - self.begin)
+        return self.sparsity * (1 - left**3)
+
+    def due(self, step: int) -> bool:
+        """Whether there is a new mask after this step."""
+        return step == self.end or (self.begin < step < self.end and step % self.every == 0)
+
+
+class Pruner:
+    """Keeps the masks of a run, and the gradients since the last one; called after every step.
+
+    memory: what a checkpoint has to hold: `kept.<group>`, bool (groups, units); `slope.<parameter>`, the sum of |g|.
+    """
+
+    def __init__(
+        self, model: nn.Module, axis: str, schedule: Schedule, alpha: float, allocation: str, probe: torch.Tensor
+    ) -> None:
+        """probe: tokens, int64 (b, T), on which the decay of the states is looked at after every mask."""
+        self.model, self.schedule, self.alpha, self.probe = model, schedule, alpha, probe
+        self.budget: dict[str, Any] = {"granularity": "global"} if axis in ELEMENT_AXES else {"allocation": allocation}
+        self.graph = trace(model)
+        self.groups = self.graph.on_axis(axis)
+        self.parameters = dict(model.named_parameters())
+        owned = {name for group in self.groups.values() for name in _tensors(group)}
+        self.trained = {name: p for name, p in self.parameters.items() if name in owned and p.requires_grad}
+        self.memory = {f"kept.{n}": torch.ones(g.groups, g.units, dtype=torch.bool) for n, g in self.groups.items()}
+        self.memory |= {f"slope.{name}": torch.zeros_like(p) for name, p in self.trained.items()}
+        self.plan(schedule.sparsity)  # what cannot be cut is refused before anything is trained
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> None:
+        for name, parameter in self.trained.items():
+            if parameter.grad is not None:
+                self.memory[f"slope.{name}"] += parameter.grad.abs()
+        if self.schedule.due(step):
+            with suppress(InputError):  # so little is to go that it is no unit: what can go at the end was tried before
+                found = self.plan(self.schedule.at(step))
+                for name in self.groups:
+                    self.memory[f"kept.{name}"] &= self.kept(found, name)
+            for name in self.trained:
+                self.memory[f"slope.{name}"].zero_()
+        self.zero()
+        if self.schedule.due(step):
+            self.check_decay(step)
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """Importance of every unit, fp32 (groups, units); what is gone has less than anything that stays."""
+        found = {}
+        for name, group in self.groups.items():
+            keys = {group.key(t): t for t in _tensors(group) if t in self.trained}
+            weights = group.gather({key: self.parameters[t].detach() for key, t in keys.items()})
+            slopes = group.gather({key: self.memory[f"slope.{t}"] for key, t in keys.items()})
+            parts = [(weights[key].abs() * slopes[key] ** self.alpha).sum(-1) for key in weights]  # (groups, units)
+            kept = self.memory[f"kept.{name}"].to(parts[0].device)
+            found[name] = torch.stack(parts).sum(0).clamp_min(LEAST).masked_fill(~kept, 0.0).cpu()
+        return found
+
+    def plan(self, sparsity: float) -> Plan:
+        """What stays when this fraction is gone. Raises InputError if that is nothing less than before."""
+        return plan(self.graph, Scores(self.scores()), sparsity=sparsity, **self.budget)
+
+    def kept(self, found: Plan, name: str) -> torch.Tensor:
+        """What a plan keeps of one group: bool (groups, units)."""
+        if name in found.elements:
+            return found.elements[name]
+        stays = torch.ones_like(self.memory[f"kept.{name}"])
+        if name in found.groups:
+            for i in range(len(stays)):
+                stays[i, found.groups[name].dropped(i)] = False
+        return stays
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Make zero what is gone."""
+        for name, group in self.groups.items():
+            kept = self.memory[f"kept.{name}"]
+            if kept.all():
+                continue
+            if group.tensor:
+                data = tensor(self.model, group.tensor).data
+                data.mul_(kept.to(data.device))
+                continue
+            for t, dims, rows in dropped(group, reduction(kept), self.model):
+                data = tensor(self.model, t).data
+                front = data.movedim(dims, tuple(range(len(dims))))
+                front[torch.unravel_index(rows.to(data.device), front.shape[: len(dims)])] = 0
+
+    def check_decay(self, step: int) -> None:
+        """Raise InputError where a state would no longer decay, or not last a step: exp(dt A) outside (0, 1)."""
+        for layer, (low, high) in decay_ranges(self.model, self.probe).items():
+            if not 0 < low <= high < 1:
+                raise InputError(
+                    f"step {step}: exp(dt A) of {layer} is from {low:g} to {high:g}, outside (0, 1); the last "
+                    "checkpoint is good: lower the learning rate"
+                )
+
+    def final(self) -> Plan:
+        """The plan that cuts what is gone."""
+        kept = {name: self.memory[f"kept.{name}"] for name in self.groups}
+        kept = {name: stays for name, stays in kept.items() if not stays.all()}
+        return Plan(
+            {name: reduction(stays) for name, stays in kept.items() if not self.groups[name].tensor},
+            {"fingerprint": fingerprint(self.model)},
+            {"method": "gradual", "alpha": self.alpha},
+            elements={name: stays for name, stays in kept.items() if self.groups[name].tensor},
+        )
+
+
+def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """Mixer -> the least and the most of exp(dt A) over tokens, (b, T), and heads, or channels and states; in fp64."""
+    found: dict[str, tuple[float, float]] = {}
+
+    class Decay(Scorer):
+        name, axes, needs = "decay", {"state"}, "activations"
+
+        def observe(self, view: SSMView) -> None:
+            dt, A = view.dt.double(), view.A.double()  # (b, T, H) and (H,), or (b, T, G, P) and (G, P, N)
+            decay = torch.exp(dt * A if A.ndim == 1 else dt[..., None] * A)
+            low, high = found.get(view.layer, (math.inf, -math.inf))
+            found[view.layer] = min(low, float(decay.min())), max(high, float(decay.max()))
+            self.units = view.C.shape[-2:]
+
+        def importance(self) -> torch.Tensor:
+            return torch.ones(self.units)
+
+    training = model.training
+    sspruner.score(model, Decay, axis="state", calibration=calibration(tokens, model, samples=len(tokens), held_out=0))
+    model.train(training)
+    return found
+
+
+def _tensors(group: DependencyGroup) -> list[str]:
+    return [group.tensor] if group.tensor else [m.tensor for m in group.members if m.counted]

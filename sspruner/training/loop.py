@@ -1,0 +1,261 @@
+"""The loop of every training method: blocks of text, steps of AdamW, checkpoints from which a run goes on exactly."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sspruner.compute.forward import forward
+from sspruner.compute.processes import rank, total, world
+from sspruner.compute.quick import quick_on_cpu
+from sspruner.errors import InputError
+from sspruner.evaluation.windows import next_tokens, sums
+from sspruner.training import checkpoint
+from sspruner.training.log import Log, forget_after
+from sspruner.training.text import Text
+
+# (model, tokens (b, T)) -> the loss, and what it consists of, by name; means over tokens
+Objective = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Hook = Callable[[int], None]  # called with the number of the step that was just taken
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    max_tokens: of all steps together; the learning rate falls along a cosine to a tenth over them. max_minutes ends a
+    run early, with what it has. batch: sequences in a step, of all processes together; at_once: in one forward of one
+    process. every: steps between checkpoints, each with the perplexity of the held-out blocks. bf16: autocast; weights
+    and moments stay in fp32. recompute: activations are computed again for the gradient, and not kept.
+    """
+
+    max_tokens: int = 1_000_000
+    max_minutes: float | None = None
+    batch: int = 16
+    at_once: int = 8
+    seq_len: int = 256
+    learning_rate: float = 1e-4
+    warm_up: float = 0.02
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    bf16: bool = False
+    recompute: bool = False
+    every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch", "at_once", "seq_len", "every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} {getattr(self, name)}: must be above 0")
+
+    def asked(self) -> dict[str, Any]:
+        """What makes it this training and no other; JSON. Not when it has to stop: a run may be given more time."""
+        return {name: value for name, value in asdict(self).items() if name != "max_minutes"}
+
+    @property
+    def steps(self) -> int:
+        """How many batches max_tokens are, rounded up."""
+        return max(1, math.ceil(self.max_tokens / (self.batch * self.seq_len)))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 1: linear up, then a cosine down to a tenth."""
+        rise = max(1, round(self.warm_up * self.steps))
+        if step <= rise:
+            return self.learning_rate * step / rise
+        done = (step - rise) / max(1, self.steps - rise)
+        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to. perplexity: of the held-out blocks, before the first step and at the end."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    perplexity: tuple[float, float]
+    finished: bool  # False if max_minutes ended it
+
+
+def train(
+    model: nn.Module,
+    text: Text,
+    settings: Settings,
+    objective: Objective,
+    folder: Path,
+    *,
+    after_step: Hook | None = None,
+    memory: dict[str, torch.Tensor] | None = None,
+    progress: Callable[[dict[str, float], int, int], None] | None = None,
+) -> Trained:
+    """Train the parameters of `model` that require gradients, in place, in fp32.
+
+    objective: the loss of a batch. after_step: what a method does with the weights after each step, such as masks.
+    memory: its own tensors, by name, which checkpoints hold, too, and which are put back in place.
+    folder: for checkpoints and metrics.jsonl; a run that was interrupted there goes on as if it had not been.
+    progress: called with the metrics of a step, its number, and how many there are.
+
+    Raises InputError when the loss or its gradient is no number any more, or a checkpoint cannot be written; the last
+    good checkpoint stays.
+    """
+    if settings.batch % world():
+        raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
+    memory = memory or {}
+    device = next(model.parameters()).device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(parameters, settings)
+    wrapped = DistributedDataParallel(model) if world() > 1 else model
+    held_out = text.held_out_blocks()  # (blocks, T)
+    torch.manual_seed(settings.seed)
+    model.train()
+    if settings.recompute:
+        recompute(model, "enable")
+    checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.jsonl"
+    found = checkpoint.load(checkpoints, model, optimizer, _state(0, 0.0, math.nan) | memory)
+    step, before, first = (
+        (int(found["step"]), float(found["seconds"]), float(found["first"])) if found else (0, 0.0, 0.0)
+    )
+    if found:
+        torch.set_rng_state(found["rng"])
+    forget_after(metrics_file, step if found else -1)
+    with quick_on_cpu(model, device), Log(metrics_file) as log:
+        if not found:
+            first = last = perplexity(model, held_out, settings.at_once)
+            log.write(0, held_out_perplexity=first)
+        blocks = text.training_blocks(skip=step * settings.batch)
+        begun = time.monotonic() - before
+        while step < settings.steps and not over(begun, settings.max_minutes, device):
+            step, now = step + 1, time.monotonic()
+            metrics = take_step(wrapped, share(blocks, settings).to(device), optimizer, settings, step, objective)
+            if after_step:
+                after_step(step)
+            seconds = note_step(log, metrics, step, settings, now, begun, progress)
+            if step % settings.every == 0 and step < settings.steps:
+                log.write(step, held_out_perplexity=perplexity(model, held_out, settings.at_once))
+                checkpoint.save(checkpoints, step, model, optimizer, _state(step, seconds, first) | memory)
+        last = perplexity(model, held_out, settings.at_once)
+        if step > (int(found["step"]) if found else 0):
+            log.write(step, held_out_perplexity=last)
+            checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first) | memory)
+    model.eval()
+    if settings.recompute:
+        recompute(model, "disable")
+    tokens = step * settings.batch * settings.seq_len
+    return Trained(step, tokens, time.monotonic() - begun, (first, last), step == settings.steps)
+
+
+def recompute(model: nn.Module, what: str) -> None:
+    """Switch transformers' recomputing of activations; it had another name before."""
+    for name in (f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"):
+        if switch := getattr(model, name, None):
+            switch()
+            return
+    raise InputError(f"recompute: {type(model).__name__} cannot")
+
+
+def note_step(
+    log: Log,
+    metrics: dict[str, float],
+    step: int,
+    settings: Settings,
+    now: float,
+    begun: float,
+    progress: Callable[[dict[str, float], int, int], None] | None,
+) -> float:
+    """Write down a step that began at `now`, of a run that began at `begun`; returns the seconds of the run."""
+    seconds, per_step = time.monotonic() - begun, settings.batch * settings.seq_len
+    metrics |= {"tokens_per_second": per_step / (time.monotonic() - now), "seconds": seconds}
+    log.write(step, tokens=step * per_step, learning_rate=settings.rate(step), **metrics)
+    if progress:
+        progress(metrics, step, settings.steps)
+    return seconds
+
+
+def share(blocks: Iterator[torch.Tensor], settings: Settings) -> torch.Tensor:
+    """This process's part of the next batch: int64 (batch / processes, T)."""
+    return torch.stack(list(islice(blocks, settings.batch)))[rank() :: world()]
+
+
+def adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
+    """The optimiser of every method; its rate is set step by step. Weight decay for matrices, none for vectors."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+
+
+def take_step(
+    model: Any,
+    tokens: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    step: int,
+    objective: Objective,
+) -> dict[str, float]:
+    """One step of AdamW on this process's part of the batch, (b, T). Returns means over all processes.
+
+    Raises InputError, in every process, where a loss or its gradient is no number any more.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate(step)
+    optimizer.zero_grad(set_to_none=True)
+    means: dict[str, torch.Tensor] = {}
+    pieces = torch.split(tokens, settings.at_once)
+    for piece in pieces:
+        share = len(piece) / len(tokens)
+        waits = isinstance(model, DistributedDataParallel) and piece is not pieces[-1]
+        with model.no_sync() if waits else nullcontext():
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=settings.bf16):
+                loss, parts = objective(model, piece)
+            torch.autograd.backward(share * loss)
+        for name, value in {"loss": loss, **parts}.items():
+            means[name] = means.get(name, 0) + share * value.detach().float()
+    means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, settings.clip)
+    found = dict(zip(means, (total(torch.stack([*means.values()])) / world()).tolist(), strict=True))
+    if not all(map(math.isfinite, found.values())):
+        raise InputError(
+            f"step {step}: the loss is {found['loss']:g}, the norm of its gradient {found['gradient_norm']:g}; what "
+            "is in checkpoints is good: lower the learning rate"
+        )
+    optimizer.step()
+    return found
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, blocks: torch.Tensor, at_once: int) -> float:
+    """Of blocks, int64 (n, T), each scored alone; its first token is context only."""
+    nll = count = 0.0
+    for tokens in torch.split(blocks, at_once):
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        found = sums(forward(model, tokens, mask, use_cache=False).logits[:, :-1], *next_tokens(tokens, mask))
+        nll, count = nll + float(found.nll.sum()), count + float(found.tokens.sum())
+    return math.exp(min(nll / count, 700.0))
+
+
+def over(begun: float, max_minutes: float | None, device: torch.device) -> bool:
+    """Whether time is up; all processes agree, for one alone would leave the others waiting."""
+    if max_minutes is None:
+        return False
+    late = torch.tensor(float(time.monotonic() - begun > 60 * max_minutes), device=device)
+    return bool(total(late) > 0)
+
+
+def _state(step: int, seconds: float, first: float) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside weights and moments. first: the perplexity before the first step."""
+    found = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("seconds", seconds), ("first", first))}
+    return found | {"step": torch.tensor(step), "rng": torch.get_rng_state()}

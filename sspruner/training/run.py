@@ -1,0 +1,40 @@
+"""The folder of a training run: what it was asked for, so that only the same run goes on there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sspruner.compute.processes import barrier, rank
+from sspruner.errors import InputError
+from sspruner.files.output import atomic_file, check_results
+
+MARK = "run.json"
+
+
+def run_folder(out: str | Path, asked: dict[str, Any]) -> Path:
+    """The folder of a run, made if it is not there. asked: what makes it this run and no other; JSON.
+
+    Raises InputError for a folder that holds another run, or other things.
+    """
+    folder = check_results(out, (MARK,))
+    file = folder / MARK
+    asked = json.loads(json.dumps(asked))
+    if file.exists():
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"output {file}: is damaged ({error}); remove the folder") from error
+        differs = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
+        if differs:
+            first = differs[0]
+            raise InputError(
+                f"output {folder}: holds a run with another {first} ({before.get(first)}, now {asked.get(first)}); "
+                "choose another folder"
+            )
+    elif rank() == 0:
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+    barrier()
+    return folder

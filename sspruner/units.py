@@ -1,0 +1,79 @@
+"""Units: numbers as people read them, and sizes, rates and counts as people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sspruner.errors import InputError
+
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def as_bytes(n: float) -> str:
+    """A size in the unit that suits it, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    return ""
+
+
+def percent(before: Any, after: Any) -> str:
+    """The change from one number to another; "" from zero."""
+    return f"{100 * (after / before - 1):+.2f} %" if before else ""
+
+
+def span(values: Sequence[int]) -> str:
+    """Sorted numbers as the one that they are, or as smallest and largest."""
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def parse_bytes(text: str, option: str) -> float:
+    """`25MB`, `25MiB`, `80 GB`, `1000`: bytes. Raises InputError for anything else."""
+    return _number(text, option, r"B?", "a size such as 25MB, 25MiB or 80GB")
+
+
+def parse_bandwidth(text: str, option: str) -> float:
+    """`3.35TB/s`, `900 GB/s`: bytes per second. Raises InputError for anything else."""
+    return _number(text, option, r"B/s", "a rate such as 3.35TB/s or 900GB/s")
+
+
+def parse_flops(text: str, option: str) -> float:
+    """`989TFLOP/s`, `80 GFLOPS`: operations per second. Raises InputError for anything else."""
+    return _number(text, option, r"FLOP(?:/s|S)", "a rate such as 989TFLOP/s")
+
+
+def parse_parameters(text: str, option: str) -> float:
+    """`0.8x`: a fraction; `900M`, `1.1B`, `1100000000`: a count."""
+    if text.strip().endswith("x"):
+        fraction = _number(text.strip()[:-1], option, r"", "a fraction such as 0.8x")
+        if fraction > 1:
+            raise InputError(f"{option} {text!r}: more than the model has; give a fraction up to 1x, or a count")
+        return fraction
+    text = re.sub(r"[Bb]\s*$", "G", text)  # billions
+    count = _number(text, option, r"", "a fraction such as 0.8x, or a count such as 900M or 1.1B")
+    if count <= 1:
+        raise InputError(f"{option} {text!r}: is a count; a fraction has an x, {count:g}x")
+    return count
+
+
+def parse_increase(text: str, option: str) -> float:
+    """`1%` or `0.01`."""
+    if text.strip().endswith("%"):
+        return _number(text.strip()[:-1], option, r"", "a percentage such as 1%") / 100
+    return _number(text, option, r"", "a percentage such as 1%, or a fraction such as 0.01")
+
+
+def _number(text: str, option: str, suffix: str, expected: str) -> float:
+    match = re.fullmatch(
+        rf"\s*(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*([kMGT]i?)?\s*{suffix}\s*", text.replace("K", "k"), re.A
+    )
+    if match is None:
+        raise InputError(f"{option} {text!r}: expected {expected}")
+    value = float(match[1] + (match[2] or "")) * UNITS[match[3] or ""]
+    if not (value > 0 and math.isfinite(value)):
+        raise InputError(f"{option} {text!r}: must be above 0")
+    return value
