@@ -24,7 +24,9 @@ from sspruner.calibrate.shards import part_of_this_process, summed
 from sspruner.calibrate.sources import Calibration
 from sspruner.compute.processes import rank
 from sspruner.scoring.known import find_scorer, installed_scorers
+from sspruner.scoring.run import Run
 from sspruner.scoring.scorer import make_scorer
+from sspruner.scoring.walk import walk
 from sspruner.testing.cases import axes_of, windows
 
 MOST = 4
@@ -288,9 +290,9 @@ def test_one_process_says_what_is_cut(together: Together) -> None:
 
 
 def scored_by(scorer: Any, seed: int = 0, sequences: int = 4, tolerant: bool = False, **more: Any) -> Any:
-    run = walk.Run(tiny_model(seed=seed * rank()), [scorer] if not tolerant else [scorer, "ghost"], ["state"],
+    run = Run(tiny_model(seed=seed * rank()), [scorer] if not tolerant else [scorer, "ghost"], ["state"],
                    {}, 0, "cpu", tolerant=tolerant)  # fmt: skip
-    found = run.walk(windows(tokens(sequences, 8), torch.ones(sequences, 8, dtype=torch.bool)), None, None)
+    found = walk(run, windows(tokens(sequences, 8), torch.ones(sequences, 8, dtype=torch.bool)), None, None)
     return [*found], run.refused
 
 
