@@ -18,7 +18,7 @@ from zoo import zoo
 
 import sspruner
 from sspruner.budgets.allocate import EVEN, allocate
-from sspruner.budgets.budget import Budget
+from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.comparable import comparable
 from sspruner.budgets.decide import check_budget, compared, select
 from sspruner.budgets.split import best_split, damage_at
@@ -74,10 +74,10 @@ def test_one_layers_scale_moves_a_raw_threshold_alone(seed, sparsity):
     louder = scores | {"l0:state": 1000 * scores["l0:state"] + 1000}
     scaled = scores | {"l0:state": 1000 * scores["l0:state"]}
     for how in ("energy", "last"):
-        budget = Budget(sparsity, allocation="global", normalise=how)
+        budget = ResolvedBudget(sparsity, allocation="global", normalise=how)
         counts = [allocate(groups, budget, compared(sspruner.Scores(s), budget)) for s in (scores, scaled)]
         assert counts[0] == counts[1]
-    raw = Budget(sparsity, allocation="global", normalise="none")
+    raw = ResolvedBudget(sparsity, allocation="global", normalise="none")
     counts = allocate(groups, raw, compared(sspruner.Scores(louder), raw))
     assert counts["l0:state"] == 6 - max(0, 12 * sparsity - 5)
 
@@ -89,7 +89,7 @@ def test_the_scorer_says_whether_its_scores_compare():
         own = find_scorer(name)[0].comparable
         assert json.loads(scores.metadata["comparable"]) == {"state": own}
         assert own == (how == "none")
-        found, asked = compared(scores, Budget(0.5)), comparable(scores.importance, {"state": how})
+        found, asked = compared(scores, ResolvedBudget(0.5)), comparable(scores.importance, {"state": how})
         assert all(torch.equal(found[n], asked[n]) for n in asked)
 
 
@@ -120,7 +120,7 @@ def test_floors_and_caps_hold_and_the_rest_meets_the_budget(shapes, sparsity, st
     assume(min(g.units for g in groups.values()) >= floor)
     kept = {}
     for allocation in ("uniform", "global", "adaptive"):
-        budget = Budget(sparsity, allocation=allocation, multiple_of=step, floor={"*": floor}, cap={"l0": cap})
+        budget = ResolvedBudget(sparsity, allocation=allocation, multiple_of=step, floor={"*": floor}, cap={"l0": cap})
         try:
             kept[allocation] = allocate(groups, budget, random_scores(groups, seed), curves)
         except sspruner.InputError as error:
@@ -153,7 +153,7 @@ def test_a_bound_of_one_layer_moves_units_of_the_others(allocation, bounds, kept
     groups, worth = unit_groups((1, 8), (1, 8), (1, 8)), {"l0:state": 100.0, "l1:state": 1.0, "l2:state": 0.01}
     scores = {name: value * torch.arange(8, 0, -1.0)[None] for name, value in worth.items()}
     curves = {name: {k: value / k for k in range(1, 8)} for name, value in worth.items()}
-    budget = Budget(0.5, allocation=allocation, multiple_of=2, **bounds)
+    budget = ResolvedBudget(0.5, allocation=allocation, multiple_of=2, **bounds)
     assert tuple(allocate(groups, budget, scores, curves).values()) == kept
 
 
@@ -178,24 +178,24 @@ def test_a_bound_of_one_layer_moves_units_of_the_others(allocation, bounds, kept
 def test_what_makes_no_sense_is_refused(bounds, says):
     groups = unit_groups((1, 6), (2, 6))
     with pytest.raises(sspruner.InputError, match=says):
-        allocate(groups, Budget(**{"sparsity": 0.5} | bounds), random_scores(groups, 0))
+        allocate(groups, ResolvedBudget(**{"sparsity": 0.5} | bounds), random_scores(groups, 0))
 
 
 def test_a_later_pattern_wins_and_a_budget_says_what_was_asked():
     groups = unit_groups((1, 6), (1, 6), (1, 6))
-    budget = Budget(0.5, floor={"*": 2, "l1": 5}, cap={"l2": 2})
+    budget = ResolvedBudget(0.5, floor={"*": 2, "l1": 5}, cap={"l2": 2})
     assert allocate(groups, budget) == {"l0:state": 3, "l1:state": 5, "l2:state": 2}
     assert budget.to_json()["floor"] == {"*": 2, "l1": 5}
-    assert "floor" not in Budget(0.5).to_json()
+    assert "floor" not in ResolvedBudget(0.5).to_json()
 
 
 def test_a_floor_or_a_cap_decides_where_rounding_would_remove_all_or_nothing():
     groups = unit_groups((1, 6), (1, 6))
-    assert allocate(groups, Budget(0.99, floor={"*": 1})) == dict.fromkeys(groups, 1)
-    assert allocate(groups, Budget(0.99, floor={"*": 4, "l1": 6})) == {"l0:state": 4, "l1:state": 6}
-    assert allocate(groups, Budget(0.05, cap={"*": 5, "l1": 2})) == {"l0:state": 5, "l1:state": 2}
+    assert allocate(groups, ResolvedBudget(0.99, floor={"*": 1})) == dict.fromkeys(groups, 1)
+    assert allocate(groups, ResolvedBudget(0.99, floor={"*": 4, "l1": 6})) == {"l0:state": 4, "l1:state": 6}
+    assert allocate(groups, ResolvedBudget(0.05, cap={"*": 5, "l1": 2})) == {"l0:state": 5, "l1:state": 2}
     with pytest.raises(sspruner.InputError, match=r"l1:state: 0\.99 removes everything"):
-        allocate(groups, Budget(0.99, floor={"l0": 1}))
+        allocate(groups, ResolvedBudget(0.99, floor={"l0": 1}))
 
 
 @pytest.mark.parametrize(
@@ -211,16 +211,16 @@ def test_a_floor_or_a_cap_decides_where_rounding_would_remove_all_or_nothing():
 def test_axes_without_a_group_of_units_in_each_layer_are_refused_before_any_work(axis, asked, says):
     graph = sspruner.trace(tiny_model(layers=2))
     groups = {n: g for n, g in {**graph.groups, **graph.elements}.items() if g.axis == axis}
-    check_budget(groups, Budget(0.5))
+    check_budget(groups, ResolvedBudget(0.5))
     with pytest.raises(sspruner.InputError, match=says):
-        check_budget(groups, Budget(0.5, **asked))
+        check_budget(groups, ResolvedBudget(0.5, **asked))
 
 
 def test_an_adaptive_budget_is_checked_before_anything_is_measured():
     groups = unit_groups((1, 6), (1, 6))
-    check_budget(groups, Budget(0.5, allocation="adaptive"))
+    check_budget(groups, ResolvedBudget(0.5, allocation="adaptive"))
     with pytest.raises(sspruner.InputError, match="floor 7"):
-        check_budget(groups, Budget(0.5, allocation="adaptive", floor={"*": 7}))
+        check_budget(groups, ResolvedBudget(0.5, allocation="adaptive", floor={"*": 7}))
 
 
 # Curves and the best split
@@ -266,10 +266,10 @@ def test_an_adaptive_split_costs_no_more_than_any_other_of_its_size(seed, sparsi
     def total(counts: dict[str, int]) -> float:
         return sum(float(damage_at(curves[n], [counts[n]], 8)) for n in groups)
 
-    adaptive = allocate(groups, Budget(sparsity, allocation="adaptive"), curves=curves)
+    adaptive = allocate(groups, ResolvedBudget(sparsity, allocation="adaptive"), curves=curves)
     assert sum(groups[n].groups * k for n, k in adaptive.items()) <= 32 * (1 - sparsity)
-    assert total(adaptive) <= total(allocate(groups, Budget(sparsity))) + 3 * EVEN
-    by_score = allocate(groups, Budget(sparsity, allocation="global"), scores)
+    assert total(adaptive) <= total(allocate(groups, ResolvedBudget(sparsity))) + 3 * EVEN
+    by_score = allocate(groups, ResolvedBudget(sparsity, allocation="global"), scores)
     if sum(groups[n].groups * k for n, k in by_score.items()) <= 32 * (1 - sparsity):
         assert total(adaptive) <= total(by_score) + 3 * EVEN
 
@@ -283,7 +283,7 @@ def test_an_adaptive_split_costs_no_more_than_any_other_of_its_size(seed, sparsi
 def test_of_splits_that_cost_the_same_the_most_even_is_taken(layers, step, sparsity, curve):
     """On flat and straight curves a unit is worth the same in every layer."""
     groups = unit_groups(*[(1, 8)] * layers)
-    budget = Budget(sparsity, allocation="adaptive", multiple_of=step)
+    budget = ResolvedBudget(sparsity, allocation="adaptive", multiple_of=step)
     kept = allocate(groups, budget, curves=dict.fromkeys(groups, curve))
     assert max(kept.values()) - min(kept.values()) <= step
     assert sum(kept.values()) == layers * 8 * (1 - sparsity) // step * step

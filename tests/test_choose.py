@@ -16,7 +16,7 @@ from zoo import zoo
 
 import sspruner
 from sspruner.budgets.allocate import allocate
-from sspruner.budgets.budget import Budget, pattern_sparsity
+from sspruner.budgets.budget import ResolvedBudget, pattern_sparsity
 from sspruner.budgets.decide import check_budget, choosers
 from sspruner.budgets.elements import FLOOR, choose, choose_globally, competing, parse_pattern
 from sspruner.graph.group import Block, DependencyGroup
@@ -158,7 +158,7 @@ def elements(**shapes: tuple[int, int]) -> dict[str, DependencyGroup]:
     }
 
 
-def kept(groups: dict[str, DependencyGroup], budget: Budget, granularity: str, scores: Scores | None = None) -> Scores:
+def kept(groups: dict[str, DependencyGroup], budget: ResolvedBudget, granularity: str, scores: Scores | None = None) -> Scores:
     if scores is None:
         torch.manual_seed(0)
         scores = {n: torch.rand(g.groups, g.units) for n, g in groups.items()}
@@ -168,31 +168,31 @@ def kept(groups: dict[str, DependencyGroup], budget: Budget, granularity: str, s
 
 def test_a_scorers_granularity_and_the_users() -> None:
     groups = elements(a=(4, 8), b=(6, 8), c=(2, 12))
-    rows = kept(groups, Budget(0.5), "row")
+    rows = kept(groups, ResolvedBudget(0.5), "row")
     assert all((keep.sum(1) * 2 == keep.shape[1]).all() for keep in rows.values())
-    tensors = kept(groups, Budget(0.5), "tensor")
+    tensors = kept(groups, ResolvedBudget(0.5), "tensor")
     assert all(keep.sum() * 2 == keep.numel() for keep in tensors.values())
     assert not all((keep.sum(1) * 2 == keep.shape[1]).all() for keep in tensors.values())
-    together = kept(groups, Budget(0.5), "global")
+    together = kept(groups, ResolvedBudget(0.5), "global")
     assert sum(int(keep.sum()) for keep in together.values()) == 52
     assert not all(keep.sum() * 2 == keep.numel() for keep in together.values())
     for asked, expected in (("row", rows), ("tensor", tensors), ("global", together)):
         for own in ("row", "tensor", "global"):
-            found = kept(groups, Budget(0.5, granularity=asked), own)
+            found = kept(groups, ResolvedBudget(0.5, granularity=asked), own)
             assert all(torch.equal(found[n], expected[n]) for n in groups)
-    assert Budget(0.5).compares_layers(groups, {"weight": "global"})
-    assert not Budget(0.5, granularity="row").compares_layers(groups, {"weight": "global"})
-    assert not Budget(0.5, pattern="2:4").compares_layers(groups, {"weight": "global"})
+    assert ResolvedBudget(0.5).compares_layers(groups, {"weight": "global"})
+    assert not ResolvedBudget(0.5, granularity="row").compares_layers(groups, {"weight": "global"})
+    assert not ResolvedBudget(0.5, pattern="2:4").compares_layers(groups, {"weight": "global"})
 
 
 def test_ratios_and_ignored_tensors() -> None:
     groups = elements(a=(4, 8), b=(6, 8), c=(2, 12))
-    found = kept(groups, Budget(0.5, ratios={"b": 0.75}, ignore=["c"]), "tensor")
+    found = kept(groups, ResolvedBudget(0.5, ratios={"b": 0.75}, ignore=["c"]), "tensor")
     assert {n: int(k.sum()) for n, k in found.items()} == {"a:weight": 16, "b:weight": 12, "c:weight": 24}
-    found = kept(groups, Budget(0.5, ratios={"b": 0.75}), "global")  # another fraction, another pool
+    found = kept(groups, ResolvedBudget(0.5, ratios={"b": 0.75}), "global")  # another fraction, another pool
     assert int(found["b:weight"].sum()) == 12
     assert int(found["a:weight"].sum() + found["c:weight"].sum()) == 28
-    found = kept(groups, Budget(0.5, pattern="2:4", ratios={"c": 0}), "tensor")
+    found = kept(groups, ResolvedBudget(0.5, pattern="2:4", ratios={"c": 0}), "tensor")
     assert all((found[f"{n}:weight"].unflatten(1, (-1, 4)).sum(-1) == 2).all() for n in "ab")
     assert found["c:weight"].all()
 
@@ -202,7 +202,7 @@ def test_two_axes_have_a_threshold_each() -> None:
     groups = elements(a=(4, 8), b=(6, 8))
     groups["m:decay"] = DependencyGroup("m", "decay", 5, 4, (), tensor="m.A_log")
     scores = {n: torch.rand(g.groups, g.units) + (100 if g.axis == "decay" else 0) for n, g in groups.items()}
-    found = kept(groups, Budget({"weight": 0.5, "decay": 0.5}), "global", scores)
+    found = kept(groups, ResolvedBudget({"weight": 0.5, "decay": 0.5}), "global", scores)
     assert int(found["m:decay"].sum()) == 10
     assert int(found["a:weight"].sum() + found["b:weight"].sum()) == 40
 
@@ -210,11 +210,11 @@ def test_two_axes_have_a_threshold_each() -> None:
 def test_named_rows_compete_and_others_stay() -> None:
     groups = elements(a=(4, 8), b=(6, 8), c=(2, 12))
     for granularity in ("row", "tensor", "global"):
-        found = kept(groups, Budget(0.5, rows=["B", "C"]), granularity)
+        found = kept(groups, ResolvedBudget(0.5, rows=["B", "C"]), granularity)
         assert all(keep[3:].all() for keep in found.values())
         assert found["c:weight"].all()  # it has no such rows
         assert int(sum((~keep).sum() for keep in found.values())) == 24
-    assert int((~kept(groups, Budget(0.5, rows=["C"]), "row")["a:weight"]).sum()) == 4
+    assert int((~kept(groups, ResolvedBudget(0.5, rows=["C"]), "row")["a:weight"]).sum()) == 4
     assert competing(groups["a:weight"], ("C",)).tolist() == [False, False, True, False]
     assert competing(groups["a:weight"], ()).all()
 
@@ -250,7 +250,7 @@ def test_impossible_budgets_of_elements(budget: dict, message: str) -> None:
     given = {"sparsity": 0.5} if "sparsity" not in budget and "keep" not in budget else {}
     for job in (lambda b: check_budget(groups, b), lambda b: kept(groups, b, "tensor")):
         with pytest.raises(sspruner.InputError, match=message.replace("(", r"\(")):
-            job(Budget(**given, **budget))
+            job(ResolvedBudget(**given, **budget))
     if pattern and "expected" in message:
         with pytest.raises(sspruner.InputError, match="expected N:M"):
             pattern_sparsity(pattern)
@@ -260,12 +260,12 @@ def test_impossible_budgets_of_elements(budget: dict, message: str) -> None:
 def test_what_is_for_elements_is_refused_where_units_are_cut(option: dict) -> None:
     groups = GRAPH.on_axis("state")
     with pytest.raises(sspruner.InputError, match="pattern, granularity and rows are for single elements: axis weight"):
-        check_budget(groups, Budget(0.5, **option))
+        check_budget(groups, ResolvedBudget(0.5, **option))
 
 
 def test_nothing_to_remove_from_elements() -> None:
     groups = elements(a=(4, 8), b=(6, 8))
-    for budget in (Budget(0), Budget(0.5, ignore=["*"]), Budget({"weight": 0})):
+    for budget in (ResolvedBudget(0), ResolvedBudget(0.5, ignore=["*"]), ResolvedBudget({"weight": 0})):
         with pytest.raises(sspruner.InputError, match="the budget removes nothing"):
             check_budget(groups, budget)
 
@@ -298,7 +298,7 @@ def test_a_global_allocation_is_the_best_of_all_possible_ones(
     """Of all counts that steps allow, those are as near to the budget as a threshold on the score can come."""
     groups = unit_groups(*shapes)
     scores = random_scores(groups, seed)
-    counts = allocate(groups, Budget(sparsity, allocation="global", multiple_of=step), scores)
+    counts = allocate(groups, ResolvedBudget(sparsity, allocation="global", multiple_of=step), scores)
     target = sum(g * u for g, u in shapes) * (1 - sparsity)
     allowed = [sorted({*range(step, units + 1, step), units}) for _, units in shapes]
     assert all(count in can for count, can in zip(counts.values(), allowed, strict=True))
@@ -328,7 +328,7 @@ def test_a_global_allocation_is_the_best_of_all_possible_ones(
 def test_what_stays_is_worth_more_than_what_goes(shapes: list[tuple[int, int]], sparsity: float, seed: int) -> None:
     groups = unit_groups(*shapes)
     scores = random_scores(groups, seed)
-    counts = allocate(groups, Budget(sparsity, allocation="global"), scores)
+    counts = allocate(groups, ResolvedBudget(sparsity, allocation="global"), scores)
     stays = [w for n in groups for w in ranks(scores[n])[1 : counts[n]]]  # the first one stays in any case
     goes = [w for n in groups for w in ranks(scores[n])[counts[n] :]]
     assert min(counts.values()) >= 1
@@ -347,7 +347,7 @@ def test_layers_with_the_same_scores_lose_the_same(layers: int, sets: int, units
     for step in (1, 2):
         asked = keep // step * step
         if asked:
-            budget = Budget(1 - asked / units, multiple_of=step)
+            budget = ResolvedBudget(1 - asked / units, multiple_of=step)
             uniform = allocate(groups, budget, scores)
             assert allocate(groups, replace(budget, allocation="global"), scores) == uniform
             assert set(uniform.values()) == {asked}
@@ -356,10 +356,10 @@ def test_layers_with_the_same_scores_lose_the_same(layers: int, sets: int, units
 def test_what_is_named_is_not_in_the_pool() -> None:
     groups = unit_groups((1, 10), (1, 10), (1, 10), (1, 10))
     scores = {n: torch.full((1, 10), float(i)) + torch.rand(1, 10) / 2 for i, n in enumerate(groups)}
-    budget = Budget(0.5, allocation="global", ratios={"l3": 0.8}, ignore=["l2"])
+    budget = ResolvedBudget(0.5, allocation="global", ratios={"l3": 0.8}, ignore=["l2"])
     # l0 and l1 compete alone: l1 is the better one, l0 keeps one
     assert allocate(groups, budget, scores) == {"l0:state": 1, "l1:state": 9, "l2:state": 10, "l3:state": 2}
-    assert allocate(groups, Budget(0.5, allocation="global"), scores) == {
+    assert allocate(groups, ResolvedBudget(0.5, allocation="global"), scores) == {
         "l0:state": 1, "l1:state": 1, "l2:state": 8, "l3:state": 10,
     }  # fmt: skip
 
@@ -371,17 +371,17 @@ def test_axes_have_a_pool_each_and_whole_modules_none() -> None:
     groups["m:hidden"] = DependencyGroup("m", "hidden", 1, 12, ())
     scores = {n: torch.rand(g.groups, g.units) + 9 * (g.axis == "head") for n, g in groups.items()}
     sparsity = {"state": 0.25, "head": 0.5, "block": 0.5, "hidden": 0.25}
-    counts = allocate(groups, Budget(sparsity, allocation="global"), scores)
+    counts = allocate(groups, ResolvedBudget(sparsity, allocation="global"), scores)
     assert 2 * (counts["l0:state"] + counts["l1:state"]) == 24
     assert counts["l0:head"] + counts["l1:head"] == 4
     assert (counts["b:block"], counts["m:hidden"]) == (2, 9)
     with pytest.raises(sspruner.InputError, match=r"m:hidden: 0\.01 removes nothing from 12 units"):
-        allocate(groups, Budget({**sparsity, "hidden": 0.01}, allocation="global"), scores)
+        allocate(groups, ResolvedBudget({**sparsity, "hidden": 0.01}, allocation="global"), scores)
 
 
 def test_multiples_asked_for_and_a_groups_own() -> None:
     groups = unit_groups((1, 24), (1, 24), own=4) | {"x:state": DependencyGroup("x", "state", 1, 9, ())}
-    counts = allocate(groups, Budget(0.5, allocation="global", multiple_of=6), random_scores(groups, 1))
+    counts = allocate(groups, ResolvedBudget(0.5, allocation="global", multiple_of=6), random_scores(groups, 1))
     assert all(counts[n] in (12, 24) for n in ("l0:state", "l1:state"))
     assert counts["x:state"] in (6, 9)
 
@@ -395,7 +395,7 @@ def test_a_short_last_step_of_equal_units_comes_last(units: int, step: int, sets
     groups = unit_groups((3, units), (3, units))
     scores = {n: torch.tensor(sets)[:, None].expand(-1, units) for n in groups}
     for keep in range(1, units):
-        counts = allocate(groups, Budget(1 - keep / units, allocation="global", multiple_of=step), scores)
+        counts = allocate(groups, ResolvedBudget(1 - keep / units, allocation="global", multiple_of=step), scores)
         assert all(count % step == 0 or count == units for count in counts.values())
 
 
@@ -403,20 +403,20 @@ def test_a_good_layer_may_stay_whole_and_a_bad_one_keeps_a_multiple() -> None:
     groups = unit_groups((2, 8), (2, 8), (2, 8))
     scores = {n: torch.rand(2, 8) + 5 * i for i, n in enumerate(groups)}
     for step, expected in ((1, [1, 3, 8]), (2, [2, 2, 8]), (4, [4, 4, 4])):
-        counts = allocate(groups, Budget(0.5, allocation="global", multiple_of=step), scores)
+        counts = allocate(groups, ResolvedBudget(0.5, allocation="global", multiple_of=step), scores)
         assert list(counts.values()) == expected, step
 
 
 def test_a_mean_over_sets_and_not_the_best_set() -> None:
     groups = unit_groups((2, 2), (2, 2))
     scores = {"l0:state": torch.tensor([[9.0, 8.0], [0.0, 0.0]]), "l1:state": torch.tensor([[5.0, 5.0], [5.0, 5.0]])}
-    assert allocate(groups, Budget(0.25, allocation="global"), scores) == {"l0:state": 1, "l1:state": 2}
+    assert allocate(groups, ResolvedBudget(0.25, allocation="global"), scores) == {"l0:state": 1, "l1:state": 2}
 
 
 def test_a_global_budget_may_be_finer_than_a_layer() -> None:
     """0.03 of 48 states is one: too little for every layer, enough for one; `prune` asks the same before any work."""
     groups = unit_groups((1, 16), (1, 16), (1, 16))
-    budget = Budget(0.03, allocation="global")
+    budget = ResolvedBudget(0.03, allocation="global")
     check_budget(groups, budget)
     assert sorted(allocate(groups, budget, random_scores(groups, 0)).values()) == [15, 16, 16]
     with pytest.raises(sspruner.InputError, match="removes nothing from 16 units"):
@@ -428,11 +428,11 @@ def test_a_global_budget_may_be_finer_than_a_layer() -> None:
 def test_global_needs_scores_and_no_keep() -> None:
     groups = unit_groups((1, 8))
     with pytest.raises(sspruner.InputError, match="their scores have to be known before any is cut"):
-        allocate(groups, Budget(0.5, allocation="global"))
+        allocate(groups, ResolvedBudget(0.5, allocation="global"))
     with pytest.raises(sspruner.InputError, match="keep says how many units stay in every layer"):
-        Budget(keep=4, allocation="global")
+        ResolvedBudget(keep=4, allocation="global")
     with pytest.raises(sspruner.InputError, match="compete: their scores have to be known"):
-        choosers(elements(a=(4, 8)), Budget(0.5), {"weight": "global"})
+        choosers(elements(a=(4, 8)), ResolvedBudget(0.5), {"weight": "global"})
 
 
 @given(st.integers(0, 99), SPARSITY)
@@ -441,7 +441,7 @@ def test_a_global_plan_keeps_the_best_units_of_every_layer(seed: int, sparsity: 
     groups = GRAPH.on_axis("state")
     scores = random_scores(groups, seed)
     made = sspruner.plan(GRAPH, sspruner.Scores(scores), sparsity=sparsity, allocation="global")
-    counts = allocate(groups, Budget(sparsity, allocation="global"), scores)
+    counts = allocate(groups, ResolvedBudget(sparsity, allocation="global"), scores)
     assert {n: s.after for n, s in made.groups.items()} == {n: c for n, c in counts.items() if c < 8}
     for name, selection in made.groups.items():
         for row, stay in zip(scores[name].tolist(), selection.keep, strict=True):

@@ -17,13 +17,13 @@ from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.benchmarking.footprint import Footprint, footprint
-from sspruner.budgets.limits import Limits
 from sspruner.compute.forward import forward
 from sspruner.errors import ModelError
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
+from sspruner.recipes.parts import Limits
 from sspruner.surgery.apply import apply_sizes
 from sspruner.surgery.proof import CACHES
 from sspruner.surgery.sizes import sizes

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
-from sspruner.budgets.limits import Limits, limits_from
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Projection, Selection
+from sspruner.recipes.parts import Limits
 from sspruner.surgery.proof import measured_state_bytes
 from sspruner.surgery.sizes import Sizes, sizes
 from sspruner.testing.plans import directions, plans, random_plan
@@ -43,18 +43,18 @@ from sspruner.testing.plans import directions, plans, random_plan
     ],
 )
 def test_what_texts_mean(option, text, field, value):
-    limits = limits_from(**{option: text})
+    limits = Limits(**{field: text})
     assert getattr(limits, field) == pytest.approx(value)
     assert limits.to_json() == {field: pytest.approx(value)}
 
 
 def test_memory_and_batch_go_together():
-    limits = limits_from(max_batch=256, memory="80GB", state_bytes=None)
+    limits = Limits(max_batch=256, memory="80GB", state_bytes=None)
     assert (limits.max_batch, limits.memory, limits.of_size, limits.of_damage) == (256, 80e9, True, False)
-    assert limits_from(state_bytes=None, max_kl=None) is None
+    assert not Limits(state_bytes=None, kl=None)
     for half in ({"max_batch": 4}, {"memory": "1GB"}):
         with pytest.raises(sspruner.InputError, match="max-batch and memory go together"):
-            limits_from(**half)
+            Limits(**half)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_memory_and_batch_go_together():
 )
 def test_what_is_no_size(text):
     with pytest.raises(sspruner.InputError, match=r"--state-bytes '.*': "):
-        limits_from(state_bytes=text)
+        Limits(state_bytes=text)
 
 
 @pytest.mark.parametrize("text", ["1.5x", "x", "0x", "0.8", "1%", "-1x", "0.8 what"])
 def test_what_is_no_number_of_parameters(text):
     with pytest.raises(sspruner.InputError, match=r"--params '"):
-        limits_from(params=text)
+        Limits(parameters=text)
 
 
 @pytest.mark.parametrize("given", [{"kl": -1}, {"kl": float("nan")}, {"max_batch": 0, "memory": 1}, {"state_bytes": 0}])

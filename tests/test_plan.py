@@ -18,7 +18,7 @@ from zoo import FAMILIES, zoo
 
 import sspruner
 from sspruner.budgets.allocate import allocate
-from sspruner.budgets.budget import Budget
+from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import select
 from sspruner.graph.group import Block, DependencyGroup
 from sspruner.plans.plan import Plan, check_plan
@@ -53,7 +53,7 @@ def test_uniform_keeps_the_nearest_allowed_count(sparsity: float, multiple_of: i
     allowed = [n for n in range(1, units) if n % step == 0]
     target = units * (1 - sparsity)
     try:
-        (count,) = allocate(groups, Budget(sparsity, multiple_of=multiple_of)).values()
+        (count,) = allocate(groups, ResolvedBudget(sparsity, multiple_of=multiple_of)).values()
     except sspruner.InputError as error:
         refused = str(error)
     else:
@@ -72,7 +72,7 @@ def test_uniform_keeps_the_nearest_allowed_count(sparsity: float, multiple_of: i
     said = re.search(r"the nearest that can be met is (\S+) \(keeps (\d+)\)$", refused)
     assert said
     assert int(said[2]) == nearest
-    assert allocate(groups, Budget(float(said[1]), multiple_of=multiple_of)) == {"layer:state": nearest}
+    assert allocate(groups, ResolvedBudget(float(said[1]), multiple_of=multiple_of)) == {"layer:state": nearest}
 
 
 @given(st.data())
@@ -152,9 +152,9 @@ def test_what_is_ignored_is_left_alone(ignore: list[str], cut: list[str]) -> Non
 def test_an_ignored_group_may_be_one_that_cannot_be_cut() -> None:
     groups = {"layer:state": group(8), "other:state": group(1)}
     with pytest.raises(sspruner.InputError, match="leave it out with ignore"):
-        allocate(groups, Budget(0.5))
-    assert allocate(groups, Budget(0.5, ignore=["other"])) == {"layer:state": 4, "other:state": 1}
-    assert allocate(groups, Budget(keep=4, ignore=["other"])) == {"layer:state": 4, "other:state": 1}
+        allocate(groups, ResolvedBudget(0.5))
+    assert allocate(groups, ResolvedBudget(0.5, ignore=["other"])) == {"layer:state": 4, "other:state": 1}
+    assert allocate(groups, ResolvedBudget(keep=4, ignore=["other"])) == {"layer:state": 4, "other:state": 1}
 
 
 @pytest.mark.parametrize("ignore", [["layers.0.*"], ["layers.0"], ["backbone.layers.0"], ["layers.[0]"]])
@@ -169,8 +169,8 @@ def test_a_pattern_for_one_block_does_not_mean_the_tenth() -> None:
     blocks = tuple(Block(f"layers.{i}", ()) for i in range(12))
     groups = {"layers:block": DependencyGroup("layers", "block", 1, 12, (), blocks=blocks)}
     with pytest.raises(sspruner.InputError, match="keeping 2 units is less than the 3 that --ignore protects"):
-        allocate(groups, Budget(keep=2, ignore=["layers.1", "layers.2.*", "layers.11"]))
-    assert allocate(groups, Budget(keep=3, ignore=["layers.1", "layers.2.*", "layers.11"])) == {"layers:block": 3}
+        allocate(groups, ResolvedBudget(keep=2, ignore=["layers.1", "layers.2.*", "layers.11"]))
+    assert allocate(groups, ResolvedBudget(keep=3, ignore=["layers.1", "layers.2.*", "layers.11"])) == {"layers:block": 3}
     with pytest.raises(sspruner.InputError, match="removes nothing"):
         sspruner.plan(GRAPH, sspruner.Scores({BLOCK: torch.rand(1, 3)}), keep=1, ignore=["layers.*"])
 

@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 from zoo import zoo
 
 import sspruner
-from sspruner.budgets.budget import Budget
-from sspruner.budgets.limits import Limits
+from sspruner.budgets.budget import ResolvedBudget
 from sspruner.cli.main import app
 from sspruner.evaluation.damage import Damage, damages
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.pruning import search
+from sspruner.recipes.parts import Limits
 from sspruner.scoring.choice import candidates, scorers_asked
 from sspruner.scoring.known import installed_scorers
 from sspruner.surgery.sizes import sizes
@@ -236,7 +236,7 @@ def test_with_a_limit_of_size_auto_takes_the_scorer_that_costs_least_though_anot
         plans = [sspruner.plan(graph, scores[label], sparsity=sparsity) for label, sparsity in met.items()]
         costs = [cost.pruned_perplexity for cost in damages(model, plans, graph, data.batches(6))]
         differ += len(set(met.values())) > 1
-        found = search.settle(model, graph, groups, scores, Budget(sparsity=0.5), limits, data)
+        found = search.settle(model, graph, groups, scores, ResolvedBudget(sparsity=0.5), limits, data)
         assert found.label == list(met)[costs.index(min(costs))]
         assert found.budget.sparsity == met[found.label]
         assert found.evidence["scorers"] == pytest.approx(dict(zip(met, costs, strict=True)), rel=1e-6)
@@ -256,7 +256,7 @@ def test_the_scorers_that_can_cut_less_are_said():
         except sspruner.InputError:
             continue
     found = search.settle(
-        MODEL, GRAPH, GRAPH.on_axis("state"), scores, Budget(sparsity=0.5), Limits(kl=0.08), DATA
+        MODEL, GRAPH, GRAPH.on_axis("state"), scores, ResolvedBudget(sparsity=0.5), Limits(kl=0.08), DATA
     ).evidence["scorers"]
     less = {name for name, sparsity in alone.items() if sparsity < max(alone.values())}
     assert less

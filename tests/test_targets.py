@@ -20,7 +20,7 @@ from zoo import FAMILIES, zoo, zoo_models
 
 import sspruner
 from sspruner.budgets.allocate import allocate
-from sspruner.budgets.budget import Budget
+from sspruner.budgets.budget import ResolvedBudget
 from sspruner.cli.main import app
 from sspruner.formats.fitting import Subject, check_fits, offers, runs, unfit
 from sspruner.formats.stock import check_stock
@@ -52,7 +52,7 @@ def uniform(model: torch.nn.Module, axis: str, n: int) -> Plan:
 
 
 def asked(graph: sspruner.SSMGraph, axis: str, wanted: Fit, **budget: Any) -> dict[str, int]:
-    return allocate(graph.on_axis(axis), Budget(fit=wanted, **budget))
+    return allocate(graph.on_axis(axis), ResolvedBudget(fit=wanted, **budget))
 
 
 # The table
@@ -203,19 +203,19 @@ def test_one_axis_goes_to_the_nearest_size_that_breaks_no_rule(model: torch.nn.M
     ]
     fields = {d for size in family.config_sizes.values() for term in size for d in term}
     try:
-        budget = Budget(sparsity=1 - keep / whole, multiple_of=multiple)
+        budget = ResolvedBudget(sparsity=1 - keep / whole, multiple_of=multiple)
         before = allocate(groups, budget)
     except sspruner.InputError:
         return  # nothing to round
     target_of = next(iter(before.values()))
     if family.name not in wanted.models or axis not in fields:
         with pytest.raises(sspruner.ModelError, match=f"target {name}: "):
-            allocate(groups, Budget(sparsity=1 - keep / whole, multiple_of=multiple, fit=fit))
+            allocate(groups, ResolvedBudget(sparsity=1 - keep / whole, multiple_of=multiple, fit=fit))
     elif not able:
         with pytest.raises(sspruner.InputError, match="takes no cut like"):
-            allocate(groups, Budget(sparsity=1 - keep / whole, multiple_of=multiple, fit=fit))
+            allocate(groups, ResolvedBudget(sparsity=1 - keep / whole, multiple_of=multiple, fit=fit))
     else:
-        found = allocate(groups, Budget(sparsity=1 - keep / whole, multiple_of=multiple, fit=fit))
+        found = allocate(groups, ResolvedBudget(sparsity=1 - keep / whole, multiple_of=multiple, fit=fit))
         best = min(able, key=lambda n: (abs(n - target_of), -n))
         assert set(found.values()) == {best}
         assert bool(fit.changes(before, found)) == (best != target_of)
@@ -237,7 +237,7 @@ def test_floors_caps_and_several_axes_bound_the_rounding() -> None:
         asked(graph, "state", fit, sparsity=0.5, ignore=["layers.0.*"])
     mamba = sspruner.trace(zoo("mamba", hidden=16))
     groups = mamba.on_axis("channel") | mamba.on_axis("state")
-    wanted = Budget(sparsity={"channel": 0.4, "state": 0.5}, fit=Fit(target("mamba-ssm"), mamba))
+    wanted = ResolvedBudget(sparsity={"channel": 0.4, "state": 0.5}, fit=Fit(target("mamba-ssm"), mamba))
     assert {mamba.groups[n].axis: k for n, k in allocate(groups, wanted).items()} == {"channel": 16, "state": 3}
 
 

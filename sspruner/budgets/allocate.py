@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from sspruner.budgets.budget import Budget, bounds_of, check_patterns, ignored, matches, protected, ratio_of
+from sspruner.budgets.budget import ResolvedBudget, bounds_of, check_patterns, ignored, matches, protected, ratio_of
 from sspruner.budgets.split import Curve, best_split, damage_at
 from sspruner.errors import InputError
 from sspruner.graph.group import DependencyGroup
@@ -18,7 +18,7 @@ EVEN = 1e-9  # nats, for a layer that loses everything: of splits that cost the 
 
 def allocate(
     groups: Mapping[str, DependencyGroup],
-    budget: Budget,
+    budget: ResolvedBudget,
     importance: Mapping[str, torch.Tensor] | None = None,
     curves: Mapping[str, Curve] | None = None,
 ) -> dict[str, int]:
@@ -62,7 +62,7 @@ def allocate(
     return budget.fit.counts(counts, {n: _options(g, budget) for n, g in units.items()}) if budget.fit else counts
 
 
-def _competes(name: str, group: DependencyGroup, budget: Budget) -> bool:
+def _competes(name: str, group: DependencyGroup, budget: ResolvedBudget) -> bool:
     """Whether a group takes part in a global allocation: nothing was said of it alone, and it is not the only one."""
     alone = any(matches(pattern, name) for pattern in (*budget.ratios, *budget.ignore))
     return not alone and _has_layers(group) and ratio_of(name, budget) > 0
@@ -74,7 +74,7 @@ def _has_layers(group: DependencyGroup) -> bool:
 
 
 def _global_counts(
-    groups: Mapping[str, DependencyGroup], budget: Budget, importance: Mapping[str, torch.Tensor] | None
+    groups: Mapping[str, DependencyGroup], budget: ResolvedBudget, importance: Mapping[str, torch.Tensor] | None
 ) -> dict[str, int]:
     """The counts that keep, on every axis, the best units of all layers, as near to the budget as steps allow.
 
@@ -101,7 +101,7 @@ def _global_counts(
 
 
 def _adaptive_counts(
-    groups: Mapping[str, DependencyGroup], budget: Budget, curves: Mapping[str, Curve] | None
+    groups: Mapping[str, DependencyGroup], budget: ResolvedBudget, curves: Mapping[str, Curve] | None
 ) -> dict[str, int]:
     """The counts of least total damage, on every axis, of all that are within the budget; of equal ones the most even.
 
@@ -134,19 +134,19 @@ def _by_axis(groups: Mapping[str, DependencyGroup]) -> list[list[DependencyGroup
     return [[group for group in groups.values() if group.axis == axis] for axis in axes]
 
 
-def _target(groups: list[DependencyGroup], budget: Budget) -> float:
+def _target(groups: list[DependencyGroup], budget: ResolvedBudget) -> float:
     """Units of all layers that the budget lets stay."""
     return sum(g.groups * g.units * (1 - ratio_of(g.name, budget)) for g in groups)
 
 
-def _options(group: DependencyGroup, budget: Budget) -> list[int]:
+def _options(group: DependencyGroup, budget: ResolvedBudget) -> list[int]:
     """The sizes that a group may have."""
     step = math.lcm(budget.multiple_of, group.multiple_of)
     least, most = bounds_of(group.name, group.units, step, budget)
     return sorted({*range(max(step, least), most + 1, step), most})
 
 
-def _steps(group: DependencyGroup, importance: torch.Tensor, budget: Budget) -> tuple[torch.Tensor, torch.Tensor]:
+def _steps(group: DependencyGroup, importance: torch.Tensor, budget: ResolvedBudget) -> tuple[torch.Tensor, torch.Tensor]:
     """What each step of a group's ranks is worth, best first, and its size: (steps,) twice. The last may be shorter.
 
     Steps up to the floor, and the first in any case, are worth anything; those beyond the cap are left out.

@@ -1,4 +1,4 @@
-"""Budget: how much to remove, and where. Patterns that name layers."""
+"""ResolvedBudget: how much to remove from which dependency group. Patterns that name layers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Fit(Protocol):
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How much to remove, and where.
+class ResolvedBudget:
+    """How much to remove, and where: a recipe's budget, checked, with the sizes that a runtime takes.
 
     sparsity     fraction to remove, in [0, 1); or one for each axis
     keep         units left in every set, instead of sparsity
@@ -157,7 +157,7 @@ def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of `Budget` means the dependency group or module `name`."""
+    """Whether a pattern of `ResolvedBudget` means the dependency group or module `name`."""
     path, _, axis = name.partition(":")
     forms = [name, path] if axis else [path, f"{path}."]
     return any(fnmatchcase(form, p) for form in forms for p in (pattern, f"*.{pattern}"))
@@ -173,14 +173,14 @@ def ignored(name: str, ignore: Sequence[str]) -> bool:
     return any(matches(pattern, name) for pattern in ignore)
 
 
-def ratio_of(name: str, budget: Budget) -> float:
+def ratio_of(name: str, budget: ResolvedBudget) -> float:
     """The fraction to remove from one group: that of its axis, or of the last pattern that matches it."""
     sparsity = budget.sparsity
     ratio = sparsity.get(axis_of(name), 0.0) if isinstance(sparsity, Mapping) else sparsity or 0.0
     return _last_match(name, budget.ratios, ratio)
 
 
-def bounds_of(name: str, units: int, step: int, budget: Budget) -> tuple[int, int]:
+def bounds_of(name: str, units: int, step: int, budget: ResolvedBudget) -> tuple[int, int]:
     """The least and the most units that a group may keep, in steps that it allows. Raises InputError if there is none.
 
     A floor is rounded up to a step and a cap down; the whole group is always a step. Without a floor the least is 0.

@@ -12,7 +12,7 @@ import torch
 
 from sspruner.axes import ELEMENT_AXES
 from sspruner.budgets.allocate import allocate
-from sspruner.budgets.budget import Budget, ignored, pattern_sparsity, protected, ratio_of
+from sspruner.budgets.budget import ResolvedBudget, ignored, pattern_sparsity, protected, ratio_of
 from sspruner.budgets.comparable import comparable
 from sspruner.budgets.elements import check_pattern, choose, choose_globally, competing
 from sspruner.budgets.split import Curve
@@ -48,7 +48,7 @@ def plan(
 ) -> Plan:
     """Keep the highest-scored units of every dependency group in `scores`, on one axis or on several.
 
-    The arguments are those of `Budget`: what to remove (`sparsity`, a fraction or one per axis, or `keep`), and where
+    The arguments are those of `ResolvedBudget`: what to remove (`sparsity`, a fraction or one per axis, or `keep`), and where
     (`ratios`, `ignore`, `floor`, `cap`); `allocation="global"` lets layers compete, "adaptive" takes the best split by
     `curves`, which sspruner.sensitivity measures (docs/allocation.md). With a `target` the sizes are rounded to those
     that this runtime takes, over `tp` GPUs (docs/targets.md). Scorers that change weights, too, do so in
@@ -56,7 +56,7 @@ def plan(
     ModelError for a model that the target does not serve.
     """
     sparsity = pattern_sparsity(pattern) if sparsity is None and keep is None and pattern else sparsity
-    budget = Budget(
+    budget = ResolvedBudget(
         sparsity, keep, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows, normalise,
         floor or {}, cap or {}, fit_to(graph, target, tp),
     )  # fmt: skip
@@ -67,15 +67,15 @@ def plan(
     return replace(made, made_by=made.made_by | {"target": {**budget.fit.to_json(), "rounded": lines}})
 
 
-def rounded(groups: Mapping[str, DependencyGroup], budget: Budget) -> list[str]:
+def rounded(groups: Mapping[str, DependencyGroup], budget: ResolvedBudget) -> list[str]:
     """What the rounding to a target's sizes changes in a uniform budget, in words."""
     if budget.fit is None:
         return []
     return budget.fit.changes(allocate(groups, replace(budget, fit=None)), allocate(groups, budget))
 
 
-def plan_within(graph: SSMGraph, scores: Scores, budget: Budget, curves: Mapping[str, Curve] | None = None) -> Plan:
-    """The same, for a Budget."""
+def plan_within(graph: SSMGraph, scores: Scores, budget: ResolvedBudget, curves: Mapping[str, Curve] | None = None) -> Plan:
+    """The same, for a ResolvedBudget."""
     known = {**graph.groups, **graph.elements}
     for name, importance in scores.importance.items():
         group = known.get(name)
@@ -92,7 +92,7 @@ def make_plan(
     keep: Mapping[str, torch.Tensor],
     updates: Mapping[str, torch.Tensor],
     scores: Scores,
-    budget: Budget,
+    budget: ResolvedBudget,
 ) -> Plan:
     """The plan that keeps what `keep` says, name -> bool (groups, units), and gives tensors new values.
 
@@ -112,7 +112,7 @@ def make_plan(
 
 def choosers(
     groups: Mapping[str, DependencyGroup],
-    budget: Budget,
+    budget: ResolvedBudget,
     granularity: Mapping[str, str],
     importance: Mapping[str, torch.Tensor] | None = None,
     curves: Mapping[str, Curve] | None = None,
@@ -133,7 +133,7 @@ def choosers(
     return found | _element_choosers(elements, budget, granularity, importance)
 
 
-def compared(scores: Scores, budget: Budget) -> dict[str, torch.Tensor]:
+def compared(scores: Scores, budget: ResolvedBudget) -> dict[str, torch.Tensor]:
     """All scores as the allocation compares them between layers: by the budget's normalisation, or the scorer's own."""
     own = json.loads(scores.metadata.get("comparable", "{}"))  # axis -> whether they are as they come
     axes = {axis_of(name) for name in scores.importance} - ELEMENT_AXES
@@ -144,7 +144,7 @@ def compared(scores: Scores, budget: Budget) -> dict[str, torch.Tensor]:
 
 def _element_choosers(
     groups: Mapping[str, DependencyGroup],
-    budget: Budget,
+    budget: ResolvedBudget,
     granularity: Mapping[str, str],
     importance: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, Choose]:
@@ -207,7 +207,7 @@ def select(
     return reduction(_best_units(importance, count, protected), basis)
 
 
-def check_budget(groups: Mapping[str, DependencyGroup], budget: Budget) -> None:
+def check_budget(groups: Mapping[str, DependencyGroup], budget: ResolvedBudget) -> None:
     """Raise InputError, before any work, if the budget cannot be met whatever the scores, or removes nothing."""
     elements = {name: group for name, group in groups.items() if group.tensor}
     within = budget if budget.pattern or not elements else replace(budget, granularity="tensor")

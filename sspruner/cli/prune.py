@@ -80,11 +80,11 @@ def command(
     """Score, plan and cut a model layer by layer; prove the cut; show what it cost; save the result."""
     import sspruner
     from sspruner.budgets.asked import make_budget
-    from sspruner.budgets.limits import limits_from
     from sspruner.compute.processes import barrier, rank
     from sspruner.files.output import check_output, remove_working, working_folder
     from sspruner.formats.targets import chosen
     from sspruner.io.source import name_of
+    from sspruner.recipes.parts import Limits
     from sspruner.reporting.table import result_table
     from sspruner.scoring.choice import scorers_asked
     from sspruner.scoring.known import find_scorer
@@ -106,7 +106,7 @@ def command(
         "normalise": normalise,
         "floor": bounds_from(floor, "--floor"),
         "cap": bounds_from(cap, "--cap"),
-        "limits": limits_from(
+        "limits": Limits(
             state_bytes=state_bytes,
             max_batch=max_batch,
             memory=memory,

@@ -24,7 +24,7 @@ from sspruner.surgery.slice import slice_model
 from sspruner.surgery.tensors import add_bias, new_biases
 
 if TYPE_CHECKING:
-    from sspruner.budgets.budget import Budget
+    from sspruner.budgets.budget import ResolvedBudget
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def blueprint(model: Any) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def check_asked(wanted: Target, budget: Budget, refit: str, has_basis: bool) -> None:
+def check_asked(wanted: Target, budget: ResolvedBudget, refit: str, has_basis: bool) -> None:
     """Raise InputError for what no stock config can say, whatever the scores."""
     if has_basis:
         raise InputError(

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from sspruner.axes import ELEMENT_AXES, WHOLE_MODEL
-from sspruner.budgets.budget import Budget
-from sspruner.budgets.limits import Limits
+from sspruner.budgets.budget import ResolvedBudget
 from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import offloaded, resident
@@ -35,6 +34,7 @@ from sspruner.graph.site import within
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, part_of
+from sspruner.recipes.parts import Limits
 from sspruner.scoring.run import Run
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import added_parameters, removed_parameters, removed_state_bytes
@@ -46,7 +46,7 @@ from sspruner.surgery.slice import slice_model
 PHASE = "cut"  # of a journal
 
 
-def check_offloaded(run: Run, budget: Budget, limits: Limits | None, mode: str, refit: str, calibration: Any) -> None:
+def check_offloaded(run: Run, budget: ResolvedBudget, limits: Limits | None, mode: str, refit: str, calibration: Any) -> None:
     """Raise InputError for what needs more of a model than one block at a time."""
     shared = {site.path for site in run.graph.sites if site.aliases}
     why = {
@@ -68,7 +68,7 @@ def check_offloaded(run: Run, budget: Budget, limits: Limits | None, mode: str, 
         raise InputError(f"not with --offload or --device-map: {reasons[0]}")
 
 
-def journal_for(run: Run, budget: Budget, data: Calibration, one_shot: bool, resume: bool) -> Journal:
+def journal_for(run: Run, budget: ResolvedBudget, data: Calibration, one_shot: bool, resume: bool) -> Journal:
     """The journal in the folder of an offloaded model, for this very run."""
     job = run.jobs[0]
     asked = {

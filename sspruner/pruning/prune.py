@@ -14,7 +14,6 @@ from torch import nn
 from sspruner.budgets.allocate import allocate
 from sspruner.budgets.asked import make_budget
 from sspruner.budgets.decide import check_budget, choosers, compared, make_plan, plan, rounded
-from sspruner.budgets.limits import Limits
 from sspruner.calibrate.sources import Progress
 from sspruner.compute.device import offloaded, on_device
 from sspruner.compute.processes import from_one
@@ -34,6 +33,7 @@ from sspruner.pruning.refit import refit as refit_plan
 from sspruner.pruning.report import Report, measured, model_size, sparsity_of
 from sspruner.pruning.result import Result
 from sspruner.pruning.search import fraction_of_size, same_size, settle
+from sspruner.recipes.parts import Limits
 from sspruner.scoring.choice import scorers_asked
 from sspruner.scoring.job import OneScorer
 from sspruner.scoring.run import Run

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.budgets.budget import Budget, Fit
+from sspruner.budgets.budget import ResolvedBudget, Fit
 from sspruner.budgets.decide import plan_within
-from sspruner.budgets.limits import Limits
 from sspruner.budgets.split import Curve
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.errors import InputError, PlanError
@@ -26,6 +25,7 @@ from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan, axis_of, check_plan
 from sspruner.pruning.sensitivity import sensitivity
+from sspruner.recipes.parts import Limits
 from sspruner.scoring.scores import Scores
 from sspruner.surgery.sizes import Sizes, sizes
 
@@ -192,7 +192,7 @@ class Settled:
     """
 
     label: str
-    budget: Budget
+    budget: ResolvedBudget
     curves: Mapping[str, Curve] | None
     evidence: dict[str, Any]
 
@@ -202,7 +202,7 @@ def settle(
     graph: SSMGraph,
     groups: Mapping[str, DependencyGroup],
     scores: Mapping[str, Scores],
-    budget: Budget,
+    budget: ResolvedBudget,
     limits: Limits | None,
     data: Calibration,
     progress: Progress | None = None,
@@ -259,7 +259,7 @@ def fraction_of_size(
     model: nn.Module,
     graph: SSMGraph,
     groups: Mapping[str, DependencyGroup],
-    budget: Budget,
+    budget: ResolvedBudget,
     limits: Limits,
 ) -> float:
     """The fraction that meets limits of size, whatever the scores; for uniform cuts. Raises InputError as `meet`."""

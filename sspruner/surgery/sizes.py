@@ -16,7 +16,7 @@ from sspruner.surgery.project import added_by_projections
 from sspruner.surgery.slice import rows_to_drop
 
 if TYPE_CHECKING:
-    from sspruner.budgets.limits import Limits
+    from sspruner.recipes.parts import Limits
 
 
 FP32 = 4  # bytes
