@@ -13,6 +13,8 @@ from typing import Any
 from sspruner.evaluation.paired import Interval
 from sspruner.files.output import atomic_file
 from sspruner.files.provenance import versions
+from sspruner.recipes.common import FILE
+from sspruner.recipes.compare import CompareRecipe
 from sspruner.units import as_bytes
 
 SAME_STATE = 0.05  # a smaller dense model stands beside cuts whose state bytes differ from its own by less than this
@@ -77,6 +79,7 @@ class Comparison:
     baseline: Cut | None = None
     model: str = ""
     command: str = ""
+    recipe: CompareRecipe | None = None
 
     def named(self, model: str, command: str, baseline: str | None = None) -> Comparison:
         """The same comparison; it says how the models were called and the command that ran."""
@@ -98,6 +101,7 @@ class Comparison:
             "seed": self.seed,
             "versions": versions(),
             "command": self.command,
+            "recipe": self.recipe.to_json() if self.recipe else None,
         }
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -125,7 +129,9 @@ class Comparison:
         return text.getvalue()
 
     def save(self, folder: str | Path) -> None:
-        """Write compare.json, compare.md and compare.csv, each atomically."""
+        """Write compare.json, compare.md, compare.csv and the recipe that made them, each atomically."""
+        if self.recipe:
+            self.recipe.save(Path(folder) / FILE)
         for suffix, text in (("json", self.to_json()), ("md", self.to_markdown()), ("csv", self.to_csv())):
             with atomic_file(Path(folder) / f"compare.{suffix}") as temporary:
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
