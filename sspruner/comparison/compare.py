@@ -186,7 +186,7 @@ def _calibrated(
 ) -> Calibration:
     text = recipe.calibration
     source = text.source if given.calibration is None else given.calibration
-    return calibrated(source, model, tokenizer, text.samples, text.seq_len, recipe.method.seed, progress)
+    return calibrated(source, model, tokenizer, text, recipe.method.seed, progress)
 
 
 def _prepare_folder(folder: Path, recipe: CompareRecipe) -> None:
