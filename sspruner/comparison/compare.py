@@ -117,7 +117,7 @@ def compare(
         (dense,) = measure(model, [lambda: nullcontext(model)], asked)
         found = _without_rows(recipe, data, scores, _cut(model, graph, None, summary(dense, dense, asked.seed)))
         if given.baseline is not None:
-            found = replace(found, baseline=_measured_baseline(given.baseline, asked, dense, compute))
+            found = replace(found, baseline=_measured_baseline(model, given.baseline, asked, dense, compute))
         for label, row in plans.items():
             file, row_key = _kept_row(folder, label, scores[label], key)
             cells = file and _read(file, row_key)
@@ -231,10 +231,10 @@ def _without_rows(recipe: CompareRecipe, data: Calibration, scores: Mapping[str,
     )
 
 
-def _measured_baseline(baseline: nn.Module, asked: Asked, dense: Values, device: torch.device) -> Cut:
-    """Measure a smaller dense model on the same tokens."""
+def _measured_baseline(model: nn.Module, baseline: nn.Module, asked: Asked, dense: Values, device: torch.device) -> Cut:
+    """Measure a smaller dense model on the same tokens, against the model."""
     with on_device(baseline, device), quick_on_cpu(baseline, device):
-        (values,) = measure(baseline, [lambda: nullcontext(baseline)], asked)
+        (values,) = measure(model, [lambda: nullcontext(baseline)], asked)
     return _cut(baseline, trace(baseline), None, summary(values, dense, asked.seed))
 
 
