@@ -28,7 +28,7 @@ import sspruner
 from sspruner.plans.plan import Plan, check_plan
 from sspruner.plans.reduction import Selection
 from sspruner.pruning.report import Report, sparsity_of
-from sspruner.reporting.table import result_table
+from sspruner.pruning.table import result_table
 from sspruner.surgery import mask as masking
 from sspruner.surgery import proof
 from sspruner.surgery import tensors as writing

@@ -28,7 +28,7 @@ from sspruner.formats.targets import TABLE, Fit, Rule, Target, _quantities, _tab
 from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
-from sspruner.reporting.table import result_table
+from sspruner.pruning.table import result_table
 
 SPLITTING = ("vllm", "tensorrt-llm")
 ids = tokens(6, 24)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from sspruner.compute.progress import live_table, progress_bar
+from sspruner.compute.progress import bars, live_table
 from sspruner.errors import InputError, SSPrunerError
 
 Command = TypeVar("Command", bound=Callable[..., None])

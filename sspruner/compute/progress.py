@@ -6,57 +6,64 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-Report = Callable[[str, int, int], None]  # phase, done, total
+Progress = Callable[[str, int, int], None]  # (phase, done, total)
 
 
 @contextmanager
-def progress_bar() -> Iterator[Report]:
-    """Show a progress bar on standard error, if that is a terminal; of several processes the first shows one.
+def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
+    """Yield a callback as it is, for True one that draws bars, and None for False and None."""
+    if not isinstance(progress, bool):
+        yield progress
+    elif progress:
+        with bars() as callback:
+            yield callback
+    else:
+        yield None
 
-    Yields the callback that long-running functions take as `progress`.
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Show a progress bar on standard error, if that is a terminal; of several processes the first shows it.
+
+    Yields the callback that the Python API takes as `progress`.
     """
     from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     from sspruner.compute.processes import rank
 
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with _columns(console=console, transient=True, disable=rank() > 0 or not console.is_terminal) as bar:
-        yield _report_to(bar)
+    with Bar(*columns, console=console, transient=True, disable=rank() > 0 or not console.is_terminal) as bar:
+        task = bar.add_task("working", total=None)
+
+        def report(phase: str, done: int, total: int) -> None:
+            bar.update(task, description=phase, completed=done, total=total)
+
+        yield report
 
 
 @contextmanager
-def live_table(draw: Callable[[Any], Any]) -> Iterator[tuple[Report, Callable[[Any], None]]]:
-    """Show a progress bar below a growing table on standard error, if that is a terminal.
+def live_table(draw: Callable[[Any], Any]) -> Iterator[tuple[Progress, Callable[[Any], None]]]:
+    """Show a progress bar below a table that grows, on standard error, if that is a terminal.
 
-    Yields the callbacks that long-running functions take as `progress` and `on_row`; `draw` makes a rich renderable of
-    what `on_row` gets.
+    Yields the callbacks that the Python API takes as `progress` and `on_row`; `draw` makes a rich renderable of what
+    `on_row` gets.
     """
     from rich.console import Console, Group
     from rich.live import Live
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
+    bar = Bar(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    task = bar.add_task("working", total=None)
     if not console.is_terminal:
         yield lambda phase, done, total: None, lambda rows: None
         return
-    bar = _columns()
-    report = _report_to(bar)
     with Live(bar, console=console, transient=True) as live:
-        yield report, lambda rows: live.update(Group(draw(rows), bar))
-
-
-def _columns(**options: Any) -> Any:
-    """A rich progress display: description, bar, percentage, remaining time."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, **options)
-
-
-def _report_to(bar: Any) -> Report:
-    """A callback that shows phase, done and total as the one task of a progress display."""
-    task = bar.add_task("working", total=None)
-
-    def report(phase: str, done: int, total: int) -> None:
-        bar.update(task, description=phase, completed=done, total=total)
-
-    return report
+        yield (
+            lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total),
+            lambda rows: live.update(Group(draw(rows), bar)),
+        )

@@ -168,7 +168,7 @@ def expressible(graph: SSMGraph) -> set[str]:
 
 @dataclass(frozen=True)
 class Fit:
-    """Rounds the counts of an allocation to sizes that a target takes, one size for all layers (`ResolvedBudget.fit`)."""
+    """Rounds the counts of an allocation to sizes that a target takes, one size for all layers."""
 
     target: Target
     graph: SSMGraph

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.budgets.budget import ResolvedBudget, Fit
+from sspruner.budgets.budget import Fit, ResolvedBudget
 from sspruner.budgets.decide import plan_within
 from sspruner.budgets.split import Curve
 from sspruner.calibrate.sources import Calibration, Progress
@@ -219,7 +219,8 @@ def settle(
         if len(scores) > 1:
             raise InputError("allocation adaptive measures the layers of one scorer; name it, instead of auto")
         (only,) = scores.values()
-        curves = sensitivity(model, only, data, multiple_of=budget.multiple_of, progress=progress).curves
+        here = str(next(model.parameters()).device)  # the device of this search, whatever else there is
+        curves = sensitivity(model, only, data, multiple_of=budget.multiple_of, device=here, progress=progress).curves
     evidence: dict[str, Any] = {"curves": curves} if curves else {}
 
     def cut(scored: Scores, sparsity: float | Mapping[str, float] | None) -> Plan:
