@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from sspruner.compute.progress import bars, live_table
 from sspruner.errors import InputError, SSPrunerError
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -105,51 +106,6 @@ def kept_if_interrupted(working: Path | None) -> Iterator[None]:
             raise
         typer.echo(f"sspruner: interrupted; what is finished is kept in {working}: go on with --resume", err=True)
         raise typer.Exit(130) from None
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A rich progress bar on standard error, if that is a terminal; of several processes the first has one.
-
-    Yields the callback that the Python API takes as `progress`.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from sspruner.compute.processes import rank
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=rank() > 0 or not console.is_terminal) as bar:
-        task = bar.add_task("working", total=None)
-
-        def report(phase: str, done: int, total: int) -> None:
-            bar.update(task, description=phase, completed=done, total=total)
-
-        yield report
-
-
-@contextmanager
-def live_table(draw: Callable[[Any], Any]) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Any], None]]]:
-    """A progress bar with a table above it that grows, on standard error, if that is a terminal.
-
-    Yields the callbacks that the Python API takes as `progress` and `on_row`; draw makes a table of what that one gets.
-    """
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    task = bar.add_task("working", total=None)
-    if not console.is_terminal:
-        yield lambda phase, done, total: None, lambda known: None
-        return
-    with Live(bar, console=console, transient=True) as live:
-        yield (
-            lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total),
-            lambda known: live.update(Group(draw(known), bar)),
-        )
 
 
 def names_from(given: list[str] | None) -> list[str]:
