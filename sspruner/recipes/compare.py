@@ -2,49 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from sspruner.errors import InputError
 from sspruner.recipes.common import Recorded, made_of
-from sspruner.recipes.parts import REPEATED, Allocation, CalibrationText, Remove, Scoring
-from sspruner.recipes.texts import names_of
+from sspruner.recipes.flags import FromText, read_texts, text, texts
+from sspruner.recipes.lists import fractions_in, names_in
+from sspruner.recipes.parts import Allocation, CalibrationText, Remove, Scoring
 
+CELLS = Group("What to compare", sort_key=0.5)
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 
 #: The calibration text may also be given as `calibration=`, as on the command line.
 SHORT = {"calibration": "source"}
 
 
-@Parameter(name="*", group="What to compare")
+@Parameter(name="*", group=CELLS)
 @dataclass(frozen=True)
 class Cells:
-    """The rows and columns of the table, and what is measured in each cell."""
+    """The rows and columns of the table, and what is measured in each cell.
 
-    scorers: Annotated[tuple[str, ...] | None, REPEATED, Parameter(name=("--scorer", "--scorers"))] = None
-    """Scorers, separated by commas. Repeatable. Default: ghost, and all that need only weights."""
+    In Python a scorer may also be a class.
+    """
 
-    sparsities: Annotated[tuple[float | str, ...], REPEATED, Parameter(name="--sparsity")] = SPARSITIES
+    scorers: Annotated[
+        tuple[str, ...] | None,
+        texts("NAME"),
+        Parameter(name=("--scorer", "--scorers"), show_default="ghost, and all that need only weights"),
+        FromText(names_in, "--scorer"),
+    ] = None
+    """Scorers, separated by commas. Repeatable."""
+
+    sparsities: Annotated[
+        tuple[float, ...],
+        texts("FRACTION", name="--sparsity"),
+        Parameter(show_default="0.25,0.5,0.75,0.9"),
+        FromText(fractions_in, "--sparsity"),
+    ] = SPARSITIES
     """Fractions to remove, separated by commas: a column each. Repeatable."""
 
-    metrics: Annotated[tuple[str, ...], REPEATED] = ("ppl", "kl")
+    metrics: Annotated[
+        tuple[str, ...], texts("NAME"), Parameter(show_default="ppl,kl"), FromText(names_in, "--metrics")
+    ] = ("ppl", "kl")
     """What to measure: any of ppl, kl, lambada, recall, separated by commas."""
 
-    lambada: str | None = None
+    lambada: Annotated[str | None, text("TEXT")] = None
     """For lambada: file of JSON lines with a text each, or a datasets name."""
 
-    baseline: str | None = None
+    baseline: Annotated[str | None, text("MODEL")] = None
     """A smaller dense model with the same tokenizer, to stand beside the cuts."""
 
     def __post_init__(self) -> None:
         """Read texts such as `ghost,magnitude` and `0.25,0.5`."""
-        if self.scorers is not None:
-            object.__setattr__(self, "scorers", tuple(_scorers(self.scorers)))  # in Python classes, too
-        object.__setattr__(self, "sparsities", tuple(_fractions(self.sparsities)))
-        object.__setattr__(self, "metrics", tuple(names_of(_several(self.metrics))))
+        read_texts(self)
 
 
 @Parameter(name="*")
@@ -78,24 +91,3 @@ class CompareRecipe(Recorded):
         Raises InputError for an unknown field, with the nearest known one.
         """
         return made_of(cls, {"scorers": scorers, **short}, SHORT)
-
-
-def _several(given: Any) -> list[Any]:
-    return [given] if isinstance(given, str | float | int) else list(given)
-
-
-def _scorers(given: Any) -> list[Any]:
-    """Names, several in one text; classes and mappings (a name for each axis) as they are; each once, in order."""
-    found: list[Any] = []
-    for one in _several(given):
-        found += [other for other in (names_of([one]) if isinstance(one, str) else [one]) if other not in found]
-    return found
-
-
-def _fractions(given: Any) -> Iterable[float]:
-    for one in _several(given):
-        for text in names_of([one]) if isinstance(one, str) else [one]:
-            try:
-                yield float(text)
-            except ValueError:
-                raise InputError(f"--sparsity: {text!r} is not a number") from None

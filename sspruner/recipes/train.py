@@ -6,59 +6,62 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from sspruner.errors import InputError
 from sspruner.recipes.common import Recorded, made_of
-from sspruner.recipes.parts import REPEATED
-from sspruner.recipes.texts import names_of
+from sspruner.recipes.flags import METHOD, FromText, number, read_texts, text, texts, whole
+from sspruner.recipes.lists import names_in
+from sspruner.recipes.texts import several
 
-SWITCH = Parameter(negative=())
+TEXT = Group("Text", sort_key=1)
+TRAINING = Group("Training", sort_key=4)
 
 
-@Parameter(name="*", group="Text")
+@Parameter(name="*", group=TEXT)
 @dataclass(frozen=True)
 class TrainText:
     """The text to train on."""
 
-    text: Annotated[tuple[str, ...], REPEATED] = ()
+    text: Annotated[tuple[str, ...], texts("TEXT"), FromText(several, "--text")] = ()
     """Text to train on: a UTF-8 file, .jsonl with `text`, or a datasets name (NAME[:CONFIG[:SPLIT]]). Repeatable:
     blocks of all in equal parts."""
 
-    held_out: int = 16
+    held_out: Annotated[int, whole()] = 16
     """Blocks at the beginning of each text that are never trained on."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", (self.text,) if isinstance(self.text, str) else tuple(self.text))
+        """Read one text as a tuple of one."""
+        read_texts(self)
 
 
-@Parameter(name="*", group="Training")
+@Parameter(name="*", group=TRAINING)
 @dataclass(frozen=True)
 class Optimisation:
     """How long to train, in which batches, at which rate. The learning rate falls along a cosine to a tenth."""
 
-    max_tokens: int = 1_000_000
+    max_tokens: Annotated[int, whole()] = 1_000_000
     """Tokens to train on; the learning rate falls over them."""
 
-    max_minutes: float | None = None
+    max_minutes: Annotated[float | None, number()] = None
     """Stop after this many minutes, with what there is."""
 
-    batch: int = 16
+    batch: Annotated[int, whole()] = 16
     """Sequences in a step, of all processes together."""
 
-    at_once: int = 8
+    at_once: Annotated[int, whole()] = 8
     """Micro-batch size per process."""
 
-    seq_len: int = 256
+    seq_len: Annotated[int, whole()] = 256
     """Tokens in a sequence."""
 
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, number()] = 1e-4
     """The largest learning rate."""
 
     warm_up: Annotated[float, Parameter(parse=False)] = 0.02
     """Fraction of the steps over which the learning rate rises."""
 
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, number()] = 0.01
     """Weight decay of matrices; vectors have none."""
 
     clip: Annotated[float, Parameter(parse=False)] = 1.0
@@ -86,21 +89,21 @@ class Optimisation:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-@Parameter(name="*", group="Training")
+@Parameter(name="*", group=TRAINING)
 @dataclass(frozen=True)
 class Settings(Optimisation):
     """How to train: length, batches and rate, precision, checkpoints and the seed."""
 
-    bf16: Annotated[bool, SWITCH] = False
+    bf16: bool = False
     """Compute in bf16 (autocast); weights and moments stay in fp32."""
 
-    recompute: Annotated[bool, SWITCH] = False
+    recompute: bool = False
     """Recompute activations for the gradient instead of keeping them: less memory."""
 
-    every: int = 100
+    every: Annotated[int, whole()] = 100
     """Steps between checkpoints, each with the held-out perplexity."""
 
-    seed: int = 0
+    seed: Annotated[int, whole()] = 0
     """Seed of the order of blocks, and of everything random."""
 
     def __post_init__(self) -> None:
@@ -113,24 +116,24 @@ class Settings(Optimisation):
         return {name: value for name, value in asdict(self).items() if name != "max_minutes"}
 
 
-@Parameter(name="*", group="Method")
+@Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
 class Distillation:
     """What the student learns from its teacher."""
 
-    teacher: str | None = None
-    """Dense model: folder or hub id. Default: the reference model."""
+    teacher: Annotated[str | None, text("MODEL", default="the reference model")] = None
+    """Dense model: folder or hub id."""
 
-    alpha: float = 0.5
+    alpha: Annotated[float, number()] = 0.5
     """Share of the teacher in the loss; the rest is the text's."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, number()] = 1.0
     """Temperature of both models' probabilities in the teacher's part."""
 
-    hidden: float = 0.0
+    hidden: Annotated[float, number()] = 0.0
     """Weight of the error of hidden states after each block."""
 
-    lora: int = 0
+    lora: Annotated[int, whole()] = 0
     """Train narrow matrices of this rank instead; merged at the end."""
 
     def __post_init__(self) -> None:
@@ -141,68 +144,66 @@ class Distillation:
             )
 
 
-@Parameter(name="*", group="Method")
+@Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
 class Gradual:
     """What is removed during the training, and when."""
 
-    axis: str = "weight"
+    axis: Annotated[str, text("AXIS")] = "weight"
     """What to remove: weight for single elements, or an axis of units."""
 
-    sparsity: float = 0.5
+    sparsity: Annotated[float, number("FRACTION")] = 0.5
     """Fraction that is removed at the end."""
 
-    alpha: float = 1.0
+    alpha: Annotated[float, number()] = 1.0
     """Exponent of the gradient in |w| |g|^alpha; 0: magnitude."""
 
-    mask_every: int = 10
+    mask_every: Annotated[int, whole()] = 10
     """Steps between masks."""
 
-    begin: float = 0.0
+    begin: Annotated[float, number("FRACTION")] = 0.0
     """Fraction of the steps after which removal begins."""
 
-    end: float = 0.7
+    end: Annotated[float, number("FRACTION")] = 0.7
     """Fraction of the steps after which all of it is removed."""
 
-    allocation: str = "uniform"
+    allocation: Annotated[str, text("NAME")] = "uniform"
     """Of units: uniform, the same fraction of every layer, or global, one threshold."""
 
-    teacher: str | None = None
-    """Learn from this model, too: folder or hub id. Default: the text alone."""
+    teacher: Annotated[str | None, text("MODEL", default="the text alone")] = None
+    """Learn from this model, too: folder or hub id."""
 
     def __post_init__(self) -> None:
         if self.alpha < 0:
             raise InputError(f"alpha {self.alpha}: must be at least 0")
 
 
-@Parameter(name="*", group="Method")
+@Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
 class Twist:
     """How random sub-networks are dealt to the workers."""
 
-    axis: str | tuple[str, ...] = "head"
+    axis: Annotated[tuple[str, ...], texts("AXIS"), Parameter(show_default="head"), FromText(names_in, "--axis")] = (
+        "head",
+    )
     """What is dealt to the workers: an axis, or several separated by commas."""
 
-    keep: float = 0.5
+    keep: Annotated[float, number("FRACTION")] = 0.5
     """Fraction of the units that every sub-network has."""
 
-    deal_every: int = 15
+    deal_every: Annotated[int, whole()] = 15
     """Steps after which workers are averaged and units dealt anew."""
 
-    ends: int = 2
+    ends: Annotated[int, whole()] = 2
     """Blocks at each end that every sub-network has whole."""
 
-    draws: int = 8
+    draws: Annotated[int, whole()] = 8
     """Sub-networks that are drawn at the end; the best is kept."""
 
     def __post_init__(self) -> None:
+        read_texts(self)
         if self.deal_every < 1 or self.draws < 1:
             raise InputError(f"every {self.deal_every}, draws {self.draws}: must be at least 1")
-
-    @property
-    def axes(self) -> list[str]:
-        """The axes whose units are dealt."""
-        return names_of([self.axis] if isinstance(self.axis, str) else self.axis)
 
 
 @Parameter(name="*")

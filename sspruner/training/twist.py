@@ -107,7 +107,7 @@ def twist(
     settings, method = recipe.settings, recipe.method
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
-    deal = Deal(model, method.axes, method.keep, method.ends, settings.seed)
+    deal = Deal(model, list(method.axis), method.keep, method.ends, settings.seed)
     deal.check(world())
     held_out = text.held_out_blocks()  # (blocks, T)
     asked: dict[str, Any] = {"method": "twist", "model": fingerprint(model), "axis": deal.axes, "keep": method.keep}
