@@ -14,10 +14,8 @@ from urllib.parse import quote
 
 from torch import nn
 
-from sspruner.budgets.resolve import resolve_budget
-from sspruner.recipes.parts import CalibrationText
-from sspruner.recipes.recipe import Recipe
 from sspruner.budgets.decide import plan
+from sspruner.budgets.resolve import resolve_budget
 from sspruner.calibrate.sources import Progress
 from sspruner.comparison.record import Comparison, Cut, row_from_json, row_to_json
 from sspruner.compute.device import on_device, resolve_device
@@ -31,6 +29,8 @@ from sspruner.files.output import atomic_file, check_results
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_plan
+from sspruner.recipes.parts import CalibrationText
+from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.cache import cache_key
 from sspruner.scoring.job import OneScorer
 from sspruner.scoring.score import Source, calibrated, score
