@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from sspruner.cli.console import command_line, emit, prepare, reports_errors, show
 from sspruner.cli.machine import MACHINE, MODEL, Device, Json, Trust
@@ -16,12 +16,10 @@ from sspruner.recipes.texts import several
 
 NAME = "bench"
 
-Models = Annotated[
-    tuple[str, ...], Parameter(group=MODEL, help="Folders or hub ids.", show_default="the reference model")
-]
+Models = Annotated[str, Parameter(group=MODEL, help="Folders or hub ids.", show_default="the reference model")]
 
 
-@Parameter(name="*", group=MODEL)
+@Parameter(name="*", group=Group("Shapes", sort_key=0.5))
 @dataclass(frozen=True)
 class Shapes:
     """Published shapes with random weights, beside models or instead of them."""
@@ -29,10 +27,10 @@ class Shapes:
     shape: Annotated[tuple[str, ...], texts("NAME"), FromText(several, "--shape")] = ()
     """A published shape with random weights: mamba2-130m, 370m, 780m, 1.3b, 2.7b. Repeatable."""
 
-    keep: Annotated[tuple[int, ...], texts("N,N"), FromText(numbers_in, "--keep")] = ()
+    keep: Annotated[tuple[int, ...], text("N,N"), FromText(numbers_in, "--keep")] = ()
     """With --shape: also with these states, e.g. 64,32,16."""
 
-    balanced: Annotated[tuple[int, ...], texts("N,N"), FromText(numbers_in, "--balanced")] = ()
+    balanced: Annotated[tuple[int, ...], text("N,N"), FromText(numbers_in, "--balanced")] = ()
     """With --shape: also with this many directions of the state, e.g. 16."""
 
     def __post_init__(self) -> None:

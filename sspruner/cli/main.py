@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Any
 
-import typer
+from cyclopts import App, CycloptsError
+from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
 
 from sspruner.cli import (
     apply,
@@ -21,33 +24,64 @@ from sspruner.cli import (
     scorers,
     train,
 )
-from sspruner.cli.console import fail
+from sspruner.cli.console import fail, known_error
+from sspruner.cli.help import OPTION, HelpFormatter, examples
+from sspruner.cli.recipe_file import fill_from_recipe
 
-app = typer.Typer(
+COMMANDS = (prune, score, plan, apply, compare, evaluate, bench, report, export, inspect, scorers, doctor)
+
+
+def version() -> str:
+    """The version of this package."""
+    import sspruner
+
+    return f"sspruner {sspruner.__version__}"
+
+
+app = App(
     name="sspruner",
     help="Structured pruning of state-space language models: score, plan, cut, prove, measure.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    version=version,
+    config=fill_from_recipe,
+    default_parameter=OPTION,
+    help_format="plaintext",
+    help_formatter=HelpFormatter(),
+    suppress_keyboard_interrupt=False,
 )
-for module in (prune, score, plan, apply, compare, evaluate, bench, report, export, inspect, scorers, doctor):
-    app.command(module.NAME)(module.command)
-app.add_typer(train.app)
+for place, module in enumerate(COMMANDS):
+    app.command(module.command, name=module.NAME, sort_key=place, help_epilogue=examples(module.command))
+app.command(train.app)
 
 
 def main() -> None:
     """Entry point of the console script. Wrong usage is reported like any other error: one line, exit code 2."""
     try:
-        code = app(standalone_mode=False)
-    except Exception as error:
-        # Usage errors are click's, and typer carries its own copy of click: known by what they can do.
-        if not hasattr(error, "format_message"):
+        code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        code = fail(2, usage(error))
+    except BrokenPipeError:  # the reader of our output is gone, as `head` goes: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (Exception, KeyboardInterrupt) as error:  # before the command began: a recipe, a text of an option
+        known = known_error(error)
+        if known is None:
             raise
-        context = getattr(error, "ctx", None)
-        hint = f" (see `{context.command_path} --help`)" if context else ""
-        line = f"sspruner: {' '.join(error.format_message().split())}{hint}"
-        code = fail(error.exit_code, line)  # type: ignore[attr-defined]
+        code = fail(*known)
     sys.exit(code or 0)
+
+
+def usage(error: CycloptsError) -> str:
+    """One line about wrong usage, and where to read on."""
+    argument: Any = error.argument
+    if isinstance(error, UnusedCliTokensError):
+        says = f"unexpected argument {(error.unused_tokens or ['?'])[0]!r}"
+    elif isinstance(error, MissingArgumentError) and argument is not None:
+        says = f"{argument.name} is missing" if argument.required else f"{argument.name} needs a value"
+    else:
+        says = str(error).strip().removesuffix(".")
+        says = says[:1].lower() + says[1:]
+    command = " ".join(["sspruner", *(error.command_chain or ())])
+    return f"sspruner: {' '.join(says.split())} (see `{command} --help`)"
 
 
 if __name__ == "__main__":

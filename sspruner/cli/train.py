@@ -11,18 +11,13 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from sspruner.cli.console import emit, prepare, reports_errors_of_all, say
+from sspruner.cli.help import examples
 from sspruner.cli.machine import MACHINE, MODEL, OUTPUT, Device, Json, RecipeFile, RunsCode, Tokenizer
 from sspruner.errors import InputError
 from sspruner.recipes.train import DistilRecipe, GradualRecipe, TrainText, TwistRecipe
 
 NAME = "train"
 MODEL_FOLDER, WHOLE = "model", "whole"  # in the folder of a run: the result; of twist, all that was trained
-
-app = App(
-    name=NAME,
-    help="Recover quality by distilling from the dense model, or prune during training. torchrun starts several "
-    "processes.",
-)  # fmt: skip
 
 Pruned = Annotated[str, Parameter(group=MODEL, help="Pruned model: folder or hub id.")]
 Trained = Annotated[str, Parameter(group=MODEL, help="Model: folder or hub id.")]
@@ -82,7 +77,6 @@ def running(device: str | None) -> Iterator[tuple[Any, Callable[[dict[str, float
         )
 
 
-@app.command
 @reports_errors_of_all
 def distil(
     model: Pruned,
@@ -111,7 +105,6 @@ def distil(
         finish(student.cpu(), tokenizer, found, folder, run)
 
 
-@app.command
 @reports_errors_of_all
 def gradual(
     model: Trained,
@@ -140,7 +133,6 @@ def gradual(
         finish(loaded.cpu(), tokenizer, found, folder, run)
 
 
-@app.command
 @reports_errors_of_all
 def twist(
     model: Trained,
@@ -181,9 +173,7 @@ def keep_draws(model: Any, tokenizer: Any, drawn: Any, out: Path) -> None:
             plan.save(out / f"draw-{number}.json")
 
 
-def finish(
-    model: Any, tokenizer: Any, found: Any, out: Path, run: Run, more: dict[str, Any] | None = None
-) -> None:
+def finish(model: Any, tokenizer: Any, found: Any, out: Path, run: Run, more: dict[str, Any] | None = None) -> None:
     """Save the result, and print what the run came to, and `more` of it; the first process does."""
     import dataclasses
     import json
@@ -203,3 +193,14 @@ def finish(
                 f"{before:.3f} -> {after:.3f}\n{where}"
             )
     barrier()
+
+
+app = App(
+    name=NAME,
+    sort_key=99,  # the last one in the list of commands
+    help="Recover quality by distilling from the dense model, or prune during training. Start it with torchrun for "
+    "several processes.",
+)  # fmt: skip
+METHODS: tuple[Any, ...] = (distil, gradual, twist)
+for place, method in enumerate(METHODS):
+    app.command(method, sort_key=place, help_epilogue=examples(method))

@@ -44,9 +44,10 @@ class Cells:
     ] = SPARSITIES
     """Fractions to remove, separated by commas: a column each. Repeatable."""
 
-    metrics: Annotated[
-        tuple[str, ...], texts("NAME"), Parameter(show_default="ppl,kl"), FromText(names_in, "--metrics")
-    ] = ("ppl", "kl")
+    metrics: Annotated[tuple[str, ...], text("NAME,NAME", default="ppl,kl"), FromText(names_in, "--metrics")] = (
+        "ppl",
+        "kl",
+    )
     """What to measure: any of ppl, kl, lambada, recall, separated by commas."""
 
     lambada: Annotated[str | None, text("TEXT")] = None

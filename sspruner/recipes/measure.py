@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 
 from sspruner.errors import InputError
 from sspruner.recipes.common import made_of
-from sspruner.recipes.flags import FromText, number, read_texts, text, texts, whole
+from sspruner.recipes.flags import FromText, number, read_texts, text, whole
 from sspruner.recipes.lists import names_in, numbers_in
 from sspruner.units import parse_bandwidth, parse_flops, parse_increase
 
@@ -33,15 +33,13 @@ CEILING = Group("Ceiling", sort_key=3)
 class Measures:
     """What to measure of a model."""
 
-    metrics: Annotated[
-        tuple[str, ...] | None, texts("NAME"), Parameter(show_default="all"), FromText(names_in, "--metrics")
-    ] = None
+    metrics: Annotated[tuple[str, ...] | None, text("NAME,NAME", default="all"), FromText(names_in, "--metrics")] = None
     """Some of perplexity, position, length, recall, passkey, separated by commas; or none."""
 
     lambada: Annotated[str | None, text("TEXT")] = None
     """LAMBADA: a .jsonl with `text`, or a datasets name."""
 
-    tasks: Annotated[tuple[str, ...], texts("NAME"), FromText(names_in, "--tasks")] = ()
+    tasks: Annotated[tuple[str, ...], text("NAME,NAME"), FromText(names_in, "--tasks")] = ()
     """Tasks of lm-eval, separated by commas."""
 
     include_path: Annotated[Path | None, Parameter(metavar="DIR")] = None
@@ -134,10 +132,7 @@ class Load:
     """How many sequences are decoded at once, how long they are, and how often everything is measured."""
 
     batches: Annotated[
-        tuple[int, ...],
-        texts("N", name="--batch"),
-        Parameter(show_default="1,16,64,256"),
-        FromText(numbers_in, "--batch"),
+        tuple[int, ...], text("N,N", name="--batch", default="1,16,64,256"), FromText(numbers_in, "--batch")
     ] = (1, 16, 64, 256)
     """Sequences that are decoded at once, separated by commas."""
 

@@ -213,7 +213,16 @@ class Scoring:
 
 @Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
-class Method(Scoring):
+class Mode:
+    """How the cut is made."""
+
+    mode: Annotated[str, text("NAME")] = "slice"
+    """slice: smaller tensors, proved equal to the mask. mask: zeros, same sizes."""
+
+
+@Parameter(name="*", group=METHOD)
+@dataclass(frozen=True)
+class Method(Mode, Scoring):
     """Which scorer decides, and how the cut is made."""
 
     scorer: Annotated[Any, text("NAME", default="ghost, or that of --basis"), FromText(names_by_axis, "--scorer")] = (
@@ -224,9 +233,6 @@ class Method(Scoring):
 
     basis: Annotated[str | None, text("NAME", default="the scorer's")] = None
     """select: keep coordinates of the state. balanced: keep directions."""
-
-    mode: Annotated[str, text("NAME")] = "slice"
-    """slice: smaller tensors, proved equal to the mask. mask: zeros, same sizes."""
 
     one_shot: bool = False
     """Score all layers on the dense model, then cut at once."""

@@ -183,9 +183,7 @@ class Gradual:
 class Twist:
     """How random sub-networks are dealt to the workers."""
 
-    axis: Annotated[tuple[str, ...], texts("AXIS"), Parameter(show_default="head"), FromText(names_in, "--axis")] = (
-        "head",
-    )
+    axis: Annotated[tuple[str, ...], text("AXIS,AXIS", default="head"), FromText(names_in, "--axis")] = ("head",)
     """What is dealt to the workers: an axis, or several separated by commas."""
 
     keep: Annotated[float, number("FRACTION")] = 0.5

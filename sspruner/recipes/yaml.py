@@ -108,9 +108,8 @@ def _as_yaml(value: Any) -> str:
     """A value as a YAML file has it."""
     import yaml
 
-    return (
-        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("...\n").strip()
-    )
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.strip().removesuffix("...").strip()
 
 
 def _without_nulls(data: Any) -> Any:

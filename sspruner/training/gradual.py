@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import sspruner
 from sspruner.axes import ELEMENT_AXES
 from sspruner.budgets.decide import plan
 from sspruner.calibrate.sources import calibration
@@ -35,6 +34,7 @@ from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import reduction
 from sspruner.recipes.train import GradualRecipe
+from sspruner.scoring.score import score
 from sspruner.scoring.scorer import Scorer
 from sspruner.scoring.scores import Scores
 from sspruner.surgery.apply import apply
@@ -249,8 +249,9 @@ def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[floa
         def importance(self) -> torch.Tensor:
             return torch.ones(self.units)
 
-    training = model.training
-    sspruner.score(model, Decay, axis="state", calibration=calibration(tokens, model, samples=len(tokens), held_out=0))
+    training, device = model.training, str(next(model.parameters()).device)
+    data = calibration(tokens, model, samples=len(tokens), held_out=0)
+    score(model, Decay, axis="state", calibration=data, device=device)
     model.train(training)
     return found
 
