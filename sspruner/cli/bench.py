@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from sspruner.cli.console import command_line, emit, prepare, reports_errors, show
-from sspruner.cli.machine import MACHINE, MODEL, Device, Json, Trust
+from sspruner.cli.machine import MODEL, Json, Timing
 from sspruner.recipes.flags import FromText, read_texts, text, texts
 from sspruner.recipes.lists import numbers_in
 from sspruner.recipes.measure import BenchOptions
@@ -38,23 +38,12 @@ class Shapes:
         read_texts(self)
 
 
-@Parameter(name="*", group=MACHINE)
-@dataclass(frozen=True)
-class Where(Trust):
-    """Where models are timed, and in which dtype."""
-
-    device: Device = None
-
-    dtype: Annotated[str, text("NAME")] = "auto"
-    """auto (as saved; of shapes bfloat16 on a GPU, else float32), float32, bfloat16 or float16."""
-
-
 @reports_errors
 def command(
     *models: Models,
     shapes: Shapes = Shapes(),
     options: BenchOptions = BenchOptions(),
-    machine: Where = Where(),
+    machine: Timing = Timing(),
     output: Json = Json(),
 ) -> None:
     """Measure prefill and decode of models, in turns, beside the most that this machine's rates allow.

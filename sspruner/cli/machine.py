@@ -53,6 +53,17 @@ class Trust(Plugins):
 
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
+class Timing(Trust):
+    """Where models are timed, and in which dtype."""
+
+    device: Device = None
+
+    dtype: Annotated[str, text("NAME")] = "auto"
+    """auto (as saved; of shapes bfloat16 on a GPU, else float32), float32, bfloat16 or float16."""
+
+
+@Parameter(name="*", group=MACHINE)
+@dataclass(frozen=True)
 class Reading(Trust):
     """How a model is read."""
 

@@ -157,7 +157,8 @@ def check_recipe(recipe: CompareRecipe, has_passages: bool = False) -> CompareRe
 def _asked(recipe: Any, short: dict[str, Any]) -> tuple[CompareRecipe, Given]:
     """Return the recipe, or the one that scorers and short arguments make, and what is given beside it."""
     names = {f.name for f in fields(Given)}
-    given = Given(**{name: short.pop(name) for name in list(short) if name in names and short[name] is not None})
+    beside = {name: short.pop(name) for name in list(short) if name in names}
+    given = Given(**{name: value for name, value in beside.items() if value is not None})
     if not isinstance(recipe, CompareRecipe):
         scorers = short.pop("scorers", None) if recipe is None else recipe
         return check_recipe(CompareRecipe.of(scorers, **short), bool(given.passages)), given
