@@ -58,13 +58,13 @@ class Optimisation:
     learning_rate: Annotated[float, number()] = 1e-4
     """The largest learning rate."""
 
-    warm_up: Annotated[float, Parameter(parse=False)] = 0.02
+    warm_up: Annotated[float, number("FRACTION")] = 0.02
     """Fraction of the steps over which the learning rate rises."""
 
     weight_decay: Annotated[float, number()] = 0.01
     """Weight decay of matrices; vectors have none."""
 
-    clip: Annotated[float, Parameter(parse=False)] = 1.0
+    clip: Annotated[float, number()] = 1.0
     """The largest norm of a gradient."""
 
     def __post_init__(self) -> None:
