@@ -1,7 +1,7 @@
 """Options that decide nothing about the cut: which model, on which machine, and where results go."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: classes of other modules inherit these fields, and annotations that are text
+# would be looked up there.
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 from cyclopts import App, CycloptsError
-from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
 
 from sspruner.cli import (
     apply,
@@ -27,6 +25,7 @@ from sspruner.cli import (
 from sspruner.cli.console import fail, known_error
 from sspruner.cli.help import OPTION, HelpFormatter, examples
 from sspruner.cli.recipe_file import fill_from_recipe
+from sspruner.cli.usage import usage
 
 COMMANDS = (prune, score, plan, apply, compare, evaluate, bench, report, export, inspect, scorers, doctor)
 
@@ -58,7 +57,7 @@ def main() -> None:
     try:
         code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        code = fail(2, usage(error))
+        code = fail(2, usage(error, app))
     except BrokenPipeError:  # the reader of our output is gone, as `head` goes: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -68,20 +67,6 @@ def main() -> None:
             raise
         code = fail(*known)
     sys.exit(code or 0)
-
-
-def usage(error: CycloptsError) -> str:
-    """One line about wrong usage, and where to read on."""
-    argument: Any = error.argument
-    if isinstance(error, UnusedCliTokensError):
-        says = f"unexpected argument {(error.unused_tokens or ['?'])[0]!r}"
-    elif isinstance(error, MissingArgumentError) and argument is not None:
-        says = f"{argument.name} is missing" if argument.required else f"{argument.name} needs a value"
-    else:
-        says = str(error).strip().removesuffix(".")
-        says = says[:1].lower() + says[1:]
-    command = " ".join(["sspruner", *(error.command_chain or ())])
-    return f"sspruner: {' '.join(says.split())} (see `{command} --help`)"
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def command(
 
     Examples:
         sspruner plan path/to/model --scores scores.safetensors --sparsity 0.75
-        sspruner plan path/to/model --axis state=0.5,head=0.25 --ignore 'layers.0.*' --out plan.json
+        sspruner plan path/to/model --axis state=0.5,head=0.25 --ignore 'layers.0.*'
     """
     import sspruner
     from sspruner.files.output import check_file

@@ -35,8 +35,8 @@ def command(
     """Score, plan and cut a model layer by layer; prove the cut; show what it cost; save the result.
 
     Examples:
-        sspruner prune path/to/model --sparsity 0.75 --calibration text.txt --out smaller
-        sspruner prune path/to/model --recipe smaller/recipe.yaml --sparsity 0.6 --out other
+        sspruner prune path/to/model --scorer ghost --sparsity 0.75 --out smaller
+        sspruner prune --recipe smaller/recipe.yaml --sparsity 0.6 --json -
     """
     import sspruner
     from sspruner.compute.processes import barrier, rank

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from sspruner.cli.console import reports_errors, say
 from sspruner.cli.machine import OUTPUT
 
 NAME = "report"
+RESULTS = Group("Results", sort_key=0)
 
 
 @Parameter(name="*", group=OUTPUT)
@@ -25,7 +26,9 @@ class Page:
 
 @reports_errors
 def command(
-    folder: Annotated[Path, Parameter(name="DIR", help="What compare --out or prune --out wrote, or JSON results.")],
+    folder: Annotated[
+        Path, Parameter(name="DIR", group=RESULTS, help="What compare --out or prune --out wrote, or JSON results.")
+    ],
     /,
     *,
     page: Page = Page(),

@@ -79,8 +79,8 @@ def command(
     """Score every unit of an axis on the dense model and write scores.safetensors, or one file for each scorer.
 
     Examples:
-        sspruner score path/to/model --scorer ghost --calibration text.txt --out scores.safetensors
-        sspruner score path/to/model --scorer ghost --scorer taylor --axis state,head --out scores
+        sspruner score path/to/model --axis state,head --out scores.safetensors
+        sspruner score path/to/model --scorer ghost --scorer taylor --out scores
     """
     import sspruner
     from sspruner.compute.processes import barrier, rank

@@ -1,7 +1,7 @@
 """The parts of recipes. Each field is an option of the command line, and a key in a YAML file."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: classes of other modules inherit these fields, and annotations that are text
+# would be looked up there.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
