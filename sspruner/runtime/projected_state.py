@@ -46,11 +46,11 @@ def coordinates(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return torch.einsum("btgn,gkn->btgk", parts.to(wide), basis.to(wide)).to(rows.dtype)
 
 
-def _projected(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def _projected(self: Any, hidden_states: torch.Tensor) -> Any:
     """Return the rows of in_proj, (b, T, rows); Falcon-H1 scales them."""
     if hasattr(self, "mup_vector"):
-        return self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector  # type: ignore[no-any-return]
-    return self.in_proj(hidden_states)  # type: ignore[no-any-return]
+        return self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
+    return self.in_proj(hidden_states)
 
 
 @force_accelerate_hooks("conv1d")  # type: ignore[untyped-decorator]
