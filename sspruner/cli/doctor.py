@@ -14,9 +14,9 @@ NAME = "doctor"
 def command(plugin: o.Plugin = None, json: o.Json = None) -> None:
     """Check the installation: versions, known hazards, and every family's code on a tiny random model."""
     from dataclasses import asdict
-    from json import dumps
 
     from sspruner.doctor import diagnose
+    from sspruner.files.strict_json import dumps
 
     check_json(json)
     prepare(plugin)

@@ -37,10 +37,9 @@ def command(
     json: o.Json = None,
 ) -> None:
     """Show a model's graph and what it takes, from its config alone: axes, bytes, sequences that fit, targets."""
-    from json import dumps
-
     import sspruner
     from sspruner.benchmarking.footprint import footprint
+    from sspruner.files.strict_json import dumps
     from sspruner.formats.fitting import after, offers
     from sspruner.formats.targets import chosen
     from sspruner.io.skeleton import skeleton

@@ -246,15 +246,15 @@ def finish(
 ) -> None:
     """Save what came of it, and say what the run came to, and `more` of it; the first process does."""
     import dataclasses
-    import json as to
 
     import sspruner
     from sspruner.compute.processes import barrier, rank
+    from sspruner.files.strict_json import dumps
 
     where = out / MODEL
     if rank() == 0:
         sspruner.save(model, where, tokenizer, overwrite=True)
-        emit(to.dumps(dataclasses.asdict(found) | {"model": str(where)} | (more or {}), indent=2) + "\n", json)
+        emit(dumps(dataclasses.asdict(found) | {"model": str(where)} | (more or {}), indent=2) + "\n", json)
         if str(json) != "-":
             before, after = found.perplexity
             typer.echo(

@@ -16,6 +16,7 @@ from torch import nn
 
 from sspruner.axes import WHOLE_MODEL
 from sspruner.errors import PlanError
+from sspruner.files import strict_json
 from sspruner.files.output import atomic_file
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.site import within
@@ -128,9 +129,9 @@ class Plan:
         packed = self._packed()
         data = self._json(packed)
         parts = {key: data.pop(key) for key in ("groups", "elements", "updates") if key in data}
-        text = json.dumps(data, indent=2).removesuffix("\n}")
+        text = strict_json.dumps(data, indent=2).removesuffix("\n}")
         for key, part in parts.items():
-            lines = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in part.items()]
+            lines = [f"    {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in part.items()]
             text += f',\n  "{key}": {{\n' + ",\n".join(lines) + "\n  }"
         with ExitStack() as files:  # both are written before either takes its place
             if packed:
@@ -142,7 +143,7 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read plan.json, and the file with its tensors if it has some. Raises PlanError if one is missing or wrong."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = strict_json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"plan {path}: cannot be read ({type(error).__name__}: {error})") from error
         tensors = read_tensors(Path(path)) if _has_tensors(data) else None

@@ -60,7 +60,7 @@ def render(shown: Sequence[Section], name: str) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["picture"] = picture
-    template = (resources.files("sspruner.report") / "page.html").read_text(encoding="utf-8")
+    template = (resources.files("sspruner.reporting") / "page.html").read_text(encoding="utf-8")
     page: str = environment.from_string(template).render(name=clean(name), sections=shown, version=sspruner.__version__)
     return page
 
