@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sspruner.errors import InputError
-from sspruner.files.fields import items, number
+from sspruner.files.fields import number
 
 RESAMPLES = 2000
 CHUNK = 2**22  # numbers that are drawn at once
@@ -38,12 +38,19 @@ class Interval(NamedTuple):
         return [*self]
 
     @classmethod
+    def exactly(cls, value: float) -> Interval:
+        """Make the interval without width at a value."""
+        return cls(value, value, value)
+
+    @classmethod
     def from_json(cls, data: Any) -> Interval:
         """Inverse of `to_json`; a number alone is an interval without width, and null reads as NaN.
 
         Raises TypeError or ValueError for anything else.
         """
-        value, low, high = map(number, items(data) if isinstance(data, list) else [data] * 3)
+        if not isinstance(data, list):
+            return cls.exactly(number(data))
+        value, low, high = map(number, data)
         return cls(value, low, high)
 
 
