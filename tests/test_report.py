@@ -92,7 +92,8 @@ def benches(draw: Any) -> dict[str, Any]:
             "model": model, "batch": batch, "phase": phase, "tokens_per_second": draw(intervals()),
             "ms": draw(intervals()), "ceiling_tokens_per_second": draw(st.none() | st.floats(1, 1e6)),
             "fraction": 0.5, "peak_bytes": draw(st.none() | st.integers(0, 10**10)),
-            "state_bytes": round(1e6 * kept[model]), "weight_bytes": 5, "bytes_moved": 6, "operations": 7, "path": "here",
+            "state_bytes": round(1e6 * kept[model]), "weight_bytes": 5, "bytes_moved": 6, "operations": 7,
+            "path": "here",
         }
         for model in models for phase in ("decode", "prefill") for batch in batches
     ]  # fmt: skip
@@ -526,7 +527,9 @@ def test_outputs_are_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: p
     (tmp_path / "compare.json").write_text(json.dumps(WHOLE["compare.json"]))
     figures, page = tmp_path / "report-figures", tmp_path / "report.html"
     sspruner.report(tmp_path)
-    assert {path.name for path in figures.iterdir()} == {"bench-0.png", "compare-perplexity-ratio.png"}
+    assert {path.name for path in figures.iterdir()} == {
+        "bench-0.png", "compare-perplexity-ratio.png", "compare-pareto-bytes.png"
+    }  # fmt: skip
     (tmp_path / "compare.json").unlink()
     before = tree(tmp_path)
     with monkeypatch.context() as patch:

@@ -23,9 +23,8 @@ DECODE, PREFILL = "decode", "prefill"
 class Timing:
     """One model at one batch in one phase.
 
-    seconds     of each repeat: of one step (decode), or of the whole prompt (prefill), all sequences together; () if
-                read from a file of version 0.1.0, which has medians alone
-    tokens      that these seconds make, all sequences together
+    seconds     of each repeat: of one step (decode), or of the whole prompt (prefill), all sequences together
+    tokens      that these seconds make, all sequences together; a file of version 0.1.0 has neither: then () and 0
     tokens_per_second, ms    medians, and their intervals
     ceiling     tokens per second, at the most
     work        bytes and operations of it, at the least
@@ -86,15 +85,14 @@ class Timing:
     def from_json(cls, data: Any) -> Timing:
         """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
         fields = table(data)
-        speed, ms = Interval.from_json(fields["tokens_per_second"]), Interval.from_json(fields["ms"])
         return cls(
             model=text(fields["model"]),
             batch=integer(fields["batch"]),
             phase=text(fields["phase"]),
             seconds=tuple(map(number, items(fields.get("seconds", [])))),
-            tokens=integer(fields.get("tokens", round(speed.low * ms.high / 1000))),
-            tokens_per_second=speed,
-            ms=ms,
+            tokens=integer(fields.get("tokens", 0)),
+            tokens_per_second=Interval.from_json(fields["tokens_per_second"]),
+            ms=Interval.from_json(fields["ms"]),
             ceiling=number(fields["ceiling_tokens_per_second"]),
             work=Work(integer(fields["bytes_moved"]), integer(fields["operations"])),
             peak_bytes=None if fields["peak_bytes"] is None else integer(fields["peak_bytes"]),
