@@ -109,7 +109,7 @@ def alone(tokens: torch.Tensor, mask: torch.Tensor) -> Windows:
 
 def logits_of(model: nn.Module) -> Logits:
     """What a model says of a batch."""
-    return lambda batch: forward(model, batch.tokens, batch.mask, use_cache=False).logits  # type: ignore[no-any-return]
+    return lambda batch: forward(model, batch.tokens, batch.mask, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -186,7 +186,9 @@ def measure(
     """Sums of a model, and of the model that it is compared with (None without): both see the same batches."""
     own, theirs = [], []
     batches = watched(data.batches(batch_size), progress, phase, len(data.tokens), batch_size)
-    for dense, (found,) in losses_by_batch(batches, [logits_of(model)], None if against is None else logits_of(against)):
+    for dense, (found,) in losses_by_batch(
+        batches, [logits_of(model)], None if against is None else logits_of(against)
+    ):
         own.append(found)
         if dense is not None:
             theirs.append(dense)
