@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from math import comb
 from statistics import median
 
+from sspruner.evaluation.paired import Interval
+
 COVERAGE = 0.95
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(median, low, high): the order statistics between which the true median lies with 95 %.
+def median_interval(values: Sequence[float]) -> Interval:
+    """The median, and the order statistics between which the true median lies with 95 %.
 
     With fewer than six values none do: then they are the least and the most.
     """
@@ -18,7 +20,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     n, dropped = len(ordered), 0
     while 1 - 2 * _at_most(dropped + 1, n) >= COVERAGE:
         dropped += 1
-    return float(median(ordered)), ordered[dropped], ordered[n - 1 - dropped]
+    return Interval(float(median(ordered)), ordered[dropped], ordered[n - 1 - dropped])
 
 
 def _at_most(k: int, n: int) -> float:

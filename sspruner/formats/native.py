@@ -19,6 +19,7 @@ from sspruner.formats.checkpoint import read_weights
 
 EMBEDDING = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # their name -> transformers'
 EPSILON = 1e-5  # of every norm: mamba_ssm has no field for it
+LARGEST = 3.4028234663852886e38  # fp32: stands for no upper limit, which JSON has no word for
 
 MODEL: dict[str, Any] = {  # fields of their config and the values that they have where they are left out
     "d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "attn_layer_idx": [],
@@ -147,7 +148,7 @@ def write_native(model: Any, folder: Path) -> None:
         torch.save(weights, folder / "pytorch_model.bin")
     except RuntimeError as error:  # what its writer makes of a full disk
         raise OSError(f"pytorch_model.bin: {error}") from error
-    (folder / "config.json").write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(fields, indent=4, allow_nan=False) + "\n", encoding="utf-8")
     model.generation_config.save_pretrained(folder)  # theirs does not read it, `sspruner.load` does
 
 
@@ -171,7 +172,7 @@ def native_fields(model: Any) -> dict[str, Any]:
     else:
         m |= {"layer": "Mamba2", "headdim": c.head_dim, "ngroups": c.n_groups, "chunk_size": c.chunk_size}
         if tuple(c.time_step_limit) != MAMBA2["dt_limit"]:
-            m["dt_limit"] = list(c.time_step_limit)
+            m["dt_limit"] = [min(limit, LARGEST) for limit in c.time_step_limit]
     return copy.deepcopy(MODEL) | {
         "d_model": c.hidden_size,
         "n_layer": c.num_hidden_layers,

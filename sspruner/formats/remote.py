@@ -65,7 +65,9 @@ def write_remote(model: Any, folder: Path) -> None:
     }
     # In the names of the modules: older ones are translated by the model's type, which is another now.
     write_model(model, folder, save_original_format=False)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+    )
     (folder / f"{CODE}.py").write_text(_code(model), encoding="utf-8")
 
 

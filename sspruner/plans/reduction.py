@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sspruner.errors import PlanError
+from sspruner.files.fields import integer
 from sspruner.graph.group import DependencyGroup
 
 INVERSE = 1e-3  # how far encode @ decode may be from the identity: in fp32, a well-made one stays far below
@@ -167,10 +168,3 @@ def check_fits(name: str, reduction: Reduction, group: DependencyGroup) -> None:
         )
     if isinstance(reduction, Projection) and reduction.encode.is_meta:
         raise PlanError(f"{name}: the matrices of its projection are missing")
-
-
-def integer(value: Any) -> int:
-    """An integer of JSON. Raises ValueError for anything else."""
-    if type(value) is not int:
-        raise ValueError(f"{value!r} is not an integer")
-    return value
