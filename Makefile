@@ -32,7 +32,7 @@ wheel: .venv/installed
 oracle-env: $(ORACLE)/installed
 
 oracle-test: .venv/installed $(ORACLE)/installed
-	$(BIN)/python -m pytest --numprocesses 0 tests/test_oracle_env.py
+	$(BIN)/python -m pytest --numprocesses 0 tests/unit/formats/test_oracle_env.py
 
 clean:
 	rm -rf .venv $(ORACLE) build dist pruned
@@ -43,9 +43,9 @@ clean:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-$(ORACLE)/installed: tests/oracle_env/requirements.txt constraints.txt
+$(ORACLE)/installed: tests/support/oracle_env/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(ORACLE)
-	$(ORACLE)/bin/pip install --quiet --constraint constraints.txt --requirement tests/oracle_env/requirements.txt
+	$(ORACLE)/bin/pip install --quiet --constraint constraints.txt --requirement tests/support/oracle_env/requirements.txt
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(ORACLE)/bin/pip install --quiet --no-build-isolation --no-deps \
 		--no-binary mamba-ssm mamba-ssm==2.2.6.post3
 	@touch $@

@@ -146,7 +146,9 @@ def _options(group: DependencyGroup, budget: ResolvedBudget) -> list[int]:
     return sorted({*range(max(step, least), most + 1, step), most})
 
 
-def _steps(group: DependencyGroup, importance: torch.Tensor, budget: ResolvedBudget) -> tuple[torch.Tensor, torch.Tensor]:
+def _steps(
+    group: DependencyGroup, importance: torch.Tensor, budget: ResolvedBudget
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What each step of a group's ranks is worth, best first, and its size: (steps,) twice. The last may be shorter.
 
     Steps up to the floor, and the first in any case, are worth anything; those beyond the cap are left out.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget, ignored, pattern_sparsity, protected, ratio_of
 from sspruner.budgets.comparable import comparable
 from sspruner.budgets.elements import check_pattern, choose, choose_globally, competing
+from sspruner.budgets.resolve import resolve_budget
 from sspruner.budgets.split import Curve
 from sspruner.errors import InputError, PlanError
 from sspruner.formats.targets import fit_to
@@ -22,6 +24,7 @@ from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan, axis_of
 from sspruner.plans.reduction import Basis, Reduction, reduction
+from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.scorer import Choose
 from sspruner.scoring.scores import Scores
 
@@ -29,42 +32,46 @@ from sspruner.scoring.scores import Scores
 def plan(
     graph: SSMGraph,
     scores: Scores,
+    recipe: Recipe | None = None,
     *,
-    sparsity: float | Mapping[str, float] | None = None,
-    keep: int | None = None,
-    allocation: str = "uniform",
-    multiple_of: int = 1,
-    ratios: Mapping[str, float] | None = None,
-    ignore: Sequence[str] = (),
-    pattern: str | None = None,
-    granularity: str | None = None,
-    rows: Sequence[str] = (),
-    normalise: str | None = None,
-    floor: Mapping[str, int] | None = None,
-    cap: Mapping[str, int] | None = None,
     curves: Mapping[str, Curve] | None = None,
-    target: str | None = None,
-    tp: int = 1,
+    **short: Any,
 ) -> Plan:
     """Keep the highest-scored units of every dependency group in `scores`, on one axis or on several.
 
-    The arguments are those of `ResolvedBudget`: what to remove (`sparsity`, a fraction or one per axis, or `keep`), and where
-    (`ratios`, `ignore`, `floor`, `cap`); `allocation="global"` lets layers compete, "adaptive" takes the best split by
+    recipe: what to remove, how much, and for which runtime; or its fields as `short` arguments, `sparsity=0.5`,
+    where sparsity may be one for each axis. allocation="global" lets layers compete, "adaptive" takes the best split by
     `curves`, which sspruner.sensitivity measures (docs/allocation.md). With a `target` the sizes are rounded to those
-    that this runtime takes, over `tp` GPUs (docs/targets.md). Scorers that change weights, too, do so in
-    `prune` only. Raises InputError for an impossible budget, PlanError if the scores do not fit the graph,
-    ModelError for a model that the target does not serve.
+    that this runtime takes, over `tp` GPUs (docs/targets.md). Scorers that change weights, too, do so in `prune` only.
+    Raises InputError for an impossible budget, PlanError if the scores do not fit the graph, ModelError for a model
+    that the target does not serve.
     """
-    sparsity = pattern_sparsity(pattern) if sparsity is None and keep is None and pattern else sparsity
-    budget = ResolvedBudget(
-        sparsity, keep, allocation, multiple_of, ratios or {}, ignore, pattern, granularity, rows, normalise,
-        floor or {}, cap or {}, fit_to(graph, target, tp),
-    )  # fmt: skip
+    recipe = _plan_recipe(recipe, short)
+    budget = resolve_budget(recipe, fit_to(graph, recipe.target.runtime, recipe.target.tp))
     made = plan_within(graph, scores, budget, curves)
     if budget.fit is None:
         return made
     lines = rounded({name: graph.groups[name] for name in scores.importance if name in graph.groups}, budget)
     return replace(made, made_by=made.made_by | {"target": {**budget.fit.to_json(), "rounded": lines}})
+
+
+def _plan_recipe(recipe: Recipe | None, short: dict[str, Any]) -> Recipe:
+    """Make a recipe of short arguments. Raises InputError where they do not say how much to remove."""
+    if recipe is not None:
+        if short:
+            raise InputError(f"{next(iter(short))}: a recipe says this; change the recipe (dataclasses.replace)")
+        if recipe.limits:
+            raise InputError("limits are met in `prune`, which measures cuts: give sparsity or keep")
+        return recipe
+    given = {name: value for name, value in short.items() if value is not None}
+    sparsity = given.get("sparsity")
+    if isinstance(sparsity, Mapping):
+        if "keep" in given:
+            raise InputError("give either sparsity (a fraction to remove) or keep (units left), not both or neither")
+        given["axis"] = given.pop("sparsity")
+    elif ("sparsity" in given) == ("keep" in given) and not (given.get("pattern") and sparsity is None):
+        raise InputError("give either sparsity (a fraction to remove) or keep (units left), not both or neither")
+    return Recipe.of(**given)
 
 
 def rounded(groups: Mapping[str, DependencyGroup], budget: ResolvedBudget) -> list[str]:
@@ -74,7 +81,9 @@ def rounded(groups: Mapping[str, DependencyGroup], budget: ResolvedBudget) -> li
     return budget.fit.changes(allocate(groups, replace(budget, fit=None)), allocate(groups, budget))
 
 
-def plan_within(graph: SSMGraph, scores: Scores, budget: ResolvedBudget, curves: Mapping[str, Curve] | None = None) -> Plan:
+def plan_within(
+    graph: SSMGraph, scores: Scores, budget: ResolvedBudget, curves: Mapping[str, Curve] | None = None
+) -> Plan:
     """The same, for a ResolvedBudget."""
     known = {**graph.groups, **graph.elements}
     for name, importance in scores.importance.items():

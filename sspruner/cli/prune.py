@@ -84,8 +84,8 @@ def command(
     from sspruner.files.output import check_output, remove_working, working_folder
     from sspruner.formats.targets import chosen
     from sspruner.io.source import name_of
+    from sspruner.pruning.table import result_table
     from sspruner.recipes.parts import Limits
-    from sspruner.reporting.table import result_table
     from sspruner.scoring.choice import scorers_asked
     from sspruner.scoring.known import find_scorer
 

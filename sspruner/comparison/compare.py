@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from torch import nn
 
-from sspruner.budgets.asked import make_budget
 from sspruner.budgets.decide import plan
+from sspruner.budgets.resolve import resolve_budget
 from sspruner.calibrate.sources import Progress
 from sspruner.comparison.record import Comparison, Cut, row_from_json, row_to_json
 from sspruner.compute.device import on_device, resolve_device
@@ -29,6 +29,8 @@ from sspruner.files.output import atomic_file, check_results
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_plan
+from sspruner.recipes.parts import CalibrationText
+from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.cache import cache_key
 from sspruner.scoring.job import OneScorer
 from sspruner.scoring.score import Source, calibrated, score
@@ -85,7 +87,17 @@ def compare(
     if allocation == "adaptive":
         raise InputError("compare: allocation adaptive measures the layers of one scorer; use prune for each")
     for sparsity in sparsities:  # what makes no sense fails before any work
-        make_budget(axis, sparsity, None, allocation, multiple_of, ratios, ignore, normalise=normalise)
+        resolve_budget(
+            Recipe.of(
+                axis=axis,
+                sparsity=sparsity,
+                allocation=allocation,
+                multiple_of=multiple_of,
+                ratios=ratios,
+                ignore=ignore,
+                normalise=normalise,
+            )
+        )
     check_metrics(metrics, bool(passages))
     _check_baseline(model, baseline)
     folder = None if out is None else check_results(out, MARKS)
@@ -94,7 +106,9 @@ def compare(
             (folder / part).mkdir(exist_ok=True)
     compute = resolve_device(device)
     with on_device(model, compute):
-        data = calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
+        data = calibrated(
+            calibration, model, tokenizer, CalibrationText(samples=samples, seq_len=seq_len), seed, progress
+        )
     scores = score(
         model, list(scorers), calibration=data, axis=axis, options=options, device=device, seed=seed, cache=cache,
         progress=progress,

@@ -175,9 +175,7 @@ def expressible(graph: SSMGraph) -> set[str]:
 
 @dataclass(frozen=True)
 class Fit:
-    """Rounding of an allocation's counts to sizes that a target supports, equal in all layers (protocol
-    `budgets.budget.Fit`).
-    """
+    """Rounding of an allocation's counts to sizes that a target supports, the same size in all layers."""
 
     target: Target
     graph: SSMGraph

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import warnings
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -93,3 +94,18 @@ def _brief(error: BaseException) -> str:
     """Return the type of an error and its message, on one line."""
     text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def __getattr__(name: str) -> Any:
+    """Give what is installed by its old name, until the next minor version: docs/plugins.md promised these paths."""
+    homes = {
+        "families": ("sspruner.graph.known", "installed_families"),
+        "scorers": ("sspruner.scoring.known", "installed_scorers"),
+        "scorer": ("sspruner.scoring.known", "find_scorer"),
+        "scorer_of_basis": ("sspruner.scoring.known", "scorer_of_basis"),
+    }
+    if name not in homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, new = homes[name]
+    warnings.warn(f"sspruner.plugins.manager.{name} is now {module}.{new}", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(module), new)

@@ -46,7 +46,9 @@ from sspruner.surgery.slice import slice_model
 PHASE = "cut"  # of a journal
 
 
-def check_offloaded(run: Run, budget: ResolvedBudget, limits: Limits | None, mode: str, refit: str, calibration: Any) -> None:
+def check_offloaded(
+    run: Run, budget: ResolvedBudget, limits: Limits | None, mode: str, refit: str, calibration: Any
+) -> None:
     """Raise InputError for what needs more of a model than one block at a time."""
     shared = {site.path for site in run.graph.sites if site.aliases}
     why = {

@@ -6,15 +6,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sspruner.errors import InputError
 from sspruner.evaluation.damage import Damage
 from sspruner.files.output import atomic_file
+from sspruner.files.provenance import hub_name, peak_memory_bytes, versions
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
 from sspruner.surgery.proof import Proof
+
+if TYPE_CHECKING:
+    from sspruner.pruning.cutter import Outcome
+    from sspruner.pruning.decision import Decision
+    from sspruner.pruning.job import PruneJob
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Report:
     on calibration text; and, of layers of different sizes, what one size for all would cost, on held-out text.
     target: the runtime that the sizes are for, over how many GPUs, what was rounded for it and what it does with them.
     sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
+    recipe: the recipe (`Recipe.to_json`), {} in reports of version 0.1.
     base_model: the name of the model on the hub that it came from (`hub_name`), "" if it came from elsewhere.
     """
 
@@ -54,6 +62,7 @@ class Report:
     search: dict[str, Any] = field(default_factory=dict)
     base_model: str = ""
     target: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -76,6 +85,56 @@ class Report:
         with atomic_file(path) as temporary:
             # Names of files may hold bytes that are no text; as escapes they are JSON.
             temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
+
+
+def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
+    """Make the report of a prune that has cut its model."""
+    run, data, cut_graph = job.run, job.data, trace(job.model)
+    method, scorers = job.recipe.method, job.run.jobs[0]
+    search = decision.search
+    if decision.one_size is not None and outcome.one_size is not None:
+        kept_by_all = next(iter(decision.one_size.groups.values())).after
+        search = search | {"one_size": {"kept": kept_by_all, **measured(outcome.one_size)}}
+    return Report(
+        scorer=scorers.label,
+        basis=", ".join(dict.fromkeys(cls.basis for cls, _ in scorers.scorers.values())),
+        options=scorers.options,
+        axis=", ".join(run.axes),
+        budget=decision.budget.to_json(),
+        mode=method.mode,
+        one_shot=job.one_shot,
+        calibration={
+            "source": data.source,
+            "sequences": len(data.tokens),
+            "seq_len": data.tokens.shape[1],
+            "tokens": int(data.mask.sum()),
+            "held_out_tokens": int(data.held_out_mask.sum()),
+            "held_out_is_separate": data.held_out_is_separate,
+        },
+        dense=job.dense | {"perplexity": outcome.without_refit.dense_perplexity},
+        pruned=model_size(job.model, cut_graph) | measured(outcome.damage),
+        layers={
+            name: {"before": group.units, "after": int(decision.kept[name][0].sum())}
+            for name, group in run.groups.items()
+            if not group.tensor
+        },
+        proof=outcome.proof,
+        refit={"kind": method.refit, "without": measured(outcome.without_refit), "errors": decision.errors}
+        if decision.errors
+        else {},
+        search=search,
+        target={**job.fit.to_json(), "rounded": job.rounded, "notes": job.fit.target.notes(cut_graph)}
+        if job.fit
+        else {},
+        sparsity=sparsity_of(job.model, cut_graph, run.axes),
+        continuation=outcome.continuation,
+        seconds=job.clock.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        seed=method.seed,
+        versions=versions(),
+        base_model=hub_name(job.model),
+        recipe=job.recipe.to_json(),
+    )
 
 
 def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:

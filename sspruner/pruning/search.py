@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.budgets.budget import ResolvedBudget, Fit
+from sspruner.budgets.budget import Fit, ResolvedBudget
 from sspruner.budgets.decide import plan_within
 from sspruner.budgets.split import Curve
 from sspruner.calibrate.sources import Calibration, Progress
@@ -24,7 +24,7 @@ from sspruner.evaluation.damage import Damage, damages
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan, axis_of, check_plan
-from sspruner.pruning.sensitivity import sensitivity
+from sspruner.pruning.sensitivity import damage_curves
 from sspruner.recipes.parts import Limits
 from sspruner.scoring.scores import Scores
 from sspruner.surgery.sizes import Sizes, sizes
@@ -219,7 +219,7 @@ def settle(
         if len(scores) > 1:
             raise InputError("allocation adaptive measures the layers of one scorer; name it, instead of auto")
         (only,) = scores.values()
-        curves = sensitivity(model, only, data, multiple_of=budget.multiple_of, progress=progress).curves
+        curves = damage_curves(model, only, data, budget.multiple_of, progress).curves
     evidence: dict[str, Any] = {"curves": curves} if curves else {}
 
     def cut(scored: Scores, sparsity: float | Mapping[str, float] | None) -> Plan:

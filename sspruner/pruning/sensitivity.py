@@ -83,6 +83,15 @@ def sensitivity(
     On the first TOKENS of `calibration.tokens`: one forward pass over them for each group and level, and one more.
     Groups of the whole model and of single elements are left out. The model is left as it was.
     """
+    with on_device(model, resolve_device(device)):
+        return damage_curves(model, scores, calibration, multiple_of, progress)
+
+
+@torch.no_grad()
+def damage_curves(
+    model: nn.Module, scores: Scores, calibration: Calibration, multiple_of: int, progress: Progress | None = None
+) -> Sensitivity:
+    """Measure `sensitivity` on the device that the model is on."""
     graph = trace(model)
     plans: dict[tuple[str, int], Plan] = {}
     for name, importance in scores.importance.items():
@@ -98,8 +107,7 @@ def sensitivity(
     few = replace(calibration, tokens=calibration.tokens[: max(1, TOKENS // seq_len)])
     few = replace(few, mask=calibration.mask[: len(few.tokens)])
     batches = few.batches(logits=True)
-    with on_device(model, resolve_device(device)), torch.no_grad():
-        found = damages(model, list(plans.values()), graph, batches, progress)
+    found = damages(model, list(plans.values()), graph, batches, progress)
     curves: dict[str, dict[int, float]] = {}
     for (name, kept), cost in zip(plans, found, strict=True):
         if not math.isfinite(cost.kl):

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from sspruner.errors import InputError
 from sspruner.recipes.texts import fractions_by_name, names_by_axis, units_by_pattern, values_by_name
 from sspruner.units import parse_bytes, parse_increase, parse_parameters
+
+if TYPE_CHECKING:
+    Quantity = float | None
+else:  # a text such as 25MB is read when the part is made: after that it is a number
+    Quantity = float | str | None
 
 REPEATED = Parameter(negative=(), consume_multiple=False)
 
@@ -113,19 +118,19 @@ class Limits:
     text. Raises InputError for a limit that is not a number above 0.
     """
 
-    state_bytes: float | str | None = None
+    state_bytes: Quantity = None
     """Instead of a fraction: recurrent state per sequence, at most, e.g. 25MB."""
 
     max_batch: int | None = None
     """Instead of a fraction: this many sequences and the weights fit in --memory."""
 
-    memory: float | str | None = None
+    memory: Quantity = None
     """Memory for --max-batch, e.g. 80GB: weights, and recurrent and convolution states."""
 
-    parameters: Annotated[float | str | None, Parameter(name="--params")] = None
+    parameters: Annotated[Quantity, Parameter(name="--params")] = None
     """Instead of a fraction: parameters, at most: 0.8x of the model's, or e.g. 900M."""
 
-    perplexity_increase: Annotated[float | str | None, Parameter(name="--max-ppl-increase")] = None
+    perplexity_increase: Annotated[Quantity, Parameter(name="--max-ppl-increase")] = None
     """Instead of a fraction: the largest cut that raises perplexity by at most this, e.g. 1%."""
 
     kl: Annotated[float | None, Parameter(name="--max-kl")] = None
