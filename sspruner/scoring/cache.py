@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import sspruner
 from sspruner.errors import InputError
 from sspruner.scoring.scores import Scores
 
@@ -93,7 +92,7 @@ def _sources(classes: Iterable[type]) -> str | None:
     names = {(c.__module__, c.__qualname__) for cls in classes for c in cls.__mro__ if c.__module__ != "builtins"}
     modules = {module for module, _ in names}
     files = {Path(getattr(sys.modules.get(module), "__file__", None) or "") for module in modules}
-    files |= set(Path(sspruner.__file__).parent.rglob("*.py"))
+    files |= set(Path(__file__).parents[1].rglob("*.py"))
     if not all(file.is_file() and file.stat().st_mtime <= STARTED for file in files):
         return None
     return hashlib.sha256(str((sorted(names), sorted(map(_source, files)))).encode()).hexdigest()

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import sspruner
 from sspruner.axes import ELEMENT_AXES
 from sspruner.budgets.decide import plan
 from sspruner.calibrate.sources import calibration
@@ -34,6 +33,7 @@ from sspruner.graph.group import DependencyGroup
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import reduction
+from sspruner.scoring.score import score
 from sspruner.scoring.scorer import Scorer
 from sspruner.scoring.scores import Scores
 from sspruner.surgery.apply import apply
@@ -246,7 +246,7 @@ def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[floa
             return torch.ones(self.units)
 
     training = model.training
-    sspruner.score(model, Decay, axis="state", calibration=calibration(tokens, model, samples=len(tokens), held_out=0))
+    score(model, Decay, axis="state", calibration=calibration(tokens, model, samples=len(tokens), held_out=0))
     model.train(training)
     return found
 
