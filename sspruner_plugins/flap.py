@@ -35,7 +35,7 @@ class Flap(sspruner.Scorer):
         self.key = ""
 
     def observe(self, view: sspruner.SSMView) -> None:
-        # The last Linear whose columns the units own: out_proj or down_proj. In Mamba1 x_proj reads them before.
+        # The last Linear that reads the units: out_proj or down_proj. In Mamba1 x_proj also reads them, earlier.
         reader = [m for m in view.group.members if m.dims == (1,)][-1]
         key = view.group.key(reader.tensor)
         y = view.inputs[key].double()  # (tokens, in features)

@@ -119,9 +119,7 @@ def _farthest_first(rows: torch.Tensor, generator: torch.Generator) -> tuple[lis
 
 
 def _balanced(rows: torch.Tensor, first: list[int]) -> dict[int, int]:
-    """Assign units to clusters whose sizes differ by at most 1, nearest pairs of a unit and a cluster's first unit
-    first.
-    """
+    """Assign units to clusters whose sizes differ by at most 1, nearest pairs of unit and first unit first."""
     smallest, larger = divmod(len(rows), len(first))  # `larger` clusters have one unit more
     label, sizes = {unit: c for c, unit in enumerate(first)}, [1] * len(first)
     for pair in _distances(rows, rows[first]).flatten().argsort(stable=True).tolist():

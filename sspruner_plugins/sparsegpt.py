@@ -73,8 +73,9 @@ class SparseGPT(sspruner.Scorer):
         return (weight.square() / inverse).masked_fill(dead, 0)
 
     def _factor(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return U (in, in), and which columns are never active (in,). Raises InputError if the data cannot determine
-        U.
+        """Return U (in, in), and which columns are never active (in,).
+
+        Raises InputError if the data cannot determine U.
         """
         if not self.tokens:
             raise sspruner.InputError(
@@ -92,7 +93,7 @@ class SparseGPT(sspruner.Scorer):
         scale = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
         diagonal += self.percdamp * scale
         diagonal[dead] = scale
-        # With rows and columns in reverse order, H = L L^T is H = R R^T, R upper triangular, in order: U = R^-1.
+        # Reversing rows and columns turns H = L L^T into H = R R^T with R upper triangular: U = R^-1.
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if failed:
             raise sspruner.InputError(f"the Hessian is singular with percdamp={self.percdamp:g}; raise it")

@@ -20,11 +20,11 @@ def profiled(model: Any, ids: torch.Tensor, steps: int = STEPS) -> list[dict[str
     step = prefilled(model, ids)
     step()  # warm
     cuda = ids.device.type == "cuda"
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
         for _ in range(steps):
             step()
     rows = []
-    for event in profiler.key_averages():
+    for event in seen.key_averages():
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total  # microseconds
         rows.append({"operation": event.key, "ms": spent / 1000 / steps, "calls": event.count / steps})
     return sorted((row for row in rows if row["ms"] > 0), key=lambda row: -row["ms"])

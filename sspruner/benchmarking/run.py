@@ -83,8 +83,8 @@ def path_of(model: Any, device: torch.device, accelerated: bool, cuda_graph: boo
 def cache_bytes(cache: dict[str, Any]) -> int:
     """Return the bytes of the states, keys and values in a cache."""
     total = 0
-    for cache_object in cache.values():
-        for layer in cache_object.layers:
+    for held in cache.values():
+        for layer in held.layers:
             for name in ("conv_states", "recurrent_states"):
                 states = getattr(layer, name, None) or {}
                 parts = states.values() if isinstance(states, dict) else states
@@ -106,8 +106,8 @@ def _importable(name: str) -> bool:
 def _call(model: Any, ids: torch.Tensor, position: int, cache: dict[str, Any]) -> Any:
     positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
     options = {"use_cache": True, "position_ids": positions, "logits_to_keep": 1, **cache}
-    accepted_names = accepted(model)
-    return model(input_ids=ids, **{name: value for name, value in options.items() if name in accepted_names})
+    taken = accepted(model)
+    return model(input_ids=ids, **{name: value for name, value in options.items() if name in taken})
 
 
 def _cache(out: Any) -> dict[str, Any]:

@@ -99,10 +99,10 @@ def shape_models(
         for size in (*keep, *balanced):
             shape_config(shape, size)  # check before anything large is created
         shape_config(shape)
-    options: dict[str, Any] = {"layers": layers, "dtype": dtype, "device": device, "seed": seed}
-    models = {}
+    same: dict[str, Any] = {"layers": layers, "dtype": dtype, "device": device, "seed": seed}
+    found = {}
     for shape in shapes:
-        models[shape] = shape_model(shape, **options)
-        models |= {f"{shape}, state {k}": shape_model(shape, k, **options) for k in keep}
-        models |= {f"{shape}, balanced {k}": shape_model(shape, k, balanced=True, **options) for k in balanced}
-    return models
+        found[shape] = shape_model(shape, **same)
+        found |= {f"{shape}, state {k}": shape_model(shape, k, **same) for k in keep}
+        found |= {f"{shape}, balanced {k}": shape_model(shape, k, balanced=True, **same) for k in balanced}
+    return found

@@ -65,8 +65,9 @@ def allocate(
 
 
 def _competes(name: str, group: DependencyGroup, budget: ResolvedBudget) -> bool:
-    """Return whether a group takes part in a global allocation: no pattern names it, and its axis has one group per
-    layer.
+    """Return whether a group takes part in a global allocation.
+
+    No pattern may name it, and its axis must have one group per layer.
     """
     alone = any(matches(pattern, name) for pattern in (*budget.ratios, *budget.ignore))
     return not alone and _has_layers(group) and ratio_of(name, budget) > 0
@@ -154,8 +155,9 @@ def _options(group: DependencyGroup, budget: ResolvedBudget) -> list[int]:
 def _steps(
     group: DependencyGroup, importance: torch.Tensor, budget: ResolvedBudget
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the worth of each step of a group's ranks, best first, and its size: (steps,) twice. The last may be
-    shorter.
+    """Return the worth of each step of a group's ranks, best first, and its size: (steps,) twice.
+
+    The last step may be shorter.
 
     Steps up to the floor, and always the first, have infinite worth; those beyond the cap are left out.
     """
@@ -165,15 +167,14 @@ def _steps(
     sizes = torch.full((math.ceil(group.units / step),), step)
     padded = F.pad(ranked, (0, missing := len(sizes) * step - group.units))
     sizes[-1] -= missing
-    worth = (padded.view(len(sizes), step).sum(-1) / sizes).cummin(0).values  # never more by a rounding
+    worth = (padded.view(len(sizes), step).sum(-1) / sizes).cummin(0).values  # removes increases by rounding
     worth[: max(math.ceil(least / step), 1)] = torch.inf
     within = math.ceil(most / step)
     return worth[:within], sizes[:within]
 
 
 def _uniform(group: DependencyGroup, sparsity: float, multiple_of: int, bounds: tuple[int, int]) -> int:
-    """Return the allowed count nearest to units * (1 - sparsity), of two equally near the larger, clamped to the
-    bounds.
+    """Return the allowed count nearest to units * (1 - sparsity), clamped to the bounds; of two the larger.
 
     Raises InputError for a ratio that would remove nothing or everything by rounding, with the nearest that can be met,
     unless a floor or a cap decides.

@@ -66,15 +66,15 @@ def _plan_recipe(recipe: Recipe | None, short: dict[str, Any]) -> Recipe:
         if recipe.limits:
             raise InputError("limits are met in `prune`, which measures cuts: give sparsity or keep")
         return recipe
-    given = {name: value for name, value in short.items() if value is not None}
-    sparsity = given.get("sparsity")
+    options = {name: value for name, value in short.items() if value is not None}
+    sparsity = options.get("sparsity")
     if isinstance(sparsity, Mapping):
-        if "keep" in given:
+        if "keep" in options:
             raise InputError("give either sparsity (a fraction to remove) or keep (units left), not both or neither")
-        given["axis"] = given.pop("sparsity")
-    elif ("sparsity" in given) == ("keep" in given) and not (given.get("pattern") and sparsity is None):
+        options["axis"] = options.pop("sparsity")
+    elif ("sparsity" in options) == ("keep" in options) and not (options.get("pattern") and sparsity is None):
         raise InputError("give either sparsity (a fraction to remove) or keep (units left), not both or neither")
-    return Recipe.of(**given)
+    return Recipe.of(**options)
 
 
 def rounded(groups: Mapping[str, DependencyGroup], budget: ResolvedBudget) -> list[str]:
@@ -132,8 +132,9 @@ def choosers(
     importance: Mapping[str, torch.Tensor] | None = None,
     curves: Mapping[str, Curve] | None = None,
 ) -> dict[str, Choose]:
-    """Return for every dependency group the function that selects its units: scores (groups, units) -> bool, same
-    shape.
+    """Return for every dependency group the function that selects its units.
+
+    Each maps scores (groups, units) to bool of the same shape.
 
     granularity  the scorers' own, by axis
     importance   all scores, if layers compete (`compared`)

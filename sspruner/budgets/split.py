@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-Curve = Mapping[int, float]  # units kept -> damage of cutting this layer alone to so many
+Curve = Mapping[int, float]  # units kept -> damage of cutting only this layer to that size
 NONE = 1e-9  # damage that does not exceed rounding
 
 
@@ -24,14 +24,14 @@ def damage_at(curve: Curve, kept: Sequence[int], units: int) -> torch.Tensor:
     targets = torch.tensor(kept, dtype=torch.float64)
     if len(points) == 1:
         return torch.zeros_like(targets)
-    right = torch.searchsorted(-sizes, -targets).clamp(1, len(sizes) - 1)  # sizes[right] <= asked, but for the last
+    right = torch.searchsorted(-sizes, -targets).clamp(1, len(sizes) - 1)  # sizes[right] <= target, except for the last
     larger, smaller, least, most = sizes[right - 1], sizes[right], costs[right - 1], costs[right]
     linear = least + (most - least) * (larger - targets) / (larger - smaller)
     steepness = (most / least.where(least > NONE, 1.0)).log() / (larger / smaller).log()
     interpolated = linear.where(least <= NONE, least * (larger / targets) ** steepness)
     return interpolated.maximum(least).minimum(
         most.where(targets >= smaller, torch.inf)
-    )  # not beyond its ends by a rounding
+    )  # clamp: rounding must not exceed the ends
 
 
 def best_split(

@@ -29,7 +29,7 @@ def output_weights(
     gain = F.silu(z.float())  # (b, T, D)
     if norm is not None and given is not None:
         gain = gain * norm
-        # In either order of gate and norm what out_proj is given is y * gain / rms, with one rms for each group.
+        # In either order of gate and norm out_proj's input is y * gain / rms, with one rms for each group.
         before = (y.flatten(2) * gain).view(*y.shape[:2], groups, -1)  # (b, T, groups, D / groups)
         energy = before.square().sum(-1, keepdim=True)
         scale = (before * given.view_as(before)).sum(-1, keepdim=True) / energy.where(energy > 0, 1.0)

@@ -57,17 +57,17 @@ class LocalGradients:
         self.gradients: Gradients = {}
         self.fisher: Gradients = {}
         self._replay, self._sequences, self._want_fisher = replay, replay.one_by_one(), fisher
-        self._sequences.hidden.clear()  # the replay has them
-        self._predicted = [predicted_tokens(mask) for mask in self._sequences.masks]  # by sequence
+        self._sequences.hidden.clear()  # the replay has the hidden states
+        self._predicted = [
+            predicted_tokens(mask) for mask in self._sequences.masks
+        ]  # number of predicted tokens, by sequence
         self._total = sum(gathered(sum(self._predicted)))  # of all processes
         check_some(self._total)
         self._runs = self._sequences if fisher else replay  # batches that run through a block
         self._upstream = self._dense()  # g, by block
 
     def add(self, block: str) -> None:
-        """Add the gradients of the parameters inside a block in its current form, on the replay's inputs. Once per
-        block.
-        """
+        """Add the gradients of a block's parameters, in its current form, on the replay's inputs. Once per block."""
         upstream = self._upstream.pop(block)
         with self._at_work(block, differentiable=True) as module:
             sums = {p: torch.zeros_like(p, requires_grad=False) for p in module.parameters()}
@@ -79,7 +79,7 @@ class LocalGradients:
                     out = self._runs.run(block, run, flow, wide=True)
                 for p, gradient in zip(sums, _pull_back(out, g, sums), strict=True):
                     sums[p] += gradient
-                    if self._want_fisher:  # g is that of the mean over the tokens of all sequences
+                    if self._want_fisher:  # g is the gradient of the mean over the tokens of all sequences
                         squares[p] += (gradient * (self._total / self._predicted[run])).square()
         sequences = sum(gathered(sum(map(bool, self._predicted))))
         self._accumulate(self.gradients, sums)

@@ -111,9 +111,7 @@ class Replay:
         self.masks.append(mask)
 
     def head(self, batch: int, last: Flow) -> Any:
-        """Compute the model's output from `last`, the output of its last block: norm, output head, scaling. No block
-        runs.
-        """
+        """Compute the model's output from its last block's output: norm, output head, scaling. No block runs."""
         return self._without_blocks(
             self.tokens[batch],
             self.masks[batch],
@@ -172,8 +170,9 @@ class Replay:
                     observer(path, hidden, mask.to(hidden.device), partial(self._linear_inputs, block, path, batch))
 
     def _module_inputs(self, block: str, paths: list[str], batch: int) -> list[tuple[str, torch.Tensor]]:
-        """Return (path, input) in the order of the calls. A linear layer that is not called (another layer's adapter)
-        is left out.
+        """Return (path, input) in the order of the calls.
+
+        A linear layer that is not called (another layer's adapter) is left out.
         """
         seen: list[tuple[str, torch.Tensor]] = []
         modules = {path: self.model.get_submodule(path) for path in paths}

@@ -16,21 +16,23 @@ Total = Callable[[Any], Any]  # a tensor, a number, or a dict of such -> the sum
 
 
 def part_of_this_process(data: Calibration) -> Calibration:
-    """Return the sequences rank, rank + world, ... of the observed ones. Raises InputError if a process would have
-    none.
+    """Return the sequences rank, rank + world, ... of the observed ones.
+
+    Raises InputError if a process would have none.
     """
     if len(data.tokens) < world():
         raise InputError(
             f"calibration: {len(data.tokens)} sequences for {world()} processes; give each at least one with "
             "--samples, or start fewer"
         )
-    own = slice(rank(), None, world())
-    return replace(data, tokens=data.tokens[own], mask=data.mask[own])
+    part = slice(rank(), None, world())
+    return replace(data, tokens=data.tokens[part], mask=data.mask[part])
 
 
 def summed(value: Any) -> Any:
-    """Sum a tensor, a number, or a dict of them over processes. All processes call it for the same things in the same
-    order.
+    """Sum a tensor, a number, or a dict of them over processes.
+
+    All processes call it for the same things in the same order.
 
     A process without data may pass the number it started with, and its dict may lack keys: they count as a tensor
     filled with that number, and as 0. Tensors are summed in their own dtype. Raises PluginError for shapes that differ.

@@ -6,8 +6,8 @@ cum_t = sum of dt*A from the chunk's first step to t, L[t,s] = exp(cum_t - cum_s
 
     h_t = sum_{s<=t} L[t,s] dt_s x_s (x) B_s  +  exp(cum_t) S0                                       (P, N)
 
-the products over P become the Q x Q matrix x x^T, and what is left are matrix products of size Q x Q x N. Memory
-is one chunk: it does not grow with T, and nothing of size P*N is kept but S0.
+the products over P become the Q x Q matrix x x^T, and the rest are matrix products of size Q x Q x N. Memory is
+one chunk: it does not grow with T, and only S0 has size P*N.
 
 Letters: b batch, T tokens, G groups, K heads per group (H = G*K), P head dim, N state, Q chunk length.
 """
@@ -54,7 +54,7 @@ def chunks(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) ->
     state = x.new_zeros(b, G, H // G, P, N)
     for start in range(0, T, size):
         at = slice(start, start + size)
-        # cum in fp64: exp of a difference of two large sums loses what fp32 rounds away.
+        # cum in fp64: the exponential of a difference of two large fp32 sums would be inexact.
         cum = (dt[..., at].double() * A).cumsum(-1)  # (b, G, K, Q)
         Q = cum.shape[-1]
         past = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
@@ -149,7 +149,7 @@ def gramian(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -
     total = _no_gramian(p)
     for c in chunks(p, mask, size):
         coef = c.L * c.dt[..., None, :]  # (b, G, K, Q, Q): h_t = sum_s coef[t,s] x_s (x) B_s + decay_t S0
-        counted = c.weight[:, :, None, :, None]  # steps t that count
+        counted = c.weight[:, :, None, :, None]  # 1 for steps t that are not padding
         inside = (c.x @ c.x.transpose(-1, -2)) * (coef.transpose(-1, -2) @ (coef * counted))  # (b, G, K, Q, Q)
         reach = coef.transpose(-1, -2) @ (c.decay[..., None] * counted)  # (b, G, K, Q, 1)
         left = (c.decay.square()[..., None] * counted).sum(-2)  # (b, G, K, 1)
@@ -235,8 +235,6 @@ def _half_overlap(c: Chunk) -> torch.Tensor:
 
 
 def _per_group(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Compute left (b, G, K, R, Q) @ right (b, G, Q, N), one product per group with its heads stacked -> (b, G, K, R,
-    N).
-    """
+    """Compute left (b, G, K, R, Q) @ right (b, G, Q, N), one product per group, heads stacked -> (b, G, K, R, N)."""
     b, G, K, R, Q = left.shape
     return (left.reshape(b, G, K * R, Q) @ right).view(b, G, K, R, -1)

@@ -36,7 +36,7 @@ class TokenSteps(TorchFunctionMode):
         """Return the unbound parts of a tensor that was indexed before and not written to since, else ()."""
         at = (id(x), dim)
         known, version, parts = self._seen.pop(at, (None, -1, ()))
-        seen = known is x and version == x._version  # an id is free again after its tensor is gone
+        seen = known is x and version == x._version  # an id may be reused after its tensor was freed
         parts = (parts or torch.unbind(x, dim)) if seen else ()
         self._seen[at] = (x, x._version, parts)
         if len(self._seen) > AT_ONCE:
@@ -45,9 +45,7 @@ class TokenSteps(TorchFunctionMode):
 
 
 def step_dimension(key: Any) -> int:
-    """Return the dimension, after the first, in which a key like [:, :, t] or [:, t] picks one index; 0 for any other
-    key.
-    """
+    """Return the dimension, after the first, in which a key like [:, :, t] or [:, t] picks one index; else 0."""
     if not isinstance(key, tuple):
         return 0
     picked = [d for d, k in enumerate(key) if type(k) is int]

@@ -146,8 +146,9 @@ class Observation:
 
 
 class SSMView:
-    """One dependency group on one batch, as a scorer reads it. Read-only, and in the model's dtype unless fp32 is
-    stated.
+    """One dependency group on one batch, as a scorer reads it.
+
+    Read-only, and in the model's dtype unless fp32 is stated.
 
     layer       module path: the mixer, attention or MLP that is observed; on the axis `block` the block, on the axis
                 `weight` the linear layer

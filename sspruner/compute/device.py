@@ -16,8 +16,9 @@ OFFLOADED = "_sspruner_offloaded"  # attribute of a model whose blocks are on di
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """Return the compute device: the named one, else CUDA if available, else the CPU. Raises InputError if not
-    available.
+    """Return the compute device: the named one, else CUDA if available, else the CPU.
+
+    Raises InputError for a device that is not available.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,8 +12,7 @@ from sspruner.errors import ModelError
 
 
 def forward(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> Any:
-    """Call model(input_ids=tokens, attention_mask=mask, **options), without the arguments that the model does not
-    accept.
+    """Call model(input_ids=tokens, attention_mask=mask, **options), without arguments that it does not accept.
 
     tokens: int64 (b, T). mask: bool (b, T), False where padding. mamba_ssm's models accept neither mask nor use_cache.
     """
@@ -35,7 +34,7 @@ def accepted(model: Any) -> set[str]:
     names = {*parameters, "cache_params", "past_key_values"}
     native = hasattr(model, "allocate_inference_cache")  # passes unknown keywords on to its mixers
     if not native and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        names |= {"attention_mask", "use_cache"}  # some models of transformers only hand these on
+        names |= {"attention_mask", "use_cache"}  # some models of transformers only pass these on
     return names
 
 

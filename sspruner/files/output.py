@@ -15,8 +15,9 @@ from sspruner.errors import InputError
 
 
 def check_output(out: str | Path, overwrite: bool = False) -> Path:
-    """Return the output folder as a path. Raises InputError if it is not empty or cannot be created. Call before long
-    work.
+    """Return the output folder as a path. Call before long work.
+
+    Raises InputError if it is not empty or cannot be created.
     """
     out = Path(out).expanduser().absolute()
     if out.exists() and not out.is_dir():
@@ -31,8 +32,9 @@ def check_output(out: str | Path, overwrite: bool = False) -> Path:
 
 
 def check_file(path: str | Path) -> Path:
-    """Return the output file as a path, links resolved. Raises InputError if it cannot be written. Call before long
-    work.
+    """Return the output file as a path, links resolved. Call before long work.
+
+    Raises InputError if it cannot be written.
     """
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_file():

@@ -35,5 +35,5 @@ def hub_name(model: Any) -> str:
         return ""
     try:
         return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else ""
-    except HFValidationError:  # a path that is gone
+    except HFValidationError:  # a path that no longer exists
         return ""

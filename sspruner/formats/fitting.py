@@ -1,5 +1,6 @@
-"""Check whether a model, or the result of a plan, fits a runtime target: its sizes, and whether a stock config can
-describe it.
+"""Check whether a model, or the result of a plan, fits a runtime target.
+
+Its sizes must obey the target's rules, and a stock config must be able to describe it.
 """
 
 from __future__ import annotations
@@ -44,29 +45,29 @@ class Subject:
         return cls(model, graph, stock_difference(model) if graph.family else "")
 
 
-def check_fits(model: Any, wanted: Target) -> None:
+def check_fits(model: Any, runtime: Target) -> None:
     """Raise ModelError, with the reason and the nearest cut, unless the target supports the model as it is."""
-    if why := unfit(Subject.of(model), wanted):
+    if why := unfit(Subject.of(model), runtime):
         raise ModelError(why)
 
 
-def unfit(subject: Subject, wanted: Target) -> str:
+def unfit(subject: Subject, runtime: Target) -> str:
     """Return why a target does not support a model, and the nearest cut that it supports; "" if it does."""
-    if why := wanted.serves(subject.graph):
-        return f"{wanted.name} cannot take this model: {why}"
-    if why := _unsayable(subject, wanted):
+    if why := runtime.serves(subject.graph):
+        return f"{runtime.name} cannot take this model: {why}"
+    if why := _unsayable(subject, runtime):
         return why
-    if broken := wanted.refuses(subject.graph):
-        return f"{wanted} cannot take these sizes: {'; '.join(broken)}. {_next_cut(subject.graph, wanted)}"
+    if broken := runtime.refuses(subject.graph):
+        return f"{runtime} cannot take these sizes: {'; '.join(broken)}. {_next_cut(subject.graph, runtime)}"
     return ""
 
 
-def _unsayable(subject: Subject, wanted: Target) -> str:
+def _unsayable(subject: Subject, runtime: Target) -> str:
     """Return why the config that a target reads cannot describe a model, whatever its sizes; "" if it can."""
     if subject.unlike:
-        pad = padded_fits(subject.graph, wanted) if wanted.writer == "hf" else ""
-        return f"{wanted} cannot take this cut: {subject.unlike}. {nearest_stock(subject.model)}{pad or WAYS}"
-    if wanted.writer == "mamba-ssm":
+        pad = padded_fits(subject.graph, runtime) if runtime.writer == "hf" else ""
+        return f"{runtime} cannot take this cut: {subject.unlike}. {nearest_stock(subject.model)}{pad or WAYS}"
+    if runtime.writer == "mamba-ssm":
         try:
             native_fields(subject.model)
         except ModelError as error:
@@ -74,9 +75,9 @@ def _unsayable(subject: Subject, wanted: Target) -> str:
     return ""
 
 
-def check_cut(model: Any, plan: Plan, graph: SSMGraph, wanted: Target) -> None:
+def check_cut(model: Any, plan: Plan, graph: SSMGraph, runtime: Target) -> None:
     """Raise ModelError unless the target supports the result of applying `plan` to `model`. Nothing is changed."""
-    check_fits(after(model, plan, graph), wanted)
+    check_fits(after(model, plan, graph), runtime)
 
 
 @torch.no_grad()
@@ -104,20 +105,20 @@ def blueprint(model: Any) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def check_asked(wanted: Target, budget: ResolvedBudget, refit: str, has_basis: bool) -> None:
+def check_asked(runtime: Target, budget: ResolvedBudget, refit: str, has_basis: bool) -> None:
     """Raise InputError for settings that no stock config can express, whatever the scores."""
     if has_basis:
         raise InputError(
-            f"target {wanted.name}: a state in a basis of its own has tensors that it does not know; use --basis "
+            f"target {runtime.name}: a state in a basis of its own has tensors that it does not know; use --basis "
             "select. export --to hf-remote writes such a model with the code that it needs"
         )
     if budget.allocation != "uniform":
         raise InputError(
-            f"target {wanted.name}: takes one size for all layers, which allocation {budget.allocation} does not give; "
-            "use uniform, or uniform-best with a limit of damage"
+            f"target {runtime.name}: takes one size for all layers, which allocation {budget.allocation} does not "
+            "give; use uniform, or uniform-best with a limit of damage"
         )
     if refit == "bias":
-        raise InputError(f"target {wanted.name}: refit bias adds biases that its config cannot say; use refit output")
+        raise InputError(f"target {runtime.name}: refit bias adds biases that its config cannot say; use refit output")
 
 
 def trial(graph: SSMGraph, counts: Mapping[str, int]) -> Plan:
@@ -135,9 +136,8 @@ def trial(graph: SSMGraph, counts: Mapping[str, int]) -> Plan:
     )
 
 
-def padded_fits(graph: SSMGraph, wanted: Target) -> str:
-    """Describe what hf-padded would make of a model whose layers differ, by the target's rules; "" if they do not
-    differ.
+def padded_fits(graph: SSMGraph, runtime: Target) -> str:
+    """Describe what hf-padded would make of a model whose layers differ, by the target's rules; else "".
 
     Only an export proves it.
     """
@@ -146,15 +146,15 @@ def padded_fits(graph: SSMGraph, wanted: Target) -> str:
     if any(layout.is_projected for layout in layouts) or all(layout.sizes == layouts[0].sizes for layout in layouts):
         return ""
     largest = {dim: max(layout.sizes[dim] for layout in layouts) for dim in layouts[0].sizes}
-    broken = wanted.broken(graph.family.name, layouts[0].resized(largest))
+    broken = runtime.broken(graph.family.name, layouts[0].resized(largest))
     if broken:
         return f"Padded to the largest layer it would not fit either: {broken[0].why}"
-    return f"export --to hf-padded --target {wanted.name} pads all layers to the largest with zeros, which may fit"
+    return f"export --to hf-padded --target {runtime.name} pads all layers to the largest with zeros, which may fit"
 
 
-def _next_cut(graph: SSMGraph, wanted: Target) -> str:
+def _next_cut(graph: SSMGraph, runtime: Target) -> str:
     """Describe the smallest further cut of one axis to sizes that fit."""
-    fit = Fit(wanted, graph)
+    fit = Fit(runtime, graph)
     sizes_of = {axis: fit.takes(axis) for axis in graph.axes if axis != "block"}
     cuts = [f"--axis {axis} --keep {sizes[-1]}" for axis, sizes in sizes_of.items() if sizes]
     return f"The nearest cut that it takes: {' or '.join(cuts)}" if cuts else "No cut of one axis makes it fit"
@@ -199,24 +199,24 @@ def offers(model: Any, only: Target | None = None) -> list[Offer]:
     return [_offer(subject, one, tried) for one in ([only] if only else map(target, names()))]
 
 
-def _offer(subject: Subject, wanted: Target, tried: dict[tuple[str, int], Subject | str]) -> Offer:
-    why, fit = unfit(subject, wanted), Fit(wanted, subject.graph)
-    if wanted.serves(subject.graph):
-        return Offer(wanted, why, (), {}, {})
+def _offer(subject: Subject, runtime: Target, tried: dict[tuple[str, int], Subject | str]) -> Offer:
+    why, fit = unfit(subject, runtime), Fit(runtime, subject.graph)
+    if runtime.serves(subject.graph):
+        return Offer(runtime, why, (), {}, {})
     axes, refused = {}, {}
     for axis in subject.graph.axes:
         sizes = fit.takes(axis)
         if not sizes:
             continue
-        key = axis, sizes[-1] if wanted.writer == "mamba-ssm" else 0  # of stock classes one size stands for all
+        key = axis, sizes[-1] if runtime.writer == "mamba-ssm" else 0  # for stock classes one size represents all
         if key not in tried:
             tried[key] = _cut_axis(subject, axis, sizes[-1])
         small = tried[key]
-        if because := small if isinstance(small, str) else _unsayable(small, wanted):
+        if because := small if isinstance(small, str) else _unsayable(small, runtime):
             refused[axis] = f"depends on which go; the last: {because}" if axis == "block" else because
         else:
             axes[axis] = tuple(sizes)
-    return Offer(wanted, why, tuple(wanted.notes(subject.graph)), axes, refused)
+    return Offer(runtime, why, tuple(runtime.notes(subject.graph)), axes, refused)
 
 
 def _cut_axis(subject: Subject, axis: str, n: int) -> Subject | str:

@@ -18,7 +18,7 @@ from sspruner.errors import ModelError
 from sspruner.formats.checkpoint import read_weights
 
 EMBEDDING = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # mamba_ssm's name -> transformers'
-EPSILON = 1e-5  # of every norm: mamba_ssm has no field for it
+EPSILON = 1e-5  # epsilon of every norm: mamba_ssm has no field for it
 
 MODEL: dict[str, Any] = {  # fields of mamba_ssm's config with their defaults
     "d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "attn_layer_idx": [],
@@ -118,12 +118,12 @@ def native_config(config: dict[str, Any], where: str) -> Any:
         raise ModelError(f"{where}: config.json: {' '.join(str(error).split())[:200]}") from error
 
 
-def _refuse_variants(given: dict[str, Any], m: dict[str, Any], inner: int, where: str) -> None:
+def _refuse_variants(fields: dict[str, Any], m: dict[str, Any], inner: int, where: str) -> None:
     """Raise ModelError for variants that transformers' modules do not compute."""
     variants = {
-        "attention layers (attn_layer_idx)": given["attn_layer_idx"],
-        "MLPs between the mixers (d_intermediate)": given["d_intermediate"],
-        "LayerNorm (rms_norm false)": not given["rms_norm"],
+        "attention layers (attn_layer_idx)": fields["attn_layer_idx"],
+        "MLPs between the mixers (d_intermediate)": fields["d_intermediate"],
+        "LayerNorm (rms_norm false)": not fields["rms_norm"],
         f"a scan on {m.get('d_ssm')} of {inner} channels (d_ssm)": m.get("d_ssm") not in (None, inner),
         "a D for every channel (D_has_hdim)": m.get("D_has_hdim"),
         "mixers without a norm (rmsnorm false)": not m.get("rmsnorm", True),

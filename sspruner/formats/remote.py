@@ -93,9 +93,7 @@ def built_from_config(model: Any) -> tuple[Any, nn.Module]:
 
 
 def _difference(model: nn.Module, stock: nn.Module) -> str:
-    """Describe a module or tensor that only one of two models has, except bases of states and biases; "" if there is
-    none.
-    """
+    """Describe a module or tensor that only one of two models has, except state bases and biases; "" if none."""
     ours, theirs = ({n for n, _ in m.named_modules()} for m in (model, stock))
     if ours != theirs:
         return f"module {sorted(ours ^ theirs)[0]} is in {'the built' if theirs - ours else 'the cut'} model alone"

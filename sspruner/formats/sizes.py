@@ -26,8 +26,7 @@ def check_counts(config: Any) -> None:
 
 
 def check_sizes(model: nn.Module, where: str, weight_bytes: int | None = None) -> None:
-    """Raise ModelError for a model on the meta device with an absurdly large tensor, or too many parameters for its
-    files.
+    """Raise ModelError for a model on the meta device with an absurdly large tensor, or too large for its files.
 
     weight_bytes: size of the weights files, if known.
     """

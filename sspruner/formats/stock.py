@@ -31,8 +31,9 @@ REFUSALS = (
 
 
 def write_stock(model: Any, folder: Path) -> None:
-    """Write `model` for its stock class. Raises ModelError, with the nearest cut, if that class does not build its
-    sizes.
+    """Write `model` for its stock class.
+
+    Raises ModelError, with the nearest cut, if that class does not build its sizes.
     """
     check_stock(model, "hf")
     with without_record(model):

@@ -185,8 +185,7 @@ class Fit:
         return {"name": self.target.name, "tp": self.target.tp}
 
     def counts(self, counts: Mapping[str, int], options: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Return the nearest counts that the target supports and that cut every axis that `counts` cuts; of two the
-        larger.
+        """Return the nearest supported counts that still cut every axis that `counts` cuts; of two the larger.
 
         counts   dependency group -> number of units kept
         options  dependency group -> the counts that all other settings allow
@@ -234,9 +233,7 @@ class Fit:
         return dict(counts) | {name: n for axis, n in rounded.items() for name in cut[axis]}
 
     def _broken(self, sizes: Mapping[str, int]) -> Iterator[str]:
-        """Describe the rules that mixers with these sizes break: mandatory rules, and fast paths of the axes that are
-        cut.
-        """
+        """Describe the rules that these sizes break: mandatory rules, and fast paths of the axes that are cut."""
         assert self.graph.family is not None
         name = self.graph.family.name
         for layout in self._layouts():

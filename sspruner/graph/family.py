@@ -97,9 +97,7 @@ class Family(ABC):
         return ()
 
     def keep_blocks(self, model: Any, keep: Sequence[int]) -> None:
-        """Update the config and lookup tables that count blocks, after all blocks but `keep` (old indices) were
-        removed.
-        """
+        """Update the config and lookup tables that count blocks, after all but `keep` (old indices) were removed."""
         config = model.config
         config.num_hidden_layers = len(keep)
         for name in self.config_lists:

@@ -104,7 +104,7 @@ def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
     except Exception as error:  # as below
         raise ModelError(f"model {where}: cannot be loaded: {brief(error)}") from error
     _check_complete(where, info, cut=True)
-    if (Path(where) / GENERATION).is_file():  # their own loader writes none, an export does
+    if (Path(where) / GENERATION).is_file():  # written by our export, not by mamba_ssm
         loaded.generation_config = _generation(where)
     return loaded
 
@@ -141,7 +141,7 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they come back in `info`, with their shapes
+                ignore_mismatched_sizes=True,  # reported in `info`, with their shapes
             )
     except (InputError, ModelError):
         raise
@@ -177,8 +177,8 @@ def _apart(
             raise ModelError(f"model {where}: cannot be fetched: {brief(error)}") from error
     built = skeleton(where, trust_remote_code=trust_remote_code)
     weights = Path(where) / weights_subfolder(built.config)
-    wanted = getattr(torch, dtype) if dtype != "auto" else built.config.dtype or saved_dtype(weights)
-    built = skeleton(where, dtype=wanted, buffers=True, trust_remote_code=trust_remote_code)
+    resolved_dtype = getattr(torch, dtype) if dtype != "auto" else built.config.dtype or saved_dtype(weights)
+    built = skeleton(where, dtype=resolved_dtype, buffers=True, trust_remote_code=trust_remote_code)
     return offload(built, where, weights, folder, device_map, max_memory)
 
 

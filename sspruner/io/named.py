@@ -23,8 +23,7 @@ def named_models(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Return the models that the command line names, loaded ones first, then shapes; the reference model if there is
-    none.
+    """Return the models that the command line names, then its shapes; the reference model if there is none.
 
     dtype "auto" is bfloat16 for shapes on a GPU, float32 on the CPU. Raises InputError for sizes without a shape, and
     for duplicates.

@@ -83,8 +83,9 @@ class Blocks:
 
     @contextmanager
     def resident(self, path: str) -> Iterator[None]:
-        """Context manager that keeps the block around `path` in memory. Changes are lost afterwards unless `keep` was
-        called.
+        """Context manager that keeps the block around `path` in memory.
+
+        Changes are lost afterwards unless `keep` was called.
         """
         block = self.block_of(path)
         self._enter(block)

@@ -27,8 +27,7 @@ DEFAULT = "mamba2-books-4m"
 
 @contextmanager
 def watched_init(config_class: type, cuts: list[Cut], where: str, weight_bytes: int | None = None) -> Iterator[None]:
-    """Context manager that checks models of this config class for absurd sizes after `__init__`, and makes recorded
-    cuts.
+    """Context manager that checks models of a config class for absurd sizes after `__init__`, and cuts them.
 
     from_pretrained builds modules on the meta device and then loads weights by name: modules that have their
     final sizes by then are filled exactly, by stock code, conversions included.
@@ -88,8 +87,9 @@ def finish_cut(model: Any, cut: Any) -> None:
 
 
 def reference_folder(model: str | Path | None) -> Path | None:
-    """Return the folder of a reference model, if that is meant. A folder of that name in the working directory goes
-    first.
+    """Return the folder of a reference model, if that is meant.
+
+    A folder of that name in the working directory takes precedence.
     """
     folder = REFERENCES / str(DEFAULT if model is None else model)
     named = str(model).replace("-", "").isalnum() and not Path(str(model)).exists()

@@ -23,8 +23,9 @@ def installed_scorers() -> dict[str, tuple[type[Scorer], str]]:
 
 
 def find_scorer(name: str) -> tuple[type[Scorer], str]:
-    """Return the scorer called `name` and its plugin. Raises InputError that lists the known ones and suggests the
-    nearest.
+    """Return the scorer called `name` and its plugin.
+
+    Raises InputError that lists the known scorers and suggests the nearest.
     """
     known = installed_scorers()
     if name not in known:

@@ -77,8 +77,9 @@ class Scorer(ABC):
         """Return one importance per unit: float (groups, units), finite, higher = keep."""
 
     def coordinates(self) -> Basis:
-        """Return encode (groups, units, N) and decode (groups, N, units) with encode @ decode = I; for a scorer with a
-        basis.
+        """Return encode (groups, units, N) and decode (groups, N, units) with encode @ decode = I.
+
+        Only for a scorer with a basis.
 
         The coordinate along direction i is row i of encode times the state, and column i of decode reads it out. Called
         after importance().

@@ -33,8 +33,8 @@ def drop_blocks(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
     """Remove the modules that `plan` drops on the axes `mixer` and `block`, and the modules that only they use."""
     for name, selection in plan.groups.items():
         group = graph.groups[name]
-        gone = [group.blocks[unit] for unit in selection.dropped(0)] if group.blocks else []
-        for block in gone:
+        dropped_blocks = [group.blocks[unit] for unit in selection.dropped(0)] if group.blocks else []
+        for block in dropped_blocks:
             for path in block.extras:
                 _put(model, path, nn.Identity())
             if group.axis == "mixer":

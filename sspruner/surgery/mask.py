@@ -1,7 +1,6 @@
-"""Mask mode: set the units and elements that a plan drops to zero, in place. Reversible to the bit; sizes do not
-change.
+"""Mask mode: set the units and elements that a plan drops to zero, in place. Sizes do not change.
 
-New values of a plan are written first, and undone with the rest.
+New values of a plan are written first. Everything can be undone to the bit.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def mask(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
     setattr(model, _SAVED, [])
     try:
         if update_tensors(model, plan.updates):
-            graph = trace(model)  # the biases that it has now belong to units, too
+            graph = trace(model)  # added biases belong to units, too
         for name, reduction in plan.groups.items():
             mask_group(model, graph.groups[name], reduction)
         for name, keep in plan.elements.items():

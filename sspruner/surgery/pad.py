@@ -29,7 +29,7 @@ def pad(cut: nn.Module, graph: SSMGraph, large: nn.Module, target: SSMGraph) -> 
     values, large_values = cut.state_dict(), large.state_dict()
     if other := sorted(values.keys() ^ large_values.keys()):
         raise PlanError(f"{other[0]} is in one of the models alone")
-    parameters = dict(large.named_parameters())  # what is shared, once, under the name that graphs use
+    parameters = dict(large.named_parameters())  # shared parameters once, under the name that graphs use
     buffers = {name: tensor for name, tensor in large.named_buffers() if name in large_values}
     for name, tensor in {**parameters, **buffers}.items():
         value = values[name]

@@ -19,15 +19,15 @@ from sspruner.surgery.tensors import new_biases, tensor
 
 def removed_parameters(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
     """Return the number of parameters that `plan` removes; one that several modules share counts once."""
-    gone = dropped_modules(plan, graph)
-    used = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if not _inside(n, gone)}
+    dropped_paths = dropped_modules(plan, graph)
+    used = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if not _inside(n, dropped_paths)}
     left = {id(p): p.numel() if id(p) in used else 0 for p in model.parameters()}
     for name, cuts in rows_to_drop(plan, graph).items():
         parameter = tensor(model, name)
         if left.get(id(parameter)):
             extents = {dims: prod(parameter.shape[d] for d in dims) for dims in cuts}
             kept = prod(extents[dims] - len(rows) for dims, rows in cuts.items())
-            left[id(parameter)] = parameter.numel() * kept // prod(extents.values())  # whole: each cut is even
+            left[id(parameter)] = parameter.numel() * kept // prod(extents.values())  # an integer: each cut is even
     return sum(p.numel() - left[id(p)] for p in model.parameters())
 
 
@@ -72,9 +72,10 @@ def _name_after(name: str, plan: Plan, graph: SSMGraph) -> str:
 
 def removed_state_bytes(plan: Plan, graph: SSMGraph) -> int:
     """Return the bytes of recurrent state per sequence that `plan` removes."""
-    gone = dropped_modules(plan, graph)
+    dropped_paths = dropped_modules(plan, graph)
     return sum(
-        site.state_bytes - (0 if _inside(f"{site.path}.", gone) else state_bytes(cut_layout(site, plan, graph)))
+        site.state_bytes
+        - (0 if _inside(f"{site.path}.", dropped_paths) else state_bytes(cut_layout(site, plan, graph)))
         for site in graph.layers
     )
 

@@ -57,7 +57,11 @@ def install(model: nn.Module, layer: str, basis: Basis | None) -> None:
     if basis is None:
         unproject_state(mixer)
         return
-    to = {"device": mixer.in_proj.weight.device, "copy": True, "memory_format": torch.contiguous_format}  # as loaded
+    to = {
+        "device": mixer.in_proj.weight.device,
+        "copy": True,
+        "memory_format": torch.contiguous_format,
+    }  # like a loaded model
     encode, decode = (part.to(**to) for part in basis)
     project_state(mixer, encode, decode)
 
@@ -71,7 +75,7 @@ def added_by_projections(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
     """Return the number of parameters that a plan's projections add; it may be negative for a state with a basis."""
     total = 0
     for name, projection in projections(plan.groups).items():
-        held = _held(model, graph.groups[name].layer)
-        rows = projection.before if held is None else held[0].shape[2]
-        total += 2 * projection.sets * projection.after * rows - (0 if held is None else 2 * held[0].numel())
+        basis = _held(model, graph.groups[name].layer)
+        rows = projection.before if basis is None else basis[0].shape[2]
+        total += 2 * projection.sets * projection.after * rows - (0 if basis is None else 2 * basis[0].numel())
     return total

@@ -127,8 +127,9 @@ def _reference(
 
 
 def tolerance(rounded: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the allowed difference from an equal model's logits, relative to the largest, given the effect of
-    roundings.
+    """Return the allowed difference from an equal model's logits, relative to the largest.
+
+    rounded: the logits with random roundings, whose effect scales the allowance.
     """
     return max(TOLERANCE, SLACK * relative(rounded, reference))
 

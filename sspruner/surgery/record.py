@@ -28,8 +28,7 @@ class Cut:
 
 
 def record(config: Any, original: dict[str, Any], plan: Plan, graph: SSMGraph, biases: Sequence[str] = ()) -> None:
-    """Write a cut into the model's config (key `sspruner`), and update the stock fields where they can express the
-    sizes.
+    """Write a cut into the model's config (key `sspruner`), and set the stock fields that can express the sizes.
 
     The record is the list of all cuts so far, each in the indices of the model that it was applied to: the loader
     builds the original model and repeats them. Zeros and new values in existing tensors do not change the config.

@@ -26,8 +26,7 @@ Cuts = Mapping[tuple[int, ...], torch.Tensor]  # dimensions of a tensor, flatten
 def slice_model(
     model: nn.Module, plan: Plan, graph: SSMGraph, later: list[tuple[torch.nn.Module, str, Cuts]] | None = None
 ) -> None:
-    """Project the states that `plan` projects, remove the rows of dropped units from every tensor, then dropped
-    modules.
+    """Project the states that `plan` projects, then remove the rows of dropped units, then dropped modules.
 
     Parameters that several modules share stay shared. `surgery.record` writes the cut into the config. later: list to
     which the cuts of buffers, (module, name, cuts), are appended instead of being made; the loader makes them at the
@@ -73,8 +72,8 @@ def cut_layout(site: Site, plan: Plan, graph: SSMGraph) -> Layout:
 
 def sizes_after(site: Site, plan: Plan) -> Mapping[str, int]:
     """Return the new sizes of the dimensions of one module that the plan changes."""
-    own = {axis: f"{site.path}:{axis}" for axis in site.layout.axes}
-    sizes = {axis: plan.groups[name].after for axis, name in own.items() if name in plan.groups}
+    names = {axis: f"{site.path}:{axis}" for axis in site.layout.axes}
+    sizes = {axis: plan.groups[name].after for axis, name in names.items() if name in plan.groups}
     if "hidden" in site.layout.sizes:
         for name, selection in plan.groups.items():
             if axis_of(name) == "hidden":

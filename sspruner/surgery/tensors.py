@@ -23,8 +23,9 @@ def tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def lacks(model: nn.Module, name: str) -> bool:
-    """Return whether a linear layer has no bias of this name. Raises PlanError if the name is no bias of a linear
-    layer.
+    """Return whether a linear layer has no bias of this name.
+
+    Raises PlanError if the name is no bias of a linear layer.
     """
     owner, _, leaf = name.rpartition(".")
     try:
@@ -40,8 +41,9 @@ def lacks(model: nn.Module, name: str) -> bool:
 
 @torch.no_grad()
 def write_for_good(model: nn.Module, plan: Plan, graph: SSMGraph) -> SSMGraph:
-    """Write a plan's new values and zeros. Returns the graph, traced again if biases were added, since they are cut,
-    too.
+    """Write a plan's new values and zeros.
+
+    Returns the graph, traced again if biases were added, since they are cut, too.
     """
     added = new_biases(model, plan.updates)
     for name, value in plan.updates.items():
@@ -96,7 +98,7 @@ def _set_bias(model: nn.Module, weight: torch.Tensor, bias: nn.Parameter | None)
         module.register_parameter("bias", bias)
         parent, _, leaf = path.rpartition(".")
         mixer: Any = model.get_submodule(parent)
-        if leaf == "out_proj" and hasattr(mixer, "use_bias"):  # Mamba1's fused kernel asks it, and not the bias
+        if leaf == "out_proj" and hasattr(mixer, "use_bias"):  # Mamba1's fused kernel reads this flag, not the bias
             mixer.use_bias = bias is not None
     if len(holders) > 1:
         retie(model)

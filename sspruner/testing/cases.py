@@ -1,6 +1,4 @@
-"""Test cases for scorers: a family, its structure, optionally an earlier cut that made layers uneven, and token
-windows.
-"""
+"""Test cases for scorers: a family, its structure, optionally an earlier uneven cut, and token windows."""
 
 from __future__ import annotations
 

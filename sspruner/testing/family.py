@@ -141,9 +141,7 @@ class _Check:
                 self.fail(f"config.{field} is {value}, config_sizes make it {values.pop()}", seed)
 
     def scan(self, model: nn.Module, mixers: list[str], seed: int) -> None:
-        """Check that y from `project` equals that of the mixer's own forward, and that padding adds nothing to the
-        state.
-        """
+        """Check that y from `project` equals the mixer's own, and that padding adds nothing to the state."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(embedding(model).num_embeddings, (2, 19), generator=generator)
         for path in mixers:
@@ -156,15 +154,15 @@ class _Check:
             y = (state.scan_output(p) if isinstance(p, Projected) else selective.scan_output(p)).flatten(2)
             if self.scan_to_output:
                 expected, candidates = "the mixer's output", {"": self.scan_to_output(mixer, y, p.z)}
-                found = [output]
+                compared = [output]
             else:
                 expected = "what any part of the mixer is fed"
                 candidates = {"y": y, "y * silu(z)": y * F.silu(p.z.float())}
-                found = [t for t in seen.fed if t.shape == y.shape]
-            error = min((_relative(t, c) for t in found for c in candidates.values() if t.shape == c.shape),
+                compared = [t for t in seen.fed if t.shape == y.shape]
+            error = min((_relative(t, c) for t in compared for c in candidates.values() if t.shape == c.shape),
                         default=math.inf)  # fmt: skip
             if not error < 1e-3:
-                near = f"the nearest differs by {error:.2g} of the largest" if found else "none has its shape"
+                near = f"the nearest differs by {error:.2g} of the largest" if compared else "none has its shape"
                 self.fail(
                     f"project is not what {path} computes: y of its x, dt, A, B, C, D, or y * silu(z), is not "
                     f"{expected}: {near}", seed
@@ -247,11 +245,11 @@ class _Seen:
 
     def __enter__(self) -> None:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [v.detach().float() for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            tensors = [v.detach().float() for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
             if module is self.mixer:
                 self.hidden = (args[0] if args else kwargs["hidden_states"]).detach()
             else:
-                self.fed += [t.flatten(2) if t.ndim > 3 else t for t in given]
+                self.fed += [t.flatten(2) if t.ndim > 3 else t for t in tensors]
 
         def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             self.output = (out[0] if isinstance(out, tuple) else out).detach().float()

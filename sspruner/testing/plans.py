@@ -24,8 +24,7 @@ def selection(groups: int, units: int, after: int, seed: int, safe: tuple[int, .
 
 @st.composite
 def plans(draw: st.DrawFn, graph: SSMGraph, axes: tuple[str, ...] = (), most: int = 5) -> Plan:
-    """Draw a plan that removes something: up to `most` dependency groups on some axes (default: all), each to its own
-    size.
+    """Draw a plan that cuts up to `most` dependency groups on some axes (default: all), each to its own size.
 
     One mixer and one attention layer stay where there are some, as check_plan requires.
     """
@@ -45,9 +44,9 @@ def plans(draw: st.DrawFn, graph: SSMGraph, axes: tuple[str, ...] = (), most: in
 def random_plan(graph: SSMGraph, axes: tuple[str, ...], seed: int, most: int = 5) -> Plan:
     """Return a random plan: up to `most` dependency groups, each with fewer units."""
     rng = random.Random(seed)
-    able = _cuttable(graph, axes, [rng.choice(paths) for paths in _must_stay(graph)])
-    names = rng.sample(list(able), min(len(able), rng.randint(1, most)))
-    cut = {name: (*able[name], rng.choice(able[name][1]), rng.randrange(2**16)) for name in names}
+    cuttable = _cuttable(graph, axes, [rng.choice(paths) for paths in _must_stay(graph)])
+    names = rng.sample(list(cuttable), min(len(cuttable), rng.randint(1, most)))
+    cut = {name: (*cuttable[name], rng.choice(cuttable[name][1]), rng.randrange(2**16)) for name in names}
     return Plan({n: selection(g.groups, g.units, after, order, safe) for n, (g, _, safe, after, order) in cut.items()})
 
 
@@ -83,7 +82,7 @@ def random_projection(sets: int, before: int, after: int, generator: torch.Gener
     scale = (1 + 0.2 * normal(sets, after, 1)).clamp_min(0.5)
     encode = torch.linalg.qr(normal(sets, before, before)).Q[:, :after] * scale  # (sets, k, N)
     decode = torch.linalg.pinv(encode)  # (sets, N, k)
-    beside = torch.eye(before, dtype=torch.float64) - decode @ encode  # what no direction sees
+    beside = torch.eye(before, dtype=torch.float64) - decode @ encode  # projector onto the rest of the space
     return Projection(encode.float(), (decode + 0.3 * beside @ normal(*decode.shape)).float())
 
 

@@ -67,22 +67,22 @@ def check_scorer(
         check_scorer_class(cls, getattr(cls, "__module__", "?"))
     except PluginError as error:
         raise AssertionError(str(error)) from error
-    wanted = sorted(cls.axes if axes is None else axes)
+    checked_axes = sorted(cls.axes if axes is None else axes)
     known = families_by_axis()
-    for axis in wanted:
+    for axis in checked_axes:
         if axis not in known:
             raise AssertionError(f"scorer {cls.name!r}: {axis!r} is no axis; these are: {', '.join(sorted(known))}")
     for name in skip:
         if name not in PROPERTIES:
             raise InputError(f"skip {name!r}: no such property; known: {', '.join(PROPERTIES)}")
     check = _Check(cls, dict(options or {}), {*skip, *(["permutation"] if getattr(cls, "positional", False) else [])})
-    families_of = {axis: tuple(f for f in known[axis] if families is None or f in families) for axis in wanted}
-    if wanted and not any(families_of.values()):
+    families_of = {axis: tuple(f for f in known[axis] if families is None or f in families) for axis in checked_axes}
+    if checked_axes and not any(families_of.values()):
         check.fail(f"none of its axes is in the models of {', '.join(sorted(families or known))}")
-    for axis in sorted(wanted, key=lambda a: (len(known[a]), a)):  # rare ones first: the others come with them
+    for axis in sorted(checked_axes, key=lambda a: (len(known[a]), a)):  # rare ones first: the others come with them
         if families_of[axis] and axis not in check.seen:
-            try_examples(lambda case: check.case(case, wanted), max_examples, cases(families_of[axis], *tokens))
-    for axis in wanted:
+            try_examples(lambda case: check.case(case, checked_axes), max_examples, cases(families_of[axis], *tokens))
+    for axis in checked_axes:
         if families_of[axis]:
             check.require(axis)
 
@@ -113,14 +113,14 @@ class _Check:
         options = "".join(f", {k}={v!r}" for k, v in self.options.items())
         raise AssertionError(f"scorer {self.cls.name!r}{options}: {what}")
 
-    def case(self, case: Case, wanted: Collection[str]) -> None:
+    def case(self, case: Case, checked_axes: Collection[str]) -> None:
         """Check every property on one model."""
         with _alone():
-            self._case(case, wanted)
+            self._case(case, checked_axes)
 
-    def _case(self, case: Case, wanted: Collection[str]) -> None:
+    def _case(self, case: Case, checked_axes: Collection[str]) -> None:
         model, data = case.model(), case.data()
-        axes = [axis for axis in axes_of(model) if axis in wanted]
+        axes = [axis for axis in axes_of(model) if axis in checked_axes]
         self.where = str(case)
         if not axes:
             return
@@ -143,10 +143,10 @@ class _Check:
         """Call sspruner.score; report errors as one sentence. how: describes what is special about the model."""
         self.watch.start()
         try:
-            found: Importance = sspruner.score(
+            importance: Importance = sspruner.score(
                 model, self.watch.cls, axis=axes, options=self.options, calibration=data, seed=seed, device="cpu"
             ).importance
-            return found
+            return importance
         except InputError as error:
             raise _Refused(str(error)) from error
         except SSPrunerError as error:
@@ -194,8 +194,7 @@ class _Check:
         self.same(first, again, "remembers another model that was scored in between")
 
     def tolerance(self, case: Case, first: Importance, axes: list[str]) -> dict[str, float]:
-        """Return the tolerance of each group: 1e-4 of its largest score, or 32 times the effect of one rounding of the
-        weights.
+        """Return the tolerance of each group: 1e-4 of its largest score, or 32 times the effect of rounding weights.
 
         Infinite if that is more than a tenth of the largest score: then nothing can be compared.
         """
@@ -243,9 +242,7 @@ class _Check:
         self.close(first, alone, tolerance, why)
 
     def processes(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
-        """Check that instances that observed half the data each, and one that observed none, combine to the same
-        scores.
-        """
+        """Check that instances with half the data each, and one with none, combine to the same scores."""
         blank = make_scorer(self.cls, axis=axes[0], seed=0, options=self.options)
         combines = blank.token_sums or self.cls.combine is not Scorer.combine
         if len(case.lengths) < 2 or blank.needs != "activations" or not combines:

@@ -151,14 +151,14 @@ class Touched:
         now = Touched(model)
         if now.tensors.keys() != self.tensors.keys():
             return f"it gains or loses {min(now.tensors.keys() ^ self.tensors.keys())}"
-        for name, (was, bits, wanted, grad) in self.tensors.items():
-            tensor, new, wants, has = now.tensors[name]
+        for name, (was, bits, requires_grad, grad) in self.tensors.items():
+            tensor, new, now_requires_grad, has = now.tensors[name]
             if not torch.equal(_bits(bits), _bits(new)) or bits.dtype != new.dtype:
                 return f"{name} has other values"
             if tensor is not was:
                 return f"{name} is another tensor"
-            if wants != wanted:
-                return f"{name} has requires_grad={wants}, it had {wanted}"
+            if now_requires_grad != requires_grad:
+                return f"{name} has requires_grad={now_requires_grad}, it had {requires_grad}"
             if has is not grad:
                 return f"{name} has another gradient (.grad) than before"
         for name, flags in self.modules.items():
