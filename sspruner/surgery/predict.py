@@ -19,8 +19,8 @@ from sspruner.surgery.tensors import new_biases, tensor
 
 def removed_parameters(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
     """Return the number of parameters that `plan` removes; one that several modules share counts once."""
-    dropped_paths = dropped_modules(plan, graph)
-    used = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if not _inside(n, dropped_paths)}
+    dropped = dropped_modules(plan, graph)
+    used = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if not _inside(n, dropped)}
     left = {id(p): p.numel() if id(p) in used else 0 for p in model.parameters()}
     for name, cuts in rows_to_drop(plan, graph).items():
         parameter = tensor(model, name)
@@ -72,10 +72,9 @@ def _name_after(name: str, plan: Plan, graph: SSMGraph) -> str:
 
 def removed_state_bytes(plan: Plan, graph: SSMGraph) -> int:
     """Return the bytes of recurrent state per sequence that `plan` removes."""
-    dropped_paths = dropped_modules(plan, graph)
+    dropped = dropped_modules(plan, graph)
     return sum(
-        site.state_bytes
-        - (0 if _inside(f"{site.path}.", dropped_paths) else state_bytes(cut_layout(site, plan, graph)))
+        site.state_bytes - (0 if _inside(f"{site.path}.", dropped) else state_bytes(cut_layout(site, plan, graph)))
         for site in graph.layers
     )
 

@@ -68,11 +68,11 @@ def sizes(model: nn.Module, graph: SSMGraph, plan: Plan | None = None) -> Sizes:
 def _conv_values(model: nn.Module, graph: SSMGraph, plan: Plan | None) -> int:
     """Return the number of elements in the convolution states of one sequence; 0 for a mixer without a convolution."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    rows, dropped_paths = (rows_to_drop(plan, graph), dropped_modules(plan, graph)) if plan else ({}, [])
+    rows, dropped = (rows_to_drop(plan, graph), dropped_modules(plan, graph)) if plan else ({}, [])
     total = 0
     for site in graph.layers:
         name = f"{site.path}.conv1d.weight"
-        if name in parameters and not _inside(site.path, dropped_paths):
+        if name in parameters and not _inside(site.path, dropped):
             channels, _, kernel = parameters[name].shape
             total += (channels - len(rows.get(name, {}).get((0,), ()))) * kernel
     return total
@@ -80,10 +80,10 @@ def _conv_values(model: nn.Module, graph: SSMGraph, plan: Plan | None) -> int:
 
 def _bases_left(model: nn.Module, graph: SSMGraph, plan: Plan) -> int:
     """Return the number of parameters that projections add in mixers and B/C groups that are kept."""
-    dropped_paths, total = dropped_modules(plan, graph), 0
+    dropped, total = dropped_modules(plan, graph), 0
     for name, projection in projections(plan.groups).items():
         layer = graph.groups[name].layer
-        if not _inside(layer, dropped_paths):
+        if not _inside(layer, dropped):
             added = added_by_projections(model, Plan({name: projection}), graph)
             sets = plan.groups.get(f"{layer}:group")
             total += added * sets.after // sets.before if sets else added  # an integer: each group has as many
