@@ -1,4 +1,4 @@
-"""Medians of a few repeats, with intervals that assume nothing of their distribution."""
+"""Medians of a few repeats, with distribution-free confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ COVERAGE = 0.95
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """The median, and the order statistics between which the true median lies with 95 %.
+    """Return the median with the order statistics that enclose the true median with 95 % confidence.
 
-    With fewer than six values none do: then they are the least and the most.
+    With fewer than six values none do; then the minimum and the maximum are returned.
     """
     ordered = sorted(values)
     n, dropped = len(ordered), 0
@@ -24,5 +24,5 @@ def median_interval(values: Sequence[float]) -> Interval:
 
 
 def _at_most(k: int, n: int) -> float:
-    """The chance of at most k heads among n fair coins."""
+    """Return the probability of at most k heads among n fair coins."""
     return sum(comb(n, i) for i in range(k + 1)) / 2.0**n

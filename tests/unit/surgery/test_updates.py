@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sspruner
-from sspruner.io import load as loading
+from sspruner.io import source as loading
 from sspruner.plans.plan import Plan, check_plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery import mask as masking
