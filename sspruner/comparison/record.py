@@ -14,6 +14,9 @@ from sspruner.files import strict_json
 from sspruner.files.fields import flag, integer, items, number, table, text, versioned
 from sspruner.files.output import atomic_file
 from sspruner.files.provenance import versions
+from sspruner.recipes.common import FILE
+from sspruner.recipes.compare import CompareRecipe
+from sspruner.recipes.yaml import from_data
 from sspruner.units import as_bytes
 
 SAME_STATE = 0.05  # a smaller dense model stands beside cuts whose state bytes differ from its own by less than this
@@ -86,6 +89,7 @@ class Comparison:
     model: str = ""
     command: str = ""
     versions: dict[str, str] = field(default_factory=versions)
+    recipe: CompareRecipe | None = None
 
     def named(self, model: str, command: str, baseline: str | None = None) -> Comparison:
         """The same comparison; it says how the models were called and the command that ran."""
@@ -107,6 +111,7 @@ class Comparison:
             "seed": self.seed,
             "versions": self.versions,
             "command": self.command,
+            "recipe": self.recipe.to_json() if self.recipe else None,
         }
         return strict_json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
@@ -131,6 +136,7 @@ class Comparison:
             model=text(fields["model"]),
             command=text(fields["command"]),
             versions=table(fields["versions"]),
+            recipe=from_data(CompareRecipe, fields["recipe"]) if fields.get("recipe") else None,
         )
 
     @classmethod
@@ -162,7 +168,9 @@ class Comparison:
         return text.getvalue()
 
     def save(self, folder: str | Path) -> None:
-        """Write compare.json, compare.md and compare.csv, each atomically."""
+        """Write compare.json, compare.md, compare.csv and the recipe that made them, each atomically."""
+        if self.recipe:
+            self.recipe.save(Path(folder) / FILE)
         for suffix, content in (("json", self.to_json()), ("md", self.to_markdown()), ("csv", self.to_csv())):
             with atomic_file(Path(folder) / f"compare.{suffix}") as temporary:
                 temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
