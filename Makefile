@@ -8,12 +8,13 @@ ORACLE := .venv-oracle
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
 
+# Under four minutes on two cores.
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-# The tests that take longest; CI runs them after the others.
+# What takes longer, and all property tests once more with more examples; CI runs it after the others.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "slow or hypothesis"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

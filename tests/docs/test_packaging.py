@@ -49,6 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.slow
 def test_what_the_wheel_holds(wheel: Path) -> None:
     assert wheel.name == f"sspruner-{sspruner.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:

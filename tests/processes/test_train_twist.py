@@ -28,6 +28,7 @@ from sspruner.training.twist import Deal, twist
 from support.flat import flat
 from support.letters import Letters
 from support.tiny import tiny_model
+from support.together import Together, went_well
 from support.torchrun import command, done, torchrun
 from support.training import metrics
 from support.training_text import sources
@@ -111,9 +112,9 @@ def plainly(folder: Path, workers: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_it_is_the_method_as_described(workers: int, tmp_path: Path) -> None:
+def test_it_is_the_method_as_described(workers: int, together: Together, tmp_path: Path) -> None:
     """The same weights as plain code makes in one process; draws are worth what the report says; bytes as counted."""
-    done(torchrun(workers, "whole", ME, tmp_path))
+    went_well(together(workers, whole, str(tmp_path)))
     weights, drawn, trained = kept(tmp_path, "whole")
     for name, value in plainly(tmp_path, workers).items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
@@ -176,8 +177,8 @@ def exchanges(folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_slices_travel_and_come_back_as_means(count: int, tmp_path: Path) -> None:
-    done(torchrun(count, "exchanges", ME, tmp_path))
+def test_slices_travel_and_come_back_as_means(count: int, together: Together, tmp_path: Path) -> None:
+    went_well(together(count, exchanges, str(tmp_path)))
 
 
 def killed(folder: str) -> None:
@@ -198,9 +199,9 @@ def killed(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+def test_a_killed_worker_costs_nothing_but_time(together: Together, tmp_path: Path) -> None:
     """torchrun starts all workers again; they go on from the last checkpoint, with all the data after it."""
-    done(torchrun(2, "whole", ME, tmp_path))
+    went_well(together(2, whole, str(tmp_path)))
     done(torchrun(2, "killed", ME, tmp_path, "--max-restarts=1"))
     assert (tmp_path / "was-killed").exists()
     weights, drawn, _ = kept(tmp_path, "killed")
@@ -240,17 +241,20 @@ def resized(folder: str) -> None:
         return real(self, plan, values)
 
     module.Subnets.make = make
-    run(place, "resized")
+    try:
+        run(place, "resized")
+    finally:
+        module.Subnets.make = real
     if rank() == 0:
         torch.save(first[0], place / "first.pt")
 
 
 @pytest.mark.slow
-def test_fewer_or_more_workers_go_on(tmp_path: Path) -> None:
+def test_fewer_or_more_workers_go_on(together: Together, tmp_path: Path) -> None:
     """A checkpoint of two processes is read by three: the same weights, and the run ends well."""
-    done(torchrun(2, "begun", ME, tmp_path))
-    done(torchrun(2, "whole", ME, tmp_path))
-    done(torchrun(3, "resized", ME, tmp_path))
+    went_well(together(2, begun, str(tmp_path)))
+    went_well(together(2, whole, str(tmp_path)))
+    went_well(together(3, resized, str(tmp_path)))
     lines, expected = metrics(tmp_path / "resized"), metrics(tmp_path / "whole")
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     assert lines[:4] == expected[:4]  # what the two did

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -21,6 +21,7 @@ from sspruner.cli.main import app
 from sspruner.formats.stock import padded
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
+from support.examples import examples
 from support.projected import every_state
 from support.round_trip import GREEDY, uniform
 from support.tiny import half, logits, models, plans, tiny_model, tokens
@@ -106,7 +107,7 @@ def test_any_axis_is_padded_for_stock_classes(family: str, tmp_path: Path) -> No
         assert_same(found, model, ids, 1e-3)  # of these random models; each export was proved to its own rounding
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.one_of(zoo_models(), models(least_state=2)), st.data())
 def test_padding_is_exact_for_any_plan(model: torch.nn.Module, data: st.DataObject) -> None:
     """Any axes at once, in any layers, twice: padded and cut models agree, and cutting the padded one gives the cut."""
@@ -204,6 +205,7 @@ def test_a_wrong_padding_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         padded(model)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_padding_costs(tmp_path: Path) -> None:
     model = tiny_model(state=6)
     sspruner.apply(model, one_layer(model, "state"))

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
 from sspruner.surgery.mask import mask_group, unmask
+from support.examples import examples
 from support.scoring import batches_of, calibrated, importance, permute_states, units, without
 from support.tiny import models, tiny_model, tokens
 from support.zoo import FAMILIES, zoo
@@ -80,6 +81,7 @@ def test_first_order_is_the_slope_of_the_loss(family: str, axis: str) -> None:
         assert float(scores[name][g, u]) == pytest.approx(abs(slope), rel=1e-2, abs=1e-3 * float(scores[name].max()))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("family", "axis"),
@@ -132,7 +134,7 @@ def test_of_single_elements_it_is_the_same(family: str, axis: str, order: str) -
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@settings(max_examples=8)
+@examples(8)
 @given(models(dtypes=(torch.float32,)), st.integers(0, 99))
 def test_permuting_states_permutes_scores(order: str, model: torch.nn.Module, seed: int) -> None:
     options, ids = {"order": order}, tokens(2, 12)
@@ -168,6 +170,7 @@ def test_what_is_zero_already_costs_nothing(order: str) -> None:
     assert scores[0, 3] > 0
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("one_shot", [False, True])
 def test_it_prunes_end_to_end(order: str, one_shot: bool) -> None:
