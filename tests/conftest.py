@@ -31,14 +31,15 @@ DATA = Path(os.environ.get("SSPRUNER_DATA", ROOT.parent / "shared" / "data"))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow the cases of a test marked `cover` that its cover does without."""
-    marked = [item for item in items if item.get_closest_marker("cover") and hasattr(item, "callspec")]
-    for name, group in groupby(marked, key=lambda item: item.nodeid.partition("[")[0]):
-        same = list(group)
-        kept = cover(_cases(same), name, **same[0].get_closest_marker("cover").kwargs)
-        for index, item in enumerate(same):
-            if index not in kept:
-                item.add_marker("slow")
+    """Of a test marked `cover`, `make test` runs a few cases only; of one marked `ci_cover`, CI does."""
+    for marker, also in (("cover", ["slow"]), ("ci_cover", ["slow", "exhaustive"])):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        for name, group in groupby(marked, key=lambda item: item.nodeid.partition("[")[0]):
+            same = list(group)
+            kept = cover(_cases(same), name, **same[0].get_closest_marker(marker).kwargs)
+            for item in (item for index, item in enumerate(same) if index not in kept):
+                for left_out in also:
+                    item.add_marker(left_out)
 
 
 def _cases(items: list[pytest.Item]) -> list[dict[str, str]]:

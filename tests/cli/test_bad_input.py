@@ -809,6 +809,7 @@ def constant(model: torch.nn.Module, kind: str) -> tuple[torch.nn.Module, torch.
 SHIPPED = {name: cls for name, (cls, _) in installed_scorers().items()}
 
 
+@pytest.mark.ci_cover(most=24)
 @pytest.mark.cover(most=8)
 @pytest.mark.parametrize("kind", ["zero", "one token"])
 @pytest.mark.parametrize("family", ["mamba2", "mamba", "zamba2"])

@@ -79,6 +79,7 @@ def same(every: list[Any], alone: Importance, tolerance: float = 1e-6) -> None:
             assert (found[group] - expected).abs().max() <= tolerance * expected.abs().max(), group
 
 
+@pytest.mark.ci_cover
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "count"),
@@ -155,6 +156,7 @@ def same_cut(every: list[Any], alone: dict[str, Any]) -> None:
     same([found["importance"] for found in every], alone["importance"], 1e-5)  # behind cut blocks roundings add up
 
 
+@pytest.mark.ci_cover(most=6)
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize(("name", "options"), [(name, options) for name, options in observing() if not options])
 def test_layers_are_cut_like_in_one_process(name: str, options: dict[str, Any], together: Together) -> None:
@@ -163,6 +165,7 @@ def test_layers_are_cut_like_in_one_process(name: str, options: dict[str, Any], 
     same_cut(together(2, cut, family, name, options, {}), cut(family, name, options, {}))
 
 
+@pytest.mark.ci_cover(most=2)
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize(
     ("name", "options", "more"),

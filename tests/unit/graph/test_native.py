@@ -190,6 +190,7 @@ def test_a_model_whose_kernels_need_a_gpu_is_traced_on_the_cpu() -> None:
 # Cuts
 
 
+@pytest.mark.ci_cover
 @pytest.mark.cover(most=10)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

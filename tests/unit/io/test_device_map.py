@@ -51,6 +51,7 @@ def pruned(folder: Path, out: Path, device_map: Any, working: Path, *, resume: b
     return result
 
 
+@pytest.mark.ci_cover(families=6)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_cut_as_in_memory(family, tmp_path):
@@ -228,6 +229,7 @@ def test_what_needs_the_whole_model_says_so(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.ci_cover(families=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 def test_every_scorer_scores_a_model_in_pieces_as_a_whole_one(family, tmp_path):

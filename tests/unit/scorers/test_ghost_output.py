@@ -130,6 +130,7 @@ def test_scores_are_the_formula_in_every_family(family: str, options: dict) -> N
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
 
+@pytest.mark.ci_cover(families=10)
 @pytest.mark.cover(most=10)
 @pytest.mark.parametrize(("family", "options"), VARIANTS, ids=str)
 @pytest.mark.parametrize("axis", ["head", "head_dim", "group", "channel"])

@@ -66,6 +66,7 @@ EQUAL = [
 ]
 
 
+@pytest.mark.ci_cover(most=12)
 @pytest.mark.cover(most=5)
 @pytest.mark.parametrize("mode", ["mask", "slice"])
 @pytest.mark.parametrize(("family", "options", "axis", "classes", "keep"), EQUAL, ids=str)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import sspruner
 from sspruner.surgery.mask import mask_group, unmask
+from support import family_plans
 from support.examples import examples
 from support.scoring import batches_of, calibrated, importance, permute_states, units, without
 from support.tiny import models, tiny_model, tokens
@@ -44,7 +45,7 @@ def owned(model: torch.nn.Module, group: Any, g: int, u: int) -> dict[str, torch
 
 # Experts run in fp32 and below only; here everything runs in fp64.
 PLAIN = {"jamba": {"experts": 1}, "granitemoehybrid": {"experts": 0}, "nemotron_h": {"layers": "M-AM"}}
-FAMILIES_AND_AXES = [(f, a) for f in FAMILIES for a in AXES if a in sspruner.trace(zoo(f)).axes]
+FAMILIES_AND_AXES = [(f, a) for f in FAMILIES for a in AXES if a in family_plans.AXES[f]]
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else up(self))
 
 
+@pytest.mark.ci_cover(families=10)
 @pytest.mark.slow
 @pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize(("family", "axis"), FAMILIES_AND_AXES)

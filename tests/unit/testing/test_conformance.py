@@ -356,6 +356,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.ci_cover(most=24)
 @pytest.mark.cover(most=12)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda cls: cls.__name__)
 def test_the_kit_catches(fault: type[sspruner.Scorer]) -> None:
