@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,6 +27,7 @@ from sspruner.reporting.score_sections import below_best
 from sspruner.reporting.sections import sections
 from sspruner.scoring.scores import Scores
 from support.command import done, refused, tree
+from support.examples import examples
 from support.reports import BENCH, EVALUATION, HOSTILE, bench_row, evaluated, write
 from support.tiny import tiny_model, tokens
 
@@ -148,7 +149,7 @@ def table(shown: list[Section], section: str, title: str) -> Table:
     return found
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(content=folders())
 def test_figures_are_there_if_their_data_are_and_tables_hold_every_number(
     content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
@@ -262,7 +263,7 @@ WHOLE = {
 }  # fmt: skip
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(content=folders())
 @example(content=WHOLE)
 def test_the_page_is_whole_and_loads_nothing(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
