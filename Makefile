@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .venv-oracle
 
-.PHONY: demo test test-slow lint bench wheel clean oracle-env oracle-test
+.PHONY: demo test test-slow mutants lint bench wheel clean oracle-env oracle-test
 
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
@@ -14,6 +14,10 @@ test: .venv/installed
 # The tests that take longest; CI runs them after the others.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# Deliberate faults against the fast tests, and which test catches each; `make mutants MUTANTS='--only budgets --jobs 2'`.
+mutants: .venv/installed
+	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

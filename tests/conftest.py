@@ -11,10 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before it is imported: what is n
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), max_examples=60, derandomize=True)
+settings.register_profile(  # deliberate faults (tests/mutants): the same draws every time, and a failure is not shrunk
+    "mutants", parent=settings.get_profile("dev"), derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 # Tiny models lose more to thread hand-over than they gain, above all when two suites share a machine.
