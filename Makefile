@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .venv-oracle
 
-.PHONY: demo test test-slow test-all lint bench wheel clean oracle-env oracle-test
+.PHONY: demo test test-slow test-all mutants lint bench wheel clean oracle-env oracle-test
 
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
@@ -19,6 +19,10 @@ test-slow: .venv/installed
 # Every case of every product, with many more examples: for a long break.
 test-all: .venv/installed
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
+
+# Deliberate faults against the fast tests, and which test catches each; `make mutants MUTANTS='--only budgets --jobs 2'`.
+mutants: .venv/installed
+	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

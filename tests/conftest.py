@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before it is imported: what is n
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from support.cover import cover
 from support.paths import ROOT
@@ -24,6 +24,9 @@ settings.register_profile(
 )
 settings.register_profile("ci", parent=settings.get_profile("fast"), max_examples=25)
 settings.register_profile("deep", parent=settings.get_profile("fast"), max_examples=100, derandomize=False)
+settings.register_profile(  # deliberate faults (tests/mutants): a failure is not shrunk
+    "mutants", parent=settings.get_profile("fast"), phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 DATA = Path(os.environ.get("SSPRUNER_DATA", ROOT.parent / "shared" / "data"))
