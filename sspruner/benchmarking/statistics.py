@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from math import comb
 from statistics import median
 
+from sspruner.evaluation.paired import Interval
+
 COVERAGE = 0.95
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return (median, low, high): order statistics that enclose the true median with 95 % confidence.
+def median_interval(values: Sequence[float]) -> Interval:
+    """Return the median and the order statistics that enclose the true median with 95 % confidence.
 
     With fewer than six values none do; then the minimum and the maximum are returned.
     """
@@ -18,7 +20,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     n, dropped = len(ordered), 0
     while 1 - 2 * _at_most(dropped + 1, n) >= COVERAGE:
         dropped += 1
-    return float(median(ordered)), ordered[dropped], ordered[n - 1 - dropped]
+    return Interval(float(median(ordered)), ordered[dropped], ordered[n - 1 - dropped])
 
 
 def _at_most(k: int, n: int) -> float:

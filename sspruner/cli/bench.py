@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -25,18 +25,18 @@ NAME = "bench"
 @reports_errors
 def command(
     models: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Argument(
             metavar="[MODEL]...", help="Model folders or hub ids. Default: the reference model.", show_default=False
         ),
     ] = None,
     shape: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(help="A published shape with random weights: mamba2-130m, 370m, 780m, 1.3b, 2.7b. Repeatable."),
     ] = None,
-    keep: Annotated[Optional[str], typer.Option(help="With --shape: also with these states, e.g. 64,32,16.")] = None,
+    keep: Annotated[str | None, typer.Option(help="With --shape: also with these states, e.g. 64,32,16.")] = None,
     balanced: Annotated[
-        Optional[str], typer.Option(help="With --shape: also with so many directions of the state, e.g. 16.")
+        str | None, typer.Option(help="With --shape: also with so many directions of the state, e.g. 16.")
     ] = None,
     batch: Annotated[str, typer.Option(help="Sequences that are decoded at once.")] = "1,16,64,256",
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
@@ -50,10 +50,10 @@ def command(
         bool, typer.Option("--profile", help="Show where the time of a decode step goes, by operation.")
     ] = False,
     bandwidth: Annotated[
-        Optional[str], typer.Option(help="The machine's, for the ceiling, e.g. 3.35TB/s.", show_default="measured")
+        str | None, typer.Option(help="The machine's, for the ceiling, e.g. 3.35TB/s.", show_default="measured")
     ] = None,
     flops: Annotated[
-        Optional[str], typer.Option(help="The machine's, for the ceiling, e.g. 989TFLOP/s.", show_default="measured")
+        str | None, typer.Option(help="The machine's, for the ceiling, e.g. 989TFLOP/s.", show_default="measured")
     ] = None,
     device: o.Device = None,
     dtype: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -30,7 +30,7 @@ PASSAGES = 500  # of LAMBADA
 def command(
     model: o.Model = None,
     scorer: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             "--scorer",
             "--scorers",
@@ -40,7 +40,7 @@ def command(
     ] = None,
     axis: Annotated[str, typer.Option(help="What to remove; one axis.")] = "state",
     sparsity: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             help="Fractions to remove, separated by commas: a column each. Repeatable.",
             show_default="0.25,0.5,0.75,0.9",
@@ -48,10 +48,10 @@ def command(
     ] = None,
     metrics: Annotated[str, typer.Option(help="What to measure: any of ppl, kl, lambada, recall.")] = "ppl,kl",
     lambada: Annotated[
-        Optional[str], typer.Option(help="For lambada: file of JSON lines with a text each, or a datasets name.")
+        str | None, typer.Option(help="For lambada: file of JSON lines with a text each, or a datasets name.")
     ] = None,
     baseline: Annotated[
-        Optional[str], typer.Option(help="A smaller dense model with the same tokenizer, to stand beside the cuts.")
+        str | None, typer.Option(help="A smaller dense model with the same tokenizer, to stand beside the cuts.")
     ] = None,
     allocation: o.Allocation = "uniform",
     multiple_of: o.MultipleOf = 1,
@@ -70,7 +70,7 @@ def command(
     no_cache: o.NoCache = False,
     plugin: o.Plugin = None,
     out: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="Folder for JSON, Markdown, CSV and scores; what is finished there is not done again."),
     ] = None,
     json: o.Json = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -28,7 +28,7 @@ NAME = "evaluate"
 def command(
     model: o.Model = None,
     against: Annotated[
-        Optional[str], typer.Option(help="Folder or hub id of the dense model: all is measured of both, paired.")
+        str | None, typer.Option(help="Folder or hub id of the dense model: all is measured of both, paired.")
     ] = None,
     text: Annotated[
         str, typer.Option(help="Text file, datasets name, or self: sampled from --against, or from the model.")
@@ -36,26 +36,26 @@ def command(
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are measured: the first ones.")] = 8192,
     max_length: Annotated[int, typer.Option(help="Tokens of the longest window.")] = 512,
     stride: Annotated[
-        Optional[int], typer.Option(help="Tokens from one window to the next.", show_default="half of --max-length")
+        int | None, typer.Option(help="Tokens from one window to the next.", show_default="half of --max-length")
     ] = None,
     metrics: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="Some of perplexity, position, length, recall, passkey, separated by commas; or none.",
             show_default="all",
         ),
     ] = None,
-    lambada: Annotated[Optional[str], typer.Option(help="LAMBADA: a .jsonl with `text`, or a datasets name.")] = None,
-    tasks: Annotated[Optional[str], typer.Option(help="Tasks of lm-eval, separated by commas.")] = None,
-    include_path: Annotated[Optional[Path], typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
+    lambada: Annotated[str | None, typer.Option(help="LAMBADA: a .jsonl with `text`, or a datasets name.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
     limit: Annotated[
-        Optional[int], typer.Option(help="Passages of LAMBADA, and items of each task.", show_default="all")
+        int | None, typer.Option(help="Passages of LAMBADA, and items of each task.", show_default="all")
     ] = None,
     max_ppl_increase: Annotated[
-        Optional[str], typer.Option(help="Exit code 1 if perplexity rises by more over --against, e.g. 2%.")
+        str | None, typer.Option(help="Exit code 1 if perplexity rises by more over --against, e.g. 2%.")
     ] = None,
     max_lambada_drop: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(help="Exit code 1 if LAMBADA's accuracy drops by more percentage points, e.g. 1."),
     ] = None,
     device: o.Device = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 Text = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         help="Text to train on: a UTF-8 file, .jsonl with `text`, or a datasets name (NAME[:CONFIG[:SPLIT]]). "
         "Repeatable: blocks of all in equal parts."
@@ -29,7 +29,7 @@ Text = Annotated[
 ]
 HeldOut = Annotated[int, typer.Option(help="Blocks at the beginning of each text that are never trained on.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to train on; the learning rate falls over them.")]
-MaxMinutes = Annotated[Optional[float], typer.Option(help="Stop after so many minutes, with what there is.")]
+MaxMinutes = Annotated[float | None, typer.Option(help="Stop after so many minutes, with what there is.")]
 Batch = Annotated[int, typer.Option(help="Sequences in a step, of all processes together.")]
 AtOnce = Annotated[int, typer.Option(help="Sequences in one forward of one process.")]
 BlockLen = Annotated[int, typer.Option("--seq-len", help="Tokens in a sequence.")]
@@ -38,11 +38,11 @@ WeightDecay = Annotated[float, typer.Option(help="Of matrices; none of vectors."
 Every = Annotated[int, typer.Option(help="Steps between checkpoints, each with the held-out perplexity.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bf16; weights and moments stay in fp32.")]
 Recompute = Annotated[bool, typer.Option("--recompute", help="Compute activations twice and keep none: less memory.")]
-RunFolder = Annotated[Optional[Path], typer.Option("--out", help="Folder of the run; the model is in its `model`.")]
+RunFolder = Annotated[Path | None, typer.Option("--out", help="Folder of the run; the model is in its `model`.")]
 
 
 @contextmanager
-def running(device: Optional[str]) -> Iterator[tuple[Any, Callable[[dict[str, float], int, int], None]]]:
+def running(device: str | None) -> Iterator[tuple[Any, Callable[[dict[str, float], int, int], None]]]:
     """With quiet libraries: the device, and a progress bar for the metrics of steps."""
     from sspruner.compute.device import resolve_device
 
@@ -56,7 +56,7 @@ def running(device: Optional[str]) -> Iterator[tuple[Any, Callable[[dict[str, fl
         )
 
 
-def asked(text: Optional[list[str]], out: Optional[Path], *values: Any) -> tuple[Path, Any]:
+def asked(text: list[str] | None, out: Path | None, *values: Any) -> tuple[Path, Any]:
     """The run's folder and the loop's settings. Raises InputError where --text or --out is missing."""
     from sspruner.training.loop import Settings
 
@@ -80,7 +80,7 @@ def source(text: Any, tokenizer: Any, seq_len: int, held_out: int, seed: int) ->
 def distil(
     model: Annotated[str, typer.Argument(help="Pruned model: folder or hub id.", show_default=False)],
     teacher: Annotated[
-        Optional[str], typer.Option(help="Dense model: folder or hub id.", show_default="the reference model")
+        str | None, typer.Option(help="Dense model: folder or hub id.", show_default="the reference model")
     ] = None,
     text: Text = None,
     alpha: Annotated[float, typer.Option(help="Share of the teacher in the loss; the rest is the text's.")] = 0.5,
@@ -141,7 +141,7 @@ def gradual(
         str, typer.Option(help="Of units: uniform, the same fraction of every layer, or global, one threshold.")
     ] = "uniform",
     teacher: Annotated[
-        Optional[str], typer.Option(help="Learn from this model, too: folder or hub id.", show_default="the text alone")
+        str | None, typer.Option(help="Learn from this model, too: folder or hub id.", show_default="the text alone")
     ] = None,
     held_out: HeldOut = 16,
     max_tokens: MaxTokens = 1_000_000,
@@ -242,19 +242,19 @@ def keep_draws(model: Any, tokenizer: Any, drawn: Any, out: Path) -> None:
 
 
 def finish(
-    model: Any, tokenizer: Any, found: Any, out: Path, json: Optional[Path], more: Optional[dict[str, Any]] = None
+    model: Any, tokenizer: Any, found: Any, out: Path, json: Path | None, more: dict[str, Any] | None = None
 ) -> None:
     """Save what came of it, and say what the run came to, and `more` of it; the first process does."""
     import dataclasses
-    import json as to
 
     import sspruner
     from sspruner.compute.processes import barrier, rank
+    from sspruner.files.strict_json import dumps
 
     where = out / MODEL
     if rank() == 0:
         sspruner.save(model, where, tokenizer, overwrite=True)
-        emit(to.dumps(dataclasses.asdict(found) | {"model": str(where)} | (more or {}), indent=2) + "\n", json)
+        emit(dumps(dataclasses.asdict(found) | {"model": str(where)} | (more or {}), indent=2) + "\n", json)
         if str(json) != "-":
             before, after = found.perplexity
             typer.echo(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sspruner.errors import InputError
+from sspruner.files import strict_json
 
 NAME = "run.json"
 
@@ -38,7 +38,7 @@ class Journal:
         for file in files:
             if file.suffix in (".safetensors", ".part") and file.is_file():
                 file.unlink()
-        (folder / NAME).write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+        (folder / NAME).write_text(strict_json.dumps({"key": key}) + "\n", encoding="utf-8")
 
     def write(self, phase: str, done: int, tensors: dict[str, torch.Tensor]) -> None:
         """Record that a phase has finished `done` steps, with the tensors to resume from."""
@@ -69,6 +69,6 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 def _key(file: Path) -> str:
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["key"])
+        return str(strict_json.loads(file.read_text(encoding="utf-8"))["key"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

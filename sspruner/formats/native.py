@@ -19,6 +19,7 @@ from sspruner.formats.checkpoint import read_weights
 
 EMBEDDING = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # mamba_ssm's name -> transformers'
 EPSILON = 1e-5  # epsilon of every norm: mamba_ssm has no field for it
+LARGEST = 3.4028234663852886e38  # largest fp32 number: stands for no upper limit, since JSON has no infinity
 
 MODEL: dict[str, Any] = {  # fields of mamba_ssm's config with their defaults
     "d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "attn_layer_idx": [],
@@ -148,7 +149,7 @@ def write_native(model: Any, folder: Path) -> None:
         torch.save(weights, folder / "pytorch_model.bin")
     except RuntimeError as error:  # raised for a full disk
         raise OSError(f"pytorch_model.bin: {error}") from error
-    (folder / "config.json").write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(fields, indent=4, allow_nan=False) + "\n", encoding="utf-8")
     model.generation_config.save_pretrained(folder)  # read by `sspruner.load`, not by mamba_ssm
 
 
@@ -172,7 +173,7 @@ def native_fields(model: Any) -> dict[str, Any]:
     else:
         m |= {"layer": "Mamba2", "headdim": c.head_dim, "ngroups": c.n_groups, "chunk_size": c.chunk_size}
         if tuple(c.time_step_limit) != MAMBA2["dt_limit"]:
-            m["dt_limit"] = list(c.time_step_limit)
+            m["dt_limit"] = [min(limit, LARGEST) for limit in c.time_step_limit]
     return copy.deepcopy(MODEL) | {
         "d_model": c.hidden_size,
         "n_layer": c.num_hidden_layers,

@@ -65,7 +65,9 @@ def write_remote(model: Any, folder: Path) -> None:
     }
     # Save under the modules' names: older names are translated by the model type, which has changed.
     write_model(model, folder, save_original_format=False)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+    )
     (folder / f"{CODE}.py").write_text(_code(model), encoding="utf-8")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +16,7 @@ from torch import nn
 
 from sspruner.compute.device import OFFLOADED, moved, offloaded, working_on
 from sspruner.errors import ModelError
+from sspruner.files import strict_json
 from sspruner.files.journal import write_tensors
 from sspruner.formats.checkpoint import INDEX, unpickled, weight_files
 from sspruner.formats.native import EMBEDDING
@@ -286,7 +286,7 @@ def write_weights(model: Any, folder: Path) -> None:
         file.rename(folder / file.name)
     part_folder.rmdir()
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / f"model.safetensors{INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / f"model.safetensors{INDEX}").write_text(strict_json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shared(model: nn.Module, blocks: list[str]) -> set[str]:

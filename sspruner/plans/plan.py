@@ -16,11 +16,13 @@ from torch import nn
 
 from sspruner.axes import WHOLE_MODEL
 from sspruner.errors import PlanError
+from sspruner.files import strict_json
+from sspruner.files.fields import integer, table, versioned
 from sspruner.files.output import atomic_file
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.site import within
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.plans.reduction import Projection, Reduction, check_fits, check_reduction, from_json, integer, tensors_of
+from sspruner.plans.reduction import Projection, Reduction, check_fits, check_reduction, from_json, tensors_of
 from sspruner.plans.tensors import digest, pack, read_tensors, unpack
 
 VERSION = 1
@@ -130,9 +132,9 @@ class Plan:
         packed = self._packed()
         data = self._json(packed)
         parts = {key: data.pop(key) for key in ("groups", "elements", "updates") if key in data}
-        text = json.dumps(data, indent=2).removesuffix("\n}")
+        text = strict_json.dumps(data, indent=2).removesuffix("\n}")
         for key, part in parts.items():
-            lines = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in part.items()]
+            lines = [f"    {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in part.items()]
             text += f',\n  "{key}": {{\n' + ",\n".join(lines) + "\n  }"
         with ExitStack() as files:  # both are written before either is renamed into place
             if packed:
@@ -144,7 +146,7 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read plan.json and, if it has tensors, the file with them. Raises PlanError if one is missing or wrong."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = strict_json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"plan {path}: cannot be read ({type(error).__name__}: {error})") from error
         tensors = read_tensors(Path(path)) if _has_tensors(data) else None
@@ -160,6 +162,22 @@ class Plan:
         if self.updates:
             lines.append(f"  new values for {len(self.updates)} parameter{'s' * (len(self.updates) > 1)}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What plan.json says without the tensors beside it: units before and after by dependency group, and its origin."""
+
+    layers: dict[str, dict[str, int]]
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Any) -> PlanSummary:
+        """Read the parsed content of plan.json. Raises KeyError, TypeError or ValueError if it is malformed."""
+        fields = versioned(data, VERSION)
+        sizes = {name: table(group) for name, group in table(fields["groups"]).items()}
+        layers = {name: {when: integer(size[when]) for when in ("before", "after")} for name, size in sizes.items()}
+        return cls(layers, table(fields.get("made_by", {})))
 
 
 def part_of(plan: Plan, graph: SSMGraph, block: str) -> Plan:

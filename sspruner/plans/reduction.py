@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sspruner.errors import PlanError
+from sspruner.files.fields import integer
 from sspruner.graph.group import DependencyGroup
 
 INVERSE = 1e-3  # largest allowed |encode @ decode - I|; correct fp32 matrices are far below
@@ -171,10 +172,3 @@ def check_fits(name: str, reduction: Reduction, group: DependencyGroup) -> None:
         )
     if isinstance(reduction, Projection) and reduction.encode.is_meta:
         raise PlanError(f"{name}: the matrices of its projection are missing")
-
-
-def integer(value: Any) -> int:
-    """Return a JSON integer. Raises ValueError for any other value."""
-    if type(value) is not int:
-        raise ValueError(f"{value!r} is not an integer")
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +20,7 @@ from sspruner.compute.processes import from_one, gathered, world
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError, ModelError
 from sspruner.evaluation.damage import mean_loss
+from sspruner.files import strict_json
 from sspruner.files.journal import Journal
 from sspruner.files.provenance import versions
 from sspruner.graph.fingerprint import fingerprint
@@ -95,14 +95,16 @@ def _metadata(run: Run, job: Job, model: str, data: Calibration | None, sequenti
     return {
         "sspruner": versions()["sspruner"],
         "scorer": job.label,
-        "options": json.dumps(job.options, sort_keys=True),
+        "options": strict_json.dumps(job.options, sort_keys=True),
         "model": model,
         "sequential": str(sequential).lower(),
         "calibration": observed.source if observed else "",
         "tokens": str(int(observed.mask.sum())) if observed else "0",
         "seed": str(run.seed),
-        "comparable": json.dumps({axis: cls.comparable for axis, (cls, _) in job.scorers.items()}, sort_keys=True),
-        **({"granularity": json.dumps(elements)} if elements else {}),
+        "comparable": strict_json.dumps(
+            {axis: cls.comparable for axis, (cls, _) in job.scorers.items()}, sort_keys=True
+        ),
+        **({"granularity": strict_json.dumps(elements)} if elements else {}),
         **({"spectrum": spectra[0]} if spectra else {}),
         **({"changes_weights": ", ".join(dict.fromkeys(job.changes_weights))} if job.changes_weights else {}),
     }

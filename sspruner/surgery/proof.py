@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from sspruner.compute.forward import embedding, forward
 from sspruner.compute.precision import in_fp32
 from sspruner.errors import ModelError, ProofError
+from sspruner.files.fields import integer, number, table
 from sspruner.graph.layout import STATE_ITEMSIZE
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan
@@ -48,6 +49,19 @@ class Proof:
     state_bytes_removed: int
     parameters_added: int = 0
     zeros: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Proof:
+        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
+        checked: dict[str, Any] = {
+            name: number(value) if name in ("error", "tolerance") else integer(value)
+            for name, value in table(data).items()
+        }
+        return cls(**checked)
 
 
 @torch.no_grad()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sspruner.compute.processes import barrier, rank
 from sspruner.errors import InputError
+from sspruner.files import strict_json
 from sspruner.files.output import atomic_file, check_results
 
 MARK = "run.json"
@@ -20,10 +20,10 @@ def run_folder(out: str | Path, asked: dict[str, Any]) -> Path:
     """
     folder = check_results(out, (MARK,))
     file = folder / MARK
-    asked = json.loads(json.dumps(asked))
+    asked = strict_json.loads(strict_json.dumps(asked))
     if file.exists():
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = strict_json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"output {file}: is damaged ({error}); remove the folder") from error
         differs = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
@@ -35,6 +35,6 @@ def run_folder(out: str | Path, asked: dict[str, Any]) -> Path:
             )
     elif rank() == 0:
         with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(strict_json.dumps(asked, indent=2) + "\n", encoding="utf-8")
     barrier()
     return folder

@@ -155,7 +155,7 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
         ("--seq-len 1", ("seq_len=1", "need at least 1, 2")),
         ("--seed 99999999999999999999", ("seed 99999999999999999999: must fit in 64 bits",)),
         ("--plugin no.py", ("--plugin ", "/no.py: no such file")),
-        ("--spasity 0.5", ("No such option: --spasity", "--sparsity", "sspruner prune --help")),
+        ("--spasity 0.5", ("no such option: --spasity", "--sparsity", "sspruner prune --help")),
     ],
 )
 def test_options(args: str, says: Says, here: Path) -> None:

@@ -445,7 +445,7 @@ def test_scorers_lists_where_each_comes_from() -> None:
 def test_any_character_can_be_printed(
     charset: str, model: Path, cheap: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sspruner.pruning.prune.continuation", lambda *args: FOREIGN)
+    monkeypatch.setattr("sspruner.pruning.cutter.continuation", lambda *args: FOREIGN)
     result = done("prune", model, *cheap, "--json", tmp_path / "r.json", charset=charset)
     assert FOREIGN.encode(charset, "replace").decode(charset) in " ".join(result.stdout.split())
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["continuation"]["pruned"] == FOREIGN
@@ -463,7 +463,7 @@ def test_help_and_wrong_usage_do_not_import_torch() -> None:
                     main()
                 except SystemExit as exit_:
                     return exit_.code, out.getvalue(), err.getvalue()
-        names = [c.name for c in app.registered_commands]
+        names = [name for name in app if not name.startswith("-")]
         assert "prune" in names
         for args in ["--help"], *([n, "--help"] for n in names):
             code, out, err = run(args)
@@ -472,7 +472,7 @@ def test_help_and_wrong_usage_do_not_import_torch() -> None:
             code, out, err = run(args)
             assert code == 2 and not out, (args, code, out)
             assert err.startswith("sspruner: ") and err.count("\\n") == 1, err
-        heavy = {"torch", "transformers", "datasets", "numpy", "safetensors"} & set(sys.modules)
+        heavy = {"torch", "transformers", "datasets", "numpy", "safetensors", "pydantic", "yaml", "markdown_it"} & set(sys.modules)
         assert not heavy, heavy"""
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
 from sspruner.plans.plan import Plan
 from sspruner.testing.plans import directions
+from support.command import run as cli
 from support.projected import PROJECTED, every_state
 from support.round_trip import GREEDY
 from support.tiny import half, logits, tiny_model, tokens
@@ -138,7 +137,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     model = tiny_model()
     sspruner.apply(model, every_state(sspruner.trace(model)))
     source = str(sspruner.save(model, tmp_path / "model"))
-    done = CliRunner().invoke(app, ["export", source, "--to", "hf-remote", "--out", str(tmp_path / "out")])
+    done = cli("export", source, "--to", "hf-remote", "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "modeling_pruned.py").is_file()
     found = read_back(tmp_path / "out", tokens(2, 9), tmp_path)

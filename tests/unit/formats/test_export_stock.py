@@ -14,13 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
 from sspruner.formats.stock import padded
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
+from support.command import run as cli
 from support.projected import every_state
 from support.round_trip import GREEDY, uniform
 from support.tiny import half, logits, models, plans, tiny_model, tokens
@@ -208,10 +207,10 @@ def test_the_command_line_says_what_padding_costs(tmp_path: Path) -> None:
     model = tiny_model(state=6)
     sspruner.apply(model, one_layer(model, "state"))
     source = str(sspruner.save(model, tmp_path / "model"))
-    done = CliRunner().invoke(app, ["export", source, "--out", str(tmp_path / "stock")])
+    done = cli("export", source, "--out", str(tmp_path / "stock"))
     assert done.exit_code == 2
     assert "hf cannot express this cut" in done.output
-    done = CliRunner().invoke(app, ["export", source, "--to", "hf-padded", "--out", str(tmp_path / "stock")])
+    done = cli("export", source, "--to", "hf-padded", "--out", str(tmp_path / "stock"))
     assert done.exit_code == 0, done.output
     small, large = sspruner.trace(model).state_bytes, sspruner.trace(padded(model)).state_bytes
     assert f"keeps {large:,} bytes of state where the cut itself needs {small:,}" in " ".join(done.output.split())

@@ -14,12 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from typer.testing import CliRunner
 
 import sspruner
 from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
-from sspruner.cli.main import app
 from sspruner.formats.fitting import Subject, check_fits, offers, runs, unfit
 from sspruner.formats.stock import check_stock
 from sspruner.formats.targets import TABLE, Fit, Rule, Target, _quantities, _table, names, nearest, quantity, target
@@ -27,6 +25,7 @@ from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.pruning.table import result_table
+from support.command import run as cli
 from support.tiny import half, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 
@@ -35,7 +34,7 @@ ids = tokens(6, 24)
 
 
 def run(*words: str) -> Any:
-    return CliRunner().invoke(app, list(words))
+    return cli(*words)
 
 
 def said(done: Any) -> str:

@@ -13,10 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
 from sspruner.compute.device import offloaded
 from sspruner.errors import InputError
 from sspruner.evaluation.evaluate import evaluate
@@ -24,6 +22,7 @@ from sspruner.io import load as load_module
 from sspruner.training.distil import distil
 from sspruner.training.gradual import gradual
 from sspruner.training.twist import twist
+from support.command import run as cli
 from support.native import native_model
 from support.native_files import FILES, MIXERS, write
 from support.offloaded import TEXT, Interrupted, check_same, check_same_weights, interrupted
@@ -264,7 +263,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str) -> Any:
-    result = CliRunner().invoke(app, [*arguments])
+    result = cli(*arguments)
     assert result.exit_code == 0, result.output
     return result
 
@@ -303,7 +302,7 @@ def test_the_commands(text, tmp_path):
 )
 def test_what_the_command_refuses(arguments, message, tmp_path):
     arguments = [str(tmp_path / "out") if one == "OUT" else one for one in arguments]
-    result = CliRunner().invoke(app, ["prune", *arguments])
+    result = cli("prune", *arguments)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())

@@ -11,11 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
 from sspruner.calibrate import state
-from sspruner.cli.main import app
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Projection
 from sspruner.plans.reduction import projections as projections_of
@@ -23,6 +21,7 @@ from sspruner.runtime.projected_state import project_state
 from sspruner.scoring.scorer import Scorer, check_scorer_class
 from sspruner_plugins.balanced import balance
 from support import oracle
+from support.command import run as cli
 from support.ghost_weights import weights
 from support.mamba2_state import close as near
 from support.mamba2_state import projections
@@ -285,17 +284,16 @@ def test_a_class_has_a_basis_and_says_it_or_neither() -> None:
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    run = CliRunner().invoke
     source = str(sspruner.save(tiny_model(), tmp_path / "model"))
     text = tmp_path / "ids.txt"
     args = ["prune", source, "--calibration", "self", "--samples", "4", "--seq-len", "24"]
-    done = run(app, [*args, "--basis", "balanced", "--keep", "2", "--out", str(tmp_path / "out"), "--json", str(text)])
+    done = cli(*args, "--basis", "balanced", "--keep", "2", "--out", str(tmp_path / "out"), "--json", str(text))
     assert done.exit_code == 0, done.output
     report = json.loads(text.read_text())
     assert (report["basis"], report["scorer"]) == ("balanced", "balanced")
     loaded, _ = sspruner.load(tmp_path / "out")
     assert loaded.backbone.layers[0].mixer.state_encode.shape == (1, 2, 6)
-    wrong = run(app, [*args, "--basis", "balanced", "--scorer", "ghost"])
+    wrong = cli(*args, "--basis", "balanced", "--scorer", "ghost")
     assert wrong.exit_code == 2
     assert "scorer 'ghost' has basis 'select'" in wrong.output
 
