@@ -12,7 +12,7 @@ COVERAGE = 0.95
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """Return the median and the order statistics that enclose the true median with 95 % confidence.
+    """Return the median with the order statistics that enclose the true median with 95 % confidence.
 
     With fewer than six values none do; then the minimum and the maximum are returned.
     """

@@ -19,7 +19,7 @@ from sspruner.formats.checkpoint import read_weights
 
 EMBEDDING = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # mamba_ssm's name -> transformers'
 EPSILON = 1e-5  # epsilon of every norm: mamba_ssm has no field for it
-LARGEST = 3.4028234663852886e38  # largest fp32 number: stands for no upper limit, since JSON has no infinity
+LARGEST = 3.4028234663852886e38  # of fp32: stands for "no upper limit", since JSON has no infinity
 
 MODEL: dict[str, Any] = {  # fields of mamba_ssm's config with their defaults
     "d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "attn_layer_idx": [],
