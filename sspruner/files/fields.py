@@ -15,7 +15,7 @@ def versioned(data: Any, version: int = 1) -> dict[str, Any]:
 
 
 def number(value: Any) -> float:
-    """Check a float. null reads as NaN, which is how version 0.1.0 wrote what was not finite."""
+    """Check a float. null is read as NaN, which version 0.1.0 wrote for non-finite numbers."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
