@@ -2,135 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sspruner.benchmarking.ceiling import Machine, Rates, Work, head_weights, prefill_work, step_work, token_operations
+from sspruner.benchmarking.ceiling import Machine, Rates, head_weights, prefill_work, step_work, token_operations
 from sspruner.benchmarking.footprint import footprint
+from sspruner.benchmarking.record import DECODE, PREFILL, Bench, Timing, timing
 from sspruner.benchmarking.run import Times, path_of, run_once
-from sspruner.benchmarking.statistics import median_interval
 from sspruner.compute import acceleration
 from sspruner.compute.device import on_device, resolve_device
 from sspruner.errors import InputError
-from sspruner.files.output import atomic_file
-from sspruner.files.provenance import versions
 from sspruner.graph.trace import trace
 from sspruner.recipes.common import recipe_or_short
 from sspruner.recipes.measure import BenchOptions, Ceiling, Load
 
-DECODE, PREFILL = "decode", "prefill"
 WARM_UP = 8  # tokens of the prompt that is run before anything is timed, on the CPU
 FASTER = ", accelerated"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model at one batch in one phase.
-
-    seconds     of each repeat: of one step (decode), or of the whole prompt (prefill), all sequences together
-    tokens      that these seconds make, all sequences together
-    peak_bytes  of this model alone: its weights, the caches, what is computed; on the CPU by how much the process grew,
-                None where the system does not tell
-    state_bytes recurrent state per sequence
-    path        which code ran
-    """
-
-    model: str
-    batch: int
-    phase: str
-    seconds: tuple[float, ...]
-    tokens: int
-    work: Work
-    rates: Rates
-    peak_bytes: int | None
-    state_bytes: int
-    weight_bytes: int
-    path: str
-
-    @property
-    def ceiling(self) -> float:
-        """Tokens per second, at the most."""
-        return self.tokens / self.work.seconds(self.rates)
-
-    @property
-    def tokens_per_second(self) -> tuple[float, float, float]:
-        """Median, and its interval."""
-        return median_interval([self.tokens / s for s in self.seconds])
-
-    def speedup(self, over: Row) -> tuple[float, float, float]:
-        """How many times as fast as another row, repeat by repeat: the median, and its interval."""
-        return median_interval([b / a for a, b in zip(self.seconds, over.seconds, strict=True)])
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers, for programs."""
-        speed = self.tokens_per_second
-        return {
-            "model": self.model,
-            "batch": self.batch,
-            "phase": self.phase,
-            "tokens_per_second": list(speed),
-            "ms": [1000 * s for s in median_interval(self.seconds)],
-            "ceiling_tokens_per_second": self.ceiling,
-            "fraction": speed[0] / self.ceiling,
-            "peak_bytes": self.peak_bytes,
-            "state_bytes": self.state_bytes,
-            "weight_bytes": self.weight_bytes,
-            "bytes_moved": self.work.bytes,
-            "operations": self.work.operations,
-            "path": self.path,
-        }
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What one run measured. failed: model, batch and why, for what did not fit into memory."""
-
-    rows: tuple[Row, ...]
-    machine: dict[str, Any]
-    prompt: int
-    generate: int
-    repeats: int
-    seed: int
-    failed: tuple[dict[str, Any], ...] = ()
-    profile: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-
-    def row(self, model: str, batch: int, phase: str = DECODE) -> Row:
-        """The row of a model. Raises KeyError if there is none: it did not fit, or was not asked for."""
-        for row in self.rows:
-            if (row.model, row.batch, row.phase) == (model, batch, phase):
-                return row
-        raise KeyError((model, batch, phase))
-
-    def to_json(self) -> str:
-        """The content of bench.json."""
-        data = {
-            "version": 1,
-            "machine": self.machine,
-            "versions": versions(),
-            "command": self.command,
-            "seed": self.seed,
-            "prompt": self.prompt,
-            "generate": self.generate,
-            "repeats": self.repeats,
-            "rows": [row.to_json() for row in self.rows],
-            "failed": list(self.failed),
-            "profile": self.profile,
-        }
-        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-
-    def save(self, path: str | Path) -> None:
-        """Write bench.json, atomically."""
-        with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
 
 
 def bench(
@@ -280,7 +174,7 @@ def _timed(
 
 def _rows(
     label: str, variant: Variant, runs: Runs, rates: Rates, options: BenchOptions, device: torch.device
-) -> Iterator[Row]:
+) -> Iterator[Timing]:
     """The rows of one model, both phases of every batch that fits."""
     (model, faster), prompt, cuda_graph = variant, options.load.prompt, options.variants.cuda_graph
     found = footprint(model, trace(model), prompt + options.load.generate // 2)
@@ -298,8 +192,10 @@ def _rows(
         for phase, seconds, tokens, work, peak, replayed, quick in phases:
             highest = max((p for p in peak if p is not None), default=None)
             path = path_of(model, device, quick, replayed)
-            sizes = (highest, found.state_bytes, found.weight_bytes)
-            yield Row(label, batch, phase, seconds, tokens, work, rates, *sizes, path)
+            yield timing(
+                seconds, tokens, work, rates, model=label, batch=batch, phase=phase, peak_bytes=highest,
+                state_bytes=found.state_bytes, weight_bytes=found.weight_bytes, path=path,
+            )  # fmt: skip
 
 
 def _variants(models: Mapping[str, Any], faster: bool) -> dict[str, tuple[Any, bool]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,6 +25,7 @@ from sspruner.errors import InputError, PlanError
 from sspruner.evaluation.last_word import Passage, passages, read_passages
 from sspruner.evaluation.measures import Asked, Values, check_metrics, measure, questions, summary
 from sspruner.evaluation.paired import Interval
+from sspruner.files import strict_json
 from sspruner.files.output import atomic_file, check_results
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
@@ -46,7 +46,7 @@ ROWS = ".rows"  # in the folder of a comparison: the rows that are finished
 MARKS = ("compare.json", ROWS)  # a folder with one of these is one
 PASSAGES = 500  # of LAMBADA, where a recipe names a file
 
-Row = dict[float, Cut | str]
+Cells = dict[float, Cut | str]  # of one scorer: sparsity -> the cut, or why it cannot be made
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def compare(
                 cells = _measured(model, graph, row, asked, dense, named)
                 if file:
                     with atomic_file(file) as temporary:
-                        temporary.write_text(json.dumps({"key": row_key, "cells": row_to_json(cells)}))
+                        temporary.write_text(strict_json.dumps({"key": row_key, "cells": row_to_json(cells)}))
             found = replace(found, cells=found.cells | {label: cells})
             if given.on_row:
                 given.on_row(found)
@@ -272,7 +272,7 @@ def _kept_row(folder: Path | None, label: str, scores: Scores, key: str | None) 
 def _measured(
     model: nn.Module, graph: SSMGraph, row: dict[float, Plan | str], asked: Asked, dense: Values,
     progress: Progress | None,
-) -> Row:  # fmt: skip
+) -> Cells:  # fmt: skip
     """One scorer's cuts, measured together; what could not be planned stays the reason."""
     plans = {sparsity: made for sparsity, made in row.items() if isinstance(made, Plan)}
     values = measure(model, [partial(masked, model, made, graph) for made in plans.values()], asked, progress)
@@ -306,10 +306,10 @@ def _digest(scores: Scores) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path, key: str) -> Row | None:
+def _read(file: Path, key: str) -> Cells | None:
     """A finished row, if it is of the same model, scores, text and arguments. What cannot be read is made again."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = strict_json.loads(file.read_text(encoding="utf-8"))
         return row_from_json(data["cells"]) if data["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

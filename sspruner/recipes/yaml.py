@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sspruner.errors import InputError
-from sspruner.files.output import atomic_file
 
 Kind = TypeVar("Kind")
 
@@ -146,6 +145,8 @@ def to_data(recipe: Any) -> dict[str, Any]:
 def write(recipe: Any, path: str | Path) -> None:
     """Write a recipe as YAML: it appears whole or not at all."""
     import yaml
+
+    from sspruner.files.output import atomic_file
 
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(to_data(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -15,11 +15,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sspruner.compute.forward import forward
 from sspruner.compute.processes import rank, total, world
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
-from sspruner.evaluation.windows import next_tokens, sums
+from sspruner.evaluation.windows import alone, logits_of, losses_by_batch
 from sspruner.recipes.train import Settings
 from sspruner.training import checkpoint
 from sspruner.training.log import Log, forget_after
@@ -191,9 +190,8 @@ def take_step(
 def perplexity(model: nn.Module, blocks: torch.Tensor, at_once: int) -> float:
     """Of blocks, int64 (n, T), each scored alone; its first token is context only."""
     nll = count = 0.0
-    for tokens in torch.split(blocks, at_once):
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        found = sums(forward(model, tokens, mask, use_cache=False).logits[:, :-1], *next_tokens(tokens, mask))
+    windows = (alone(tokens, torch.ones_like(tokens, dtype=torch.bool)) for tokens in torch.split(blocks, at_once))
+    for _, (found,) in losses_by_batch(windows, [logits_of(model)]):
         nll, count = nll + float(found.nll.sum()), count + float(found.tokens.sum())
     return math.exp(min(nll / count, 700.0))
 

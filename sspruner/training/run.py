@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sspruner.compute.processes import barrier, rank
 from sspruner.errors import InputError
+from sspruner.files import strict_json
 from sspruner.files.output import atomic_file, check_results
 from sspruner.recipes.common import FILE, Recorded
 
@@ -28,10 +28,10 @@ def run_folder(out: str | Path, asked: dict[str, Any], recipe: Recorded | None =
     """
     folder = check_results(out, (MARK,))
     file = folder / MARK
-    asked = json.loads(json.dumps(asked))
+    asked = strict_json.loads(strict_json.dumps(asked))
     if file.exists():
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = strict_json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"output {file}: is damaged ({error}); remove the folder") from error
         before.pop(RECIPE, None)
@@ -45,7 +45,7 @@ def run_folder(out: str | Path, asked: dict[str, Any], recipe: Recorded | None =
     elif rank() == 0:
         with atomic_file(file) as temporary:
             written = asked | ({RECIPE: recipe.to_json()} if recipe else {})
-            temporary.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(strict_json.dumps(written, indent=2) + "\n", encoding="utf-8")
     if recipe and rank() == 0 and not (folder / FILE).exists():
         recipe.save(folder / FILE)
     barrier()
