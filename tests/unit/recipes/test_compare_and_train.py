@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sspruner.cli.main import app
 from sspruner.errors import InputError
 from sspruner.recipes.compare import Cells, CompareRecipe
 from sspruner.recipes.measure import BenchOptions, EvaluateOptions, Gates
@@ -41,12 +43,29 @@ FULL: list[Any] = [
     TwistRecipe.of(axis="head,state", keep=0.25, deal_every=4, ends=1, draws=3, text=["a.txt"], seed=5),
 ]  # fmt: skip
 
+WORDS = [["compare"], ["train", "distil", "m"], ["train", "gradual", "m"], ["train", "twist", "m"]]
+
 
 @pytest.mark.parametrize("recipe", [*FULL, CompareRecipe(), DistilRecipe(), GradualRecipe(), TwistRecipe()])
 def test_yaml_gives_the_recipe_back(recipe: Any, tmp_path: Path) -> None:
     recipe.save(tmp_path / "recipe.yaml")
     assert type(recipe).load(tmp_path / "recipe.yaml") == recipe
     assert from_data(type(recipe), recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize(("words", "recipe"), [*zip(WORDS, FULL, strict=True)])
+def test_every_value_of_a_file_is_an_option(words: list[str], recipe: Any, tmp_path: Path) -> None:
+    recipe.save(tmp_path / "recipe.yaml")
+
+    def parsed(*more: str) -> Any:
+        given = [*words, "--recipe", str(tmp_path / "recipe.yaml"), *more]
+        return app.parse_args(given, exit_on_error=False, print_error=False)[1].kwargs["recipe"]
+
+    assert parsed() == recipe
+    changed = parsed("--seed", "99")
+    part = "method" if isinstance(recipe, CompareRecipe) else "settings"
+    assert getattr(changed, part).seed == 99
+    assert replace(changed, **{part: replace(getattr(changed, part), seed=getattr(recipe, part).seed)}) == recipe
 
 
 def test_short_arguments_go_to_their_parts() -> None:
