@@ -17,9 +17,9 @@ def command(*, plugins: Plugins = Plugins(), output: Json = Json()) -> None:
         sspruner doctor --json doctor.json
     """
     from dataclasses import asdict
-    from json import dumps
 
     from sspruner.doctor import diagnose
+    from sspruner.files.strict_json import dumps
 
     output.check()
     prepare(plugins.plugin)

@@ -68,10 +68,9 @@ def command(
         sspruner inspect path/to/model
         sspruner inspect path/to/model --plan plan.json --memory 24GB --target vllm
     """
-    from json import dumps
-
     import sspruner
     from sspruner.benchmarking.footprint import footprint
+    from sspruner.files.strict_json import dumps
     from sspruner.formats.fitting import after, offers
     from sspruner.formats.targets import chosen
     from sspruner.io.skeleton import skeleton

@@ -22,6 +22,15 @@ RecipeFile = Annotated[
         name="--recipe", group=MODEL, metavar="FILE", help="YAML file with a recipe; flags that are given override it."
     ),
 ]
+RunsCode = Annotated[bool, Parameter(help="Run code that lies in the model's folder or repository.")]
+Tokenizer = Annotated[
+    str | None,
+    text("NAME", default="that in the model's folder"),
+    Parameter(help="Folder or hub id of the tokenizer."),
+]
+Device = Annotated[
+    str | None, text("NAME", default="cuda if there is one, else cpu"), Parameter(help="Compute device.")
+]
 ModelFolder = Parameter(metavar="DIR", help="Folder to write the model to.")
 
 
@@ -39,8 +48,18 @@ class Plugins:
 class Trust(Plugins):
     """Whether code of others is run."""
 
-    trust_remote_code: bool = False
-    """Run code that lies in the model's folder or repository."""
+    trust_remote_code: RunsCode = False
+
+
+@Parameter(name="*", group=MACHINE)
+@dataclass(frozen=True)
+class Timing(Trust):
+    """Where models are timed, and in which dtype."""
+
+    device: Device = None
+
+    dtype: Annotated[str, text("NAME")] = "auto"
+    """auto (as saved; of shapes bfloat16 on a GPU, else float32), float32, bfloat16 or float16."""
 
 
 @Parameter(name="*", group=MACHINE)
@@ -62,8 +81,7 @@ class Reading(Trust):
 class ReadingText(Reading):
     """How a model and its tokenizer are read."""
 
-    tokenizer: Annotated[str | None, text("NAME", default="that in the model's folder")] = None
-    """Folder or hub id of the tokenizer."""
+    tokenizer: Tokenizer = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -73,11 +91,16 @@ class ReadingText(Reading):
 
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
-class Machine(ReadingText):
+class Computing(ReadingText):
     """How a model is read, and where it is computed."""
 
-    device: Annotated[str | None, text("NAME", default="cuda if there is one, else cpu")] = None
-    """Compute device."""
+    device: Device = None
+
+
+@Parameter(name="*", group=MACHINE)
+@dataclass(frozen=True)
+class Machine(Computing):
+    """How a model is read, where it is computed, and whether scores are taken from the cache."""
 
     no_cache: bool = False
     """Score again, even if nothing has changed since."""

@@ -7,13 +7,27 @@ import sys
 
 from cyclopts import App, CycloptsError
 
-from sspruner.cli import apply, doctor, export, inspect, plan, prune, report, score, scorers
+from sspruner.cli import (
+    apply,
+    bench,
+    compare,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    plan,
+    prune,
+    report,
+    score,
+    scorers,
+    train,
+)
 from sspruner.cli.console import fail, known_error
 from sspruner.cli.help import OPTION, HelpFormatter, examples
 from sspruner.cli.recipe_file import fill_from_recipe
 from sspruner.cli.usage import usage
 
-COMMANDS = (prune, score, plan, apply, report, export, inspect, scorers, doctor)
+COMMANDS = (prune, score, plan, apply, compare, evaluate, bench, report, export, inspect, scorers, doctor)
 
 
 def version() -> str:
@@ -35,6 +49,7 @@ app = App(
 )
 for place, module in enumerate(COMMANDS):
     app.command(module.command, name=module.NAME, sort_key=place, help_epilogue=examples(module.command))
+app.command(train.app)
 
 
 def main() -> None:

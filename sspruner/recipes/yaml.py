@@ -164,7 +164,7 @@ def to_data(recipe: Any) -> dict[str, Any]:
         elif isinstance(value, type):
             value = value.name  # type: ignore[attr-defined]
         elif isinstance(value, tuple):
-            value = list(value)
+            value = [one.name if isinstance(one, type) else one for one in value]  # type: ignore[attr-defined]
         elif isinstance(value, Mapping):
             value = dict(value)
         if value is not None and value != {} and value != []:

@@ -32,6 +32,7 @@ from support.zoo import FAMILIES, zoo
 
 README, DOCS = ROOT / "README.md", sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/scorers").glob("*.md")])
 every_page = pytest.mark.parametrize("page", [README, *DOCS], ids=lambda p: str(p.relative_to(ROOT)))
+SHORT = {"README.md", "architecture.md", "calibration.md", "evaluate.md", "families.md", "methods.md"}  # take a second
 
 COMMANDS: dict[str, Any] = dict(commands())
 every_command = pytest.mark.parametrize("command", COMMANDS)
@@ -81,7 +82,11 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[module]
 
 
-@every_page
+@pytest.mark.parametrize(
+    "page",
+    [p if p.name in SHORT else pytest.param(p, marks=pytest.mark.slow) for p in (README, *DOCS)],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_examples_run_and_print_what_the_page_says(page: Path, sandbox: Path) -> None:
     found = blocks(page)
     namespace: dict[str, Any] = {"__name__": "docs"}
@@ -96,6 +101,7 @@ def test_examples_run_and_print_what_the_page_says(page: Path, sandbox: Path) ->
             assert printed.getvalue() == shown, f"{page.name}, line {block.line + 1}: prints something else"
 
 
+@pytest.mark.slow
 def test_the_first_plugin_works_as_pasted(sandbox: Path) -> None:
     (plugin,) = [b.text for b in blocks(README) if b.language == "python" and "@sspruner.hookimpl" in b.text]
     assert len(plugin.splitlines()) <= 15

@@ -303,6 +303,7 @@ def test_a_large_model_is_split_quickly_enough_to_be_exact():
 # What is measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_curve_is_the_damage_of_one_layer_alone(projected):
     model = zoo("zamba2")
@@ -375,6 +376,7 @@ def test_prune_measures_and_splits_by_what_it_measured():
     assert result.report.budget["allocation"] == "adaptive"
 
 
+@pytest.mark.slow
 def test_curves_and_bounds_on_the_command_line(tmp_path):
     small = ["--samples", "4", "--seq-len", "32"]
     scores, curves, plan = (str(tmp_path / name) for name in ("s.safetensors", "curves.json", "plan.json"))

@@ -122,6 +122,7 @@ def test_a_smaller_dense_model_stands_beside_the_cuts_of_its_state() -> None:
     assert found.baseline.state_bytes == sspruner.trace(small).state_bytes
     alone = sspruner.compare(small, ["random"], sparsities=(0.5,), calibration=data).dense.measures["perplexity"]
     assert found.baseline.measures["perplexity"].value == pytest.approx(alone.value, rel=1e-6)
+    assert found.baseline.measures["kl_to_dense"].low > 0  # against the larger one, not itself
     ratio = alone.value / found.dense.measures["perplexity"].value
     assert found.baseline.measures["perplexity_ratio"].value == pytest.approx(ratio, rel=1e-6)
     ((_, _, rows),) = found.tables()

@@ -65,6 +65,7 @@ def check_export(model: Any, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.ci_cover(families=3)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", PROJECTED)
 def test_projected_states_of_every_family(family: str, tmp_path: Path) -> None:
@@ -72,6 +73,7 @@ def test_projected_states_of_every_family(family: str, tmp_path: Path) -> None:
     check_export(sspruner.apply(model, every_state(sspruner.trace(model))), tmp_path)
 
 
+@pytest.mark.slow
 def test_projections_beside_other_cuts_and_other_sizes_by_layer(tmp_path: Path) -> None:
     """In bf16, where encode and decode stay fp32."""
     model = tiny_model(groups=2, state=6, layers=3, bias=True, dtype=torch.bfloat16)
@@ -133,6 +135,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     model = tiny_model()
     sspruner.apply(model, every_state(sspruner.trace(model)))

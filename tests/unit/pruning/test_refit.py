@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import sspruner
@@ -18,6 +18,7 @@ from sspruner.evaluation.damage import damages
 from sspruner.pruning import refit as refitting
 from sspruner.testing.plans import directions, plans, random_plan
 from support.command import run as cli
+from support.examples import examples
 from support.scoring import calibrated
 from support.tiny import tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
@@ -133,6 +134,7 @@ class Blocks:
         ]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", ["mamba2", "mamba", "falcon_mamba", "bamba", "granitemoehybrid", "falcon_h1"])
 @pytest.mark.parametrize("kind", ["bias", "output"])
 def test_errors_are_those_of_the_models_own_blocks_and_only_fall(family, kind):
@@ -153,7 +155,7 @@ def test_errors_are_those_of_the_models_own_blocks_and_only_fall(family, kind):
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@examples(25)
 @given(data=st.data(), kind=st.sampled_from(["bias", "output"]))
 def test_no_blocks_error_rises_and_masked_is_sliced(data, kind):
     model = data.draw(zoo_models())
@@ -230,6 +232,7 @@ def test_padding_is_neither_solved_for_nor_counted(kind):
         assert torch.allclose(value, found[1].plan.updates[name], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["head", "hidden"])
 def test_any_batch_split_gives_the_same(monkeypatch, axis):
     model = zoo("zamba2") if axis == "head" else zoo("mamba2")
@@ -325,6 +328,7 @@ def test_values_of_a_scorer_are_where_a_refit_starts():
     assert name.replace("bias", "weight") in found.plan.updates
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refitted_plan_goes_through_files(family, tmp_path):
     model = zoo(family)

@@ -177,6 +177,7 @@ def test_where_auto_has_no_choice(scorer, axes, says):
         scorers_asked(scorer, None, axes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "axis", "sparsity"), [("mamba2", "state", 0.5), ("mamba", "channel", 0.5)])
 def test_auto_is_never_worse_than_a_scorer_on_calibration_text(family, axis, sparsity):
     model, data = zoo(family), calibrated(tokens(6, 20))
@@ -216,6 +217,7 @@ def test_auto_with_a_limit_takes_the_scorer_that_can_cut_most():
     assert alone[result.report.scorer] == max(alone.values())
 
 
+@pytest.mark.slow
 def test_with_a_limit_of_size_auto_takes_the_scorer_that_costs_least_though_another_has_to_cut_more():
     model, data = zoo("zamba2"), calibrated(tokens(6, 20))
     graph, limits = sspruner.trace(model), Limits(parameters=0.8)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -25,6 +25,7 @@ from sspruner.pruning.report import Report
 from sspruner.pruning.result import Result
 from sspruner.reporting.card import FOLDER, READERS, model_card
 from support.command import run as cli
+from support.examples import examples
 from support.projected import every_state
 from support.tiny import half, logits, tiny_model, tokens
 from support.zoo import zoo
@@ -89,7 +90,7 @@ def one_line(text: str) -> str:
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20) | st.text("`|\\ #*_[]<>~$\n-a", min_size=1)
 
 
-@settings(max_examples=40)
+@examples(40)
 @example(name="a `b` | c", command="sspruner prune 'a\n```\n# b'", source="``|", options={"`": "|"})
 @given(name=names, command=names, source=names, options=st.dictionaries(names, names, max_size=2))
 def test_any_name_and_command_are_said_as_they_are(
@@ -272,6 +273,7 @@ def test_an_export_says_what_the_prune_did(tmp_path: Path, monkeypatch: pytest.M
             assert "In this folder" not in card.heads
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("spoil", ["absent", "other", "text", "old", "[]", "nothing", "foreign"])
 def test_a_report_that_is_not_of_this_model_is_left_out(spoil: str, tmp_path: Path) -> None:
     model = tiny_model(layers=2)

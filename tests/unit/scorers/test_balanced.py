@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
@@ -22,6 +22,7 @@ from sspruner.scoring.scorer import Scorer, check_scorer_class
 from sspruner_plugins.balanced import balance
 from support import oracle
 from support.command import run as cli
+from support.examples import examples
 from support.ghost_weights import weights
 from support.mamba2_state import close as near
 from support.mamba2_state import projections
@@ -126,6 +127,7 @@ def rotated(model: Any, seed: int) -> Any:
     return other
 
 
+@pytest.mark.cover(most=4)
 @pytest.mark.parametrize("options", WEIGHTS, ids=str)
 @pytest.mark.parametrize("family", PROJECTED)
 def test_scores_do_not_depend_on_the_basis_in_which_the_state_is_held(family: str, options: dict) -> None:
@@ -141,7 +143,7 @@ def test_scores_do_not_depend_on_the_basis_in_which_the_state_is_held(family: st
 
 
 @given(models(dtypes=(torch.float32,), least_state=2), st.sampled_from(WEIGHTS))
-@settings(max_examples=20)
+@examples(20)
 def test_scores_are_what_the_definition_says(model: Any, options: dict) -> None:
     """From the states of a step-by-step recurrence, and the eigenvalues of W_c W_o."""
     data = sspruner.calibration(tokens(5, 17), model, samples=5, held_out=0)
