@@ -36,11 +36,11 @@ from sspruner.surgery.mask import mask_group, unmask
 
 PHASE = "walk"  # of a journal
 
-Cut = Callable[[dict[str, torch.Tensor]], None]  # dependency group -> importance: of those that have been scored
+CutBlock = Callable[[dict[str, torch.Tensor]], None]  # dependency group -> importance: of those that have been scored
 
 
 def walk(
-    run: Run, data: Calibration | None, cut: Cut | None, progress: Progress | None, journal: Journal | None = None
+    run: Run, data: Calibration | None, cut: CutBlock | None, progress: Progress | None, journal: Journal | None = None
 ) -> dict[str, Scores]:
     """Score every dependency group in layer order: a job's label -> its Scores.
 
