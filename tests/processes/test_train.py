@@ -80,4 +80,6 @@ def test_every_family_trains_in_processes(together: Together, tmp_path: Path) ->
         before = zoo(family).state_dict()
         assert any(not torch.equal(value, before[name]) for name, value in weights[0].items())
         for name, value in weights[0].items():
+            if name.endswith("k_proj.bias"):  # changes no attention: its gradient is rounding, which Adam makes large
+                continue
             torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=f"{family}: {name}")
