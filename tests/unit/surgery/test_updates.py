@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
-from sspruner.io import load as loading
+from sspruner.io import source
 from sspruner.plans.plan import Plan, check_plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery import mask as masking
@@ -316,7 +316,7 @@ def test_a_bias_dropped_at_load_is_an_error(tmp_path: Path, monkeypatch: pytest.
     sspruner.apply(model, Plan(half(sspruner.trace(model)).groups, updates={f"{OUT0}.bias": torch.ones(4)}))
     folder = sspruner.save(model, tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "add_bias", lambda model, name: None)
+        patch.setattr(source, "add_bias", lambda model, name: None)
         with pytest.raises(sspruner.ModelError, match=rf"knows nothing of 1 of its weights, e.g. {OUT0}.bias"):
             sspruner.load(folder)
     config = json.loads((folder / "config.json").read_text())
