@@ -108,3 +108,20 @@ def test_the_recipe_of_a_run_makes_the_same_again(tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "three" / "plan.json").read_text(encoding="utf-8"))
     assert plan["made_by"]["sparsity"] == 0.25
     assert json.loads(plan["made_by"]["options"]) == {"variant": "means"}
+
+
+@pytest.mark.parametrize("method", ["distil", "gradual", "twist"])
+def test_train_takes_a_recipe(method: str, file: Path) -> None:
+    file.write_text("text: {text: [a.txt]}\nsettings: {batch: 3, seed: 5}\n", encoding="utf-8")
+    words = ["train", method, "model", "--recipe", str(file), "--seed", "7", "--out", "out"]
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    recipe = bound.kwargs["recipe"]
+    assert (recipe.text.text, recipe.settings.batch, recipe.settings.seed) == (("a.txt",), 3, 7)
+
+
+def test_compare_takes_a_recipe(file: Path) -> None:
+    file.write_text("cells: {scorers: [random], sparsities: [0.5]}\nmethod: {seed: 5}\n", encoding="utf-8")
+    words = ["compare", "model", "--recipe", str(file), "--sparsity", "0.25,0.75"]
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    recipe = bound.kwargs["recipe"]
+    assert (recipe.cells.scorers, recipe.cells.sparsities, recipe.method.seed) == (("random",), (0.25, 0.75), 5)
