@@ -21,9 +21,14 @@ def fill_from_recipe(app: Any, commands: tuple[str, ...], arguments: Any) -> Non
     """
     file = next((argument for argument in arguments if argument.name == "--recipe" and argument.tokens), None)
     for whole in arguments if file else ():
-        if not whole.keys and is_dataclass(whole.hint) and hasattr(whole.hint, "load"):
+        if not whole.keys and is_recipe(whole.hint):
             recipe = whole.hint.load(Path(file.tokens[-1].value))
             _fill(recipe, [leaf for leaf in whole.children_recursive if not leaf.children], file.tokens[-1].value)
+
+
+def is_recipe(kind: Any) -> bool:
+    """Whether a parameter of a command is a recipe: a dataclass that is read from a file and written to one."""
+    return is_dataclass(kind) and hasattr(kind, "load") and hasattr(kind, "save")
 
 
 def _fill(recipe: Any, leaves: list[Any], source: str) -> None:

@@ -118,3 +118,20 @@ def test_a_wrong_flag_beside_a_file_is_the_same_one_line(file: Path) -> None:
         (("--state-bytes", "3XB"), "sspruner: --state-bytes '3XB': expected a size such as 25MB, 25MiB or 80GB\n"),
     ):
         assert run("prune", "--recipe", file, *words).stderr == says
+
+
+@pytest.mark.parametrize("method", ["distil", "gradual", "twist"])
+def test_train_takes_a_recipe(method: str, file: Path) -> None:
+    file.write_text("text: {text: [a.txt]}\nsettings: {batch: 3, seed: 5}\n", encoding="utf-8")
+    words = ["train", method, "model", "--recipe", str(file), "--seed", "7", "--out", "out"]
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    recipe = bound.kwargs["recipe"]
+    assert (recipe.text.text, recipe.settings.batch, recipe.settings.seed) == (("a.txt",), 3, 7)
+
+
+def test_compare_takes_a_recipe(file: Path) -> None:
+    file.write_text("cells: {scorers: [random], sparsities: [0.5]}\nmethod: {seed: 5}\n", encoding="utf-8")
+    words = ["compare", "model", "--recipe", str(file), "--sparsity", "0.25,0.75"]
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    recipe = bound.kwargs["recipe"]
+    assert (recipe.cells.scorers, recipe.cells.sparsities, recipe.method.seed) == (("random",), (0.25, 0.75), 5)
