@@ -68,7 +68,7 @@ def from_data(kind: type[Kind], data: Any) -> Kind:
 
     check_keys(kind, data, ())
     try:
-        made: Kind = TypeAdapter(kind).validate_python(_without_nulls(data))
+        made: Kind = TypeAdapter(kind).validate_python(_without_nulls(data), context={"from": "yaml"})
     except ValidationError as error:
         raise InputError(_explained(error.errors(), data)) from error
     return made

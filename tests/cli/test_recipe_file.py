@@ -11,7 +11,7 @@ import pytest
 from sspruner.cli.main import app
 from sspruner.recipes.recipe import Recipe
 from support.cli_reference import commands
-from support.command import TEXT, done, refused, saved_model
+from support.command import TEXT, done, refused, run, saved_model
 
 EVERYTHING = """
 remove: {axis: {state: 0.5, head: 0.25}, ignore: ["layers.0.*"]}
@@ -108,6 +108,16 @@ def test_the_recipe_of_a_run_makes_the_same_again(tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "three" / "plan.json").read_text(encoding="utf-8"))
     assert plan["made_by"]["sparsity"] == 0.25
     assert json.loads(plan["made_by"]["options"]) == {"variant": "means"}
+
+
+def test_a_wrong_flag_beside_a_file_is_the_same_one_line(file: Path) -> None:
+    """Reading a file imports pydantic, with which cyclopts would say it otherwise."""
+    file.write_text("method: {seed: 1}", encoding="utf-8")
+    for words, says in (
+        (("--ratio", "a=x"), "sspruner: --ratio a=x: 'x' is not a number\n"),
+        (("--state-bytes", "3XB"), "sspruner: --state-bytes '3XB': expected a size such as 25MB, 25MiB or 80GB\n"),
+    ):
+        assert run("prune", "--recipe", file, *words).stderr == says
 
 
 @pytest.mark.parametrize("method", ["distil", "gradual", "twist"])
