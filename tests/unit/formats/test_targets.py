@@ -362,7 +362,7 @@ def test_what_no_target_takes_is_refused_before_scoring(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("scored")
 
-    monkeypatch.setattr("sspruner.scoring.run.Run.walk", never)
+    monkeypatch.setattr("sspruner.pruning.decision.walk", never)
     monkeypatch.setattr("sspruner.scoring.score.calibrated", never)
     with pytest.raises((sspruner.InputError, sspruner.ModelError), match=message):
         sspruner.prune(tiny_model(heads_per_group=4), **({"sparsity": 0.5} | options), target="hf", calibration=ids)
