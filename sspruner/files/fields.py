@@ -24,8 +24,8 @@ def number(value: Any) -> float:
 
 
 def integer(value: Any) -> int:
-    """Check an int."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Check an int of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         raise TypeError(f"{str(value)[:40]!r} is not a whole number")
     return value
 
