@@ -1,1 +1,1 @@
-"""Compare scorers and sparsities on the same text."""
+"""Comparison: several scorers and sparsities on the same text."""

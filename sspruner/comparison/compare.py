@@ -1,4 +1,4 @@
-"""Compare: several scorers, several cuts, one pass of scoring, one held-out text."""
+"""Compare: several scorers and several cuts, with one pass of scoring, on one held-out text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sspruner.compute.forward import embedding
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError, PlanError
 from sspruner.evaluation.last_word import Passage, passages, read_passages
-from sspruner.evaluation.measures import Asked, Values, check_metrics, measure, questions, summary
+from sspruner.evaluation.measures import Inputs, Values, check_metrics, inputs_for, measure, summary
 from sspruner.evaluation.paired import Interval
 from sspruner.files import strict_json
 from sspruner.files.output import atomic_file, check_results
@@ -42,20 +42,21 @@ from sspruner.scoring.scores import Scores
 from sspruner.surgery.mask import masked
 from sspruner.surgery.sizes import sizes
 
-ROWS = ".rows"  # in the folder of a comparison: the rows that are finished
-MARKS = ("compare.json", ROWS)  # a folder with one of these is one
-PASSAGES = 500  # of LAMBADA, where a recipe names a file
+ROWS = ".rows"  # in the folder of a comparison: the finished rows
+MARKS = ("compare.json", ROWS)  # a folder with one of these is a comparison
+PASSAGES = 500  # LAMBADA passages, if a recipe names a file
 
-Cells = dict[float, Cut | str]  # of one scorer: sparsity -> the cut, or why it cannot be made
+Cells = dict[float, Cut | str]  # of one scorer: sparsity -> the cut, or the reason why it is impossible
 
 
 @dataclass(frozen=True)
 class Given:
-    """What stands in Python for what a recipe can only name, and the callback of rows.
+    """Python objects that replace what a recipe names, and a callback.
 
-    calibration: anything that `sspruner.calibration` takes, or its result, instead of the recipe's source. baseline: a
-    smaller dense model with the same vocabulary. passages: of LAMBADA (last_word.passages). on_row: called with what is
-    known after every row.
+    calibration   a source for `sspruner.calibration`, or a `Calibration`, instead of the recipe's source
+    baseline      a smaller dense model with the same vocabulary
+    passages      of LAMBADA (last_word.passages)
+    on_row        called with the comparison so far after every row
     """
 
     calibration: Source | None = None
@@ -75,27 +76,29 @@ def compare(
     progress: Progress | None = None,
     **short: Any,
 ) -> Comparison:
-    """Score with all scorers in one pass over the dense model, plan every cut of each, and measure them all, masked, on
-    the held-out text. The model is left as it was, and is in memory once.
+    """Score with all scorers in one pass over the dense model, plan all cuts, and measure them all as masks.
+
+    All cuts are measured on the same held-out text. The model is not changed, and is in memory once.
 
     Args:
         recipe: a `CompareRecipe`. Or scorers, with the fields of the recipe's parts as `short` arguments:
             `compare(model, ["ghost", "magnitude"], sparsities=(0.5,), axis="head")`. The metrics "ppl" and "kl" come
-            together; "lambada" needs passages; "recall" is of sequences that are made with the seed.
-        tokenizer: to read text.
+            together; "lambada" needs passages; the sequences of "recall" are drawn with the seed.
+        tokenizer: tokenizer that reads text.
         device: the compute device; CUDA if there is one, else the CPU.
-        cache: take scores that were made before (docs/calibration.md).
-        out: a folder for the recipe, each scorer's scores and finished row: a later call there takes the rows of which
-            nothing has changed since. The result's `save` writes its tables there.
+        cache: use cached scores (docs/calibration.md).
+        out: a folder for the recipe, each scorer's scores and finished row. A later call with this folder reuses the
+        rows
+            whose inputs have not changed. The result's `save` writes its tables there.
         progress: called with (phase, done, total).
-        short: also the fields of `Given` (`calibration`, `baseline`, `passages`, `on_row`), also with a recipe.
+        short: also the fields of `Given` (`calibration`, `baseline`, `passages`, `on_row`), with or without a recipe.
 
     Raises:
-        InputError: for bad arguments. A cut that a scorer cannot make is a cell with the reason.
+        InputError: for invalid arguments. A cut that a scorer cannot make is a cell with the reason.
 
-    Scorers that also change weights are compared by their selection alone.
+    Scorers that also change weights are compared by their selection only.
     """
-    recipe, given = _asked(recipe, short)
+    recipe, given = _parse_arguments(recipe, short)
     given, seed = _prepared(model, recipe, given, tokenizer), recipe.method.seed
     folder = None if out is None else check_results(out, MARKS)
     compute = resolve_device(device)
@@ -111,32 +114,32 @@ def compare(
     )  # fmt: skip
     graph = trace(model)
     plans = _planned(model, graph, scores, recipe)
-    asked = questions(model, list(data.held_out_batches()), recipe.cells.metrics, given.passages, seed)
+    inputs = inputs_for(model, list(data.held_out_batches()), recipe.cells.metrics, given.passages, seed)
     key = _key(model, graph, recipe, given, data, compute)
     with on_device(model, compute), quick_on_cpu(model, compute):
-        (dense,) = measure(model, [lambda: nullcontext(model)], asked)
-        found = _without_rows(recipe, data, scores, _cut(model, graph, None, summary(dense, dense, asked.seed)))
+        (dense,) = measure(model, [lambda: nullcontext(model)], inputs)
+        comparison = _without_rows(recipe, data, scores, _cut(model, graph, None, summary(dense, dense, inputs.seed)))
         if given.baseline is not None:
-            found = replace(found, baseline=_measured_baseline(model, given.baseline, asked, dense, compute))
+            comparison = replace(comparison, baseline=_measured_baseline(model, given.baseline, inputs, dense, compute))
         for label, row in plans.items():
-            file, row_key = _kept_row(folder, label, scores[label], key)
+            file, row_key = _row_file(folder, label, scores[label], key)
             cells = file and _read(file, row_key)
             if not cells:
-                named = partial(_named, progress, label) if progress else None
-                cells = _measured(model, graph, row, asked, dense, named)
+                labelled = partial(_labelled, progress, label) if progress else None
+                cells = _measured(model, graph, row, inputs, dense, labelled)
                 if file:
                     with atomic_file(file) as temporary:
                         temporary.write_text(strict_json.dumps({"key": row_key, "cells": row_to_json(cells)}))
-            found = replace(found, cells=found.cells | {label: cells})
+            comparison = replace(comparison, cells=comparison.cells | {label: cells})
             if given.on_row:
-                given.on_row(found)
-    return found
+                given.on_row(comparison)
+    return comparison
 
 
 def check_recipe(recipe: CompareRecipe, has_passages: bool = False) -> CompareRecipe:
-    """Return a recipe that names its scorers, after all checks that need no model.
+    """Check everything that needs no model, and return the recipe with its scorers named.
 
-    Raises InputError for a recipe that makes no sense.
+    Raises InputError for an invalid recipe.
     """
     cells, budget = recipe.cells, recipe.budget
     scorers = _default_scorers(recipe.axis) if cells.scorers is None else cells.scorers
@@ -154,8 +157,8 @@ def check_recipe(recipe: CompareRecipe, has_passages: bool = False) -> CompareRe
     return replace(recipe, cells=replace(cells, scorers=tuple(scorers)))
 
 
-def _asked(recipe: Any, short: dict[str, Any]) -> tuple[CompareRecipe, Given]:
-    """Return the recipe, or the one that scorers and short arguments make, and what is given beside it."""
+def _parse_arguments(recipe: Any, short: dict[str, Any]) -> tuple[CompareRecipe, Given]:
+    """Return the recipe, or one made from scorers and short arguments, and the objects given with it."""
     names = {f.name for f in fields(Given)}
     beside = {name: short.pop(name) for name in list(short) if name in names}
     given = Given(**{name: value for name, value in beside.items() if value is not None})
@@ -166,9 +169,9 @@ def _asked(recipe: Any, short: dict[str, Any]) -> tuple[CompareRecipe, Given]:
 
 
 def _default_scorers(axis: str) -> list[str]:
-    """Return ghost, where it scores this axis, and all installed scorers that need only weights."""
-    able = {name: cls for name, (cls, _) in sorted(installed_scorers().items()) if axis in cls.axes}
-    return [name for name, cls in able.items() if name == DEFAULT or cls.needs == "weights"] or [DEFAULT]
+    """Return ghost, if it scores this axis, and all installed scorers that need only weights."""
+    usable = {name: cls for name, (cls, _) in sorted(installed_scorers().items()) if axis in cls.axes}
+    return [name for name, cls in usable.items() if name == DEFAULT or cls.needs == "weights"] or [DEFAULT]
 
 
 def _prepared(model: nn.Module, recipe: CompareRecipe, given: Given, tokenizer: Any) -> Given:
@@ -199,9 +202,9 @@ def _prepare_folder(folder: Path, recipe: CompareRecipe) -> None:
 def _key(
     model: nn.Module, graph: SSMGraph, recipe: CompareRecipe, given: Given, data: Calibration, device: torch.device
 ) -> str | None:
-    """Return what a row has to be of, beside its scores: model, code, cuts, metrics and held-out text."""
-    decided = recipe.to_json()
-    of_cuts = {key: decided.get(key) for key in ("remove", "budget")}
+    """Return the cache key of a row, without its scores: model, code, cuts, metrics and held-out text."""
+    settings = recipe.to_json()
+    of_cuts = {key: settings.get(key) for key in ("remove", "budget")}
     of_metrics = {
         "metrics": sorted(recipe.cells.metrics),
         "passages": [asdict(passage) for passage in given.passages],
@@ -232,69 +235,71 @@ def _without_rows(recipe: CompareRecipe, data: Calibration, scores: Mapping[str,
     )
 
 
-def _measured_baseline(model: nn.Module, baseline: nn.Module, asked: Asked, dense: Values, device: torch.device) -> Cut:
+def _measured_baseline(
+    model: nn.Module, baseline: nn.Module, inputs: Inputs, dense: Values, device: torch.device
+) -> Cut:
     """Measure a smaller dense model on the same tokens, against the model."""
     with on_device(baseline, device), quick_on_cpu(baseline, device):
-        (values,) = measure(model, [lambda: nullcontext(baseline)], asked)
-    return _cut(baseline, trace(baseline), None, summary(values, dense, asked.seed))
+        (values,) = measure(model, [lambda: nullcontext(baseline)], inputs)
+    return _cut(baseline, trace(baseline), None, summary(values, dense, inputs.seed))
 
 
 def _planned(
     model: nn.Module, graph: SSMGraph, scores: Mapping[str, Scores], recipe: CompareRecipe
 ) -> dict[str, dict[float, Plan | str]]:
-    """Every scorer's plan for every fraction, or why there is none. Raises InputError if there is none at all."""
+    """Return every scorer's plan for every fraction, or the reason for none. Raises InputError if there is no plan."""
     budget = {f.name: getattr(recipe.budget, f.name) for f in fields(recipe.budget)}
     plans: dict[str, dict[float, Plan | str]] = {label: {} for label in scores}
     for label, scored in scores.items():
         for sparsity in map(float, recipe.cells.sparsities):
             try:
-                made = plan(graph, scored, sparsity=sparsity, ignore=recipe.remove.ignore, **budget)
-                check_plan(made, graph, model=model)
-                plans[label][sparsity] = made
+                cut = plan(graph, scored, sparsity=sparsity, ignore=recipe.remove.ignore, **budget)
+                check_plan(cut, graph, model=model)
+                plans[label][sparsity] = cut
             except (InputError, PlanError) as error:  # PlanError: whole modules that have to stay
                 plans[label][sparsity] = str(error)
-    found = [made for row in plans.values() for made in row.values()]
-    if all(isinstance(made, str) for made in found):
-        raise InputError(str(found[0]))
+    cuts = [cut for row in plans.values() for cut in row.values()]
+    if all(isinstance(cut, str) for cut in cuts):
+        raise InputError(str(cuts[0]))
     return plans
 
 
-def _kept_row(folder: Path | None, label: str, scores: Scores, key: str | None) -> tuple[Path | None, str]:
-    """The file of a finished row, None where there can be none, and what it has to be of. Its scores are written."""
+def _row_file(folder: Path | None, label: str, scores: Scores, key: str | None) -> tuple[Path | None, str]:
+    """Write a scorer's scores, and return the file of its row (None without a key) and the row's key."""
     if folder is None:
         return None, ""
     name = quote(label, safe="")
     scores.save(folder / "scores" / f"{name}.safetensors")
-    own = hashlib.sha256(f"{key} {_digest(scores)}".encode()).hexdigest()
-    return (folder / ROWS / f"{name}.json" if key else None), own
+    row_key = hashlib.sha256(f"{key} {_digest(scores)}".encode()).hexdigest()
+    return (folder / ROWS / f"{name}.json" if key else None), row_key
 
 
 def _measured(
-    model: nn.Module, graph: SSMGraph, row: dict[float, Plan | str], asked: Asked, dense: Values,
+    model: nn.Module, graph: SSMGraph, row: dict[float, Plan | str], inputs: Inputs, dense: Values,
     progress: Progress | None,
 ) -> Cells:  # fmt: skip
-    """One scorer's cuts, measured together; what could not be planned stays the reason."""
-    plans = {sparsity: made for sparsity, made in row.items() if isinstance(made, Plan)}
-    values = measure(model, [partial(masked, model, made, graph) for made in plans.values()], asked, progress)
+    """Measure one scorer's cuts together; an impossible cut stays the reason."""
+    plans = {sparsity: cut for sparsity, cut in row.items() if isinstance(cut, Plan)}
+    values = measure(model, [partial(masked, model, cut, graph) for cut in plans.values()], inputs, progress)
     cuts = {
-        sparsity: _cut(model, graph, made, summary(own, dense, asked.seed))
-        for (sparsity, made), own in zip(plans.items(), values, strict=True)
+        sparsity: _cut(model, graph, cut, summary(measured, dense, inputs.seed))
+        for (sparsity, cut), measured in zip(plans.items(), values, strict=True)
     }
-    return {sparsity: cuts.get(sparsity, str(made)) for sparsity, made in row.items()}
+    return {sparsity: cuts.get(sparsity, str(cut)) for sparsity, cut in row.items()}
 
 
-def _cut(model: nn.Module, graph: SSMGraph, made: Plan | None, measures: dict[str, Interval]) -> Cut:
-    size = sizes(model, graph, made)
-    kept = {name: reduction.after for name, reduction in made.groups.items()} if made else {}
+def _cut(model: nn.Module, graph: SSMGraph, cut: Plan | None, measures: dict[str, Interval]) -> Cut:
+    size = sizes(model, graph, cut)
+    kept = {name: reduction.after for name, reduction in cut.groups.items()} if cut else {}
     return Cut(measures, size.state_bytes, size.parameters, kept)
 
 
 def _check_baseline(model: nn.Module, baseline: nn.Module | None) -> None:
     if baseline is not None:
-        wanted, has = (embedding(m).num_embeddings for m in (model, baseline))
-        if wanted != has:
-            raise InputError(f"baseline: has {has:,} tokens in its vocabulary and the model {wanted:,}; a baseline "
-                             "reads the same tokens")  # fmt: skip
+        expected, actual = (embedding(m).num_embeddings for m in (model, baseline))
+        if expected != actual:
+            raise InputError(f"baseline: has {actual:,} tokens in its vocabulary and the model {expected:,}; a "
+                             "baseline reads the same tokens")  # fmt: skip
 
 
 def _digest(scores: Scores) -> str:
@@ -307,7 +312,7 @@ def _digest(scores: Scores) -> str:
 
 
 def _read(file: Path, key: str) -> Cells | None:
-    """A finished row, if it is of the same model, scores, text and arguments. What cannot be read is made again."""
+    """Read a finished row with the same key; None if there is none, or if it cannot be read."""
     try:
         data = strict_json.loads(file.read_text(encoding="utf-8"))
         return row_from_json(data["cells"]) if data["key"] == key else None
@@ -315,5 +320,5 @@ def _read(file: Path, key: str) -> Cells | None:
         return None
 
 
-def _named(progress: Progress, label: str, phase: str, done: int, total: int) -> None:
+def _labelled(progress: Progress, label: str, phase: str, done: int, total: int) -> None:
     progress(f"{phase} {label}", done, total)

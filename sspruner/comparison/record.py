@@ -1,4 +1,4 @@
-"""What a comparison found: cuts by scorer and size, as JSON, as Markdown, and as CSV with one line for each number."""
+"""Record of a comparison: cuts by scorer and size, as JSON, as Markdown, and as CSV with one line per number."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.yaml import from_data
 from sspruner.units import as_bytes
 
-SAME_STATE = 0.05  # a smaller dense model stands beside cuts whose state bytes differ from its own by less than this
+SAME_STATE = 0.05  # show the smaller dense model next to cuts whose state bytes differ from its own by less than this
 
-# What a table shows: its title, a measure, what stands behind that in brackets, the digits of both.
-NAMED = {"state_bytes", "parameters", "kept", "model"}  # keys of a cut that are no measures
+# Tables: title, measure, second measure in brackets, digits of both.
+NAMED = {"state_bytes", "parameters", "kept", "model"}  # keys of a cut that are not measures
 TABLES = (
     ("perplexity (KL to dense, nats/token)", "perplexity", "kl_to_dense", 3, 4),
     ("LAMBADA, nats per last word (accuracy)", "lambada_nll", "lambada_accuracy", 3, 3),
@@ -32,7 +32,7 @@ TABLES = (
 
 @dataclass(frozen=True)
 class Cut:
-    """A model as a cut leaves it, or as it is, and what was measured of it.
+    """The sizes of a cut or dense model, and its measures.
 
     measures: name -> value and ends of the 95 % interval: `perplexity`; against the dense model, on the same tokens,
     `perplexity_ratio`, `kl_to_dense` and `top1_agreement`; `lambada_accuracy`, `lambada_nll`, `recall_accuracy` and
@@ -47,7 +47,9 @@ class Cut:
     model: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Flat: `perplexity` is a number, with `perplexity_interval` beside it, any other measure value, low, high."""
+        """Return a flat dict: `perplexity` is a number, with `perplexity_interval`; other measures are [value, low,
+        high].
+        """
         data: dict[str, Any] = {name: interval.to_json() for name, interval in self.measures.items()}
         if "perplexity" in data:
             data |= {"perplexity": data["perplexity"][0], "perplexity_interval": data["perplexity"]}
@@ -56,7 +58,7 @@ class Cut:
 
     @classmethod
     def from_json(cls, data: Any) -> Cut:
-        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
+        """Parse a cut. Raises KeyError, TypeError or ValueError for anything that `to_json` does not write."""
         fields = table(data)
         measures = {name: value for name, value in fields.items() if name not in NAMED}
         if "perplexity_interval" in measures:
@@ -72,9 +74,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What each scorer's cuts cost. cells: scorer -> sparsity -> the cut, or why it cannot be made.
+    """The damage of each scorer's cuts. cells: scorer -> sparsity -> the cut, or the reason why it is impossible.
 
-    All scores are one-shot: of the dense model. from_cache: scorers whose scores were made in an earlier run.
+    All scores are one-shot, on the dense model. from_cache: scorers whose scores are from the cache.
     baseline: a smaller dense model, measured on the same tokens.
     """
 
@@ -92,12 +94,12 @@ class Comparison:
     recipe: CompareRecipe | None = None
 
     def named(self, model: str, command: str, baseline: str | None = None) -> Comparison:
-        """The same comparison; it says how the models were called and the command that ran."""
+        """Return the same comparison with the names of the models and the command that ran."""
         small = replace(self.baseline, model=baseline or "") if self.baseline else None
         return replace(self, model=model, command=command, baseline=small)
 
     def to_json(self) -> str:
-        """The content of compare.json; a cell is a cut, or has `error`."""
+        """Return the content of compare.json; a cell is a cut, or has `error`."""
         data = {
             "version": 1,
             "model": self.model,
@@ -117,9 +119,9 @@ class Comparison:
 
     @classmethod
     def from_json(cls, data: Any) -> Comparison:
-        """Inverse of `to_json`, from its text or what `strict_json.loads` makes of it; other keys are passed over.
+        """Parse a comparison, from its text or from the parsed JSON; unknown keys are ignored.
 
-        Raises KeyError, TypeError or ValueError for what that did not write.
+        Raises KeyError, TypeError or ValueError for anything that `to_json` does not write.
         """
         fields = versioned(strict_json.loads(data) if isinstance(data, str) else data)
         calibration = table(fields["calibration"])
@@ -145,7 +147,7 @@ class Comparison:
         return strict_json.load("comparison", Path(folder) / "compare.json", cls.from_json)
 
     def to_markdown(self) -> str:
-        """The tables that `sspruner compare` prints, as Markdown."""
+        """Return the tables that `sspruner compare` prints, as Markdown."""
         parts = []
         for title, head, rows in self.tables():
             lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
@@ -154,7 +156,9 @@ class Comparison:
         return "\n\n".join([*parts, "\n".join(f"- {line}" for line in self.notes())]) + "\n"
 
     def to_csv(self) -> str:
-        """One line for each measure of each cut, with its 95 % interval; the dense model's have no scorer."""
+        """Return CSV with one line for each measure of each cut, with its 95 % interval; the dense model has no
+        scorer.
+        """
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(["scorer", "sparsity", "state_bytes", "parameters", "measure", "value", "low", "high"])
@@ -176,7 +180,7 @@ class Comparison:
                 temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
 
     def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        """(title, header, rows) for every measure that was taken: a row for each scorer, a column for each cut."""
+        """Yield (title, header, rows) for every measure taken: a row for each scorer, a column for each cut."""
         head = ["scorer", *(f"{100 * sparsity:g} %" for sparsity in self.sparsities)]
         for title, measure, beside, *digits in TABLES:
             if measure not in self.dense.measures:
@@ -186,18 +190,18 @@ class Comparison:
                 for label, row in self.cells.items()
             ]
             if self.baseline:
-                own = _shown(self.baseline, measure, beside, digits)
-                beside_cuts = (own if self._has_state_of_baseline(s) else "" for s in self.sparsities)
+                baseline = _shown(self.baseline, measure, beside, digits)
+                beside_cuts = (baseline if self._has_state_of_baseline(s) else "" for s in self.sparsities)
                 rows.append([f"smaller dense: {self.baseline.model}", *beside_cuts])
             yield f"{title}; dense {_shown(self.dense, measure, beside, digits)}", head, rows
 
     def _has_state_of_baseline(self, sparsity: float) -> bool:
-        wanted = self.baseline.state_bytes if self.baseline else 0
+        target = self.baseline.state_bytes if self.baseline else 0
         cuts = [row[sparsity] for row in self.cells.values()]
-        return any(isinstance(cut, Cut) and abs(cut.state_bytes - wanted) < SAME_STATE * wanted for cut in cuts)
+        return any(isinstance(cut, Cut) and abs(cut.state_bytes - target) < SAME_STATE * target for cut in cuts)
 
     def notes(self) -> list[str]:
-        """What could not be cut and why, and how it was measured."""
+        """Return the reasons of impossible cuts, and how everything was measured."""
         cells = [(label, cut) for label, row in self.cells.items() for cut in row.values()]
         reasons = [f"– {label}: {cut}" for label, cut in cells if isinstance(cut, str)]
         data = self.calibration
@@ -224,7 +228,7 @@ def row_to_json(row: dict[float, Cut | str]) -> dict[str, Any]:
 
 
 def row_from_json(data: Any) -> dict[float, Cut | str]:
-    """Inverse of `row_to_json`."""
+    """Parse one scorer's cuts."""
     return {
         float(sparsity): text(cut["error"]) if "error" in table(cut) else Cut.from_json(cut)
         for sparsity, cut in table(data).items()

@@ -1,1 +1,1 @@
-"""Measure what a model can do, and what a cut costs."""
+"""Evaluation: measure a model's quality, and the damage of a cut."""

@@ -1,4 +1,4 @@
-"""A short greedy continuation, so that a person can see whether the model still speaks."""
+"""Generate a short greedy continuation, so that a person can judge the model's text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @torch.no_grad()
 def continuation(model: Any, tokenizer: Any, prompt: torch.Tensor, new_tokens: int = 40) -> str:
-    """The text that the model adds to `prompt`, int64 (T,), greedily and without a repetition penalty."""
+    """Return the text that the model adds to `prompt`, int64 (T,), greedily and without a repetition penalty."""
     ids = prompt[None].to(next(model.parameters()).device)
     pad = model.generation_config.pad_token_id
     out = model.generate(

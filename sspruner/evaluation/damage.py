@@ -1,4 +1,4 @@
-"""What a cut costs on held-out text: perplexity of the dense and of the pruned model, and KL between them."""
+"""Damage of a cut on held-out text: perplexity of the dense and of the pruned model, and KL between them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sspruner.surgery.mask import masked
 class Damage:
     """Perplexity of both models, mean KL(dense || pruned) in nats per token, and the number of predicted tokens.
 
-    Protocol: each window is scored alone; its first token is context only; padding is neither context nor counted.
+    Protocol: each window is scored separately; its first token is context only; padding is neither context nor counted.
     """
 
     dense_perplexity: float
@@ -38,7 +38,7 @@ def damage(
     graph: SSMGraph,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
 ) -> Damage:
-    """Compare a dense model with itself under the mask of `plan`, batch by batch; the model is left as it was.
+    """Compare a dense model with itself under the mask of `plan`, batch by batch. The model is not changed.
 
     A mask equals its slice (surgery.proof asserts it), so one copy of the model serves for both.
     batches: (tokens int64 (b, T), mask bool (b, T)).
@@ -54,7 +54,7 @@ def damages(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     progress: Progress | None = None,
 ) -> list[Damage]:
-    """The same for several plans; the dense model runs once on each batch."""
+    """Return the damage of several plans; the dense model runs once on each batch."""
     windows = [alone(tokens, mask) for tokens, mask in batches]
     run = logits_of(model)
 
@@ -70,14 +70,14 @@ def damages(
 
 
 def damages_of(batches: Iterable[Windows], dense: Logits, pruned: Sequence[Logits]) -> list[Damage]:
-    """The damage of each pruned version of a dense model, both given as what they say of a batch."""
-    found = list(losses_by_batch(batches, pruned, dense))
-    own = [part for part, _ in found if part is not None]
-    return [_damage(own, [versions[i] for _, versions in found]) for i in range(len(pruned))]
+    """Return the damage of each pruned version of a dense model, all given as functions from a batch to logits."""
+    losses = list(losses_by_batch(batches, pruned, dense))
+    dense_sums = [part for part, _ in losses if part is not None]
+    return [_damage(dense_sums, [versions[i] for _, versions in losses]) for i in range(len(pruned))]
 
 
 def _damage(dense: Sequence[Sums], pruned: Sequence[Sums]) -> Damage:
-    """From the sums of every batch: of the dense model, and of the pruned one against it."""
+    """Return the damage from the sums of every batch, of the dense model and of the pruned one against it."""
     count = sum(int(part.tokens.sum()) for part in dense)
     nlls = [sum(float(part.nll.sum()) for part in parts) for parts in (dense, pruned)]
     kl = sum(float(part.kl.sum()) for part in pruned if part.kl is not None)
@@ -87,22 +87,22 @@ def _damage(dense: Sequence[Sums], pruned: Sequence[Sums]) -> Damage:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean negative log-likelihood of a model, nats per predicted token, by the same protocol.
+    """Return the mean negative log-likelihood of a model, nats per predicted token, by the same protocol.
 
-    Several processes give their own batches each, and get the mean of all, the same to the bit.
+    With several processes, each passes its own batches, and all get the same mean over all batches, bit for bit.
     """
     total, count = 0.0, 0
     windows = [alone(tokens, mask) for tokens, mask in batches]
-    for batch, (_, (own,)) in zip(windows, losses_by_batch(windows, [logits_of(model)]), strict=True):
-        assert own.each is not None
-        total += float(own.each[batch.counted.cpu()].sum())
+    for batch, (_, (batch_sums,)) in zip(windows, losses_by_batch(windows, [logits_of(model)]), strict=True):
+        assert batch_sums.each is not None
+        total += float(batch_sums.each[batch.counted.cpu()].sum())
         count += int(batch.counted.sum())
     every = gathered((total, count))
     return sum(nll for nll, _ in every) / max(sum(tokens for _, tokens in every), 1)
 
 
 def log_probabilities(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """fp32 log-probabilities of each next token: (b, T-1, vocabulary)."""
+    """Return fp32 log-probabilities of each next token: (b, T-1, vocabulary)."""
     out = forward(model, tokens, mask, use_cache=False)
     return torch.log_softmax(out.logits[:, :-1].float(), -1)
 

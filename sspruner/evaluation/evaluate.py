@@ -1,4 +1,4 @@
-"""Evaluate: what a model can do, with intervals, alone or beside another on the same tokens and items."""
+"""Evaluate: measure a model with confidence intervals, alone or against another on the same tokens and items."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sspruner.recipes.common import recipe_or_short
 from sspruner.recipes.measure import EvaluateOptions, Measures, TextWindows
 
 METRICS = ("perplexity", "position", "length", "recall", "passkey")
-SHORTEST = 128  # tokens: the first length, and the end of the first bucket of positions
+SHORTEST = 128  # tokens: the shortest length, and the end of the first range of positions
 RECALL_SEQUENCES = 64
 PASSKEY_SHORTEST = 256
 
@@ -48,19 +48,19 @@ def evaluate(
     progress: Progress | None = None,
     **short: Any,
 ) -> Evaluation:
-    """Measure a model, and beside it `against`, a model of the same vocabulary. Both are left as they were.
+    """Measure a model, optionally together with `against`, a model with the same vocabulary. Neither is changed.
 
     Args:
-        tokenizer: to read text, and for passkeys and tasks.
+        tokenizer: tokenizer that reads text; also needed for passkeys and tasks.
         options: `EvaluateOptions`; or its fields as `short` arguments: `evaluate(model, tokenizer, text="t.txt",
-            tokens=4096)`. `text` may also be tokens, int64 (texts, T); of all texts the first `tokens` tokens are
-            measured. `limit` passages of LAMBADA are drawn with the seed. Default metrics: all that can be measured.
-        against: the model to compare with, usually the dense one; "self" text is sampled from it.
+            tokens=4096)`. `text` may also be tokens, int64 (texts, T); the first `tokens` tokens in all are measured.
+            `limit` LAMBADA passages are drawn with the seed. Default metrics: all that can be measured.
+        against: the model to compare with, usually the dense one. With text "self", the text is sampled from it.
         device: the compute device; CUDA if there is one, else the CPU.
         progress: called with (phase, done, total).
 
     Raises:
-        InputError: for arguments that make no sense, and for texts that are too short.
+        InputError: for invalid arguments, and for texts that are too short.
     """
     options = recipe_or_short(EvaluateOptions, options, short)
     measures, text, seed = options.measures, options.windows, options.measures.seed
@@ -69,8 +69,8 @@ def evaluate(
     _check(model, against, tokenizer, measures)
     both: Both = (model, against)
     lambada = measures.lambada
-    asked = [] if lambada is None else passages(tokenizer, read_passages(str(lambada)), measures.limit, seed)
-    hidden = _passkeys(tokenizer, chosen, text.max_length, seed, measures.metrics is not None, notes)
+    lambada_passages = [] if lambada is None else passages(tokenizer, read_passages(str(lambada)), measures.limit, seed)
+    passkey_passages = _passkeys(tokenizer, chosen, text.max_length, seed, measures.metrics is not None, notes)
     compute = resolve_device(device)
     rows: list[Row] = []
     by_position: dict[str, Row] = {}
@@ -89,23 +89,23 @@ def evaluate(
                 positions, lengths = _by_length(both, texts, text.max_length, "length" in chosen, seed, progress)
                 by_position = positions if "position" in chosen else {}
                 by_length = lengths if "length" in chosen else {}
-        if asked:
-            rows += _passages(both, "lambada", asked, seed, progress)
+        if lambada_passages:
+            rows += _passages(both, "lambada", lambada_passages, seed, progress)
         if "recall" in chosen:
             queries = tasks_for(model, RECALL_SEQUENCES, seed)
             pairs = queries.shape[1] // 4
             rows += _recall(both, queries, seed, progress)
-        if hidden:
-            rows += _passages(both, "passkey", hidden, seed, progress)
+        if passkey_passages:
+            rows += _passages(both, "passkey", passkey_passages, seed, progress)
         if measures.tasks:
             rows += _tasks(both, tokenizer, measures, progress)
-    protocol = _protocol(both, options, pairs, len(hidden), compute)
-    named = None if against is None else ""
-    return Evaluation("", named, protocol, tuple(rows), by_position, by_length, tuple(notes))
+    protocol = _protocol(both, options, pairs, len(passkey_passages), compute)
+    against_name = None if against is None else ""
+    return Evaluation("", against_name, protocol, tuple(rows), by_position, by_length, tuple(notes))
 
 
 def _protocol(both: Both, options: EvaluateOptions, pairs: int, passkeys: int, device: torch.device) -> dict[str, Any]:
-    """Say how everything was measured. pairs: in a sequence of recall; passkeys: how many passages."""
+    """Return the protocol of all measurements. pairs: in a sequence of recall; passkeys: number of passages."""
     model, against = both
     measures, text = options.measures, options.windows
     return {
@@ -128,50 +128,52 @@ def _protocol(both: Both, options: EvaluateOptions, pairs: int, passkeys: int, d
     }
 
 
-Made = Callable[[Any], Interval]
+MakeInterval = Callable[[Any], Interval]
 
 
 def _row(
-    metric: str, own: Any, theirs: Any, make: Made, change: Callable[[Any], Interval], *,
+    metric: str, values: Any, against: Any, make: MakeInterval, change: Callable[[Any], Interval], *,
     items: int, kind: str = "difference",
 ) -> Row:  # fmt: skip
-    """A row from a model's items and the other model's (None without)."""
-    if theirs is None:
-        return Row(metric, make(own), None, None, kind, items)
-    return Row(metric, make(own), make(theirs), change(theirs), kind, items)
+    """Return a row from a model's items and the other model's (None without one)."""
+    if against is None:
+        return Row(metric, make(values), None, None, kind, items)
+    return Row(metric, make(values), make(against), change(against), kind, items)
 
 
 def _perplexities(
-    metric: str, own: torch.Tensor, theirs: torch.Tensor | None, count: torch.Tensor, seed: int, items: int
+    metric: str, values: torch.Tensor, against: torch.Tensor | None, count: torch.Tensor, seed: int, items: int
 ) -> Row:
-    """A row of perplexities from nll and counts of each window."""
-    return _row(metric, own, theirs, lambda nll: paired.perplexity(nll, count, seed),
-                lambda other: paired.perplexity_ratio(own, other, count, seed), items=items, kind="ratio")  # fmt: skip
+    """Return a row of perplexities from the nll and the token count of each window."""
+    return _row(metric, values, against, lambda nll: paired.perplexity(nll, count, seed),
+                lambda base: paired.perplexity_ratio(values, base, count, seed), items=items, kind="ratio")  # fmt: skip
 
 
-def _means(metric: str, own: torch.Tensor, theirs: torch.Tensor | None, seed: int, make: Made | None = None) -> Row:
-    """A row of means over items; make: another interval than the bootstrap's."""
-    return _row(metric, own, theirs, make or partial(paired.mean, seed=seed),
-                lambda other: paired.difference(own, other, seed), items=len(own))  # fmt: skip
+def _means(
+    metric: str, values: torch.Tensor, against: torch.Tensor | None, seed: int, make: MakeInterval | None = None
+) -> Row:
+    """Return a row of means over items. make: computes the interval; default: bootstrap."""
+    return _row(metric, values, against, make or partial(paired.mean, seed=seed),
+                lambda other: paired.difference(values, other, seed), items=len(values))  # fmt: skip
 
 
 def _perplexity(
     both: Both, texts: list[torch.Tensor], window: int, stride: int, seed: int, progress: Progress | None
 ) -> list[Row]:
     model, against = both
-    own, theirs = measure(model, windows(texts, window, stride), _batch(window), against, progress)
-    n = len(own.nll)
-    rows = [_perplexities("perplexity", own.nll, None if theirs is None else theirs.nll, own.tokens, seed, n)]
-    for metric, part in (("kl_to_dense", own.kl), ("top1_agreement", own.agreement)):
+    ours, theirs = measure(model, windows(texts, window, stride), _batch(window), against, progress)
+    n = len(ours.nll)
+    rows = [_perplexities("perplexity", ours.nll, None if theirs is None else theirs.nll, ours.tokens, seed, n)]
+    for metric, part in (("kl_to_dense", ours.kl), ("top1_agreement", ours.agreement)):
         if part is not None:
-            rows.append(Row(metric, paired.rate(part, own.tokens, seed), None, None, "difference", n))
+            rows.append(Row(metric, paired.rate(part, ours.tokens, seed), None, None, "difference", n))
     return rows
 
 
 def _by_length(
     both: Both, texts: list[torch.Tensor], longest: int, shorter: bool, seed: int, progress: Progress | None
 ) -> tuple[dict[str, Row], dict[str, Row]]:
-    """Perplexity by position in windows of the greatest length, and by length; windows lie end to end."""
+    """Measure perplexity by position in windows of the greatest length, and by length; windows lie end to end."""
     model, against = both
     edges = _lengths(SHORTEST, min(longest, max(len(text) for text in texts) - 1))
     positions: dict[str, Row] = {}
@@ -179,35 +181,38 @@ def _by_length(
     for length in edges if shorter else edges[-1:]:
         data = windows(texts, length)
         phase = f"windows of {length}"
-        own = losses(model, data, _batch(length), progress, phase)
+        ours = losses(model, data, _batch(length), progress, phase)
         theirs = None if against is None else losses(against, data, _batch(length), progress, phase)
-        lengths[str(length)] = _bucket(own, theirs, data.counted, seed)
+        lengths[str(length)] = _bucket(ours, theirs, data.counted, seed)
     for first, last in zip([0, *edges], edges, strict=False):
         here = slice(first, last)
         positions[f"{first}-{last - 1}"] = _bucket(
-            own[:, here], None if theirs is None else theirs[:, here], data.counted[:, here], seed
+            ours[:, here], None if theirs is None else theirs[:, here], data.counted[:, here], seed
         )
     return positions, lengths
 
 
-def _bucket(own: torch.Tensor, theirs: torch.Tensor | None, counted: torch.Tensor, seed: int) -> Row:
-    """A row from the nll of tokens, (windows, T). Windows that end before a bucket have no token in it."""
+def _bucket(nll: torch.Tensor, against: torch.Tensor | None, counted: torch.Tensor, seed: int) -> Row:
+    """Return a row from the nll of tokens, (windows, T).
+
+    Windows that end before this range of positions have no tokens.
+    """
     count = counted.sum(1)
     return _perplexities(
-        "perplexity", own.sum(1), None if theirs is None else theirs.sum(1), count, seed, int((count > 0).sum())
+        "perplexity", nll.sum(1), None if against is None else against.sum(1), count, seed, int((count > 0).sum())
     )
 
 
-def _passages(both: Both, name: str, asked: list[Passage], seed: int, progress: Progress | None) -> list[Row]:
-    """Accuracy, nll and, of LAMBADA, perplexity of the last words of passages."""
+def _passages(both: Both, name: str, items: list[Passage], seed: int, progress: Progress | None) -> list[Row]:
+    """Measure accuracy, nll and, for LAMBADA, perplexity of the last words of passages."""
     model, against = both
-    size = _batch(max(len(passage.context) + len(passage.word) for passage in asked))
+    size = _batch(max(len(passage.context) + len(passage.word) for passage in items))
     if progress:
         progress(name, 0, 2)
-    nll, hits = last_words(model, asked, size)
+    nll, hits = last_words(model, items, size)
     if progress:
         progress(name, 1, 2)
-    their_nll, their_hits = (None, None) if against is None else last_words(against, asked, size)
+    their_nll, their_hits = (None, None) if against is None else last_words(against, items, size)
     rows = [
         _means(f"{name}_accuracy", hits, their_hits, seed, paired.share),
         _means(f"{name}_nll", nll, their_nll, seed),
@@ -220,16 +225,16 @@ def _passages(both: Both, name: str, asked: list[Passage], seed: int, progress: 
 def _recall(both: Both, tokens: torch.Tensor, seed: int, progress: Progress | None) -> list[Row]:
     if progress:
         progress("recall", 0, 1)
-    own, theirs = (None if each is None else recall(each, tokens, _batch(tokens.shape[1])) for each in both)
-    assert own is not None
+    ours, theirs = (None if each is None else recall(each, tokens, _batch(tokens.shape[1])) for each in both)
+    assert ours is not None
     accuracy, nll = (None, None) if theirs is None else theirs
-    return [_means("recall_accuracy", own[0], accuracy, seed), _means("recall_nll", own[1], nll, seed)]
+    return [_means("recall_accuracy", ours[0], accuracy, seed), _means("recall_nll", ours[1], nll, seed)]
 
 
 def _passkeys(
     tokenizer: Any, chosen: Sequence[str], max_length: int, seed: int, named: bool, notes: list[str]
 ) -> list[Passage]:
-    """The passages to ask about; where there can be none: an error if they were asked for by name, else a note."""
+    """Return the passkey passages. If there can be none: raise if the user named the metric, else add a note."""
     if "passkey" not in chosen:
         return []
     try:
@@ -244,36 +249,38 @@ def _passkeys(
 
 
 def _tasks(both: Both, tokenizer: Any, measures: Measures, progress: Progress | None) -> list[Row]:
-    found: list[list[TaskMetric] | None] = []
+    results: list[list[TaskMetric] | None] = []
     how: dict[str, Any] = {"limit": measures.limit, "include_path": measures.include_path}
     for each in both:
         if progress:
-            progress("lm-eval", len(found), 2)
-        found.append(None if each is None else run_tasks(each, tokenizer, measures.tasks, **how))
-    own, theirs = found
-    assert own is not None
-    return [_task_row(m, None if theirs is None else theirs[i], measures.seed) for i, m in enumerate(own)]
+            progress("lm-eval", len(results), 2)
+        results.append(None if each is None else run_tasks(each, tokenizer, measures.tasks, **how))
+    ours, theirs = results
+    assert ours is not None
+    return [_task_row(m, None if theirs is None else theirs[i], measures.seed) for i, m in enumerate(ours)]
 
 
-def _task_row(own: TaskMetric, theirs: TaskMetric | None, seed: int) -> Row:
-    if own.part is None or own.count is None or (theirs is not None and theirs.part is None):
-        return Row(own.name, _normal(own), None if theirs is None else _normal(theirs), None, "difference", own.items)
+def _task_row(ours: TaskMetric, theirs: TaskMetric | None, seed: int) -> Row:
+    if ours.part is None or ours.count is None or (theirs is not None and theirs.part is None):
+        return Row(
+            ours.name, _normal(ours), None if theirs is None else _normal(theirs), None, "difference", ours.items
+        )
     other = None if theirs is None else theirs.part
-    if own.is_perplexity:
-        return _perplexities(own.name, own.part, other, own.count, seed, own.items)
-    part, count = own.part, own.count
-    return _row(own.name, part, other, lambda each: paired.rate(each, count, seed),
-                lambda their: paired.rate(part - their, count, seed), items=own.items)  # fmt: skip
+    if ours.is_perplexity:
+        return _perplexities(ours.name, ours.part, other, ours.count, seed, ours.items)
+    part, count = ours.part, ours.count
+    return _row(ours.name, part, other, lambda each: paired.rate(each, count, seed),
+                lambda their: paired.rate(part - their, count, seed), items=ours.items)  # fmt: skip
 
 
 def _normal(metric: TaskMetric) -> Interval:
-    """From lm-eval's own standard error; without one the interval is unknown."""
+    """Return an interval from lm-eval's standard error; unknown (NaN) without one."""
     half = paired.WILSON_Z * metric.stderr
     return Interval(metric.value, metric.value - half, metric.value + half)
 
 
 def _texts(text: TextWindows, both: Both, tokenizer: Any, seed: int, progress: Progress | None) -> list[torch.Tensor]:
-    """Texts as tokens, int64 (T,) each, `text.tokens` of them in all."""
+    """Return texts as tokens, int64 (T,) each, `text.tokens` tokens in all."""
     model, against = both
     source, tokens, length = text.text, text.tokens, text.max_length
     if isinstance(source, torch.Tensor):
@@ -284,29 +291,29 @@ def _texts(text: TextWindows, both: Both, tokenizer: Any, seed: int, progress: P
         report = None if progress is None else lambda _, done, total: progress("sampling text", done, total)
         count = max(1, tokens // length)
         texts = list(sample_from(against or model, count, length + 1, seed=seed, progress=report))
-        tokens = count * (length + 1)  # with the first token of each, which is not measured
+        tokens = count * (length + 1)  # the first token of each is not measured
     else:
         if tokenizer is None:
             raise InputError(f"text {source}: needs a tokenizer, and this model has none; give tokens or 'self'")
         texts = [torch.tensor(tokenizer(read_text(str(source), "text"), add_special_tokens=False)["input_ids"])]
-    taken = []
+    kept = []
     for ids in texts:
         ids = ids[: max(0, tokens)]
         tokens -= len(ids)
         if len(ids) > 1:
-            taken.append(ids)
-    if not taken:
+            kept.append(ids)
+    if not kept:
         raise InputError(f"text {source if isinstance(source, (str, Path)) else 'tokens'}: shorter than two tokens")
-    low, high = (int(getattr(torch.cat(taken), end)()) for end in ("min", "max"))
+    low, high = (int(getattr(torch.cat(kept), end)()) for end in ("min", "max"))
     vocabulary = embedding(model).num_embeddings
     if low < 0 or high >= vocabulary:
         raise InputError(f"text: token id {high if low >= 0 else low} outside the vocabulary (0 to {vocabulary - 1}); "
                          "is this the model's own tokenizer?")  # fmt: skip
-    return taken
+    return kept
 
 
 def _lengths(first: int, last: int) -> list[int]:
-    """first, twice that, and so on, and last."""
+    """Return first, its doubles below last, and last."""
     return [*(first * 2**i for i in range(64) if first * 2**i < last), last]
 
 
@@ -314,20 +321,20 @@ def _batch(length: int) -> int:
     return micro_batch_size(length, logits=True)
 
 
-def _check(model: nn.Module, against: nn.Module | None, tokenizer: Any, asked: Measures) -> None:
-    """Raise InputError for arguments that make no sense: before any work."""
-    metrics = METRICS if asked.metrics is None else asked.metrics
+def _check(model: nn.Module, against: nn.Module | None, tokenizer: Any, measures: Measures) -> None:
+    """Raise InputError for invalid arguments, before any work."""
+    metrics = METRICS if measures.metrics is None else measures.metrics
     if wrong := [name for name in metrics if name not in METRICS]:
         raise InputError(f"metric {wrong[0]!r}: must be one of {', '.join(METRICS)}")
-    if tokenizer is None and (asked.lambada is not None or asked.tasks):
-        what = "lambada" if asked.lambada is not None else "tasks"
+    if tokenizer is None and (measures.lambada is not None or measures.tasks):
+        what = "lambada" if measures.lambada is not None else "tasks"
         raise InputError(f"{what}: needs a tokenizer, and this model has none")
-    if not (metrics or asked.lambada is not None or asked.tasks):
+    if not (metrics or measures.lambada is not None or measures.tasks):
         raise InputError(f"nothing to measure: name metrics ({', '.join(METRICS)}), lambada or tasks")
     for each in (model, against):
         if each is not None:
             check_whole(each, "evaluate")
-    if asked.tasks:
+    if measures.tasks:
         check_harness()
     if against is not None:
         sizes = [embedding(each).num_embeddings for each in (model, against)]

@@ -1,7 +1,7 @@
-"""lm-eval's tasks, through its own HFLM, on a model in memory: one that sspruner has cut needs no other code.
+"""Run lm-eval's tasks through its HFLM on a model in memory; a pruned model needs no other code.
 
-Needs the optional extra `sspruner[eval]`. What lm-eval reports is taken apart again into items, so that intervals and
-comparisons are those of the rest: means of items, and perplexities from sums over items.
+Needs the optional extra `sspruner[eval]`. lm-eval's results are split into items again, so that intervals and
+comparisons are computed as for the other metrics: means of items, and perplexities from sums over items.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import torch
 
 from sspruner.errors import InputError
 
-BOOTSTRAP = 1000  # lm-eval's own resamples, for metrics that are no mean of items
+BOOTSTRAP = 1000  # lm-eval's bootstrap resamples, for metrics that are not means of items
 
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """A metric of a task. part, count: of each item, fp64 (items,); the metric is sum(part) / sum(count), and of a
-    perplexity its exp. A metric of another form has none of these, but lm-eval's value and standard error."""
+    """One metric of a task.
+
+    part, count: of each item, fp64 (items,); the metric is sum(part) / sum(count), and for a perplexity the exp of
+    that. None for metrics of another form, which have lm-eval's value and standard error.
+    """
 
     name: str
     value: float
@@ -57,9 +60,9 @@ def run_tasks(
     include_path: str | Path | None = None,
     batch_size: int = 8,
 ) -> list[TaskMetric]:
-    """Every metric of every task, in lm-eval's order. limit: so many items of each task, the first ones.
+    """Return every metric of every task, in lm-eval's order. limit: number of items of each task, from the first.
 
-    include_path: a folder with tasks of one's own, in YAML. Raises InputError for a task that cannot be run.
+    include_path: a folder with custom tasks in YAML. Raises InputError for a task that cannot be run.
     """
     check_harness()
     if tokenizer is None:
@@ -69,7 +72,7 @@ def run_tasks(
 
     try:
         with _quiet():
-            found: Any = lm_eval.simple_evaluate(
+            output: Any = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=list(tasks),
                 task_manager=_manager(tuple(tasks), None if include_path is None else str(include_path)),
@@ -80,32 +83,32 @@ def run_tasks(
     except Exception as error:  # lm-eval, its tasks and datasets may fail in any way
         brief = " ".join(str(error).split())[:300]
         raise InputError(f"tasks {','.join(tasks)}: lm-eval cannot run them: {brief}") from error
-    made = []
-    for task, samples in found["samples"].items():
-        for key, value in found["results"][task].items():
+    metrics = []
+    for task, samples in output["samples"].items():
+        for key, value in output["results"][task].items():
             metric, comma, chosen = key.partition(",")
             if comma and not metric.endswith("_stderr"):
                 rows = sorted((s for s in samples if s["filter"] == chosen), key=lambda s: s["doc_id"])
                 name = f"{task}/{metric}" + ("" if chosen == "none" else f",{chosen}")
-                stderr = found["results"][task].get(f"{metric}_stderr,{chosen}")
-                made.append(_metric(name, value, [row.get(metric) for row in rows], stderr))
-    return made
+                stderr = output["results"][task].get(f"{metric}_stderr,{chosen}")
+                metrics.append(_metric(name, value, [row.get(metric) for row in rows], stderr))
+    return metrics
 
 
 @lru_cache(maxsize=1)
 def _manager(tasks: tuple[str, ...], include_path: str | None) -> Any:
-    """What finds these tasks: the given folder alone if all are there, for lm-eval's own index takes long to read."""
+    """Return lm-eval's task manager, of `include_path` alone if that has all tasks: its own index is slow to read."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(tasks) <= set(own.all_tasks):
-            return own
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager
     return TaskManager(include_path=include_path)
 
 
 def _metric(name: str, value: float, items: list[Any], stderr: Any) -> TaskMetric:
-    """The items of a metric, taken as what gives the value that lm-eval reports."""
+    """Split a metric into items, in the form that reproduces the value of lm-eval."""
     error = float(stderr) if isinstance(stderr, (int, float)) else math.nan
     if items and all(isinstance(item, (int, float)) for item in items):
         part, count = torch.tensor(items, dtype=torch.float64), torch.ones(len(items), dtype=torch.float64)
@@ -114,17 +117,17 @@ def _metric(name: str, value: float, items: list[Any], stderr: Any) -> TaskMetri
     else:
         return TaskMetric(name, float(value), len(items), stderr=error)
     forms = ((part, False), (-part, True), (-part / math.log(2), False))  # mean, perplexity, bits
-    for own, is_perplexity in forms:
-        ratio = float(own.sum() / count.sum())
-        made = math.exp(min(ratio, 700)) if is_perplexity else ratio
-        if math.isclose(made, value, rel_tol=1e-9, abs_tol=1e-12):
-            return TaskMetric(name, float(value), len(items), own, count, is_perplexity, error)
+    for sums, is_perplexity in forms:
+        ratio = float(sums.sum() / count.sum())
+        reproduced = math.exp(min(ratio, 700)) if is_perplexity else ratio
+        if math.isclose(reproduced, value, rel_tol=1e-9, abs_tol=1e-12):
+            return TaskMetric(name, float(value), len(items), sums, count, is_perplexity, error)
     return TaskMetric(name, float(value), len(items), stderr=error)
 
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Keep lm-eval's bars, log messages and prints off the terminal: what goes wrong is raised."""
+    """Keep lm-eval's bars, log messages and prints off the terminal; errors are raised."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,13 +1,13 @@
-"""LAMBADA: how often a model says the last word of a passage, and how far off it is (Paperno et al., arXiv 1606.06031).
+"""LAMBADA: accuracy and nll of the last word of a passage (Paperno et al., arXiv 1606.06031).
 
     accuracy = share of passages of which every token of the last word is the argmax, each after the true ones before it
     nll      = mean over passages of - sum_i log p(token i of the last word | all before it), in nats per word
 
-The last word is what follows the last white space, with that white space. The whole passage is encoded, and so is the
-passage without its last word; the word's tokens are all those of the whole after the longest beginning that both
-share. So the model reads what it would read in plain text, and no token that holds a part of the word counts as
-context. No special tokens are added, as everywhere in sspruner. Left out, as in lm-eval's lambada_openai: stop words,
-a second guess, any filter.
+The last word is the text after the last white space, with that white space. The whole passage is encoded, and so is the
+passage without its last word; the word's tokens are those of the whole after the longest prefix that both share. So the
+model reads the same tokens as in plain text, and no token that holds a part of the word counts as context. No special
+tokens are added, as everywhere in sspruner. As in lm-eval's lambada_openai, there is no stop-word filter or any other
+filter, and no second guess.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sspruner.errors import InputError
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids of a passage without its last word (cut on the left if it was too long), and of that word."""
+    """Token ids of a passage without its last word (cut on the left if too long), and of that word."""
 
     context: tuple[int, ...]
     word: tuple[int, ...]
@@ -54,10 +54,10 @@ def last_word_accuracy(
     max_length: int = 1024,
     batch_size: int = 16,
 ) -> LastWord:
-    """LAMBADA's numbers for a model on passages.
+    """Measure a model on LAMBADA passages.
 
-    samples: so many passages, drawn with the seed: the same ones for every model of one tokenizer; default: all.
-    max_length: tokens that a passage may have; longer contexts lose their beginning.
+    samples: number of passages, drawn with the seed, the same for every model with one tokenizer; default: all.
+    max_length: maximum tokens of a passage; longer contexts are cut at the beginning.
     Raises InputError for a passage without a context, and for a word that leaves it no room.
     """
     nll, correct = last_words(model, passages(tokenizer, texts, samples, seed, max_length), batch_size)
@@ -67,7 +67,7 @@ def last_word_accuracy(
 def passages(
     tokenizer: Any, texts: Sequence[str], samples: int | None = None, seed: int = 0, max_length: int = 1024
 ) -> list[Passage]:
-    """The passages that `last_word_accuracy` asks about, as tokens."""
+    """Return the passages that `last_word_accuracy` measures, as tokens."""
     if not texts:
         raise InputError("no passages to read")
     if samples is not None and samples < 1:
@@ -79,8 +79,11 @@ def passages(
 
 
 def read_passages(name: str) -> list[str]:
-    """The texts of a local .jsonl, an object with `text` in each line, or of a `datasets` dataset, split test unless
-    named: NAME[:CONFIG[:SPLIT]]. Raises InputError for what is neither, with the line that is none."""
+    """Read passages from a local .jsonl, an object with `text` on each line, or from a `datasets` dataset.
+
+    A dataset is NAME[:CONFIG[:SPLIT]]; the default split is test. Raises InputError for anything else, with the number
+    of a bad line.
+    """
     if not Path(name).expanduser().is_file() and Path(name).suffix != ".jsonl":
         return read_dataset(name, "lambada", "test")
     texts = []
@@ -110,24 +113,25 @@ def _split(tokenizer: Any, text: str, number: int, max_length: int) -> Passage:
 
 
 @torch.no_grad()
-def last_words(model: nn.Module, asked: Sequence[Passage], batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of every last word, fp64, and whether all its tokens are likeliest, bool: (passages,).
+def last_words(model: nn.Module, items: Sequence[Passage], batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each last word's negative log-likelihood, fp64, and whether all its tokens are the argmax, bool:
+    (passages,).
 
-    Passages of like length share a batch, padded on the right. Of equal logits the first token counts as the likeliest.
+    Passages of similar length share a batch, padded on the right. Of equal logits the first token is the argmax.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: must be at least 1")
-    nll, correct = torch.zeros(len(asked), dtype=torch.float64), torch.zeros(len(asked), dtype=torch.bool)
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].context) + len(asked[i].word))
+    nll, correct = torch.zeros(len(items), dtype=torch.float64), torch.zeros(len(items), dtype=torch.bool)
+    order = sorted(range(len(items)), key=lambda i: len(items[i].context) + len(items[i].word))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        ids = [torch.tensor(asked[i].context + asked[i].word) for i in rows]
+        ids = [torch.tensor(items[i].context + items[i].word) for i in rows]
         tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (b, T), int64
         mask = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]  # (b, T)
         logits = forward(model, tokens, mask, use_cache=False).logits  # (b, T, V)
         for i, row in zip(rows, logits, strict=True):
-            word = torch.tensor(asked[i].word, device=row.device)  # (w,)
-            last = len(asked[i].context) - 1
+            word = torch.tensor(items[i].word, device=row.device)  # (w,)
+            last = len(items[i].context) - 1
             logp = row[last : last + len(word)].float().log_softmax(-1)  # (w, V): each predicts one token of the word
             nll[i] = -logp.gather(-1, word[:, None]).double().sum()
             correct[i] = bool((logp.argmax(-1) == word).all())

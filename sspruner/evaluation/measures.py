@@ -1,4 +1,4 @@
-"""The measures of a comparison: several versions of a model on the same text, passages and recall sequences.
+"""Measures of a comparison: several versions of a model on the same text, passages and recall sequences.
 
 Each version is compared with the dense model item by item, so the intervals of ratios and divergences are paired.
 """
@@ -22,12 +22,12 @@ from sspruner.evaluation.windows import Logits, Sums, Windows, alone, joined, lo
 METRICS = ("ppl", "kl", "lambada", "recall")
 RECALL_SEQUENCES = 128
 
-Version = Callable[[], AbstractContextManager[nn.Module]]  # a model, as it is inside the block
+Version = Callable[[], AbstractContextManager[nn.Module]]  # yields the model in this version
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked of every version: (tokens int64, mask bool) batches, (b, T); passages; int64 (sequences, T)."""
+class Inputs:
+    """The inputs of every version: (tokens int64, mask bool) batches, (b, T); passages; int64 (sequences, T)."""
 
     batches: Sequence[tuple[torch.Tensor, torch.Tensor]]
     passages: Sequence[Passage]
@@ -37,14 +37,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Values:
-    """What one version gave: sums of each window, None without text; name -> a number for each passage or sequence."""
+    """Results of one version: sums of each window (None without text), and name -> a value per passage or sequence."""
 
     text: Sums | None
     items: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def check_metrics(metrics: Sequence[str], passages: bool) -> None:
-    """Raise InputError for a metric that does not exist, and for LAMBADA without passages."""
+    """Raise InputError for an unknown metric, and for LAMBADA without passages."""
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         raise InputError(f"metrics {', '.join(unknown) or 'none'}: choose among {', '.join(METRICS)}")
@@ -52,35 +52,35 @@ def check_metrics(metrics: Sequence[str], passages: bool) -> None:
         raise InputError("metric lambada and its passages go together: name a file with --lambada")
 
 
-def questions(
+def inputs_for(
     model: nn.Module,
     batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     metrics: Sequence[str],
     passages: Sequence[Passage],
     seed: int,
-) -> Asked:
-    """What metrics ask of a model and its versions. batches: of the text; recall sequences are made with the seed."""
-    made = None
+) -> Inputs:
+    """Return the inputs that some metrics need. batches: of the text; recall sequences are drawn with the seed."""
+    sequences = None
     if "recall" in metrics:
-        made = tasks_for(model, RECALL_SEQUENCES, seed)
-    return Asked(batches if {"ppl", "kl"} & set(metrics) else (), passages, made, seed)
+        sequences = tasks_for(model, RECALL_SEQUENCES, seed)
+    return Inputs(batches if {"ppl", "kl"} & set(metrics) else (), passages, sequences, seed)
 
 
 @torch.no_grad()
 def measure(
-    dense: nn.Module, versions: Sequence[Version], asked: Asked, progress: Progress | None = None
+    dense: nn.Module, versions: Sequence[Version], inputs: Inputs, progress: Progress | None = None
 ) -> list[Values]:
-    """Every version's values, in order; the dense model runs once on each batch of text."""
-    steps = len(asked.batches) + len(versions) * bool(asked.passages or asked.recall is not None)
-    batches = watched((alone(*batch) for batch in asked.batches), progress, "measuring", steps)
-    said = [_logits(version) for version in versions]
-    text = [own for _, own in losses_by_batch(batches, said, logits_of(dense), of_dense=False)]
+    """Measure every version, in order; the dense model runs once on each batch of text."""
+    steps = len(inputs.batches) + len(versions) * bool(inputs.passages or inputs.recall is not None)
+    batches = watched((alone(*batch) for batch in inputs.batches), progress, "measuring", steps)
+    logits = [_logits(version) for version in versions]
+    text = [version_sums for _, version_sums in losses_by_batch(batches, logits, logits_of(dense), of_dense=False)]
     values = []
     for i, version in enumerate(versions):
         if progress:
-            progress("measuring", len(asked.batches) + i, steps)
+            progress("measuring", len(inputs.batches) + i, steps)
         with version() as model:
-            values.append(Values(joined([own[i] for own in text]) if text else None, _items(model, asked)))
+            values.append(Values(joined([batch[i] for batch in text]) if text else None, _items(model, inputs)))
     return values
 
 
@@ -92,25 +92,25 @@ def _logits(version: Version) -> Logits:
     return logits
 
 
-def _items(model: nn.Module, asked: Asked) -> dict[str, torch.Tensor]:
+def _items(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
     items = {}
-    if asked.passages:
-        items["lambada_nll"], items["lambada_accuracy"] = last_words(model, asked.passages)
-    if asked.recall is not None:
-        items["recall_accuracy"], items["recall_nll"] = recall(model, asked.recall)
+    if inputs.passages:
+        items["lambada_nll"], items["lambada_accuracy"] = last_words(model, inputs.passages)
+    if inputs.recall is not None:
+        items["recall_accuracy"], items["recall_nll"] = recall(model, inputs.recall)
     return items
 
 
 def summary(values: Values, dense: Values, seed: int = 0) -> dict[str, Interval]:
-    """Measures with their 95 % intervals, in the order of docs/cli.md; of differences and ratios on the same items."""
-    found = {}
+    """Return measures with their 95 % intervals, in the order of docs/cli.md; differences and ratios are paired."""
+    measures = {}
     if values.text and dense.text and values.text.kl is not None and values.text.agreement is not None:
-        own, tokens = values.text, values.text.tokens
-        found["perplexity"] = perplexity(own.nll, tokens, seed)
-        found["perplexity_ratio"] = perplexity_ratio(own.nll, dense.text.nll, tokens, seed)
-        found["kl_to_dense"] = rate(values.text.kl, tokens, seed)
-        found["top1_agreement"] = rate(values.text.agreement, tokens, seed)
+        cut, tokens = values.text, values.text.tokens
+        measures["perplexity"] = perplexity(cut.nll, tokens, seed)
+        measures["perplexity_ratio"] = perplexity_ratio(cut.nll, dense.text.nll, tokens, seed)
+        measures["kl_to_dense"] = rate(values.text.kl, tokens, seed)
+        measures["top1_agreement"] = rate(values.text.agreement, tokens, seed)
     for name, items in values.items.items():
-        found[name] = share(items) if items.dtype == torch.bool else mean(items, seed)
-        found[f"{name}_change"] = difference(items.double(), dense.items[name].double(), seed)
-    return found
+        measures[name] = share(items) if items.dtype == torch.bool else mean(items, seed)
+        measures[f"{name}_change"] = difference(items.double(), dense.items[name].double(), seed)
+    return measures

@@ -1,4 +1,4 @@
-"""Intervals for what was measured window by window or item by item: bootstrap, seeded, paired where two are compared.
+"""95 % intervals of values by window or by item: seeded bootstrap, paired when two models are compared.
 
     perplexity            exp(sum_w nll_w / sum_w tokens_w)
     ratio of two          exp(sum_w (nll_w - against_w) / sum_w tokens_w)      the same windows of both
@@ -6,9 +6,9 @@
     mean, difference      mean_i x_i, mean_i (x_i - against_i)                 the same items of both
     share                 hits / items, Wilson's score interval
 
-Windows or items are drawn anew, with replacement, RESAMPLES times; the interval is from the 2.5th to the 97.5th
-percentile, widened to hold the value itself. Tokens of one window depend on each other, so windows are drawn whole.
-A bootstrap of equal items, or of a single one, has no width: it has seen no spread, and says nothing about it.
+Windows or items are resampled with replacement RESAMPLES times; the interval is from the 2.5th to the 97.5th
+percentile, widened to contain the value itself. Tokens of one window depend on each other, so whole windows are drawn.
+A bootstrap of equal items, or of a single one, has no width, which does not mean that the value is certain.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sspruner.errors import InputError
 from sspruner.files.fields import number
 
 RESAMPLES = 2000
-CHUNK = 2**22  # numbers that are drawn at once
+CHUNK = 2**22  # indices drawn at once
 LEVEL, WILSON_Z = (0.025, 0.975), 1.959964
 
 
@@ -39,12 +39,12 @@ class Interval(NamedTuple):
 
     @classmethod
     def exactly(cls, value: float) -> Interval:
-        """Make the interval without width at a value."""
+        """Return the interval of width zero at a value."""
         return cls(value, value, value)
 
     @classmethod
     def from_json(cls, data: Any) -> Interval:
-        """Inverse of `to_json`; a number alone is an interval without width, and null reads as NaN.
+        """Parse [value, low, high]; a number alone is an interval of width zero, and null reads as NaN.
 
         Raises TypeError or ValueError for anything else.
         """
@@ -55,18 +55,20 @@ class Interval(NamedTuple):
 
 
 def perplexity(nll: torch.Tensor, tokens: torch.Tensor, seed: int = 0) -> Interval:
-    """From sums of negative log-likelihood, in nats, and numbers of tokens of each window: both (windows,)."""
+    """Return perplexity from the summed negative log-likelihood, in nats, and token count of each window: both
+    (windows,).
+    """
     return _exp(rate(nll, tokens, seed))
 
 
 def perplexity_ratio(nll: torch.Tensor, against: torch.Tensor, tokens: torch.Tensor, seed: int = 0) -> Interval:
-    """A model's perplexity over another's on the same windows. nll, against, tokens: (windows,)."""
+    """Return a model's perplexity over another's on the same windows. nll, against, tokens: (windows,)."""
     _check_pairs(nll, against)
     return _exp(rate(nll.double() - against.double(), tokens, seed))
 
 
 def rate(part: torch.Tensor, count: torch.Tensor, seed: int = 0) -> Interval:
-    """Sum over sum, such as KL per token. part, count: (windows,). Raises InputError if nothing was counted."""
+    """Return sum(part) / sum(count), such as KL per token; both (windows,). Raises InputError if all counts are 0."""
     part, count = part.double().cpu(), count.double().cpu()
     _check_pairs(part, count)
     keep = count > 0
@@ -85,18 +87,18 @@ def rate(part: torch.Tensor, count: torch.Tensor, seed: int = 0) -> Interval:
 
 
 def mean(values: torch.Tensor, seed: int = 0) -> Interval:
-    """Mean over items. values: (items,)."""
+    """Return the mean over items. values: (items,)."""
     return rate(values, torch.ones(len(values)), seed)
 
 
 def difference(values: torch.Tensor, against: torch.Tensor, seed: int = 0) -> Interval:
-    """Mean of values - against over the same items, both (items,)."""
+    """Return the mean of values - against over the same items, both (items,)."""
     _check_pairs(values, against)
     return mean(values.double().cpu() - against.double().cpu(), seed)
 
 
 def share(hits: torch.Tensor) -> Interval:
-    """The share of items that hit, bool (items,). Wilson's interval has a width also where all of them do, or none."""
+    """Return the share of True, bool (items,). Wilson's interval has a width also at 0 and 1."""
     n, z = len(hits), WILSON_Z
     if not n:
         raise InputError("nothing to measure: there are no items")

@@ -1,4 +1,4 @@
-"""What an evaluation found: rows with intervals, as JSON, and held against limits."""
+"""Result of an evaluation: rows with intervals, read and written as JSON, and checked against limits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from sspruner.files.provenance import versions
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of a model, of the model that it is compared with, and the change: a `ratio` of perplexities, a
-    `difference` of everything else, from the same windows or items of both. None without such a model."""
+    """One metric of a model, of the model it is compared with, and the change from the same windows or items.
+
+    kind: "ratio" for perplexities, "difference" for all others. against, change: None without another model.
+    """
 
     metric: str
     value: Interval
@@ -34,9 +36,9 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Any) -> Row:
-        """Inverse of `to_json`, but for the kind of a change that is not there: it reads as a difference.
+        """Parse a row. A missing change reads as a difference, whatever its kind was.
 
-        Raises KeyError, TypeError or ValueError for what that did not write.
+        Raises KeyError, TypeError or ValueError for anything that `to_json` does not write.
         """
         fields = table(data)
         kind = "difference" if fields["ratio"] is None else "ratio"
@@ -47,8 +49,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured. rows: windows of text, passages, sequences or a task's items; by_position: tokens
-    by how many the model had read before them, "0-127" and so on; by_length: windows of so many tokens, end to end."""
+    """The result of `evaluate`.
+
+    rows: items are windows of text, passages, sequences, or items of a task. by_position: tokens by the number of
+    tokens read before them, "0-127" and so on. by_length: windows of this many tokens, end to end.
+    """
 
     model: str
     against: str | None
@@ -64,7 +69,7 @@ class Evaluation:
         return next(row for row in self.rows if row.metric == metric)
 
     def to_json(self) -> str:
-        """Return the content of evaluation.json: every interval is [value, low, high]."""
+        """Return the content of evaluation.json; every interval is [value, low, high]."""
         data = {
             "version": 1,
             "model": self.model,
@@ -81,9 +86,9 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, data: Any) -> Evaluation:
-        """Inverse of `to_json`, from its text or what `strict_json.loads` makes of it; other keys are passed over.
+        """Parse an evaluation, from its text or from the parsed JSON; unknown keys are ignored.
 
-        Raises KeyError, TypeError or ValueError for what that did not write.
+        Raises KeyError, TypeError or ValueError for anything that `to_json` does not write.
         """
         fields = versioned(strict_json.loads(data) if isinstance(data, str) else data)
         buckets = [table(fields[f"perplexity_by_{what}"]) for what in ("position", "length")]
@@ -101,20 +106,20 @@ class Evaluation:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write evaluation.json, atomically."""
+        """Write evaluation.json atomically."""
         with atomic_file(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        """Inverse of `save`. Raises InputError for a file that `save` did not write."""
+        """Read an evaluation. Raises InputError for a file that `save` did not write."""
         return strict_json.load("evaluation", path, cls.from_json)
 
     def failed(self, max_ppl_increase: float | None = None, max_lambada_drop: float | None = None) -> list[str]:
-        """Why this is worse than it may be, one line for each row that is; [] if it is not.
+        """Return one line for each metric that is worse than its limit; [] if none is.
 
-        max_ppl_increase: 0.02 is 2 %. max_lambada_drop: percentage points of accuracy. What is just reached passes;
-        what is no number fails. Raises InputError if the row was not measured against another model.
+        max_ppl_increase: 0.02 is 2 %. max_lambada_drop: percentage points of accuracy. A value equal to its limit
+        passes; NaN fails. Raises InputError if the metric was not measured against another model.
         """
         lines = []
         for metric, limit in (("perplexity", max_ppl_increase), ("lambada_accuracy", max_lambada_drop)):

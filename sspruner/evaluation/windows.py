@@ -1,8 +1,8 @@
-"""Strided windows over texts, and what a model does on each of them: nll, KL and agreement with another model.
+"""Strided windows over texts, and the losses on each: nll, KL and agreement with another model.
 
-A window gives the model at most `window` tokens and asks for the one after each. The next window begins `stride` tokens
-later; what an earlier window has predicted is context there, and counts no more. So every token of a text but its
-first, which has no context, is counted exactly once, and (but for the first window) with more than window - stride
+A window gives the model at most `window` tokens and scores the token after each. The next window begins `stride` tokens
+later; what an earlier window has scored is context there, and is not counted again. So every token of a text except its
+first, which has no context, is counted exactly once, and (except in the first window) with more than window - stride
 tokens before it. With stride = window, windows lie end to end. The last window of a text ends with the text and may be
 shorter; windows of one batch are padded on the right, and padding is neither context nor counted.
 """
@@ -22,8 +22,13 @@ from sspruner.errors import InputError
 
 @dataclass(frozen=True)
 class Windows:
-    """All (n, T): tokens that the model reads, int64; those it should say next, int64; which of the first are no
-    padding, bool; which of the second count, bool. Windows that are scored alone have one target less than tokens."""
+    """A set of windows; all fields (n, T).
+
+    tokens     input, int64
+    targets    the next tokens, int64; one column less for windows that are scored separately (`alone`)
+    mask       True where `tokens` is not padding, bool
+    counted    True where `targets` counts, bool
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -31,7 +36,7 @@ class Windows:
     counted: torch.Tensor
 
     def batches(self, size: int) -> Iterator[Windows]:
-        """At most `size` windows at a time, no wider than the longest of them."""
+        """Yield at most `size` windows at a time, no wider than the longest of them."""
         for start in range(0, len(self.tokens), size):
             rows = slice(start, start + size)
             width = int(self.mask[rows].sum(1).max())
@@ -40,10 +45,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of each window, fp64 (n,): nll in nats, summed over the tokens that count, and their number; and, against a
-    dense model, the sum of KL(dense || model) and the number of tokens of which both find the same one likeliest.
+    """Sums over each window, fp64 (n,).
 
-    each: nll of every target of one batch, 0 where it does not count, fp64 (n, T); None for several batches together.
+    nll         in nats, over the tokens that count
+    tokens      number of tokens that count
+    kl          KL(dense || model) in nats; None without a dense model
+    agreement   number of tokens with the same argmax in both models; None without a dense model
+    each        nll of every target of one batch, 0 where it does not count, fp64 (n, T); None for joined batches
     """
 
     nll: torch.Tensor
@@ -53,13 +61,13 @@ class Sums:
     each: torch.Tensor | None = None
 
 
-Logits = Callable[[Windows], torch.Tensor]  # what a model says after every token of a batch: (b, T, V)
+Logits = Callable[[Windows], torch.Tensor]  # logits after every token of a batch: (b, T, V)
 
 
 def windows(texts: Sequence[torch.Tensor], window: int, stride: int | None = None) -> Windows:
-    """The windows of each text. texts: int64 (tokens,) each, of any length; stride: default: window.
+    """Return the windows of each text. texts: int64 (tokens,) each, of any length. stride: default `window`.
 
-    Raises InputError for a stride outside 1 to window, and if no text holds two tokens.
+    Raises InputError for a stride outside 1 to window, and if no text has two tokens.
     """
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
@@ -79,7 +87,7 @@ def windows(texts: Sequence[torch.Tensor], window: int, stride: int | None = Non
 
 
 def _spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, new): the model reads tokens start to stop - 1; what follows token `new` and later ones counts."""
+    """Yield (start, stop, new): the input is tokens start to stop - 1; targets after token `new` and later count."""
     new = start = 0
     while new < length - 1:
         stop = min(start + window, length - 1)
@@ -88,19 +96,19 @@ def _spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each target, in nats, fp64 on the CPU: (b, T). logits (b, T, V), targets (b, T)."""
-    rows = [nn.functional.cross_entropy(own.float(), wanted, reduction="none")
-            for own, wanted in zip(logits, targets.to(logits.device), strict=True)]  # fmt: skip
+    """Return each target's negative log-likelihood, nats, fp64 on the CPU: (b, T). logits (b, T, V), targets (b, T)."""
+    rows = [nn.functional.cross_entropy(row.float(), target, reduction="none")
+            for row, target in zip(logits, targets.to(logits.device), strict=True)]  # fmt: skip
     return torch.stack(rows).double().cpu()
 
 
 def log_softmax(logits: torch.Tensor) -> list[torch.Tensor]:
-    """fp32 log-probabilities, window by window: (b, T, V) -> b times (T, V)."""
+    """Return fp32 log-probabilities, window by window: (b, T, V) -> b times (T, V)."""
     return [row.float().log_softmax(-1) for row in logits]
 
 
 def alone(tokens: torch.Tensor, mask: torch.Tensor) -> Windows:
-    """Windows that are scored alone: each token is the target of the one before it. Padding predicts nothing.
+    """Return windows that are scored separately: each token is the target of the one before it. Padding is not counted.
 
     tokens int64, mask bool, both (b, T); the targets are (b, T-1).
     """
@@ -108,7 +116,7 @@ def alone(tokens: torch.Tensor, mask: torch.Tensor) -> Windows:
 
 
 def logits_of(model: nn.Module) -> Logits:
-    """What a model says of a batch."""
+    """Return the function that computes a model's logits on a batch."""
     return lambda batch: forward(model, batch.tokens, batch.mask, use_cache=False).logits
 
 
@@ -116,45 +124,45 @@ def logits_of(model: nn.Module) -> Logits:
 def losses_by_batch(
     batches: Iterable[Windows], versions: Sequence[Logits], dense: Logits | None = None, *, of_dense: bool = True
 ) -> Iterator[tuple[Sums | None, list[Sums]]]:
-    """Compute the losses of a dense model and of versions of it, batch by batch: the only place that does.
+    """Compute the losses of a dense model and of versions of it, batch by batch; all losses are computed here.
 
     Yields, for each batch, the sums of the dense model (None without one, or without `of_dense`) and those of every
-    version, against the dense model where there is one. The dense model runs once on each batch, before the versions.
+    version, against the dense model if there is one. The dense model runs once on each batch, before the versions.
     """
     for batch in batches:
         width = batch.targets.shape[1]
-        own = logp = None
+        dense_sums = logp = None
         if dense is not None:
             logits = dense(batch)[:, :width]
-            own = sums(logits, batch.targets, batch.counted) if of_dense else None
+            dense_sums = sums(logits, batch.targets, batch.counted) if of_dense else None
             logp = log_softmax(logits)
             del logits
-        yield own, [sums(version(batch)[:, :width], batch.targets, batch.counted, logp) for version in versions]
+        yield dense_sums, [sums(version(batch)[:, :width], batch.targets, batch.counted, logp) for version in versions]
 
 
 def sums(
     logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, dense: Sequence[torch.Tensor] | None = None
 ) -> Sums:
-    """What logits (b, T, V) are worth on targets, int64 (b, T), where `counted`, bool (b, T), is True.
+    """Return the losses of logits (b, T, V) on targets, int64 (b, T), where `counted`, bool (b, T), is True.
 
-    dense: `log_softmax` of another model's logits for the same windows. Window by window, for fp32 logits are wide.
+    dense: `log_softmax` of another model's logits for the same windows. Works window by window: fp32 logits are large.
     """
     where = counted.cpu()
     each = token_nll(logits, targets).where(where, 0.0)
     nll = each.sum(1)
     if dense is None:
         return Sums(nll, where.sum(1).double(), each=each)
-    found = []
-    for own, theirs, row in zip(logits, dense, counted.to(logits.device), strict=True):
-        q, p = own[row].float().log_softmax(-1), theirs[row]  # (tokens that count, V)
+    divergences = []
+    for scored, reference, row in zip(logits, dense, counted.to(logits.device), strict=True):
+        q, p = scored[row].float().log_softmax(-1), reference[row]  # (tokens that count, V)
         same = q.argmax(-1) == p.argmax(-1)
-        found.append(torch.stack([(p.exp() * (p - q)).sum(-1).double().sum(), same.double().sum()]).cpu())
-    kl, agreement = torch.stack(found, 1)
+        divergences.append(torch.stack([(p.exp() * (p - q)).sum(-1).double().sum(), same.double().sum()]).cpu())
+    kl, agreement = torch.stack(divergences, 1)
     return Sums(nll, where.sum(1).double(), kl, agreement, each)
 
 
 def joined(parts: Sequence[Sums]) -> Sums:
-    """Sums of several batches as those of one."""
+    """Join the sums of several batches into one."""
     kl = [part.kl for part in parts if part.kl is not None]
     agreement = [part.agreement for part in parts if part.agreement is not None]
     return Sums(
@@ -168,7 +176,7 @@ def joined(parts: Sequence[Sums]) -> Sums:
 def watched(
     batches: Iterable[Windows], progress: Progress | None, phase: str, total: int, step: int = 1
 ) -> Iterator[Windows]:
-    """The batches; before each, `progress` is told how many steps are done."""
+    """Yield the batches; before each, report the number of finished steps to `progress`."""
     for number, batch in enumerate(batches):
         if progress:
             progress(phase, number * step, total)
@@ -183,28 +191,28 @@ def measure(
     progress: Progress | None = None,
     phase: str = "perplexity",
 ) -> tuple[Sums, Sums | None]:
-    """Sums of a model, and of the model that it is compared with (None without): both see the same batches."""
-    own, theirs = [], []
+    """Return the sums of a model, and of the model it is compared with (None without one), on the same batches."""
+    ours, theirs = [], []
     batches = watched(data.batches(batch_size), progress, phase, len(data.tokens), batch_size)
-    for dense, (found,) in losses_by_batch(
+    for dense, (batch,) in losses_by_batch(
         batches, [logits_of(model)], None if against is None else logits_of(against)
     ):
-        own.append(found)
+        ours.append(batch)
         if dense is not None:
             theirs.append(dense)
-    return joined(own), joined(theirs) if theirs else None
+    return joined(ours), joined(theirs) if theirs else None
 
 
 def losses(
     model: nn.Module, data: Windows, batch_size: int, progress: Progress | None = None, phase: str = "perplexity"
 ) -> torch.Tensor:
-    """The nll of every target, 0 where it does not count: fp64 (n, T), on the CPU."""
-    found = torch.zeros(data.targets.shape, dtype=torch.float64)
-    batches = watched(data.batches(batch_size), progress, phase, len(found), batch_size)
+    """Return the nll of every target, 0 where it does not count: fp64 (n, T), on the CPU."""
+    nll = torch.zeros(data.targets.shape, dtype=torch.float64)
+    batches = watched(data.batches(batch_size), progress, phase, len(nll), batch_size)
     done = 0
-    for _, (own,) in losses_by_batch(batches, [logits_of(model)]):
-        assert own.each is not None
-        size, width = own.each.shape
-        found[done : done + size, :width] = own.each
+    for _, (batch,) in losses_by_batch(batches, [logits_of(model)]):
+        assert batch.each is not None
+        size, width = batch.each.shape
+        nll[done : done + size, :width] = batch.each
         done += size
-    return found
+    return nll

@@ -1,4 +1,4 @@
-"""Cutter: what differs between pruning a model in memory and one whose blocks lie apart, behind one interface."""
+"""Cutters: one interface to prune a model in memory, or an offloaded model block by block."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PROMPT_TOKENS, NEW_TOKENS = 24, 40
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cut did.
+    """Measurements of a cut.
 
     damage           of the plan that was cut, on held-out text
-    without_refit    of the plan before its refit; the same without one
-    one_size         of the plan of one size, where there is one
+    without_refit    of the plan before its refit; equal to `damage` without one
+    one_size         of the plan with one size for all layers, if there is one
     proof            None in mask mode
-    continuation     what the dense and the pruned model say after a prompt; None where they cannot
+    continuation     the texts that the dense and the pruned model generate after a prompt; None without a tokenizer
     """
 
     damage: Damage
@@ -44,24 +44,24 @@ class Outcome:
 
 
 class Cutter(Protocol):
-    """Cuts a model by a decision, and measures and proves the cut."""
+    """Interface: cut a model by a decision, measure and prove the cut."""
 
     compares_one_size: bool
 
     def journal(self, job: PruneJob) -> Journal | None:
-        """Return the journal of a run that can be interrupted, None where none can."""
+        """Return the journal of a run that can be resumed, else None."""
 
     def cut(self, job: PruneJob, decision: Decision) -> Outcome:
         """Measure the damage on held-out text, cut in place, and prove the cut. Raises ProofError."""
 
 
 class InMemory:
-    """Cuts a model that is in memory as a whole."""
+    """Cutter of a model that is in memory as a whole."""
 
     compares_one_size = True
 
     def journal(self, job: PruneJob) -> None:
-        """Return None: such a run starts anew."""
+        """Return None: such a run cannot be resumed."""
         return
 
     def cut(self, job: PruneJob, decision: Decision) -> Outcome:
@@ -95,7 +95,7 @@ class InMemory:
 
 
 class BlockByBlock:
-    """Cuts a model whose blocks lie on disk or on several devices, each block once, through a journal."""
+    """Cutter of a model whose blocks are on disk or on several devices: cuts each block once, with a journal."""
 
     compares_one_size = False
 
@@ -103,13 +103,13 @@ class BlockByBlock:
         self._journal: Journal | None = None
 
     def journal(self, job: PruneJob) -> Journal:
-        """Return the journal in the folder of the model: the run goes on after the blocks that it holds."""
+        """Return the journal in the model's folder; a resumed run starts after the blocks that it holds."""
         if self._journal is None:
             self._journal = journal_for(job.run, job.budget, job.data, job.one_shot, job.machine.resume)
         return self._journal
 
     def cut(self, job: PruneJob, decision: Decision) -> Outcome:
-        """See `Cutter.cut`. It says nothing after a prompt: the model would be read once for every token."""
+        """See `Cutter.cut`. Generates no text: the model would be read once for every token."""
         with job.clock("evaluation and proof"), quick_on_cpu(job.model, job.run.device):
             cost, proof = cut_by_blocks(
                 job.model,
@@ -125,7 +125,10 @@ class BlockByBlock:
 
 
 def cutter_for(run: Run, recipe: Recipe, budget: ResolvedBudget, source: Any, machine: Machine) -> Cutter:
-    """Choose the cutter by where the model is. Raises InputError for what an offloaded model cannot do."""
+    """Choose the cutter by where the model is.
+
+    Raises InputError for options that an offloaded model does not support.
+    """
     if offloaded(run.model) is None:
         if machine.resume:
             raise InputError("resume goes on with a run on an offloaded model: load it with offload")
@@ -141,7 +144,9 @@ def _prompt(job: PruneJob) -> torch.Tensor:
 
 
 def _continuation(job: PruneJob) -> str | None:
-    """Continue the prompt greedily; None without a tokenizer, and for models of mamba_ssm, which generate otherwise."""
+    """Continue the prompt greedily; None without a tokenizer, and for mamba_ssm models (a different generate
+    method).
+    """
     tokenizer = job.machine.tokenizer
     if tokenizer is None or not hasattr(job.model, "generation_config"):
         return None

@@ -11,7 +11,7 @@ import torch
 
 import sspruner
 from sspruner.evaluation.damage import damages, mean_loss
-from sspruner.evaluation.measures import Asked, measure
+from sspruner.evaluation.measures import Inputs, measure
 from sspruner.evaluation.windows import alone, logits_of, losses, losses_by_batch, watched, windows
 from sspruner.testing.models import zoo
 from sspruner.training.loop import perplexity
@@ -72,7 +72,7 @@ def test_every_caller_finds_the_same_to_the_bit(models: tuple[Any, Any, Any]) ->
     batches = list(zip(*(part.split(2) for part in padded()), strict=True))
     (cost,) = damages(model, [plan], graph, batches)
     versions = [lambda: nullcontext(model), partial(sspruner.masked, model, plan, graph)]
-    dense, cut = (values.text for values in measure(model, versions, Asked(batches, (), None)))
+    dense, cut = (values.text for values in measure(model, versions, Inputs(batches, (), None)))
     assert dense is not None
     assert cut is not None
     nll = sum(float(part.sum()) for part in dense.nll.split(2)) / int(dense.tokens.sum())
