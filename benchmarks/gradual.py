@@ -54,7 +54,7 @@ def pruned(bench: Bench, axis: str, sparsity: float, tokens: int, rate: float, t
         return made, {"tokens": found.tokens, "seconds": round(found.seconds, 1)}
 
     asked = {"axis": axis, "sparsity": sparsity, "every": MASK_EVERY, "taught": taught, "model": folder.name}
-    return bench.row(f"{label}, {tokens} tokens, {rate:g}", asked | settings.asked(), make)
+    return bench.row(f"{label}, {tokens} tokens, {rate:g}", asked | settings.identity(), make)
 
 
 def model_folder(bench: Bench, axis: str, sparsity: float) -> Path:

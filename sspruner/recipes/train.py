@@ -111,7 +111,7 @@ class Settings(Optimisation):
         if self.every < 1:
             raise InputError(f"every {self.every}: must be at least 1")
 
-    def asked(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Return what makes it this training and no other, as JSON. Not max_minutes: a run may be given more time."""
         return {name: value for name, value in asdict(self).items() if name != "max_minutes"}
 

@@ -1,1 +1,1 @@
-"""Training-time methods: distillation, gradual pruning, TwIST."""
+"""Training: distillation, gradual pruning, TwIST."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one is whole or is none, whatever stopped the run that wrote it."""
+"""Checkpoints of a training run: complete or ignored, however the run that wrote them was stopped."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from torch.optim import Optimizer
 from sspruner.compute.processes import barrier, rank, world
 from sspruner.errors import InputError
 
-KEPT = 2  # the last ones
-WHOLE = ".metadata"  # torch.distributed.checkpoint writes it last
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is not trained is where it came from
+KEPT = 2  # number of checkpoints to keep
+COMPLETE = ".metadata"  # torch.distributed.checkpoint writes it last
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen parameters are not saved
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> None:
-    """`write` a model, its moments, and `extra`: tensors and what JSON holds."""
+    """Write a checkpoint of a model, its optimizer, and `extra`: tensors and JSON values."""
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     write(folder, step, {"model": weights, "optimizer": moments, "extra": extra})
 
 
 def write(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write `folder`/step-N, of all processes, and remove all but the last two.
+    """Write `folder`/step-N, from all processes, and remove all but the last KEPT checkpoints.
 
-    state: as torch.distributed.checkpoint takes it. Raises InputError where it cannot be written; those before stay.
+    state: as for torch.distributed.checkpoint. Raises InputError if it cannot be written; earlier ones stay.
     """
     target = folder / f"step-{step:08d}"
     try:
-        with _alone():
+        with _single_process():
             state_dict_saver.save(state, checkpoint_id=target, no_dist=world() == 1)
     except Exception as error:  # of the storage, wrapped by torch in one of its own
         raise InputError(
             f"checkpoint {target}: cannot be written ({_brief(error)}); {_last(folder)}make room, and run this again"
         ) from error
     if rank() == 0:
-        for old in _whole(folder)[:-KEPT]:
+        for old in _complete(folder)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     barrier()
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any]) -> dict[str, Any] | None:
-    """Put the last whole checkpoint into the model and the optimizer; returns its `extra`, None if there is none.
+    """Load the last complete checkpoint into the model and the optimizer; return its `extra`, None if there is none.
 
-    extra: of the same form as what was saved. Raises InputError for one that is of another model, or is damaged.
+    extra: with the same structure as was saved. Raises InputError for a damaged one, or one of another model.
     """
-    if not _whole(folder):
+    if not _complete(folder):
         return None
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     state: dict[str, Any] = {"model": weights, "optimizer": moments, "extra": extra}
@@ -60,43 +60,43 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, extra: dict[str, 
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED
     )
-    found: dict[str, Any] = state["extra"]
-    return found
+    loaded: dict[str, Any] = state["extra"]
+    return loaded
 
 
 def read(folder: Path, state: dict[str, Any]) -> bool:
-    """Fill `state`, in place, from the last whole checkpoint. Returns False if there is none.
+    """Fill `state`, in place, from the last complete checkpoint. Return False if there is none.
 
-    Raises InputError for one that is of another model, or is damaged.
+    Raises InputError for a damaged one, or one of another model.
     """
-    whole = _whole(folder)
-    if not whole:
+    complete = _complete(folder)
+    if not complete:
         return False
     try:
-        with _alone():
-            state_dict_loader.load(state, checkpoint_id=whole[-1], no_dist=world() == 1)
+        with _single_process():
+            state_dict_loader.load(state, checkpoint_id=complete[-1], no_dist=world() == 1)
     except Exception as error:
         raise InputError(
-            f"checkpoint {whole[-1]}: cannot be read ({_brief(error)}); remove it, and run this again"
+            f"checkpoint {complete[-1]}: cannot be read ({_brief(error)}); remove it, and run this again"
         ) from error
     return True
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Without the warning of torch that a single process writes alone."""
+def _single_process() -> Iterator[None]:
+    """Silence torch's warning that a single process writes without torch.distributed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
-def _whole(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if (path / WHOLE).is_file())
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if (path / COMPLETE).is_file())
 
 
 def _last(folder: Path) -> str:
-    whole = _whole(folder)
-    return f"{whole[-1].name} is whole; " if whole else ""
+    complete = _complete(folder)
+    return f"{complete[-1].name} is whole; " if complete else ""
 
 
 def _brief(error: BaseException) -> str:

@@ -1,12 +1,12 @@
-"""Gradual pruning by weight and gradient, while the model trains: more and more goes, and never comes back.
+"""Gradual pruning by weight and gradient during training: the removed fraction grows, and nothing comes back.
 
-    S = |w| |g|^alpha                                            of an element; of a unit the sum over its elements
-    s_t = s_f (1 - (1 - (t - t_0) / (T - t_0))^3)                the fraction that is gone at step t; before t_0 none
+S = |w| |g|^alpha                                            of an element; of a unit the sum over its elements
+s_t = s_f (1 - (1 - (t - t_0) / (T - t_0))^3)                fraction removed at step t; 0 before t_0
 
-g: the mean of |dL/dw| over the steps since the last mask. Elements compete under one threshold for the whole model, of
-which every tensor keeps a floor (planning.elements). Source: Shihab et al., arXiv 2505.08299 (unstructured pruning of
-Mamba; schedule of Zhu & Gupta, arXiv 1710.01878). Units of the graph's axes are ours: the same scores and schedule, one
-fraction for every layer or one threshold for all, and a slice at the end.
+g: the mean of |dL/dw| over the steps since the last mask. Elements compete under one threshold for the whole model,
+with a floor for every tensor (budgets.elements). Source: Shihab et al., arXiv 2505.08299 (unstructured pruning of
+Mamba; schedule of Zhu & Gupta, arXiv 1710.01878). Units of the graph's axes are our extension: the same scores and
+schedule, one fraction for every layer or one threshold for all, and a slice at the end.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from sspruner.scoring.scores import Scores
 from sspruner.surgery.apply import apply
 from sspruner.surgery.mask import dropped
 from sspruner.surgery.tensors import tensor
-from sspruner.training.asked import asked_recipe
+from sspruner.training.arguments import recipe_of
 from sspruner.training.distil import distillation
 from sspruner.training.loop import Trained, train
 from sspruner.training.run import run_folder
 from sspruner.training.text import Text
 
-LEAST = 1e-37  # a score above that of what is gone
+LEAST = 1e-37  # the lowest score of remaining units; removed ones have 0
 
 
 def gradual(
@@ -59,57 +59,60 @@ def gradual(
     progress: Callable[[dict[str, float], int, int], None] | None = None,
     **short: Any,
 ) -> tuple[nn.Module, Plan, Trained]:
-    """Train a model, and prune it meanwhile; returns it cut, the plan of the cut, and the record of the run.
+    """Train a model and prune it during training. Return the cut model, the plan of the cut, and the run's record.
 
     Args:
-        text: the text to train on, which stands for the recipe's.
+        text: the training text, instead of the recipe's.
         out: the folder of the run (docs/train.md).
         recipe: a `GradualRecipe`; or its fields as `short` arguments: `gradual(..., axis="state", sparsity=0.5)`, or
             `settings`, a `Settings`. `every` is `mask_every`.
-        teacher: learn from this model, too, as in `distil`, half and half.
-        progress: called with the metrics of a step, its number, and how many there are.
+        teacher: also distil from this model, as in `distil`, with alpha 0.5.
+        progress: called with the metrics of a step, its number, and the number of steps.
 
     Raises:
-        InputError: for bad arguments, and where a state no longer decays.
+        InputError: for invalid arguments, and if a state stops decaying.
     """
     check_whole(model, "training")
     if teacher is not None:
         check_whole(teacher, "a teacher")
-    recipe = asked_recipe(GradualRecipe, recipe, text, short, {"every": "mask_every"})
+    recipe = recipe_of(GradualRecipe, recipe, text, short, {"every": "mask_every"})
     settings, method = recipe.settings, recipe.method
     if method.teacher is not None and teacher is None:
         raise InputError(f"teacher {method.teacher}: load it, and give the model as teacher=")
     steps = settings.steps
     schedule = Schedule(method.sparsity, int(method.begin * steps), max(1, int(method.end * steps)), method.mask_every)
     probe = text.held_out_blocks()[: settings.at_once]
-    asked: dict[str, Any] = {"method": "gradual", "model": fingerprint(model), "axis": method.axis}
-    asked |= {"alpha": method.alpha, "allocation": method.allocation}
-    asked |= {"teacher": fingerprint(teacher) if teacher else None} | asdict(schedule)
+    run_settings: dict[str, Any] = {"method": "gradual", "model": fingerprint(model), "axis": method.axis}
+    run_settings |= {"alpha": method.alpha, "allocation": method.allocation}
+    run_settings |= {"teacher": fingerprint(teacher) if teacher else None} | asdict(schedule)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     model = model.float()
     pruner = Pruner(model, method.axis, schedule, method.alpha, method.allocation, probe)
-    folder = run_folder(out, asked | settings.asked() | text.asked(), recipe)
+    folder = run_folder(out, run_settings | settings.identity() | text.identity(), recipe)
     objective = distillation(teacher) if teacher else likelihood
-    found = train(model, text, settings, objective, folder, after_step=pruner, memory=pruner.memory, progress=progress)
+    record = train(model, text, settings, objective, folder, after_step=pruner, memory=pruner.memory, progress=progress)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
-    made = pruner.final()
+    cut_plan = pruner.final()
     model.requires_grad_(False).eval()
-    if made.drops:  # unless max_minutes ended it before anything went
-        apply(model, made)
-    return model, made, found
+    if cut_plan.drops:  # empty if max_minutes stopped the run before the first mask
+        apply(model, cut_plan)
+    return model, cut_plan, record
 
 
 def likelihood(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Cross entropy of the next token, the mean over tokens, (b, T)."""
+    """Return the mean cross entropy of the next token, and no parts. tokens: (b, T)."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), {}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which fraction is gone after a step. begin: the last step with nothing gone; end: the first with all of it;
-    every: steps between masks."""
+    """Fraction to remove at each step.
+
+    begin: the last step with nothing removed; end: the first with the whole fraction removed; every: steps between
+    masks.
+    """
 
     sparsity: float
     begin: int
@@ -123,35 +126,37 @@ class Schedule:
             raise InputError(f"schedule: begins at {self.begin}, ends at {self.end}, every {self.every} steps")
 
     def at(self, step: int) -> float:
-        """s_t."""
+        """Return the fraction to remove at a step, s_t."""
         left = 1 - (min(max(step, self.begin), self.end) - self.begin) / (self.end - self.begin)
         return self.sparsity * (1 - left**3)
 
     def due(self, step: int) -> bool:
-        """Whether there is a new mask after this step."""
+        """Check whether a new mask is computed after this step."""
         return step == self.end or (self.begin < step < self.end and step % self.every == 0)
 
 
 class Pruner:
-    """Keeps the masks of a run, and the gradients since the last one; called after every step.
+    """Masks of a run, and the gradients since the last mask; called after every step.
 
-    memory: what a checkpoint has to hold: `kept.<group>`, bool (groups, units); `slope.<parameter>`, the sum of |g|.
+    memory: for checkpoints: `kept.<group>`, bool (groups, units); `slope.<parameter>`, the sum of |g|.
     """
 
     def __init__(
         self, model: nn.Module, axis: str, schedule: Schedule, alpha: float, allocation: str, probe: torch.Tensor
     ) -> None:
-        """probe: tokens, int64 (b, T), on which the decay of the states is looked at after every mask."""
+        """Prepare the masks. probe: tokens, int64 (b, T), on which the decay of the states is checked after every
+        mask.
+        """
         self.model, self.schedule, self.alpha, self.probe = model, schedule, alpha, probe
         self.budget: dict[str, Any] = {"granularity": "global"} if axis in ELEMENT_AXES else {"allocation": allocation}
         self.graph = trace(model)
         self.groups = self.graph.on_axis(axis)
         self.parameters = dict(model.named_parameters())
-        owned = {name for group in self.groups.values() for name in _tensors(group)}
-        self.trained = {name: p for name, p in self.parameters.items() if name in owned and p.requires_grad}
+        scored = {name for group in self.groups.values() for name in _tensors(group)}
+        self.trained = {name: p for name, p in self.parameters.items() if name in scored and p.requires_grad}
         self.memory = {f"kept.{n}": torch.ones(g.groups, g.units, dtype=torch.bool) for n, g in self.groups.items()}
         self.memory |= {f"slope.{name}": torch.zeros_like(p) for name, p in self.trained.items()}
-        self.plan(schedule.sparsity)  # what cannot be cut is refused before anything is trained
+        self.plan(schedule.sparsity)  # raises before training if this cut is impossible
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
@@ -159,10 +164,10 @@ class Pruner:
             if parameter.grad is not None:
                 self.memory[f"slope.{name}"] += parameter.grad.abs()
         if self.schedule.due(step):
-            with suppress(InputError):  # so little is to go that it is no unit: what can go at the end was tried before
-                found = self.plan(self.schedule.at(step))
+            with suppress(InputError):  # less than one unit; the final cut was tried in __init__
+                new = self.plan(self.schedule.at(step))
                 for name in self.groups:
-                    self.memory[f"kept.{name}"] &= self.kept(found, name)
+                    self.memory[f"kept.{name}"] &= self.kept(new, name)
             for name in self.trained:
                 self.memory[f"slope.{name}"].zero_()
         self.zero()
@@ -170,34 +175,34 @@ class Pruner:
             self.check_decay(step)
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """Importance of every unit, fp32 (groups, units); what is gone has less than anything that stays."""
-        found = {}
+        """Return the importance of every unit, fp32 (groups, units); removed units have less than any that remains."""
+        importance = {}
         for name, group in self.groups.items():
             keys = {group.key(t): t for t in _tensors(group) if t in self.trained}
             weights = group.gather({key: self.parameters[t].detach() for key, t in keys.items()})
             slopes = group.gather({key: self.memory[f"slope.{t}"] for key, t in keys.items()})
             parts = [(weights[key].abs() * slopes[key] ** self.alpha).sum(-1) for key in weights]  # (groups, units)
             kept = self.memory[f"kept.{name}"].to(parts[0].device)
-            found[name] = torch.stack(parts).sum(0).clamp_min(LEAST).masked_fill(~kept, 0.0).cpu()
-        return found
+            importance[name] = torch.stack(parts).sum(0).clamp_min(LEAST).masked_fill(~kept, 0.0).cpu()
+        return importance
 
     def plan(self, sparsity: float) -> Plan:
-        """What stays when this fraction is gone. Raises InputError if that is nothing less than before."""
+        """Return the plan for a fraction to remove. Raises InputError if it removes nothing."""
         return plan(self.graph, Scores(self.scores()), sparsity=sparsity, **self.budget)
 
-    def kept(self, found: Plan, name: str) -> torch.Tensor:
-        """What a plan keeps of one group: bool (groups, units)."""
-        if name in found.elements:
-            return found.elements[name]
+    def kept(self, plan: Plan, name: str) -> torch.Tensor:
+        """Return the units of one group that a plan keeps: bool (groups, units)."""
+        if name in plan.elements:
+            return plan.elements[name]
         stays = torch.ones_like(self.memory[f"kept.{name}"])
-        if name in found.groups:
+        if name in plan.groups:
             for i in range(len(stays)):
-                stays[i, found.groups[name].dropped(i)] = False
+                stays[i, plan.groups[name].dropped(i)] = False
         return stays
 
     @torch.no_grad()
     def zero(self) -> None:
-        """Make zero what is gone."""
+        """Set removed weights to zero."""
         for name, group in self.groups.items():
             kept = self.memory[f"kept.{name}"]
             if kept.all():
@@ -212,7 +217,7 @@ class Pruner:
                 front[torch.unravel_index(rows.to(data.device), front.shape[: len(dims)])] = 0
 
     def check_decay(self, step: int) -> None:
-        """Raise InputError where a state would no longer decay, or not last a step: exp(dt A) outside (0, 1)."""
+        """Raise InputError if a state stops decaying, or is lost in one step: exp(dt A) outside (0, 1)."""
         for layer, (low, high) in decay_ranges(self.model, self.probe).items():
             if not 0 < low <= high < 1:
                 raise InputError(
@@ -221,7 +226,7 @@ class Pruner:
                 )
 
     def final(self) -> Plan:
-        """The plan that cuts what is gone."""
+        """Return the plan that cuts the removed units."""
         kept = {name: self.memory[f"kept.{name}"] for name in self.groups}
         kept = {name: stays for name, stays in kept.items() if not stays.all()}
         return Plan(
@@ -233,8 +238,10 @@ class Pruner:
 
 
 def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """Mixer -> the least and the most of exp(dt A) over tokens, (b, T), and heads, or channels and states; in fp64."""
-    found: dict[str, tuple[float, float]] = {}
+    """Return the least and the most of exp(dt A) by mixer, over tokens (b, T) and heads, or channels and states;
+    fp64.
+    """
+    ranges: dict[str, tuple[float, float]] = {}
 
     class Decay(Scorer):
         name, axes, needs = "decay", {"state"}, "activations"
@@ -242,8 +249,8 @@ def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[floa
         def observe(self, view: SSMView) -> None:
             dt, A = view.dt.double(), view.A.double()  # (b, T, H) and (H,), or (b, T, G, P) and (G, P, N)
             decay = torch.exp(dt * A if A.ndim == 1 else dt[..., None] * A)
-            low, high = found.get(view.layer, (math.inf, -math.inf))
-            found[view.layer] = min(low, float(decay.min())), max(high, float(decay.max()))
+            low, high = ranges.get(view.layer, (math.inf, -math.inf))
+            ranges[view.layer] = min(low, float(decay.min())), max(high, float(decay.max()))
             self.units = view.C.shape[-2:]
 
         def importance(self) -> torch.Tensor:
@@ -253,7 +260,7 @@ def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[floa
     data = calibration(tokens, model, samples=len(tokens), held_out=0)
     score(model, Decay, axis="state", calibration=data, device=device)
     model.train(training)
-    return found
+    return ranges
 
 
 def _tensors(group: DependencyGroup) -> list[str]:

@@ -1,4 +1,4 @@
-"""The metrics of a run: JSON lines, one for each step, and TensorBoard's events where it is installed."""
+"""Metrics of a run: JSON lines, one for each step, and TensorBoard events if it is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sspruner.files import strict_json
 
 
 class Log:
-    """Appends to a file of JSON lines; only the first process writes."""
+    """Log file of JSON lines; only the first process writes."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -37,7 +37,7 @@ class Log:
                 part.close()
 
     def write(self, step: int, **metrics: float) -> None:
-        """One line."""
+        """Write the metrics of one step."""
         if self.lines is not None:
             self.lines.write(strict_json.dumps({"step": step, **metrics}) + "\n")
             self.lines.flush()
@@ -47,7 +47,7 @@ class Log:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Drop the lines of later steps, which a run that goes on from `step` takes again, and what is half-written."""
+    """Drop the lines after `step`, which a resumed run writes again, and a half-written line."""
     if rank() or not file.exists():
         return
     kept = []

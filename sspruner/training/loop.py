@@ -1,4 +1,4 @@
-"""The loop of every training method: blocks of text, steps of AdamW, checkpoints from which a run goes on exactly."""
+"""Training loop of every method: blocks of text, steps of AdamW, checkpoints for exact resumption."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from sspruner.training import checkpoint
 from sspruner.training.log import Log, forget_after
 from sspruner.training.text import Text
 
-# (model, tokens (b, T)) -> the loss, and what it consists of, by name; means over tokens
+# (model, tokens (b, T)) -> the loss, and its parts by name; means over tokens
 Objective = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-Hook = Callable[[int], None]  # called with the number of the step that was just taken
+Hook = Callable[[int], None]  # called with the number of the step that has just finished
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to. perplexity: of the held-out blocks, before the first step and at the end."""
+    """Record of a run. perplexity: of the held-out blocks, before the first step and at the end."""
 
     steps: int
     tokens: int
     seconds: float
     perplexity: tuple[float, float]
-    finished: bool  # False if max_minutes ended it
+    finished: bool  # False if max_minutes stopped it
 
 
 def train(
@@ -53,13 +53,13 @@ def train(
 ) -> Trained:
     """Train the parameters of `model` that require gradients, in place, in fp32.
 
-    objective: the loss of a batch. after_step: what a method does with the weights after each step, such as masks.
-    memory: its own tensors, by name, which checkpoints hold, too, and which are put back in place.
-    folder: for checkpoints and metrics.jsonl; a run that was interrupted there goes on as if it had not been.
-    progress: called with the metrics of a step, its number, and how many there are.
+    objective: the loss of a batch. after_step: called after each step; may change weights, e.g. apply masks.
+    memory: the method's own tensors, by name; saved in checkpoints, and restored in place.
+    folder: for checkpoints and metrics.jsonl; an interrupted run continues from there with the same result.
+    progress: called with the metrics of a step, its number, and the number of steps.
 
-    Raises InputError when the loss or its gradient is no number any more, or a checkpoint cannot be written; the last
-    good checkpoint stays.
+    Raises InputError if the loss or its gradient is not finite, or if a checkpoint cannot be written; the last good
+    checkpoint stays.
     """
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
@@ -74,15 +74,15 @@ def train(
     if settings.recompute:
         recompute(model, "enable")
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.jsonl"
-    found = checkpoint.load(checkpoints, model, optimizer, _state(0, 0.0, math.nan) | memory)
+    resumed = checkpoint.load(checkpoints, model, optimizer, _state(0, 0.0, math.nan) | memory)
     step, before, first = (
-        (int(found["step"]), float(found["seconds"]), float(found["first"])) if found else (0, 0.0, 0.0)
+        (int(resumed["step"]), float(resumed["seconds"]), float(resumed["first"])) if resumed else (0, 0.0, 0.0)
     )
-    if found:
-        torch.set_rng_state(found["rng"])
-    forget_after(metrics_file, step if found else -1)
+    if resumed:
+        torch.set_rng_state(resumed["rng"])
+    forget_after(metrics_file, step if resumed else -1)
     with quick_on_cpu(model, device), Log(metrics_file) as log:
-        if not found:
+        if not resumed:
             first = last = perplexity(model, held_out, settings.at_once)
             log.write(0, held_out_perplexity=first)
         blocks = text.training_blocks(skip=step * settings.batch)
@@ -97,7 +97,7 @@ def train(
                 log.write(step, held_out_perplexity=perplexity(model, held_out, settings.at_once))
                 checkpoint.save(checkpoints, step, model, optimizer, _state(step, seconds, first) | memory)
         last = perplexity(model, held_out, settings.at_once)
-        if step > (int(found["step"]) if found else 0):
+        if step > (int(resumed["step"]) if resumed else 0):
             log.write(step, held_out_perplexity=last)
             checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first) | memory)
     model.eval()
@@ -108,7 +108,7 @@ def train(
 
 
 def recompute(model: nn.Module, what: str) -> None:
-    """Switch transformers' recomputing of activations; it had another name before."""
+    """Enable or disable gradient checkpointing in transformers, whose method had another name before."""
     for name in (f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"):
         if switch := getattr(model, name, None):
             switch()
@@ -125,7 +125,7 @@ def note_step(
     begun: float,
     progress: Callable[[dict[str, float], int, int], None] | None,
 ) -> float:
-    """Write down a step that began at `now`, of a run that began at `begun`; returns the seconds of the run."""
+    """Log a step that began at `now`, of a run that began at `begun`. Return the seconds of the run."""
     seconds, per_step = time.monotonic() - begun, settings.batch * settings.seq_len
     metrics |= {"tokens_per_second": per_step / (time.monotonic() - now), "seconds": seconds}
     log.write(step, tokens=step * per_step, learning_rate=settings.rate(step), **metrics)
@@ -135,12 +135,15 @@ def note_step(
 
 
 def share(blocks: Iterator[torch.Tensor], settings: Settings) -> torch.Tensor:
-    """This process's part of the next batch: int64 (batch / processes, T)."""
+    """Return this process's part of the next batch: int64 (batch / processes, T)."""
     return torch.stack(list(islice(blocks, settings.batch)))[rank() :: world()]
 
 
 def adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
-    """The optimiser of every method; its rate is set step by step. Weight decay for matrices, none for vectors."""
+    """Create the optimizer of every method; its rate is set at each step.
+
+    Weight decay for matrices, none for vectors.
+    """
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -156,9 +159,9 @@ def take_step(
     step: int,
     objective: Objective,
 ) -> dict[str, float]:
-    """One step of AdamW on this process's part of the batch, (b, T). Returns means over all processes.
+    """Take one step of AdamW on this process's part of the batch, (b, T). Return means over all processes.
 
-    Raises InputError, in every process, where a loss or its gradient is no number any more.
+    Raises InputError, in every process, if a loss or its gradient is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
@@ -176,28 +179,28 @@ def take_step(
         for name, value in {"loss": loss, **parts}.items():
             means[name] = means.get(name, 0) + share * value.detach().float()
     means["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, settings.clip)
-    found = dict(zip(means, (total(torch.stack([*means.values()])) / world()).tolist(), strict=True))
-    if not all(map(math.isfinite, found.values())):
+    metrics = dict(zip(means, (total(torch.stack([*means.values()])) / world()).tolist(), strict=True))
+    if not all(map(math.isfinite, metrics.values())):
         raise InputError(
-            f"step {step}: the loss is {found['loss']:g}, the norm of its gradient {found['gradient_norm']:g}; what "
-            "is in checkpoints is good: lower the learning rate"
+            f"step {step}: the loss is {metrics['loss']:g}, the norm of its gradient {metrics['gradient_norm']:g}; "
+            "what is in checkpoints is good: lower the learning rate"
         )
     optimizer.step()
-    return found
+    return metrics
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, blocks: torch.Tensor, at_once: int) -> float:
-    """Of blocks, int64 (n, T), each scored alone; its first token is context only."""
+    """Return the perplexity of blocks, int64 (n, T), each scored separately; its first token is context only."""
     nll = count = 0.0
     windows = (alone(tokens, torch.ones_like(tokens, dtype=torch.bool)) for tokens in torch.split(blocks, at_once))
-    for _, (found,) in losses_by_batch(windows, [logits_of(model)]):
-        nll, count = nll + float(found.nll.sum()), count + float(found.tokens.sum())
+    for _, (batch,) in losses_by_batch(windows, [logits_of(model)]):
+        nll, count = nll + float(batch.nll.sum()), count + float(batch.tokens.sum())
     return math.exp(min(nll / count, 700.0))
 
 
 def over(begun: float, max_minutes: float | None, device: torch.device) -> bool:
-    """Whether time is up; all processes agree, for one alone would leave the others waiting."""
+    """Check whether time is up. All processes agree: one that stopped first would leave the others waiting."""
     if max_minutes is None:
         return False
     late = torch.tensor(float(time.monotonic() - begun > 60 * max_minutes), device=device)
@@ -205,6 +208,6 @@ def over(begun: float, max_minutes: float | None, device: torch.device) -> bool:
 
 
 def _state(step: int, seconds: float, first: float) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds beside weights and moments. first: the perplexity before the first step."""
-    found = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("seconds", seconds), ("first", first))}
-    return found | {"step": torch.tensor(step), "rng": torch.get_rng_state()}
+    """Return a checkpoint's content besides weights and optimizer. first: perplexity before the first step."""
+    state = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("seconds", seconds), ("first", first))}
+    return state | {"step": torch.tensor(step), "rng": torch.get_rng_state()}

@@ -1,4 +1,4 @@
-"""The folder of a training run: what it was asked for, so that only the same run goes on there."""
+"""Folder of a training run, with its settings, so that only the same run continues there."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ MARK = "run.json"
 RECIPE = "recipe"  # its key in run.json
 
 
-def run_folder(out: str | Path, asked: dict[str, Any], recipe: Recorded | None = None) -> Path:
-    """Make the folder of a run, or return the one that is there.
+def run_folder(out: str | Path, settings: dict[str, Any], recipe: Recorded | None = None) -> Path:
+    """Create the folder of a run, or return the existing one.
 
     Args:
-        asked: what makes it this run and no other, as JSON. It is in run.json, with the recipe, and only the same run
-            goes on in the folder.
-        recipe: the recipe of the run, written beside it. It may differ in what is not in `asked`, such as max_minutes.
+        settings: the settings that identify the run, as JSON. run.json holds them, with the recipe; only a run with the
+            same settings continues in the folder.
+        recipe: the recipe of the run, written to the folder. Fields that are not in `settings`, such as max_minutes,
+        may
+            differ.
 
     Raises:
-        InputError: for a folder that holds another run, or other things.
+        InputError: for a folder with another run, or with other files.
     """
     folder = check_results(out, (MARK,))
     file = folder / MARK
-    asked = strict_json.loads(strict_json.dumps(asked))
+    settings = strict_json.loads(strict_json.dumps(settings))
     if file.exists():
         try:
             before = strict_json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"output {file}: is damaged ({error}); remove the folder") from error
         before.pop(RECIPE, None)
-        differs = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
+        differs = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if differs:
             first = differs[0]
             raise InputError(
-                f"output {folder}: holds a run with another {first} ({before.get(first)}, now {asked.get(first)}); "
+                f"output {folder}: holds a run with another {first} ({before.get(first)}, now {settings.get(first)}); "
                 "choose another folder"
             )
     elif rank() == 0:
         with atomic_file(file) as temporary:
-            written = asked | ({RECIPE: recipe.to_json()} if recipe else {})
+            written = settings | ({RECIPE: recipe.to_json()} if recipe else {})
             temporary.write_text(strict_json.dumps(written, indent=2) + "\n", encoding="utf-8")
     if recipe and rank() == 0 and not (folder / FILE).exists():
         recipe.save(folder / FILE)

@@ -1,7 +1,7 @@
-"""Training text: sources read as streams, packed into blocks of tokens, some of which are never trained on.
+"""Training text: sources read as streams and packed into blocks of tokens, some of which are held out.
 
-Block follows block in an order that the seed decides alone: the same for any number of processes, and after a restart,
-which reads past what was trained on before.
+The order of the blocks depends on the seed only: it is the same for any number of processes, and after a restart, which
+skips the blocks that were trained on before.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from sspruner.calibrate.sources import quiet
 from sspruner.errors import InputError
 from sspruner.recipes.train import Settings, TrainText
 
-SHUFFLED = 1024  # blocks among which the next one is drawn: a stream cannot be shuffled as a whole
-CHARACTERS = 2**16  # of a plain text that are tokenised together, up to the last white space
-DOCUMENTS = 64  # of a dataset that are tokenised together
+SHUFFLED = 1024  # size of the shuffle buffer, in blocks
+CHARACTERS = 2**16  # of plain text tokenised together, up to the last white space
+DOCUMENTS = 64  # of a dataset, tokenised together
 
 
 @dataclass(frozen=True)
 class Text:
-    """Sources of text as blocks of tokens.
+    """Sources of text, as blocks of tokens.
 
     sources: files (.jsonl and .json with a column `text`, anything else as plain UTF-8), or datasets as
-    NAME[:CONFIG[:SPLIT]]; each block is of one of them, drawn with equal chances.
-    held_out: blocks at the beginning of each source that are never trained on.
+    NAME[:CONFIG[:SPLIT]]. Each block is from one of them, drawn with equal probability.
+    held_out: number of blocks at the beginning of each source that are never trained on.
     """
 
     sources: tuple[str, ...]
@@ -41,35 +41,43 @@ class Text:
 
     @classmethod
     def of(cls, text: TrainText, settings: Settings, tokenizer: Any) -> Text:
-        """Make the text of a recipe. Raises InputError for a model without a tokenizer, and where no text is named."""
+        """Make the text of a recipe.
+
+        Raises InputError for a model without a tokenizer, and for a recipe without text.
+        """
         if not text.text:
             raise InputError("training text: the recipe names none")
         if tokenizer is None:
             raise InputError("training text needs a tokenizer, and this model has none: give --tokenizer")
         return cls(text.text, tokenizer, settings.seq_len, text.held_out, settings.seed)
 
-    def asked(self) -> dict[str, Any]:
-        """What makes it this text and no other; JSON."""
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that identify this text, as JSON."""
         return {"text": list(self.sources), "held_out": self.held_out, "text_seed": self.seed}
 
     def held_out_blocks(self) -> torch.Tensor:
-        """int64 (sources * held_out, seq_len). Raises InputError for a source that holds no more than that."""
+        """Return the held-out blocks, int64 (sources * held_out, seq_len).
+
+        Raises InputError for a source that is too short.
+        """
         return torch.stack([block for source in self.sources for block in self._first(source)])
 
     def training_blocks(self, skip: int = 0) -> Iterator[torch.Tensor]:
-        """Blocks, int64 (seq_len,), without end: a source that is through begins again. skip: blocks to read past."""
+        """Yield blocks, int64 (seq_len,), without end: a finished source begins again. skip: number of blocks to
+        skip.
+        """
         rng = random.Random(self.seed)
         streams = [self._repeated(source, number) for number, source in enumerate(self.sources)]
         return islice((next(rng.choice(streams)) for _ in count()), skip, None)
 
     def _first(self, source: str) -> list[torch.Tensor]:
-        found = list(islice(packed(source, self.tokenizer, self.seq_len), self.held_out + 1))
-        if len(found) <= self.held_out:
+        blocks = list(islice(packed(source, self.tokenizer, self.seq_len), self.held_out + 1))
+        if len(blocks) <= self.held_out:
             raise InputError(
-                f"training text {source}: {len(found)} blocks of {self.seq_len} tokens, of which {self.held_out} are "
+                f"training text {source}: {len(blocks)} blocks of {self.seq_len} tokens, of which {self.held_out} are "
                 "held out; give more text, or less --held-out or --seq-len"
             )
-        return found[: self.held_out]
+        return blocks[: self.held_out]
 
     def _repeated(self, source: str, number: int) -> Iterator[torch.Tensor]:
         for epoch in count():
@@ -78,27 +86,29 @@ class Text:
 
 
 def shuffled(blocks: Iterator[torch.Tensor], rng: random.Random, size: int = SHUFFLED) -> Iterator[torch.Tensor]:
-    """Each block once; the next one is always drawn among `size`."""
-    held = list(islice(blocks, size))
+    """Yield each block once, in random order, from a shuffle buffer of `size`."""
+    buffer = list(islice(blocks, size))
     for block in blocks:
-        at = rng.randrange(len(held))
-        yield held[at]
-        held[at] = block
-    rng.shuffle(held)
-    yield from held
+        at = rng.randrange(len(buffer))
+        yield buffer[at]
+        buffer[at] = block
+    rng.shuffle(buffer)
+    yield from buffer
 
 
 def packed(source: str, tokenizer: Any, seq_len: int) -> Iterator[torch.Tensor]:
-    """A source as blocks, int64 (seq_len,): its documents one after another, each with an end of text behind it if the
-    tokenizer has one. What is left of the last document, less than a block, is dropped.
+    """Yield a source as blocks, int64 (seq_len,).
+
+    Documents follow one another, each followed by an end-of-text token if the tokenizer has one. The last incomplete
+    block is dropped.
 
     Raises InputError for a source that cannot be read.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for texts in pieces(source):
-        found = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
-        for piece, (_, last) in zip(found, texts, strict=True):
+        encoded = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
+        for piece, (_, last) in zip(encoded, texts, strict=True):
             ids += piece + (end if last else [])
         whole = len(ids) // seq_len * seq_len
         yield from torch.tensor(ids[:whole], dtype=torch.long).view(-1, seq_len)
@@ -106,7 +116,7 @@ def packed(source: str, tokenizer: Any, seq_len: int) -> Iterator[torch.Tensor]:
 
 
 def pieces(source: str) -> Iterator[list[tuple[str, bool]]]:
-    """(text, whether a document ends with it), a few at a time."""
+    """Yield lists of (text, whether a document ends with it)."""
     path = Path(source).expanduser()
     if path.is_file() and path.suffix not in (".json", ".jsonl"):
         for text, last in _read(path):
@@ -118,7 +128,7 @@ def pieces(source: str) -> Iterator[list[tuple[str, bool]]]:
 
 
 def _read(path: Path) -> Iterator[tuple[str, bool]]:
-    """A plain text in parts that end with white space."""
+    """Yield a plain text in parts that end with white space."""
     left = ""
     try:
         with path.open(encoding="utf-8") as file:
@@ -133,7 +143,7 @@ def _read(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _rows(source: str, path: Path) -> Iterable[str]:
-    """The column `text` of a JSON lines file or a dataset, as a stream."""
+    """Yield the column `text` of a JSON lines file or a dataset, as a stream."""
     import datasets
 
     name, config, split = [*source.split(":"), "", ""][:3]

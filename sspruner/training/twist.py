@@ -1,10 +1,10 @@
-"""TwIST: each worker trains a random sub-network; they are averaged and drawn anew; any one can be kept at the end.
+"""TwIST: each worker trains a random sub-network; they are averaged and drawn again; any one can be kept at the end.
 
-Every `every` steps each worker gets a sub-network: units are dealt round the circle of workers, so that each is held,
-then every worker is filled up with random ones. It trains that smaller dense model on its own part of the batches, and
-gives it back: weights and moments of AdamW become means over the workers that held them. At the end sub-networks are
-drawn at random; none needs calibration. Source: Menezes et al., arXiv 2511.03983; on the axes of the graph instead of
-attention heads and FFN blocks.
+Every `every` steps each worker gets a sub-network: units are dealt to the workers in turn, so that each unit is
+trained, then every worker is filled up with random ones. It trains that smaller dense model on its own part of the
+batches, and pushes it back: weights and AdamW moments become means over the workers that had them. At the end
+sub-networks are drawn at random, without calibration. Source: Menezes et al., arXiv 2511.03983; here on the axes of the
+graph instead of attention heads and FFN blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sspruner.plans.plan import Plan
 from sspruner.recipes.train import Settings, TwistRecipe
 from sspruner.scoring.scores import Scores
 from sspruner.training import checkpoint
-from sspruner.training.asked import asked_recipe
+from sspruner.training.arguments import recipe_of
 from sspruner.training.gradual import likelihood
 from sspruner.training.log import Log, forget_after
 from sspruner.training.loop import Trained, adamw, note_step, over, perplexity, recompute, share, take_step
@@ -47,9 +47,9 @@ from sspruner.training.text import Text
 
 @dataclass(frozen=True)
 class Draws:
-    """Random sub-networks of the trained model, and the perplexity of the held-out blocks of each.
+    """Random sub-networks of the trained model, and the perplexity of each on the held-out blocks.
 
-    before: of the same sub-networks before the training. bytes_per_round: sent by all processes together, the mean.
+    before: perplexity of the same sub-networks before training. bytes_per_round: mean over rounds, by all processes.
     """
 
     plans: tuple[Plan, ...]
@@ -58,23 +58,23 @@ class Draws:
     bytes_per_round: float
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; without the plans."""
+        """Return a dict of JSON values, without the plans."""
         numbers = {"mean": self.mean, "std": self.std, "best": self.best, "bytes_per_round": self.bytes_per_round}
         return {"draws": {"perplexity": [*self.perplexities], "before": [*self.before], **numbers}}
 
     @property
     def best(self) -> int:
-        """The one with the least perplexity."""
+        """Return the index of the draw with the lowest perplexity."""
         return min(range(len(self.plans)), key=self.perplexities.__getitem__)
 
     @property
     def mean(self) -> float:
-        """Of their perplexities."""
+        """Return the mean of the perplexities."""
         return fmean(self.perplexities)
 
     @property
     def std(self) -> float:
-        """Of their perplexities, over draws; 0 of a single one."""
+        """Return the standard deviation of the perplexities over draws; 0 for a single one."""
         return stdev(self.perplexities) if len(self.perplexities) > 1 else 0.0
 
 
@@ -87,52 +87,57 @@ def twist(
     progress: Callable[[dict[str, float], int, int], None] | None = None,
     **short: Any,
 ) -> tuple[nn.Module, Draws, Trained]:
-    """Train a model so that random sub-networks of it are good models; returns it whole, draws of it, and the run.
+    """Train a model so that random sub-networks of it are good models. Return the whole model, draws, and the record.
 
-    There is one worker for each process that torchrun started; `settings.batch` is of all of them together. The
-    perplexities of the run are the mean of those of the draws.
+    There is one worker for each process started by torchrun; `settings.batch` is the batch of all together. The
+    perplexities of the record are means over the draws.
 
     Args:
-        text: the text to train on, which stands for the recipe's.
+        text: the training text, instead of the recipe's.
         out: the folder of the run (docs/train.md).
         recipe: a `TwistRecipe`; or its fields as `short` arguments: `twist(..., axis="head", keep=0.5)`, or `settings`,
             a `Settings`. `every` is `deal_every`.
-        progress: called with the metrics of a step, its number, and how many there are.
+        progress: called with the metrics of a step, its number, and the number of steps.
 
     Raises:
-        InputError: for bad arguments, and where the workers cannot hold every unit, or are more than the units.
+        InputError: for invalid arguments, and if the workers cannot hold every unit, or outnumber the units.
     """
     check_whole(model, "training")
-    recipe = asked_recipe(TwistRecipe, recipe, text, short, {"every": "deal_every"})
+    recipe = recipe_of(TwistRecipe, recipe, text, short, {"every": "deal_every"})
     settings, method = recipe.settings, recipe.method
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
     deal = Deal(model, list(method.axis), method.keep, method.ends, settings.seed)
     deal.check(world())
     held_out = text.held_out_blocks()  # (blocks, T)
-    asked: dict[str, Any] = {"method": "twist", "model": fingerprint(model), "axis": deal.axes, "keep": method.keep}
-    asked |= {"deal_every": method.deal_every, "ends": method.ends, "draws": method.draws}
-    folder = run_folder(out, asked | settings.asked() | text.asked(), recipe)
+    run_settings: dict[str, Any] = {
+        "method": "twist",
+        "model": fingerprint(model),
+        "axis": deal.axes,
+        "keep": method.keep,
+    }
+    run_settings |= {"deal_every": method.deal_every, "ends": method.ends, "draws": method.draws}
+    folder = run_folder(out, run_settings | settings.identity() | text.identity(), recipe)
     dtypes, device = {name: p.dtype for name, p in model.named_parameters()}, next(model.parameters()).device
     plans = [deal.draw(f"draw {number}", 1)[0] for number in range(method.draws)]
     subnets, shards = Subnets(model, plans[0]), Shards(model.named_parameters(), device)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     for parameter in model.parameters():
-        parameter.data = torch.empty(0, device=device)  # the shards hold it, and no process all of it
+        parameter.data = torch.empty(0, device=device)  # the shards hold the weights, split among processes
     run = _Run(subnets, shards, deal, method.deal_every, text, held_out, settings, folder, progress)
     trained, drawn = run.train(plans, device)
     for name, parameter in model.named_parameters():
         parameter.data = shards.weights(name).view(shapes[name]).to(dtypes[name])
-    made_for = {"fingerprint": fingerprint(model)}  # the trained one
+    made_for = {"fingerprint": fingerprint(model)}  # of the trained model
     drawn = replace(drawn, plans=tuple(replace(plan, model=made_for) for plan in plans))
     return model.requires_grad_(False).eval(), drawn, trained
 
 
 class Deal:
-    """How sub-networks are drawn: of which axes, how much of each group is kept, in all blocks but some at the ends."""
+    """Rule for drawing sub-networks: axes, fraction kept of each group, in all blocks but some at both ends."""
 
     def __init__(self, model: nn.Module, axes: list[str], keep: float, ends: int, seed: int) -> None:
-        """Raises InputError where there is nothing to deal."""
+        """Prepare the groups to deal. Raises InputError if there are none."""
         if not 0 < keep < 1:
             raise InputError(f"keep {keep}: must be above 0 and below 1")
         if ends < 0:
@@ -142,29 +147,32 @@ class Deal:
             raise InputError(f"axis {elements[0]!r}: of single elements; twist deals {', '.join(self.graph.axes)}")
         self.groups = {name: group for axis in axes for name, group in self.graph.on_axis(axis).items()}
         count = len(model.get_submodule(self.graph.blocks)) if self.graph.blocks else 0  # type: ignore[arg-type]
-        spared = [f"{self.graph.blocks}.{i}" for i in {*range(ends), *range(count - ends, count)}]
+        excluded = [f"{self.graph.blocks}.{i}" for i in {*range(ends), *range(count - ends, count)}]
         places = {block.path: block.path for group in self.groups.values() for block in group.blocks}
         places |= {group.layer: name for name, group in self.groups.items() if not group.blocks}
-        self.ignore = [name for path, name in places.items() if any(within(path, end) for end in spared)]
+        self.ignore = [name for path, name in places.items() if any(within(path, end) for end in excluded)]
         if len(self.ignore) == len(places):
             raise InputError(f"ends {ends}: none of the {count} blocks is between them; spare fewer")
 
     def draw(self, key: str, workers: int) -> list[Plan]:
-        """What each worker has: every unit is dealt to one, and the rest of each hand is random. The same for a key."""
+        """Return each worker's plan: each unit is dealt to one worker, the rest is random.
+
+        Depends on seed and key only.
+        """
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {key}").getrandbits(63))
         hands: list[dict[str, torch.Tensor]] = [{} for _ in range(workers)]
         for name, group in self.groups.items():
             units = torch.rand(group.groups, group.units, generator=generator)
-            units[:, protected(group, self.ignore)] = 2  # every worker has them: they are dealt last
+            units[:, protected(group, self.ignore)] = 2  # every worker keeps them: they are dealt last
             first = int(torch.randint(workers, (), generator=generator))
-            holder = (first + units.argsort(-1).argsort(-1)) % workers  # (sets, units): round the circle
+            holder = (first + units.argsort(-1).argsort(-1)) % workers  # (sets, units): in turn
             for worker, hand in enumerate(hands):
                 hand[name] = torch.rand(units.shape, generator=generator) + (holder == worker)
-        asked = dict.fromkeys(self.axes, 1 - self.keep)
-        return [plan(self.graph, Scores(hand), sparsity=asked, ignore=self.ignore) for hand in hands]
+        sparsity = dict.fromkeys(self.axes, 1 - self.keep)
+        return [plan(self.graph, Scores(hand), sparsity=sparsity, ignore=self.ignore) for hand in hands]
 
     def check(self, workers: int) -> None:
-        """Raise InputError where workers cannot hold every unit between them, or outnumber the units."""
+        """Raise InputError if the workers cannot hold every unit between them, or outnumber the units."""
         for name, reduction in self.draw("check", 1)[0].groups.items():
             always = len(protected(self.groups[name], self.ignore))
             n, q = reduction.before - always, reduction.after - always
@@ -179,7 +187,7 @@ class Deal:
 
 @dataclass(frozen=True)
 class _Run:
-    """The parts of one run, and its loop."""
+    """The parts of one run, and its training loop."""
 
     subnets: Subnets
     shards: Shards
@@ -192,19 +200,19 @@ class _Run:
     progress: Callable[[dict[str, float], int, int], None] | None
 
     def train(self, plans: list[Plan], device: torch.device) -> tuple[Trained, Draws]:
-        """Train in rounds; a run that was interrupted goes on from the end of one. plans: of the draws at the end."""
+        """Train in rounds; an interrupted run continues from the end of one. plans: of the draws at the end."""
         settings, checkpoints, metrics_file = self.settings, self.folder / "checkpoints", self.folder / "metrics.jsonl"
         numbers = torch.zeros(3 + len(plans), dtype=torch.float64)  # step, seconds, bytes, perplexities before
         state = {"shards": {name: self.shards.sharded(name) for name in self.shards.parts}, "numbers": numbers}
-        found = checkpoint.read(checkpoints, state)
-        if not found:
+        resumed = checkpoint.read(checkpoints, state)
+        if not resumed:
             numbers[3:] = torch.tensor(self.perplexities(plans, device))
         step, before, rounds = int(numbers[0]), float(numbers[1]), math.ceil(int(numbers[0]) / self.every)
-        forget_after(metrics_file, step if found else -1)
+        forget_after(metrics_file, step if resumed else -1)
         begun, saved = time.monotonic() - before, step
         blocks = self.text.training_blocks(skip=step * settings.batch)
         with Log(metrics_file) as log:
-            if not found:
+            if not resumed:
                 log.write(0, held_out_perplexity=fmean(numbers[3:].tolist()))
             while step < settings.steps and not over(begun, settings.max_minutes, device):
                 last, sent = min(step + self.every, settings.steps), self.shards.bytes_sent
@@ -212,8 +220,8 @@ class _Run:
                 step, rounds = last, rounds + 1
                 numbers[2] += float(total(torch.tensor(float(self.shards.bytes_sent - sent), device=device)))
                 if step // settings.every > saved // settings.every or step == settings.steps:
-                    own = perplexity(worker, self.held_out.to(device), settings.at_once)
-                    log.write(step, held_out_perplexity=float(total(torch.tensor(own, device=device))) / world())
+                    ours = perplexity(worker, self.held_out.to(device), settings.at_once)
+                    log.write(step, held_out_perplexity=float(total(torch.tensor(ours, device=device))) / world())
                     numbers[0], numbers[1], saved = step, time.monotonic() - begun, step
                     checkpoint.write(checkpoints, step, state)
             if step > saved:
@@ -228,17 +236,17 @@ class _Run:
     def round(
         self, number: int, step: int, last: int, blocks: Any, device: torch.device, log: Log, begun: float
     ) -> nn.Module:
-        """Steps up to the `last` one on one deal; returns this process's sub-network as it was given back."""
+        """Train one deal up to step `last`. Return this process's sub-network as it was pushed back."""
         torch.manual_seed(random.Random(f"{self.settings.seed} {number} {rank()}").getrandbits(63))
         hands = self.deal.draw(f"round {number}", world())
         workers = [self.subnets.places(hand) for hand in hands]
         pulled = self.shards.pull(workers)
-        model, held = self.subnets.make(hands[rank()], {name: rows[:, 0] for name, rows in pulled.items()})
+        model, parameters = self.subnets.make(hands[rank()], {name: rows[:, 0] for name, rows in pulled.items()})
         model.train()
         if self.settings.recompute:
             recompute(model, "enable")
-        optimizer = adamw([*held.values()], self.settings)
-        for name, parameter in held.items():
+        optimizer = adamw([*parameters.values()], self.settings)
+        for name, parameter in parameters.items():
             first, second = (pulled[name][:, kind].reshape(parameter.shape).clone() for kind in (1, 2))
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), "exp_avg": first, "exp_avg_sq": second}
         with quick_on_cpu(model, device):
@@ -247,7 +255,7 @@ class _Run:
                 batch = share(blocks, self.settings).to(device)
                 metrics = take_step(model, batch, optimizer, self.settings, step, likelihood)
                 note_step(log, metrics, step, self.settings, now, begun, self.progress)
-        for name, parameter in held.items():
+        for name, parameter in parameters.items():
             moments = optimizer.state[parameter]
             rows = (self.subnets.weights(name, parameter), moments["exp_avg"], moments["exp_avg_sq"])
             pulled[name] = torch.stack([row.flatten() for row in rows], 1)  # (its elements, 3)
@@ -256,13 +264,13 @@ class _Run:
 
     @torch.no_grad()
     def perplexities(self, plans: list[Plan], device: torch.device) -> list[float]:
-        """Of the held-out blocks, of each drawn sub-network of the model as it is now; each process takes some."""
-        found = torch.zeros(len(plans), dtype=torch.float64, device=device)
+        """Return the held-out perplexity of each drawn sub-network of the present model; processes share the work."""
+        results = torch.zeros(len(plans), dtype=torch.float64, device=device)
         whole = {name: self.shards.weights(name) for name in self.shards.parts}
         for number in range(rank(), len(plans), world()):
             places = self.subnets.places(plans[number])
             model, _ = self.subnets.make(plans[number], {n: w[places(n).to(device)] for n, w in whole.items()})
             with quick_on_cpu(model, device):
-                found[number] = perplexity(model, self.held_out.to(device), self.settings.at_once)
-        values: list[float] = total(found).tolist()
+                results[number] = perplexity(model, self.held_out.to(device), self.settings.at_once)
+        values: list[float] = total(results).tolist()
         return values
