@@ -1,4 +1,4 @@
-"""Resolve the budget of a recipe: one fraction for each axis, checked before any work."""
+"""Resolve the budget of a recipe: one fraction for each axis, validated before any work."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ BEST_SIZE = "uniform-best"
 
 
 def resolve_budget(recipe: Recipe, fit: Fit | None = None) -> ResolvedBudget:
-    """Return the budget of a recipe; with limits its fraction is a stand-in until one is found.
+    """Return the budget of a recipe. With limits, its fraction is a placeholder until the search finds one.
 
-    fit: rounds to the sizes that a runtime takes. Raises InputError for fractions given twice, or that make no sense.
+    fit: rounds to the sizes that a runtime supports. Raises InputError for invalid fractions, or several for one axis.
     """
     axis, budget, elements = recipe.remove.axis, recipe.budget, recipe.elements
     sparsity, keep, allocation = budget.sparsity, budget.keep, budget.allocation
@@ -49,7 +49,7 @@ def resolve_budget(recipe: Recipe, fit: Fit | None = None) -> ResolvedBudget:
 
 
 def _check_limits(recipe: Recipe) -> None:
-    """Raise InputError where limits and fractions are both given, or where limits decide on no single axis of units."""
+    """Raise InputError if both limits and fractions are given, or if limits do not name a single axis of units."""
     axis = recipe.remove.axis
     if not isinstance(axis, str) or axis in ELEMENT_AXES:
         raise InputError("limits decide how much of one axis of units is removed: name one axis, without a fraction")

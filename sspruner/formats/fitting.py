@@ -105,7 +105,7 @@ def blueprint(model: Any) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def check_asked(runtime: Target, budget: ResolvedBudget, refit: str, has_basis: bool) -> None:
+def check_request(runtime: Target, budget: ResolvedBudget, refit: str, has_basis: bool) -> None:
     """Raise InputError for settings that no stock config can express, whatever the scores."""
     if has_basis:
         raise InputError(

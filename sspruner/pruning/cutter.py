@@ -1,9 +1,8 @@
-"""Cutter: what differs between pruning a model in memory and one whose blocks lie apart, behind one interface."""
+"""Cutters: one interface to prune a model in memory, or an offloaded model block by block."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -12,56 +11,25 @@ from sspruner.compute.device import offloaded, on_device
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
 from sspruner.evaluation.continuation import continuation
-from sspruner.evaluation.damage import Damage, damages
+from sspruner.evaluation.damage import damages
 from sspruner.files.journal import Journal
 from sspruner.pruning.blockwise import check_offloaded, cut_by_blocks, journal_for
-from sspruner.pruning.decision import Decision
-from sspruner.pruning.job import Machine, PruneJob
+from sspruner.pruning.stages import Cutter, Decision, Machine, Outcome, PruneJob
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.run import Run
 from sspruner.surgery.mask import mask
-from sspruner.surgery.proof import Proof, slice_with_proof
+from sspruner.surgery.proof import slice_with_proof
 
 PROMPT_TOKENS, NEW_TOKENS = 24, 40
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a cut did.
-
-    damage           of the plan that was cut, on held-out text
-    without_refit    of the plan before its refit; the same without one
-    one_size         of the plan of one size, where there is one
-    proof            None in mask mode
-    continuation     what the dense and the pruned model say after a prompt; None where they cannot
-    """
-
-    damage: Damage
-    without_refit: Damage
-    one_size: Damage | None
-    proof: Proof | None
-    continuation: dict[str, Any] | None
-
-
-class Cutter(Protocol):
-    """Cuts a model by a decision, and measures and proves the cut."""
-
-    compares_one_size: bool
-
-    def journal(self, job: PruneJob) -> Journal | None:
-        """Return the journal of a run that can be interrupted, None where none can."""
-
-    def cut(self, job: PruneJob, decision: Decision) -> Outcome:
-        """Measure the damage on held-out text, cut in place, and prove the cut. Raises ProofError."""
-
-
 class InMemory:
-    """Cuts a model that is in memory as a whole."""
+    """Cutter of a model that is in memory as a whole."""
 
     compares_one_size = True
 
     def journal(self, job: PruneJob) -> None:
-        """Return None: such a run starts anew."""
+        """Return None: such a run cannot be resumed."""
         return
 
     def cut(self, job: PruneJob, decision: Decision) -> Outcome:
@@ -95,7 +63,7 @@ class InMemory:
 
 
 class BlockByBlock:
-    """Cuts a model whose blocks lie on disk or on several devices, each block once, through a journal."""
+    """Cutter of a model whose blocks are on disk or on several devices: cuts each block once, with a journal."""
 
     compares_one_size = False
 
@@ -103,13 +71,13 @@ class BlockByBlock:
         self._journal: Journal | None = None
 
     def journal(self, job: PruneJob) -> Journal:
-        """Return the journal in the folder of the model: the run goes on after the blocks that it holds."""
+        """Return the journal in the model's folder; a resumed run starts after the blocks that it holds."""
         if self._journal is None:
             self._journal = journal_for(job.run, job.budget, job.data, job.one_shot, job.machine.resume)
         return self._journal
 
     def cut(self, job: PruneJob, decision: Decision) -> Outcome:
-        """See `Cutter.cut`. It says nothing after a prompt: the model would be read once for every token."""
+        """See `Cutter.cut`. Generates no text: the model would be read once for every token."""
         with job.clock("evaluation and proof"), quick_on_cpu(job.model, job.run.device):
             cost, proof = cut_by_blocks(
                 job.model,
@@ -125,7 +93,10 @@ class BlockByBlock:
 
 
 def cutter_for(run: Run, recipe: Recipe, budget: ResolvedBudget, source: Any, machine: Machine) -> Cutter:
-    """Choose the cutter by where the model is. Raises InputError for what an offloaded model cannot do."""
+    """Choose the cutter by where the model is.
+
+    Raises InputError for options that an offloaded model does not support.
+    """
     if offloaded(run.model) is None:
         if machine.resume:
             raise InputError("resume goes on with a run on an offloaded model: load it with offload")
@@ -141,7 +112,9 @@ def _prompt(job: PruneJob) -> torch.Tensor:
 
 
 def _continuation(job: PruneJob) -> str | None:
-    """Continue the prompt greedily; None without a tokenizer, and for models of mamba_ssm, which generate otherwise."""
+    """Continue the prompt greedily; None without a tokenizer, and for mamba_ssm models (a different generate
+    method).
+    """
     tokenizer = job.machine.tokenizer
     if tokenizer is None or not hasattr(job.model, "generation_config"):
         return None

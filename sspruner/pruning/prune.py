@@ -1,4 +1,4 @@
-"""The main job: score, decide, refit, cut, prove and measure, as one recipe says."""
+"""Prune: score, decide, refit, cut, prove and measure by one recipe."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import nn
 from sspruner.calibrate.sources import Progress
 from sspruner.compute.progress import shown
 from sspruner.errors import InputError
-from sspruner.pruning.decision import decide, refitted, score_for
-from sspruner.pruning.job import Machine, prepare
+from sspruner.pruning.decide import decide, refitted, score_for
+from sspruner.pruning.prepare import prepare
 from sspruner.pruning.report import report_of
 from sspruner.pruning.result import Result
+from sspruner.pruning.stages import Machine
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.score import Source
 
@@ -29,25 +30,26 @@ def prune(
     progress: Progress | bool | None = None,
     **short: Any,
 ) -> Result:
-    """Prune `model` in place: score, plan and cut layer by layer, each layer on inputs made by the cut ones before it.
+    """Prune `model` in place: score, plan and cut layer by layer, each layer on the outputs of the cut layers before
+    it.
 
     Args:
         recipe: a `Recipe`. Or a scorer, with the fields of a recipe's parts as `short` arguments:
             `prune(model, "ghost", axis="head", sparsity=0.5)`. The default is the scorer "ghost" and half of the state.
         calibration: the calibration text instead of the recipe's: anything that `sspruner.calibration` takes, or its
             result.
-        tokenizer: to read text, and to show what both models say after a prompt.
+        tokenizer: tokenizer that reads text, and shows the continuations of a prompt by both models.
         device: the compute device; CUDA if there is one, else the CPU.
-        cache: take scores that were made before, where model, scorer, its code, options, calibration and seed are the
-            same (docs/calibration.md).
-        resume: go on with the interrupted run on an offloaded model (docs/offload.md).
+        cache: use cached scores where model, scorer, its code, options, calibration and seed are the same
+            (docs/calibration.md).
+        resume: continue the interrupted run on an offloaded model (docs/offload.md).
         progress: called with (phase, done, total); True shows bars on standard error.
 
     Raises:
-        InputError: for arguments that make no sense, and for a budget that removes nothing.
-        ModelError: where the target cannot take the cut.
+        InputError: for invalid or contradictory options, and for a budget that removes nothing.
+        ModelError: if the target cannot run the cut model.
         PluginError: for a scorer that breaks its contract.
-        ProofError: if the cut is not what the plan predicts.
+        ProofError: if the cut model differs from the plan's prediction.
 
     Sequential scoring: Menezes & Kyrillidis, GHOST, arXiv 2602.11408.
     """
@@ -61,7 +63,7 @@ def prune(
 
 
 def as_recipe(recipe: Any, short: dict[str, Any]) -> Recipe:
-    """Return a recipe as it is; make one of a scorer and short arguments. Raises InputError for both at once."""
+    """Return a recipe unchanged, or make one from a scorer and short arguments. Raises InputError for both at once."""
     if not isinstance(recipe, Recipe):
         return Recipe.of(**({} if recipe is None else {"scorer": recipe}), **short)
     if short:

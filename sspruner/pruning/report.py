@@ -1,11 +1,11 @@
-"""report.json: what was done, what it cost, and on what. One dataclass, numbers in base units."""
+"""Report: the content of report.json, what was cut and what it cost. One dataclass, numbers in base units."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -16,30 +16,27 @@ from sspruner.files.output import atomic_file
 from sspruner.files.provenance import hub_name, peak_memory_bytes, versions
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
+from sspruner.pruning.stages import Decision, Outcome, PruneJob
 from sspruner.surgery.proof import Proof
 
-if TYPE_CHECKING:
-    from sspruner.pruning.cutter import Outcome
-    from sspruner.pruning.decision import Decision
-    from sspruner.pruning.job import PruneJob
-
-# How a field of a report is checked, by the beginning of its type.
+# Check of a report's field, by the first word of its type.
 CHECKS: dict[str, Callable[[Any], Any]] = {"str": text, "bool": flag, "int": integer, "dict": table}
-MEASURED = ("perplexity", "kl_to_dense")  # of what `dense` and `pruned` say: the other numbers are whole
+MEASURED = ("perplexity", "kl_to_dense")  # keys of `dense` and `pruned` that are floats; the others are integers
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of one prune. Bytes, seconds, nats; state bytes per sequence; `proof` is None in mask mode.
+    """The report of one prune. Bytes, seconds, nats; state bytes per sequence.
 
-    basis: whether units of the state are its coordinates ("select") or directions, by the scorer's name for it.
-    refit: what was solved for after the cut, the damage without it, each block's error before and after; {} without.
-    search: what was looked at before the cut: limits and the curve of cuts, perplexity by scorer, damage by layer, all
-    on calibration text; and, of layers of different sizes, what one size for all would cost, on held-out text.
-    target: the runtime that the sizes are for, over how many GPUs, what was rounded for it and what it does with them.
-    sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
-    recipe: the recipe (`Recipe.to_json`), {} in reports of version 0.1.
-    base_model: the name of the model on the hub that it came from (`hub_name`), "" if it came from elsewhere.
+    basis       the basis of the state's units: "select" for its coordinates, else the scorer's name for its directions
+    proof       None in mask mode
+    refit       kind, damage without it, each block's error before and after; {} without a refit
+    search      measured before the cut on calibration text: limits, curve of cuts, perplexity by scorer, damage by
+                layer; and, for layers of different sizes, the damage of one size for all, on held-out text
+    target      the runtime that the sizes fit, its number of GPUs, what was rounded, and its notes
+    sparsity    zeros among single elements (`sparsity_of`), {} if the plan has no axis of single elements
+    recipe      the recipe (`Recipe.to_json`), {} in reports of version 0.1
+    base_model  name of the base model on the hub (`hub_name`), "" if it is not from the hub
     """
 
     scorer: str
@@ -70,30 +67,30 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Inverse of `save`. Raises InputError for a file that `save` did not write."""
+        """Read a report. Raises InputError for a file that `save` did not write."""
         return strict_json.load("report", path, cls.from_json)
 
     @classmethod
     def from_json(cls, data: Any) -> Report:
-        """Inverse of `to_json`, from its text or what `strict_json.loads` makes of it.
+        """Parse a report, from its text or from the parsed JSON. Inverse of `to_json`.
 
-        Fields that have a default may be missing. Raises KeyError, TypeError or ValueError for what `to_json` did not
-        write, other keys among it.
+        Fields that have a default may be missing. Raises KeyError, TypeError or ValueError for anything that `to_json`
+        does not write, unknown keys included.
         """
-        given = versioned(strict_json.loads(data) if isinstance(data, str) else data)
-        checked = given | {f.name: _checked(str(f.type), given[f.name]) for f in fields(cls) if f.name in given}
+        data = versioned(strict_json.loads(data) if isinstance(data, str) else data)
+        checked = data | {f.name: _checked(str(f.type), data[f.name]) for f in fields(cls) if f.name in data}
         sizes = {
-            when: given[when]
-            | {name: number(given[when][name]) for name in MEASURED if name in given[when]}
-            | {name: integer(given[when][name]) for name in ("parameters", "weight_bytes", "state_bytes")}
+            when: data[when]
+            | {name: number(data[when][name]) for name in MEASURED if name in data[when]}
+            | {name: integer(data[when][name]) for name in ("parameters", "weight_bytes", "state_bytes")}
             for when in ("dense", "pruned")
         }
         return cls(
             **checked
             | sizes
             | {
-                "layers": {name: layer_from_json(size) for name, size in given["layers"].items()},
-                "proof": None if given["proof"] is None else Proof.from_json(given["proof"]),
+                "layers": {name: layer_from_json(size) for name, size in data["layers"].items()},
+                "proof": None if data["proof"] is None else Proof.from_json(data["proof"]),
             }
         )
 
@@ -103,14 +100,14 @@ class Report:
         return strict_json.dumps({"version": 1, **data}, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Write report.json, atomically."""
+        """Write report.json atomically."""
         with atomic_file(path) as temporary:
-            # Names of files may hold bytes that are no text; as escapes they are JSON.
+            # File names may contain bytes that are not valid text; JSON writes them as escapes.
             temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
 
 
 def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
-    """Make the report of a prune that has cut its model."""
+    """Build the report of a prune after the model was cut."""
     run, data, cut_graph = job.run, job.data, trace(job.model)
     method, scorers = job.recipe.method, job.run.jobs[0]
     search = decision.search
@@ -160,7 +157,7 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
 
 
 def _checked(kind: str, value: Any) -> Any:
-    """A field's value, if it is of the field's type."""
+    """Return a field's value if it has the field's type; raise otherwise."""
     if value is None and kind.endswith("| None"):
         return None
     check = CHECKS.get(kind.partition("[")[0])
@@ -168,12 +165,12 @@ def _checked(kind: str, value: Any) -> Any:
 
 
 def layer_from_json(data: Any) -> dict[str, int]:
-    """Check what a report says of one dependency group: its units before and after."""
+    """Check the entry of one dependency group in a report: its units before and after."""
     return {when: integer(table(data)[when]) for when in ("before", "after")}
 
 
 def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
-    """Parameters, bytes of weights in the model's dtype, and bytes of fp32 recurrent state per sequence."""
+    """Return parameters, bytes of weights in the model's dtype, and bytes of fp32 recurrent state per sequence."""
     return {
         "parameters": graph.parameters,
         "weight_bytes": graph.weight_bytes,
@@ -183,14 +180,14 @@ def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
 
 
 def measured(cost: Damage) -> dict[str, float]:
-    """Damage as reports name it."""
+    """Return damage under the names that reports use."""
     return {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl}
 
 
 def sparsity_of(model: nn.Module, graph: SSMGraph, axes: Sequence[str]) -> dict[str, Any]:
-    """Zeros among the single elements of some axes, counted in the model as it is, tensor by tensor and in total.
+    """Count the zeros among the single elements of some axes, in the model as it is, by tensor and in total.
 
-    graph: the model's own, traced after the cut. Axes that are not of single elements are left out. {} without any.
+    graph: traced after the cut. Axes of units are left out; {} without any axis of single elements.
     """
     parameters = {g.tensor: model.get_parameter(g.tensor) for g in graph.elements.values() if g.axis in axes}
     zeros = {name: int((parameter == 0).sum()) for name, parameter in parameters.items()}

@@ -1,4 +1,4 @@
-"""Result: what `prune` returns. It prints as a table, and saves itself."""
+"""Result: the return value of `prune`; prints as a table, and saves itself."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sspruner.scoring.scores import Scores
 
 @dataclass(frozen=True)
 class Result:
-    """A pruned model and its evidence: the plan, the scores, the report, and the recipe that made them.
+    """A pruned model with its plan, scores, report and recipe.
 
-    model: the one that was given, cut in place.
+    model: the model passed to `prune`, cut in place.
     """
 
     model: nn.Module

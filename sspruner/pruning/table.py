@@ -1,4 +1,4 @@
-"""The result of a prune as a table that people can read: dense beside pruned."""
+"""The result of a prune as a printed table: dense beside pruned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sspruner.units import as_bytes, percent, span
 
 
 def result_table(report: Report) -> RenderableType:
-    """Dense beside pruned, the change, then how it was made, the proof, and what both models say."""
+    """Return a table of dense, pruned and change, then settings, proof, and the continuations of both models."""
     table = Table(title=f"{escape(report.model)}: {report.scorer} on axis {report.axis}", title_justify="left")
     for header in ("", "dense", "pruned", "change"):
         table.add_column(header, justify="left" if not header else "right")
@@ -47,26 +47,26 @@ def result_table(report: Report) -> RenderableType:
     return Group(table, *_search(report.search), *_notes(report), *_continuations(report))
 
 
-def _search(found: dict[str, Any]) -> list[RenderableType]:
-    """What was looked at before the cut: the curve of cuts, the scorers, and one size for all layers."""
+def _search(search: dict[str, Any]) -> list[RenderableType]:
+    """Return what the search measured: the curve of cuts, the scorers, and one size for all layers."""
     parts: list[RenderableType] = []
-    if "curve" in found:
+    if "curve" in search:
         table = Table(title="cuts looked at, on calibration text", title_justify="left")
         for header in ("removed", "state bytes", "parameters", "perplexity", "KL"):
             table.add_column(header, justify="right")
-        for point in found["curve"]:
+        for point in search["curve"]:
             shown = ("–", "–") if point["kl"] is None else (f"{point['perplexity']:.3f}", f"{point['kl']:.4f}")
             size = as_bytes(point["state_bytes"]), f"{point['parameters']:,}"
             table.add_row(f"{100 * point['sparsity']:.1f} %", *size, *shown)
         parts.append(table)
-    if "limits" in found:
-        asked = [f"{name.replace('_', ' ')} {limit:g}" for name, limit in found["limits"].items()]
-        parts.append(Text(f"limits: {', '.join(asked)}"))
-    if "scorers" in found:
-        costs = [f"{n} {c if isinstance(c, str) else format(c, '.3f')}" for n, c in _by_cost(found["scorers"])]
+    if "limits" in search:
+        limits = [f"{name.replace('_', ' ')} {limit:g}" for name, limit in search["limits"].items()]
+        parts.append(Text(f"limits: {', '.join(limits)}"))
+    if "scorers" in search:
+        costs = [f"{n} {c if isinstance(c, str) else format(c, '.3f')}" for n, c in _by_cost(search["scorers"])]
         parts.append(Text(f"perplexity by scorer, on calibration text: {', '.join(costs)}"))
-    if "one_size" in found:
-        one = found["one_size"]
+    if "one_size" in search:
+        one = search["one_size"]
         parts.append(
             Text(
                 f"one size for all layers ({one['kept']} kept), which stock classes load: perplexity "
@@ -77,7 +77,7 @@ def _search(found: dict[str, Any]) -> list[RenderableType]:
 
 
 def _by_cost(scorers: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What costs least first; reasons last."""
+    """Sort scorers by perplexity; those without one last."""
     return sorted(scorers.items(), key=lambda item: (1, 0.0) if isinstance(item[1], str) else (0, item[1]))
 
 
@@ -90,15 +90,16 @@ def _notes(report: Report) -> list[Text]:
         f"seconds: {', '.join(f'{phase} {s:.1f}' for phase, s in report.seconds.items())}; "
         f"peak memory {as_bytes(report.peak_memory_bytes)}",
     ]
-    if found := report.target:
-        what = f"{found['name']} on {found['tp']} GPUs" if found["tp"] > 1 else found["name"]
-        lines += [f"rounded for {what}: {line}" for line in found["rounded"]]
-        lines += [f"{found['name']}: {line}" for line in found["notes"]]
+    if target := report.target:
+        what = f"{target['name']} on {target['tp']} GPUs" if target["tp"] > 1 else target["name"]
+        lines += [f"rounded for {what}: {line}" for line in target["rounded"]]
+        lines += [f"{target['name']}: {line}" for line in target["notes"]]
     if report.sparsity:
-        found = report.sparsity
+        sparsity = report.sparsity
         lines.append(
-            f"zeros: {found['zeros']:,} of {found['elements']:,} elements in {len(found['tensors'])} tensors, which "
-            "stay dense: zeros make nothing faster with dense kernels, and no file smaller"
+            f"zeros: {sparsity['zeros']:,} of {sparsity['elements']:,} elements in "
+            f"{len(sparsity['tensors'])} tensors, which stay dense: "
+            "zeros make nothing faster with dense kernels, and no file smaller"
         )
     if report.proof:
         p = report.proof
@@ -114,6 +115,6 @@ def _notes(report: Report) -> list[Text]:
 def _continuations(report: Report) -> list[Text]:
     if not report.continuation:
         return []
-    said = report.continuation
-    lines = [("prompt", said["prompt"]), ("dense", said["dense"]), ("pruned", said["pruned"])]
+    texts = report.continuation
+    lines = [("prompt", texts["prompt"]), ("dense", texts["dense"]), ("pruned", texts["pruned"])]
     return [Text()] + [Text.assemble((f"{label:>7}: ", "bold"), " ".join(text.split())) for label, text in lines]

@@ -31,20 +31,20 @@ def cache_folder() -> Path:
 
 
 def cache_key(
-    model: nn.Module, code: Iterable[type], asked: dict[str, object], tokens: torch.Tensor, mask: torch.Tensor
+    model: nn.Module, code: Iterable[type], request: dict[str, object], tokens: torch.Tensor, mask: torch.Tensor
 ) -> str | None:
     """Return a digest of everything that scores depend on; None if that cannot be determined, then they are not cached.
 
     code          classes of scorers and families. Their files count, as do those of the model's modules and of their
                   base classes, and sspruner's own
-    asked         axes, options, seed and other settings
+    request       axes, options, seed and other settings
     tokens, mask  the calibration, (S, T)
     """
     sources = _sources({*code, *map(type, model.modules())})
     if sources is None:
         return None
     digest = hashlib.sha256(f"{_versions()} {sources}".encode())
-    digest.update(json.dumps(asked, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(request, sort_keys=True, default=str).encode())
     try:
         for part in (*_structure(model), *_bytes({"tokens": tokens, "mask": mask}.items())):
             digest.update(part)

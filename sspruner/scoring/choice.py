@@ -14,7 +14,7 @@ DEFAULT = "ghost"
 AUTO = "auto"
 
 
-def scorers_asked(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]) -> list[OneScorer]:
+def choose_scorers(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]) -> list[OneScorer]:
     """Return the named scorer, or, for "auto" and "auto:NAME,NAME", the scorers to choose from.
 
     Raises InputError for an unknown scorer, for a basis that it does not have, and for auto without candidates.

@@ -84,16 +84,16 @@ def _score_parts(short: dict[str, Any]) -> tuple[CalibrationText, Scoring]:
 def score_dense(
     run: Run, data: Calibration | None, cache: bool, progress: Progress | None, journal: Journal | None = None
 ) -> dict[str, Scores]:
-    """All jobs' scores on the dense model: what the cache has is taken from there, the rest in one pass.
+    """Return all jobs' scores on the dense model, from the cache or from one pass.
 
-    Scorers that also change weights are run in any case, and so are those that read nothing but weights: quick enough.
+    Scorers that also change weights are never cached, nor are those that only read weights, which are fast.
     """
     keys = {}
     for job in run.jobs:
         if cache and data is not None and job.needs != {"weights"} and not job.changes_weights:
             code = [*(cls for cls, _ in job.scorers.values()), *(type(site.family) for site in run.graph.layers)]
-            asked = {"axes": run.axes, "options": job.options, "seed": run.seed, "device": run.device.type}
-            keys[job.label] = cache_key(run.model, code, asked, data.tokens, data.mask)
+            request = {"axes": run.axes, "options": job.options, "seed": run.seed, "device": run.device.type}
+            keys[job.label] = cache_key(run.model, code, request, data.tokens, data.mask)
     found = from_one(lambda: {label: hit for label, key in keys.items() if key and (hit := cached(key))})
     order, run.jobs = run.jobs, [job for job in run.jobs if job.label not in found]
     made = walk(run, data, cut=None, progress=progress, journal=journal) if run.jobs else {}

@@ -19,7 +19,7 @@ from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.pruning import search
 from sspruner.recipes.parts import Limits
-from sspruner.scoring.choice import candidates, scorers_asked
+from sspruner.scoring.choice import candidates, choose_scorers
 from sspruner.scoring.known import installed_scorers
 from sspruner.surgery.sizes import sizes
 from support.command import run as cli
@@ -159,8 +159,8 @@ def test_auto_chooses_among_all_that_only_select(axis):
             axis in cls.axes and cls.basis == "select" and cls.reduce is sspruner.Scorer.reduce and cls.needs != "loss"
         )
         assert (name in found) == able
-    assert scorers_asked("auto", None, [axis]) == found
-    assert scorers_asked("auto:ghost, balanced", None, ["state"]) == ["ghost", "balanced"]
+    assert choose_scorers("auto", None, [axis]) == found
+    assert choose_scorers("auto:ghost, balanced", None, ["state"]) == ["ghost", "balanced"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_auto_chooses_among_all_that_only_select(axis):
 )
 def test_where_auto_has_no_choice(scorer, axes, says):
     with pytest.raises(sspruner.InputError, match=says):
-        scorers_asked(scorer, None, axes)
+        choose_scorers(scorer, None, axes)
 
 
 @pytest.mark.slow

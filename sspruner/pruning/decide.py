@@ -1,9 +1,9 @@
-"""Decide: from scores to the plan and its evidence, on the way through the layers or after all are scored."""
+"""Decide: turn scores into a plan, layer by layer during scoring or after all layers are scored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from sspruner.compute.device import on_device
 from sspruner.compute.processes import from_one
 from sspruner.errors import InputError
 from sspruner.formats.fitting import check_cut
-from sspruner.plans.plan import Plan, check_plan
+from sspruner.plans.plan import check_plan
 from sspruner.plans.reduction import reduction
-from sspruner.pruning.job import PruneJob
 from sspruner.pruning.refit import refit
 from sspruner.pruning.search import same_size, settle
+from sspruner.pruning.stages import Decision, PruneJob
 from sspruner.scoring.run import Run
 from sspruner.scoring.score import score_dense
 from sspruner.scoring.scorer import Choose
@@ -28,30 +28,8 @@ from sspruner.scoring.walk import walk
 from sspruner.surgery.mask import mask_elements, mask_group, unmask, update_tensors
 
 
-@dataclass(frozen=True)
-class Decision:
-    """A plan and its evidence.
-
-    budget     with the fraction that the search settled on
-    kept       dependency group -> which units stay: bool (groups, units)
-    search     what was compared before the cut: limits, curves, scorers; as the report has it
-    one_size   of layers that keep different sizes: the plan with one size for all, to compare with
-    selected   the plan before the refit, where there was one
-    errors     block -> its error before and after the refit
-    """
-
-    plan: Plan
-    scores: Scores
-    budget: ResolvedBudget
-    kept: Mapping[str, torch.Tensor]
-    search: dict[str, Any]
-    one_size: Plan | None = None
-    selected: Plan | None = None
-    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-
 class Reductions:
-    """What stays of the dependency groups that are decided so far, and new values of tensors."""
+    """The units to keep of each decided dependency group, and new values of tensors."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -59,19 +37,22 @@ class Reductions:
         self.updates: dict[str, torch.Tensor] = {}
 
     def decide(self, importance: Mapping[str, torch.Tensor], choose: Mapping[str, Choose]) -> dict[str, torch.Tensor]:
-        """Decide what stays of some groups, by name. Returns the new values of tensors that their scorers give."""
+        """Decide which units of some groups stay, by name.
+
+        Return the new values of tensors that their scorers compute.
+        """
         changed: dict[str, torch.Tensor] = {}
         for name, scored in importance.items():
             self.kept[name], new = self.run.reduce(self.run.groups[name], scored, choose[name])
-            twice = next((tensor for tensor in new if tensor in self.updates or tensor in changed), None)
-            if twice:
-                raise InputError(f"{twice}: changed by the scorers of two axes; prune one after the other")
+            shared = next((tensor for tensor in new if tensor in self.updates or tensor in changed), None)
+            if shared:
+                raise InputError(f"{shared}: changed by the scorers of two axes; prune one after the other")
             changed |= {tensor: _as_stored(self.run.model, tensor, value) for tensor, value in new.items()}
         self.updates.update(changed)
         return changed
 
     def cut(self, importance: Mapping[str, torch.Tensor], choose: Mapping[str, Choose]) -> None:
-        """Decide and mask some groups, so that the next layer is scored on what the cut ones put out."""
+        """Decide and mask some groups, so that the next layer is scored on the outputs of the cut ones."""
         model = self.run.model
         update_tensors(model, self.decide(importance, choose))  # before the masks: new values are of whole tensors
         for name in importance:
@@ -84,32 +65,35 @@ class Reductions:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores by scorer, and what was decided on the way."""
+    """Scores by scorer, and the decisions made during scoring."""
 
     scores: dict[str, Scores]
     reductions: Reductions
 
 
 def score_for(job: PruneJob) -> Scored:
-    """Score every dependency group: layer by layer behind masks, or all on the dense model. The model is unmasked."""
+    """Score every dependency group: layer by layer behind masks, or all on the dense model.
+
+    Leaves the model unmasked.
+    """
     run, machine = job.run, job.machine
     reductions = Reductions(run)
     journal = job.cutter.journal(job)
     with job.clock("scoring"):
         try:
             if job.one_shot:
-                found = score_dense(run, job.data, machine.cache, machine.progress, journal)
+                scores = score_dense(run, job.data, machine.cache, machine.progress, journal)
             else:
                 choose = choosers(run.groups, job.budget, run.granularity)
                 cut = _cut_with(reductions, choose)
-                found = walk(run, job.data, cut=cut, progress=machine.progress, journal=journal)
+                scores = walk(run, job.data, cut=cut, progress=machine.progress, journal=journal)
         finally:
             unmask(run.model)
-    return Scored(found, reductions)
+    return Scored(scores, reductions)
 
 
 def decide(job: PruneJob, scored: Scored) -> Decision:
-    """Settle on one scorer and one budget, and make the plan. Raises InputError where the budget removes nothing."""
+    """Choose one scorer and one budget, and make the plan. Raises InputError for a budget that removes nothing."""
     run, recipe, budget = job.run, job.recipe, job.budget
     search: dict[str, Any] = {"limits": recipe.limits.to_json()} if recipe.limits else {}
     curves = None
@@ -127,7 +111,7 @@ def decide(job: PruneJob, scored: Scored) -> Decision:
                     job.machine.progress,
                 )
             )
-        run.jobs = [one for one in run.jobs if one.label == settled.label]
+        run.jobs = [candidate for candidate in run.jobs if candidate.label == settled.label]
         budget, curves, search = settled.budget, settled.curves, search | settled.evidence
         if run.refused:
             search["scorers"] = search.get("scorers", {}) | run.refused
@@ -135,24 +119,27 @@ def decide(job: PruneJob, scored: Scored) -> Decision:
     choose = choosers(run.groups, budget, run.granularity, compared(scores, budget), curves)
     late = {name: scores.importance[name] for name in run.groups if name not in kept}
     scored.reductions.decide(late, choose)
-    made = make_plan(run.groups, kept, scored.reductions.updates, scores, budget)
-    check_plan(made, run.graph, model=run.model)  # what whole modules may not go is known only now
-    return Decision(made, scores, budget, kept, search)
+    plan = make_plan(run.groups, kept, scored.reductions.updates, scores, budget)
+    check_plan(plan, run.graph, model=run.model)  # which whole modules must stay is known only now
+    return Decision(plan, scores, budget, kept, search)
 
 
 def refitted(job: PruneJob, decision: Decision) -> Decision:
-    """Solve for what stays, if the recipe says so, and find the plan of one size. Raises ModelError for the target."""
+    """Refit the units that stay, if the recipe says so, and compute the plan of one size.
+
+    Raises ModelError if the target cannot run the cut model.
+    """
     run, kind = job.run, job.recipe.method.refit
-    made = decision.plan
+    plan = decision.plan
     if kind != "none":
         with job.clock("refit"):
             better = refit(
-                run.model, made, kind, calibration=job.data, device=job.machine.device, progress=job.machine.progress
+                run.model, plan, kind, calibration=job.data, device=job.machine.device, progress=job.machine.progress
             )
-        decision = replace(decision, plan=better.plan, selected=made, errors=better.errors)
+        decision = replace(decision, plan=better.plan, selected=plan, errors=better.errors)
     if job.cutter.compares_one_size:
         one_size = same_size(
-            made,
+            plan,
             run.graph,
             job.recipe.budget.multiple_of,
             lambda keep: plan_within(run.graph, decision.scores, ResolvedBudget(keep=keep)),
@@ -168,7 +155,7 @@ def _cut_with(reductions: Reductions, choose: Mapping[str, Choose]) -> Any:
 
 
 def _as_stored(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
-    """A new value in the dtype in which the model holds the parameter; a new bias is held as the weight is."""
-    held = dict(model.named_parameters(remove_duplicate=False))
-    like = held.get(name, held.get(name.removesuffix("bias") + "weight"))
+    """Return a new value in the dtype in which the model stores the parameter; a new bias gets the weight's dtype."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    like = parameters.get(name, parameters.get(name.removesuffix("bias") + "weight"))
     return value if like is None else value.to(like.dtype)

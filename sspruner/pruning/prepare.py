@@ -1,12 +1,9 @@
-"""Prepare a prune: trace, validate, calibrate, and choose how to cut, before anything is changed."""
+"""Prepare a prune: trace, validate, calibrate, and choose the cutter, before anything is changed."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -14,84 +11,26 @@ from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import check_budget, rounded
 from sspruner.budgets.resolve import resolve_budget
-from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import on_device
 from sspruner.errors import InputError
-from sspruner.formats.fitting import check_asked, check_cut, trial
+from sspruner.formats.fitting import check_cut, check_request, trial
 from sspruner.formats.targets import Fit, chosen, fit_to
+from sspruner.pruning.cutter import cutter_for
 from sspruner.pruning.refit import KINDS, check_calibration
 from sspruner.pruning.report import model_size
 from sspruner.pruning.search import fraction_of_size
+from sspruner.pruning.stages import Clock, Machine, PruneJob
 from sspruner.recipes.recipe import Recipe
-from sspruner.scoring.choice import scorers_asked
+from sspruner.scoring.choice import choose_scorers
 from sspruner.scoring.known import find_scorer
 from sspruner.scoring.run import Run
-from sspruner.scoring.score import Source, calibrated
-
-if TYPE_CHECKING:
-    from sspruner.pruning.cutter import Cutter
+from sspruner.scoring.score import calibrated
 
 MODES = ("slice", "mask")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where and with what a recipe is run: what decides nothing about the cut.
-
-    calibration   the calibration itself, or a source that is no text, instead of the recipe's
-    """
-
-    calibration: Source | None = None
-    tokenizer: Any = None
-    device: str | None = None
-    cache: bool = False
-    resume: bool = False
-    progress: Progress | None = None
-
-
-@dataclass
-class Clock:
-    """Seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = round(time.perf_counter() - start, 3)
-
-
-@dataclass(frozen=True)
-class PruneJob:
-    """A recipe on a model, ready to run.
-
-    budget     resolved, with the fraction that meets limits of size where it is known before scoring
-    rounded    what was rounded to the sizes of the target, in words
-    one_shot   whether all layers are scored on the dense model before any is cut
-    dense      the sizes of the dense model, as the report has them
-    """
-
-    recipe: Recipe
-    machine: Machine
-    run: Run
-    budget: ResolvedBudget
-    fit: Fit | None
-    rounded: list[str]
-    one_shot: bool
-    dense: dict[str, Any]
-    data: Calibration
-    clock: Clock
-    cutter: Cutter
-
-    @property
-    def model(self) -> Any:
-        """The model that is pruned in place."""
-        return self.run.model
-
-
 def check_recipe(recipe: Recipe) -> None:
-    """Check what can be checked without a model. Raises InputError for arguments that make no sense."""
+    """Check a recipe without a model. Raises InputError for invalid or contradictory options."""
     if recipe.method.mode not in MODES:
         raise InputError(f"mode {recipe.method.mode!r}: must be slice or mask")
     if recipe.method.refit not in KINDS:
@@ -100,24 +39,22 @@ def check_recipe(recipe: Recipe) -> None:
         raise InputError("refit bias adds parameters, which limits do not foresee: use refit output")
     resolve_budget(recipe)
     chosen(recipe.target.runtime, recipe.target.tp)
-    for scorer in scorers_asked(recipe.method.scorer, recipe.method.basis, recipe.remove.axes):
+    for scorer in choose_scorers(recipe.method.scorer, recipe.method.basis, recipe.remove.axes):
         for name in scorer.values() if isinstance(scorer, Mapping) else [scorer]:
             if isinstance(name, str):
                 find_scorer(name)
 
 
 def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
-    """Trace the model, resolve the budget for it, make the calibration, and choose the cutter. Changes nothing."""
-    from sspruner.pruning.cutter import cutter_for
-
+    """Trace the model, resolve the budget for it, load the calibration, and choose the cutter. Changes nothing."""
     check_recipe(recipe)
     method, limits = recipe.method, recipe.limits
-    scorers = scorers_asked(method.scorer, method.basis, recipe.remove.axes)
+    scorers = choose_scorers(method.scorer, method.basis, recipe.remove.axes)
     run = Run(
         model, scorers, recipe.remove.axes, dict(method.options), method.seed, machine.device, tolerant=len(scorers) > 1
     )
     budget, fit = _fitted(run, recipe)
-    lines = [] if limits else rounded(run.groups, budget)  # limits settle on sizes that the target takes
+    lines = [] if limits else rounded(run.groups, budget)  # limits only choose sizes that the target supports
     one_shot = method.one_shot or len(run.jobs) > 1 or budget.compares_layers(run.groups, run.granularity)
     source = recipe.calibration.source if machine.calibration is None else machine.calibration
     cutter = cutter_for(run, recipe, budget, source, machine)
@@ -136,11 +73,11 @@ def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
 
 
 def _fitted(run: Run, recipe: Recipe) -> tuple[ResolvedBudget, Fit | None]:
-    """Return the budget in sizes that the target takes. Raises ModelError where it cannot take the cut."""
+    """Return the budget in sizes that the target supports. Raises ModelError if the target cannot run the cut model."""
     budget = resolve_budget(recipe)
     fit = fit_to(run.graph, recipe.target.runtime, recipe.target.tp)
     if fit:
-        check_asked(fit.target, budget, recipe.method.refit, run.has_basis)
+        check_request(fit.target, budget, recipe.method.refit, run.has_basis)
         budget = replace(budget, fit=fit)
         check_cut(run.model, trial(run.graph, allocate(run.groups, budget)), run.graph, fit.target)
     return budget, fit
