@@ -43,7 +43,7 @@ def command(
     from sspruner.compute.progress import bars
     from sspruner.files.output import check_output, remove_working
     from sspruner.io.source import name_of
-    from sspruner.pruning.job import check_recipe
+    from sspruner.pruning.prepare import check_recipe
     from sspruner.pruning.table import result_table
 
     if output.out:

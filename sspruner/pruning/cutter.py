@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -12,47 +11,16 @@ from sspruner.compute.device import offloaded, on_device
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
 from sspruner.evaluation.continuation import continuation
-from sspruner.evaluation.damage import Damage, damages
+from sspruner.evaluation.damage import damages
 from sspruner.files.journal import Journal
 from sspruner.pruning.blockwise import check_offloaded, cut_by_blocks, journal_for
-from sspruner.pruning.decision import Decision
-from sspruner.pruning.job import Machine, PruneJob
+from sspruner.pruning.stages import Cutter, Decision, Machine, Outcome, PruneJob
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.run import Run
 from sspruner.surgery.mask import mask
-from sspruner.surgery.proof import Proof, slice_with_proof
+from sspruner.surgery.proof import slice_with_proof
 
 PROMPT_TOKENS, NEW_TOKENS = 24, 40
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Measurements of a cut.
-
-    damage           of the plan that was cut, on held-out text
-    without_refit    of the plan before its refit; equal to `damage` without one
-    one_size         of the plan with one size for all layers, if there is one
-    proof            None in mask mode
-    continuation     the texts that the dense and the pruned model generate after a prompt; None without a tokenizer
-    """
-
-    damage: Damage
-    without_refit: Damage
-    one_size: Damage | None
-    proof: Proof | None
-    continuation: dict[str, Any] | None
-
-
-class Cutter(Protocol):
-    """Interface: cut a model by a decision, measure and prove the cut."""
-
-    compares_one_size: bool
-
-    def journal(self, job: PruneJob) -> Journal | None:
-        """Return the journal of a run that can be resumed, else None."""
-
-    def cut(self, job: PruneJob, decision: Decision) -> Outcome:
-        """Measure the damage on held-out text, cut in place, and prove the cut. Raises ProofError."""
 
 
 class InMemory:

@@ -9,10 +9,11 @@ from torch import nn
 from sspruner.calibrate.sources import Progress
 from sspruner.compute.progress import shown
 from sspruner.errors import InputError
-from sspruner.pruning.decision import decide, refitted, score_for
-from sspruner.pruning.job import Machine, prepare
+from sspruner.pruning.decide import decide, refitted, score_for
+from sspruner.pruning.prepare import prepare
 from sspruner.pruning.report import report_of
 from sspruner.pruning.result import Result
+from sspruner.pruning.stages import Machine
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.score import Source
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -16,12 +16,8 @@ from sspruner.files.output import atomic_file
 from sspruner.files.provenance import hub_name, peak_memory_bytes, versions
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
+from sspruner.pruning.stages import Decision, Outcome, PruneJob
 from sspruner.surgery.proof import Proof
-
-if TYPE_CHECKING:
-    from sspruner.pruning.cutter import Outcome
-    from sspruner.pruning.decision import Decision
-    from sspruner.pruning.job import PruneJob
 
 # Check of a report's field, by the first word of its type.
 CHECKS: dict[str, Callable[[Any], Any]] = {"str": text, "bool": flag, "int": integer, "dict": table}

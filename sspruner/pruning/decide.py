@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,39 +15,17 @@ from sspruner.compute.device import on_device
 from sspruner.compute.processes import from_one
 from sspruner.errors import InputError
 from sspruner.formats.fitting import check_cut
-from sspruner.plans.plan import Plan, check_plan
+from sspruner.plans.plan import check_plan
 from sspruner.plans.reduction import reduction
-from sspruner.pruning.job import PruneJob
 from sspruner.pruning.refit import refit
 from sspruner.pruning.search import same_size, settle
+from sspruner.pruning.stages import Decision, PruneJob
 from sspruner.scoring.run import Run
 from sspruner.scoring.score import score_dense
 from sspruner.scoring.scorer import Choose
 from sspruner.scoring.scores import Scores
 from sspruner.scoring.walk import walk
 from sspruner.surgery.mask import mask_elements, mask_group, unmask, update_tensors
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A plan and the measurements that led to it.
-
-    budget     resolved budget, with the fraction that the search chose
-    kept       dependency group -> units to keep: bool (groups, units)
-    search     what was measured before the cut: limits, curves, scorers; as in the report
-    one_size   plan with one size for all layers, to compare with, if layers keep different sizes
-    selected   plan before the refit, if there was one
-    errors     block -> its error before and after the refit
-    """
-
-    plan: Plan
-    scores: Scores
-    budget: ResolvedBudget
-    kept: Mapping[str, torch.Tensor]
-    search: dict[str, Any]
-    one_size: Plan | None = None
-    selected: Plan | None = None
-    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class Reductions:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -14,80 +11,22 @@ from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import check_budget, rounded
 from sspruner.budgets.resolve import resolve_budget
-from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import on_device
 from sspruner.errors import InputError
 from sspruner.formats.fitting import check_cut, check_request, trial
 from sspruner.formats.targets import Fit, chosen, fit_to
+from sspruner.pruning.cutter import cutter_for
 from sspruner.pruning.refit import KINDS, check_calibration
 from sspruner.pruning.report import model_size
 from sspruner.pruning.search import fraction_of_size
+from sspruner.pruning.stages import Clock, Machine, PruneJob
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.choice import choose_scorers
 from sspruner.scoring.known import find_scorer
 from sspruner.scoring.run import Run
-from sspruner.scoring.score import Source, calibrated
-
-if TYPE_CHECKING:
-    from sspruner.pruning.cutter import Cutter
+from sspruner.scoring.score import calibrated
 
 MODES = ("slice", "mask")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and with what a recipe is run; nothing here changes the cut.
-
-    calibration   a `Calibration`, or a source other than text, instead of the recipe's
-    """
-
-    calibration: Source | None = None
-    tokenizer: Any = None
-    device: str | None = None
-    cache: bool = False
-    resume: bool = False
-    progress: Progress | None = None
-
-
-@dataclass
-class Clock:
-    """Timer: seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = round(time.perf_counter() - start, 3)
-
-
-@dataclass(frozen=True)
-class PruneJob:
-    """A recipe on a model, ready to run.
-
-    budget     resolved; for limits of size that are known before scoring, with the fraction that meets them
-    rounded    what was rounded to the sizes of the target, as lines of text
-    one_shot   True: all layers are scored on the dense model before any is cut
-    dense      sizes of the dense model, as in the report
-    """
-
-    recipe: Recipe
-    machine: Machine
-    run: Run
-    budget: ResolvedBudget
-    fit: Fit | None
-    rounded: list[str]
-    one_shot: bool
-    dense: dict[str, Any]
-    data: Calibration
-    clock: Clock
-    cutter: Cutter
-
-    @property
-    def model(self) -> Any:
-        """Return the model, which is pruned in place."""
-        return self.run.model
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -108,8 +47,6 @@ def check_recipe(recipe: Recipe) -> None:
 
 def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
     """Trace the model, resolve the budget for it, load the calibration, and choose the cutter. Changes nothing."""
-    from sspruner.pruning.cutter import cutter_for
-
     check_recipe(recipe)
     method, limits = recipe.method, recipe.limits
     scorers = choose_scorers(method.scorer, method.basis, recipe.remove.axes)
