@@ -1,1 +1,1 @@
-"""Draw records as tables, figures, HTML and model cards."""
+"""Reporting: records as tables, figures, HTML pages and model cards."""

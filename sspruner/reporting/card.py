@@ -1,4 +1,4 @@
-"""The model card, README.md of a folder: what was cut, what that cost, how to load the model, how to make it again."""
+"""Model card, README.md of a folder: what was removed, the damage, how to load the model, how to reproduce it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sspruner.surgery.record import recorded
 from sspruner.units import as_bytes, percent
 
 CARD = "README.md"
-FOLDER = "path/to/this/folder"  # in the code that loads it
+FOLDER = "path/to/this/folder"  # in the loading code
 
 SSPRUNER = f'import sspruner\n\nmodel, tokenizer = sspruner.load("{FOLDER}")'
 STOCK = f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{FOLDER}")'
@@ -26,7 +26,7 @@ NATIVE = (
     "from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel\n\n"
     f'model = MambaLMHeadModel.from_pretrained("{FOLDER}", device="cuda")'
 )
-READERS = {  # target of an export -> (library, what to say, the code that loads it)
+READERS = {  # target of an export -> (library, a sentence, the loading code)
     "sspruner": ("sspruner", "With sspruner:", SSPRUNER),
     "stock": ("transformers", "With transformers, or with `sspruner.load`:", STOCK),
     "hf": ("transformers", "With transformers alone:", STOCK),
@@ -39,16 +39,18 @@ READERS = {  # target of an export -> (library, what to say, the code that loads
 def write_card(
     folder: Path, model: Any, reader: str, report: Report | None, *, tokenizer: bool = False, written: Any = None
 ) -> None:
-    """Write README.md. The arguments are those of `model_card`."""
+    """Write README.md. Arguments as for `model_card`."""
     text = model_card(model, reader, report, tokenizer=tokenizer, written=written)
     (folder / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def model_card(model: Any, reader: str, report: Report | None, *, tokenizer: bool = False, written: Any = None) -> str:
-    """The card as Markdown, with the front matter that the Hugging Face hub reads.
+    """Return the card as Markdown, with the front matter for the Hugging Face hub.
 
-    reader: a key of READERS. report: of the prune that made `model`; without it the card says what the config records.
-    tokenizer: whether one lies in the folder. written: what is saved in place of `model`, if that is another.
+    reader      a key of READERS
+    report      of the prune that made `model`; without it the card shows what the config records
+    tokenizer   whether the folder has one
+    written     the model that is saved, if it is not `model`
     """
     from huggingface_hub import ModelCardData
 
@@ -76,17 +78,17 @@ def model_card(model: Any, reader: str, report: Report | None, *, tokenizer: boo
 
 
 def report_beside(model: Any, folder: str | Path) -> Report | None:
-    """The report that lies beside a model which was loaded from `folder`; None if there is none that fits it."""
+    """Return the report in the folder that a model was loaded from; None if there is none that fits it."""
     try:
         report = Report.load(Path(folder).expanduser() / "report.json")
-        _ = _of_report(report), _reproducing(report)  # it says what a card needs
+        _ = _of_report(report), _reproducing(report)  # raises if it lacks what a card needs
         return report if report.pruned["parameters"] == trace(model).parameters else None
     except (InputError, ModelError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
 def _of_report(report: Report) -> list[str]:
-    """What was removed, how, and what it cost."""
+    """Return the sections on what was removed, how, and with what damage."""
     data, dense, pruned = report.calibration, report.dense, report.pruned
     how = {
         "scorer": _cell(report.scorer) + (f" with {_cell(json.dumps(report.options))}" if report.options else ""),
@@ -149,7 +151,7 @@ def _proof(report: Report) -> str:
 
 
 def _of_record(model: Any, cuts: list[dict[str, dict[str, int]]]) -> list[str]:
-    """What a config alone says of its cuts."""
+    """Return the sections that a config alone allows."""
     if is_masked(model):
         return ["The model is masked: zeros, in tensors of their old size. What it cost is not recorded here."]
     if not cuts:
@@ -162,7 +164,7 @@ def _of_record(model: Any, cuts: list[dict[str, dict[str, int]]]) -> list[str]:
 
 
 def _removed(layers: dict[str, dict[str, int]]) -> list[str]:
-    """A line for each axis of which all layers lost as much, and a table for the others."""
+    """Return a line for each axis whose layers all lost the same number of units, and a table for the other axes."""
     lines, rows = [], []
     by_axis: dict[str, dict[str, dict[str, int]]] = {}
     for name, size in layers.items():
@@ -179,56 +181,56 @@ def _removed(layers: dict[str, dict[str, int]]) -> list[str]:
     return ["\n".join(lines), "\n".join(table)]
 
 
-def _zeros(found: dict[str, Any]) -> str:
-    if not found:
+def _zeros(sparsity: dict[str, Any]) -> str:
+    if not sparsity:
         return ""
     return (
-        f"{found['zeros']:,} of {found['elements']:,} elements of {len(found['tensors'])} tensors are zero, in place: "
-        "the tensors stay dense."
+        f"{sparsity['zeros']:,} of {sparsity['elements']:,} elements of {len(sparsity['tensors'])} tensors are zero, "
+        "in place: the tensors stay dense."
     )
 
 
 def _this_folder(model: Any, report: Report | None) -> list[str]:
-    """What lies in the folder, where the tables above do not say it."""
+    """Return the sizes of the files in the folder, if they differ from the tables above."""
     parameters = list(model.parameters())  # a shared one counts once
     weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    found = {"parameters": sum(p.numel() for p in parameters), "weight_bytes": weight_bytes}
+    sizes = {"parameters": sum(p.numel() for p in parameters), "weight_bytes": weight_bytes}
     try:
-        found["state_bytes"] = trace(model).state_bytes
-    except ModelError:  # no model of state spaces: it has none
-        found["state_bytes"] = 0
-    if report and found == {name: report.pruned[name] for name in found}:
+        sizes["state_bytes"] = trace(model).state_bytes
+    except ModelError:  # not a state-space model
+        sizes["state_bytes"] = 0
+    if report and sizes == {name: report.pruned[name] for name in sizes}:
         return []
     dtype = str(parameters[0].dtype).removeprefix("torch.")
     return [
         "## In this folder",
-        f"{found['parameters']:,} parameters, {as_bytes(weight_bytes)} of weights ({dtype}), and "
-        f"{as_bytes(found['state_bytes'])} of recurrent state per sequence (fp32) at run time.",
+        f"{sizes['parameters']:,} parameters, {as_bytes(weight_bytes)} of weights ({dtype}), and "
+        f"{as_bytes(sizes['state_bytes'])} of recurrent state per sequence (fp32) at run time.",
     ]
 
 
 def _loading(reader: str, tokenizer: bool) -> list[str]:
-    _, says, code = READERS[reader]
+    _, sentence, code = READERS[reader]
     return [
         "## How to load it",
-        says,
+        sentence,
         _fenced(code, "python"),
         _fenced(TOKENIZER, "python") if tokenizer and code != SSPRUNER else "",
     ]
 
 
 def _reproducing(report: Report) -> list[str]:
-    made = "In Python, by `sspruner.prune` with the arguments above: no command was recorded."
+    no_command = "In Python, by `sspruner.prune` with the arguments above: no command was recorded."
     versions = ", ".join(f"{_code(name)} {_code(version)}" for name, version in report.versions.items())
     return [
         "## How to make it again",
-        _fenced(report.command, "bash") if report.command else made,
+        _fenced(report.command, "bash") if report.command else no_command,
         f"Versions: {versions}. Seed {report.seed}.",
     ]
 
 
 def _layers(plan: Any) -> dict[str, dict[str, int]]:
-    """In the order of the layers: a record has them in another once it has been in a file."""
+    """Return sizes by layer, in the order of the layers; a record read from a file has another order."""
 
     def place(name: str) -> str:
         return re.sub(r"\d+", lambda number: number[0].zfill(9), name)
@@ -238,7 +240,7 @@ def _layers(plan: Any) -> dict[str, dict[str, int]]:
 
 
 def _code(text: str) -> str:
-    """Any text as a code span of one line."""
+    """Return any text as a code span of one line."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split()) or "-"
     fence = _longer(line, 0)
     pad = " " if line[0] == "`" or line[-1] == "`" else ""
@@ -246,16 +248,16 @@ def _code(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """The same in a table, where a pipe ends a cell."""
+    """Return any text as a code span for a table, with pipes escaped."""
     return _code(text).replace("|", r"\|")
 
 
 def _fenced(text: str, language: str) -> str:
-    """A block of code that nothing in it can end."""
+    """Return a fenced code block whose fence is longer than any in the text."""
     fence = _longer(text, 2)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _longer(text: str, least: int) -> str:
-    """Backticks, more than in any run of them in a text, and more than `least`."""
+    """Return more backticks than any run of them in a text, and more than `least`."""
     return "`" * (1 + max([least, *map(len, re.findall("`+", text))]))

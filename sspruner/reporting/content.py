@@ -1,4 +1,4 @@
-"""What a report is made of: sections, figures and tables."""
+"""Content of a report: sections, figures and tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sspruner.reporting.figures import Draw
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; of a row that is shorter than the head the last cell spans the rest."""
+    """A table of texts; in a row that is shorter than the head, the last cell spans the rest."""
 
     title: str
     head: tuple[str, ...]
@@ -20,7 +20,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture, what it shows in a sentence or two, and its numbers. name: of its PNG, unique in a report."""
+    """A picture, its caption of a sentence or two, and its numbers. name: of its PNG, unique in a report."""
 
     name: str
     title: str
@@ -40,7 +40,7 @@ class Section:
 
 
 def shown(value: Interval | None) -> str:
-    """A value with its interval, where that is wider than nothing."""
+    """Format a value with its interval, if the interval has a width."""
     if value is None or isnan(value[0]):
         return "–"
     middle, low, high = value
@@ -50,5 +50,5 @@ def shown(value: Interval | None) -> str:
 
 
 def number_text(value: float) -> str:
-    """Five digits, or all before the point."""
+    """Format a number with five digits, or with all digits before the point."""
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.5g}"

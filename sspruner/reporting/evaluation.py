@@ -1,4 +1,4 @@
-"""An evaluation as tables that people can read."""
+"""Tables of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from rich.text import Text
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.result import Evaluation, Row
 
-SHARES = ("accuracy", "agreement", "/acc", "/exact_match")  # parts of the names of what is shown in per cent
+SHARES = ("accuracy", "agreement", "/acc", "/exact_match")  # parts of the names of metrics shown in per cent
 
 
-def evaluation_table(found: Evaluation) -> RenderableType:
-    """A row for each metric, then perplexity by position and by length, the protocol and what was left out."""
-    title = escape(found.model) + (f" against {escape(found.against)}" if found.against is not None else "")
+def evaluation_table(evaluation: Evaluation) -> RenderableType:
+    """Return a row for each metric, then perplexity by position and by length, the protocol and the notes."""
+    title = escape(evaluation.model) + (
+        f" against {escape(evaluation.against)}" if evaluation.against is not None else ""
+    )
     parts: list[RenderableType] = []
-    if found.rows:
-        parts.append(_table(f"{title}: 95 % intervals", "metric", {row.metric: row for row in found.rows}))
-    if found.by_position:
-        parts.append(_table("perplexity by position: tokens read before", "tokens", found.by_position))
-    if found.by_length:
-        parts.append(_table("perplexity by length of the window", "tokens", found.by_length))
-    p = found.protocol
+    if evaluation.rows:
+        parts.append(_table(f"{title}: 95 % intervals", "metric", {row.metric: row for row in evaluation.rows}))
+    if evaluation.by_position:
+        parts.append(_table("perplexity by position: tokens read before", "tokens", evaluation.by_position))
+    if evaluation.by_length:
+        parts.append(_table("perplexity by length of the window", "tokens", evaluation.by_length))
+    p = evaluation.protocol
     source = {"dense": "sampled from the dense model", "model": "sampled from the model"}.get(p["text_from"], p["text"])
     lines = [
         f"text: {source}; windows of {p['window']} tokens, stride {p['stride']}: every token but the first of a text "
         f"counts once; {p['dtype']}, seed {p['seed']}",
-        *found.notes,
+        *evaluation.notes,
     ]
     return Group(*parts, *[Text(line) for line in lines])
 

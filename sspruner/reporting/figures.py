@@ -1,4 +1,4 @@
-"""Pictures with matplotlib: lines, bars, heat maps. As SVG, whose colours the page sets, and as PNG."""
+"""Figures with matplotlib: lines, bars, heat maps; as SVG with colours from the page, and as PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sspruner.evaluation.paired import Interval
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of a picture: text, grid, and the series, which differ for any colour vision (Okabe and Ito)."""
+    """Colours of a figure: text, grid, and series that differ for any colour vision (Okabe and Ito)."""
 
     ink: str
     grid: str
@@ -23,20 +23,20 @@ class Palette:
 
 
 LIGHT = Palette("#1d2330", "#d5d9e0", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7a7f87"))
-# Stand-ins, which become var(--ink) and so on: one SVG serves light and dark pages.
+# Placeholders that become var(--ink) and so on, so that one SVG serves light and dark pages.
 MARKED = Palette("#010100", "#010101", tuple(f"#0102{i:02x}" for i in range(len(LIGHT.series))))
 VARIABLES = {MARKED.ink: "ink", MARKED.grid: "grid", **{c: f"series-{i}" for i, c in enumerate(MARKED.series)}}
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
-WIDTH, DPI = 5.2, 160  # inches: 374 points, so that letters on a phone are about as large as they were set
+WIDTH, DPI = 5.2, 160  # inches: 374 points, so that text on a phone keeps about its size
 
 Draw = Callable[[Palette], Any]
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points with intervals. style: its number among the series. dotted: a bound, without marks."""
+    """Points with intervals. style: index among the series. dotted: a bound, without markers."""
 
     label: str
     x: Sequence[float]
@@ -46,14 +46,14 @@ class Line:
 
 
 def lines(
-    found: Sequence[Line], x: str, y: str, *, log_x: bool = False, log_y: bool = False, level: float | None = None,
+    series: Sequence[Line], x: str, y: str, *, log_x: bool = False, log_y: bool = False, level: float | None = None,
     connected: bool = True, ticks: Sequence[float] = (),
 ) -> Draw:  # fmt: skip
-    """Lines or points over numbers. level: a value to compare with. Points that are not finite are left out."""
+    """Return a figure of lines or points. level: a reference value. Points that are not finite are left out."""
 
     def draw(palette: Palette) -> Any:
         figure, ax = _axes(palette)
-        for line in found:
+        for line in series:
             points = [(a, b) for a, b in zip(line.x, line.y, strict=True) if _shown(a, b[0], log_x, log_y)]
             if not points:
                 continue
@@ -88,7 +88,7 @@ def lines(
 
 
 def bars(names: Sequence[str], before: Sequence[int], after: Sequence[int], y: str) -> Draw:
-    """What stays of each, in front of what was there."""
+    """Return a bar chart of sizes, `after` in front of `before`."""
 
     def draw(palette: Palette) -> Any:
         figure, ax = _axes(palette)
@@ -104,7 +104,7 @@ def bars(names: Sequence[str], before: Sequence[int], after: Sequence[int], y: s
 
 
 def heat(values: Sequence[Sequence[float]], names: Sequence[str], x: str, low: float, label: str) -> Draw:
-    """Rows of decades from `low`, a whole number, to 0 as colours; NaN where a row is shorter."""
+    """Return a heat map of rows of decades, from `low`, a whole number, to 0; NaN where a row is shorter."""
 
     def draw(palette: Palette) -> Any:
         figure, ax = _axes(palette, height=min(7.0, 1.5 + 0.16 * len(values)))
@@ -123,7 +123,7 @@ def heat(values: Sequence[Sequence[float]], names: Sequence[str], x: str, low: f
 
 
 def spectra(rows: Sequence[Sequence[float]], names: Sequence[str], x: str, y: str) -> Draw:
-    """A falling line for each layer, first layers dark and last ones bright."""
+    """Return a figure with a falling line for each layer, first layers dark and last ones bright."""
 
     def draw(palette: Palette) -> Any:
         from matplotlib import colormaps
@@ -143,7 +143,7 @@ def spectra(rows: Sequence[Sequence[float]], names: Sequence[str], x: str, y: st
 
 
 def svg(draw: Draw, name: str) -> str:
-    """A picture as an SVG element whose colours are the page's variables, and whose ids begin with `name`."""
+    """Render a figure as an SVG element whose colours are the page's variables, and whose ids begin with `name`."""
     text = _rendered(draw, MARKED, "svg", salt=name).decode()
     text = text[text.index("<svg") :]
     for colour, variable in VARIABLES.items():
@@ -156,7 +156,7 @@ def svg(draw: Draw, name: str) -> str:
 
 
 def png(draw: Draw) -> bytes:
-    """The same picture on white."""
+    """Render a figure as PNG, on white."""
     return _rendered(draw, LIGHT, "png", salt="")
 
 
@@ -170,7 +170,7 @@ def _rendered(draw: Draw, palette: Palette, kind: str, salt: str) -> bytes:
     }  # fmt: skip
     out = io.BytesIO()
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a name in letters that the font lacks
+        warnings.simplefilter("ignore", UserWarning)  # a character that the font lacks
         how = {"metadata": {"Date": None}, "transparent": True} if kind == "svg" else {"facecolor": "white", "dpi": DPI}
         draw(palette).savefig(out, format=kind, **how)
     return out.getvalue()
@@ -188,7 +188,7 @@ def _axes(palette: Palette, height: float = 3.4) -> tuple[Any, Any]:
 
 
 def _legend(figure: Any, ax: Any) -> None:
-    """Below the axes, so that these keep their width on a phone; the picture grows, so that they keep their height."""
+    """Add a legend below the axes, and grow the figure by its height, so that the axes keep their size."""
     handles, labels = ax.get_legend_handles_labels()
     if labels:
         columns = 3 if max(map(len, labels)) <= 14 else 2 if max(map(len, labels)) <= 24 else 1
@@ -197,19 +197,19 @@ def _legend(figure: Any, ax: Any) -> None:
 
 
 def _label(text: str) -> str:
-    """A name for a legend: short, and without the leading underscore that matplotlib takes for a hidden one."""
+    """Shorten a name for a legend, and hide a leading underscore, which would make matplotlib leave it out."""
     text = text if len(text) <= 36 else f"{text[:35]}…"
     return f" {text}" if text.startswith("_") or not text else text
 
 
 def _name_ticks(set_ticks: Callable[..., Any], names: Sequence[str]) -> None:
-    """At most 16 names."""
+    """Set at most 16 tick labels."""
     step = -(-len(names) // 16)
     set_ticks(range(0, len(names), step), [_label(name) for name in names[::step]])
 
 
 def _scale(axis: Any, set_scale: Callable[[str], None], log: bool) -> None:
-    """Few ticks, as plain numbers."""
+    """Set few ticks, as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
     if log:

@@ -1,4 +1,4 @@
-"""What lies in a folder that `sspruner report` shows: comparisons, benches, evaluations, prunes and scores, checked."""
+"""Read a folder for `sspruner report`: comparisons, benches, evaluations, prunes and scores, validated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sspruner.plans.plan import PlanSummary
 from sspruner.pruning.report import Report
 from sspruner.scoring.scores import Scores
 
-# What tells the kinds of JSON files apart, in this order: keys that each has.
+# Keys that identify each kind of JSON file, tried in this order.
 KINDS = {
     "compare": ("cells", "sparsities"),
     "bench": ("rows", "machine"),
@@ -33,12 +33,12 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "report": Report.from_json,
     "plan": PlanSummary.from_json,
 }
-SCORES = "scores"  # the name of a file or of a folder with scores
+SCORES = "scores"  # name of a file or folder with scores
 
 
 @dataclass
 class Folder:
-    """Everything that was found, by the path in the folder; origin: path -> what it says of how it was made."""
+    """All results in a folder, by path; origin: path -> command, seed, calibration, machine, versions."""
 
     compare: dict[str, Comparison] = field(default_factory=dict)
     bench: dict[str, Bench] = field(default_factory=dict)
@@ -53,33 +53,33 @@ class Folder:
 
 
 def read_folder(folder: str | Path) -> Folder:
-    """Read a folder and its subfolders, one level deep. Other files are passed over.
+    """Read a folder and its subfolders, one level deep. Other files are ignored.
 
-    Raises InputError for a folder that is missing or holds nothing of ours, and for a damaged file.
+    Raises InputError for a missing folder, for one without results, and for a damaged file.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise InputError(f"report {folder}: no such folder")
-    found = Folder()
+    results = Folder()
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".json":
-            _add_json(found, path, name)
+            _add_json(results, path, name)
         elif _is_scores(path):
-            _add_scores(found, path, name)
-    if not found:
+            _add_scores(results, path, name)
+    if not results:
         raise InputError(
             f"report {folder}: holds nothing to show; give a folder that `sspruner compare --out` or "
             "`sspruner prune --out` wrote, or one with results of bench or evaluate"
         )
-    for name in [*found.plan]:  # a report says the same, and what it cost
-        if name.removesuffix("plan.json") + "report.json" in found.report:
-            del found.plan[name], found.origin[name]
-    return found
+    for name in [*results.plan]:  # a report has the same content and more
+        if name.removesuffix("plan.json") + "report.json" in results.report:
+            del results.plan[name], results.origin[name]
+    return results
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """JSON and safetensors files, those of the folder itself first."""
+    """Yield JSON and safetensors files, those of the folder itself first."""
     folders = [folder, *sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))]
     for place in folders:
         for path in sorted(place.iterdir()):
@@ -87,7 +87,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _add_json(found: Folder, path: Path, name: str) -> None:
+def _add_json(results: Folder, path: Path, name: str) -> None:
     try:
         data = clean(strict_json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
@@ -99,8 +99,8 @@ def _add_json(found: Folder, path: Path, name: str) -> None:
         record = READERS[kind](data)
     except strict_json.DAMAGE as error:
         raise InputError(f"report {path}: not a whole {kind}.json ({_brief(error)}); make it again") from error
-    getattr(found, kind)[name] = record
-    found.origin[name] = _origin(record)
+    getattr(results, kind)[name] = record
+    results.origin[name] = _origin(record)
 
 
 def _kind(path: Path, data: Any) -> str:
@@ -110,36 +110,38 @@ def _kind(path: Path, data: Any) -> str:
 
 
 def _is_scores(path: Path) -> bool:
-    """Whether a safetensors file holds scores: by its name, or because its metadata names a scorer."""
+    """Check whether a safetensors file holds scores: by its name, or by a scorer in its metadata."""
     if path.stem == SCORES or path.parent.name == SCORES:
         return True
     try:
         with safe_open(str(path), framework="pt") as f:
             return "scorer" in (f.metadata() or {})
     except (SafetensorError, OSError):
-        return False  # somebody's weights
+        return False  # weights of a model
 
 
-def _add_scores(found: Folder, path: Path, name: str) -> None:
+def _add_scores(results: Folder, path: Path, name: str) -> None:
     scores = Scores.load(path)
     label = clean(scores.metadata.get("scorer", path.stem) if path.stem == SCORES else path.stem)
-    label = label if label not in found.scores else name.removesuffix(path.suffix)
-    found.scores[label] = Scores(scores.importance, clean(scores.metadata), bases=scores.bases)
-    found.origin[name] = {key: found.scores[label].metadata.get(key, "") for key in ("scorer", "calibration", "seed")}
+    label = label if label not in results.scores else name.removesuffix(path.suffix)
+    results.scores[label] = Scores(scores.importance, clean(scores.metadata), bases=scores.bases)
+    results.origin[name] = {
+        key: results.scores[label].metadata.get(key, "") for key in ("scorer", "calibration", "seed")
+    }
 
 
 def _origin(record: Any) -> dict[str, str]:
-    """How a record says that it was made: a plan in `made_by`, the others in fields of their own."""
-    made = record.made_by if isinstance(record, PlanSummary) else vars(record)
-    calibration = made.get("calibration", "")
-    told = {
-        "command": made.get("command", ""),
-        "seed": made.get("seed", ""),
+    """Return how a record was made: from `made_by` of a plan, from fields of the others."""
+    fields = record.made_by if isinstance(record, PlanSummary) else vars(record)
+    calibration = fields.get("calibration", "")
+    origin = {
+        "command": fields.get("command", ""),
+        "seed": fields.get("seed", ""),
         "calibration": calibration.get("source", "") if isinstance(calibration, dict) else calibration,
         "machine": _listed(getattr(record, "machine", {})),
         "versions": _listed(getattr(record, "versions", {})),
     }
-    return {key: str(value) for key, value in told.items() if value != ""}
+    return {key: str(value) for key, value in origin.items() if value != ""}
 
 
 def _listed(values: dict[str, Any]) -> str:
@@ -147,7 +149,7 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def clean(data: Any) -> Any:
-    """Data with its strings free of control characters and of what is no text, which neither HTML nor SVG can hold."""
+    """Replace control characters and invalid characters in all strings, since HTML and SVG cannot hold them."""
     if isinstance(data, str):
         return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in data)
     if isinstance(data, dict):

@@ -1,4 +1,4 @@
-"""A footprint as tables that people can read: what a model takes, and what a decode step moves; a plan's cut beside."""
+"""Tables of a footprint: the memory of a model, and the bytes moved in a decode step, without and with a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sspruner.units import as_bytes
 
 
 def footprint_table(
-    found: Footprint,
+    dense: Footprint,
     cut: Footprint | None,
     *,
     batches: Sequence[int],
@@ -21,31 +21,31 @@ def footprint_table(
     bandwidth: float | None,
     assumed: bool,
 ) -> RenderableType:
-    """Two tables. cut: the footprint of what a plan leaves. memory: bytes; bandwidth: bytes per second.
+    """Return two tables. cut: the footprint with a plan. memory: bytes; bandwidth: bytes per second.
 
-    assumed: whether the dtype is not the config's own.
+    assumed: True if the config names no dtype.
     """
     source = "assumed, for config.json names no dtype" if assumed else "as config.json says"
     return Group(
-        _sizes(found, cut, memory),
-        Text(f"weights in {found.dtype}, {source}"),
-        _decode(found, cut, batches, bandwidth),
+        _sizes(dense, cut, memory),
+        Text(f"weights in {dense.dtype}, {source}"),
+        _decode(dense, cut, batches, bandwidth),
         Text("the least that a step can move: weights, states and KV cache; no activations"),
     )
 
 
-def _sizes(found: Footprint, cut: Footprint | None, memory: float | None) -> Table:
+def _sizes(dense: Footprint, cut: Footprint | None, memory: float | None) -> Table:
     table = Table(title="memory", title_justify="left")
     table.add_column("")
     for header in ("model", *(("with the plan", "ratio") if cut else ())):
         table.add_column(header, justify="right")
-    both = [found, *([cut] if cut else [])]
+    both = [dense, *([cut] if cut else [])]
     rows: list[tuple[str, list[int], bool]] = [
         ("parameters", [f.parameters for f in both], False),
         ("weights", [f.weight_bytes for f in both], True),
         ("recurrent state per sequence (fp32)", [f.state_bytes for f in both], True),
         ("convolution state per sequence", [f.conv_bytes for f in both], True),
-        (f"KV cache per sequence, {found.context:,} tokens", [f.kv_bytes for f in both], True),
+        (f"KV cache per sequence, {dense.context:,} tokens", [f.kv_bytes for f in both], True),
         ("all per sequence", [f.sequence_bytes for f in both], True),
     ]
     if memory is not None:
@@ -56,7 +56,7 @@ def _sizes(found: Footprint, cut: Footprint | None, memory: float | None) -> Tab
     return table
 
 
-def _decode(found: Footprint, cut: Footprint | None, batches: Sequence[int], bandwidth: float | None) -> Table:
+def _decode(dense: Footprint, cut: Footprint | None, batches: Sequence[int], bandwidth: float | None) -> Table:
     at = "" if bandwidth is None else f" at {as_bytes(bandwidth)}/s"
     table = Table(title=f"decode, bytes moved{at}", title_justify="left")
     for name in ("", *(("with the plan: ",) if cut else ())):
@@ -67,11 +67,11 @@ def _decode(found: Footprint, cut: Footprint | None, batches: Sequence[int], ban
         table.add_column("speed-up at most", justify="right")
     for batch in batches:
         row = [f"{batch:,}"]
-        for footprint in (found, *([cut] if cut else [])):
+        for footprint in (dense, *([cut] if cut else [])):
             step = footprint.step_bytes(batch)
             row += [as_bytes(step), as_bytes(step / batch)]
             row += [f"{footprint.ceiling(batch, bandwidth):,.0f}"] if bandwidth else []
-        table.add_row(*row, *([_ratio(found.step_bytes(batch), cut.step_bytes(batch))] if cut else []))
+        table.add_row(*row, *([_ratio(dense.step_bytes(batch), cut.step_bytes(batch))] if cut else []))
     return table
 
 

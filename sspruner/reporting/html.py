@@ -1,4 +1,4 @@
-"""`report`: a folder's results as one HTML file that needs no network, and its pictures as PNG files."""
+"""Report: a folder's results as one HTML file that needs no network, and its figures as PNG files."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ OUT = "report.html"
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Show what lies in `folder`: results of compare, bench, evaluate and prune, and scores. Returns the HTML file.
+    """Write the results in `folder`, of compare, bench, evaluate, prune and score, as HTML. Return the HTML file.
 
-    out: where to write it, `report.html` in the folder by default; PNG files go to `report-figures` beside it. Both
-    are written at the end, whole. Raises InputError for a folder that holds nothing to show, a damaged file in it,
-    an output that cannot be written, and where jinja2 or matplotlib is missing.
+    out: path of the file, default `report.html` in the folder; PNG files go to `report-figures` beside it. Both are
+    written at the end, atomically. Raises InputError for a folder without results, a damaged file in it, an output that
+    cannot be written, and a missing jinja2 or matplotlib.
     """
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
         raise InputError(f"report: needs {' and '.join(missing)}; pip install 'sspruner[report]'")
-    found = read_folder(folder)
+    results = read_folder(folder)
     path = check_file(Path(folder).expanduser() / OUT if out is None else out)
     pictures = path.with_name(f"{path.stem}-figures")
     _check_pictures(pictures)
@@ -38,17 +38,17 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     from sspruner.reporting.figures import png
     from sspruner.reporting.sections import sections
 
-    shown = sections(found)
-    page = render(shown, Path(folder).expanduser().resolve().name)
-    images = {figure.name: png(figure.draw) for section in shown for figure in section.figures}
+    content = sections(results)
+    page = render(content, Path(folder).expanduser().resolve().name)
+    images = {figure.name: png(figure.draw) for section in content for figure in section.figures}
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
         _write_pictures(pictures, images)
     return path
 
 
-def render(shown: Sequence[Section], name: str) -> str:
-    """The page. name: of the folder."""
+def render(content: Sequence[Section], name: str) -> str:
+    """Return the page. name: of the folder."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -62,30 +62,30 @@ def render(shown: Sequence[Section], name: str) -> str:
     environment.filters["picture"] = picture
     template = (resources.files("sspruner.reporting") / "page.html").read_text(encoding="utf-8")
     page: str = environment.from_string(template).render(
-        name=clean(name), sections=shown, version=versions()["sspruner"]
+        name=clean(name), sections=content, version=versions()["sspruner"]
     )
     return page
 
 
 def _check_pictures(folder: Path) -> None:
-    """Raise InputError if the folder of pictures is taken by anything but pictures."""
+    """Raise InputError if the folder of figures holds anything but PNG files."""
     if folder.exists() and not (folder.is_dir() and all(p.suffix == ".png" and p.is_file() for p in folder.iterdir())):
         raise InputError(f"output {folder}: is not a folder of PNG files, so it is not replaced; give another --out")
 
 
 def _write_pictures(folder: Path, images: dict[str, bytes]) -> None:
-    """Replace the folder by one with these pictures, at once."""
+    """Replace the folder atomically by one with these figures."""
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        made = work / "new"
-        made.mkdir()
+        new = work / "new"
+        new.mkdir()
         for name, image in images.items():
-            (made / f"{name}.png").write_bytes(image)
+            (new / f"{name}.png").write_bytes(image)
         _check_pictures(folder)
         if folder.exists():
             os.rename(folder, work / "old")
         if images:
-            os.rename(made, folder)
+            os.rename(new, folder)
     finally:
         if (work / "old").exists() and images and not folder.exists():
             os.rename(work / "old", folder)

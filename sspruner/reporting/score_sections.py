@@ -1,4 +1,4 @@
-"""What a report shows of scores: heat maps of layers and states, spectra, and whether scorers agree."""
+"""Report sections on scores: heat maps of layers and units, spectra, and the agreement of scorers."""
 
 from __future__ import annotations
 
@@ -14,42 +14,45 @@ from sspruner.reporting.content import Figure, Section, Table
 from sspruner.reporting.figures import Line, heat, lines, spectra
 from sspruner.scoring.scores import Scores
 
-DECADES = 3  # of a heat map: what is a thousand times less than the best of its layer is as dark as nothing
+DECADES = 3  # range of a heat map: scores below a thousandth of the layer's best have the darkest colour
 
 
 def score_section(scores: Mapping[str, Scores], sparsities: tuple[float, ...]) -> Section:
-    """Every scorer's heat maps, spectra of scorers whose importance is one, and the agreement of scorers."""
+    """Return every scorer's heat maps, spectra of scorers whose importance is one, and the agreement of scorers."""
     figures = []
     for number, (label, scored) in enumerate(scores.items()):
         for axis, rows in by_axis(scored).items():
             figures.append(_heat(f"scores{number}-{axis}", label, axis, rows))
             if what := scored.metadata.get("spectrum"):
                 figures.append(_spectra(f"spectrum{number}-{axis}", label, what, rows))
-    if found := _agreement(scores, sparsities):
-        figures.insert(0, found)
+    if figure := _agreement(scores, sparsities):
+        figures.insert(0, figure)
     return Section("Scores", "The importance of every unit; higher is kept.", tuple(figures))
 
 
 def by_axis(scores: Scores) -> dict[str, dict[str, torch.Tensor]]:
-    """Axis -> row -> importance (units,). A row is a layer, or a set of its units; no single elements."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    """Return axis -> row -> importance (units,).
+
+    A row is a layer, or a set of its units; single elements are left out.
+    """
+    by_axis_name: dict[str, dict[str, torch.Tensor]] = {}
     for name, importance in scores.importance.items():
         axis = name.rpartition(":")[2]
         if axis in ELEMENT_AXES or not importance.numel():
             continue
-        rows = found.setdefault(axis, {})
+        rows = by_axis_name.setdefault(axis, {})
         for number, row in enumerate(importance.double()):
             rows[f"{name.rpartition(':')[0] or name}{f' set {number}' if len(importance) > 1 else ''}"] = row
-    return found
+    return by_axis_name
 
 
 def short_names(rows: Mapping[str, torch.Tensor]) -> list[str]:
-    """Numbers of rows, as ticks: full names are in the table."""
+    """Return the numbers of rows, as ticks; full names are in the table."""
     return [str(number) for number in range(len(rows))]
 
 
 def below_best(row: torch.Tensor) -> list[float]:
-    """Orders of magnitude below the largest of a row, at most DECADES; as many where it is not positive."""
+    """Return orders of magnitude below the largest of a row, at most DECADES, also for values that are not positive."""
     best = float(row.max())
     return [max(-float(DECADES), log10(v / best)) if v > 0 and v / best > 0 else -float(DECADES) for v in row.tolist()]
 
@@ -89,7 +92,7 @@ def _spectra(name: str, label: str, what: str, rows: Mapping[str, torch.Tensor])
 
 
 def _within(row: torch.Tensor, share: float) -> int:
-    """How many of the largest make up a share of the sum."""
+    """Return how many of the largest values make up a share of the sum."""
     total = row.clamp_min(0).cumsum(0)
     return int((total < share * total[-1]).sum()) + 1 if total[-1] > 0 else 0
 

@@ -1,4 +1,4 @@
-"""What a report shows of a folder: sections with figures and tables. A section is there if its data are."""
+"""Sections of a report with figures and tables. A section is present if its data are."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from sspruner.reporting.folder import Folder
 from sspruner.reporting.score_sections import score_section
 from sspruner.units import as_bytes
 
-SIZE_MATCH = 0.01  # a bench row is of a cut if their states differ by no more than this share
+SIZE_MATCH = 0.01  # a bench row belongs to a cut if their states differ by no more than this share
 
 
-def sections(found: Folder) -> list[Section]:
-    """All sections of a folder, the results first. Of several files of a kind each has its own."""
-    made = []
-    for number, (path, compared) in enumerate(found.compare.items()):
-        made.append(_comparison(compared, found.bench, f"compare{number or ''}", path))
-    for number, (path, bench) in enumerate(found.bench.items()):
-        made.append(_bench(bench, f"bench{number or ''}", path))
-    for path, evaluated in found.evaluation.items():
-        made.append(_evaluation(evaluated, path))
-    for number, (path, cut) in enumerate((found.report | found.plan).items()):
-        made.append(_cut(cut, f"kept{number or ''}", path))
-    if found.scores:
-        cuts = sorted({s for c in found.compare.values() for s in c.sparsities}) or [0.25, 0.5, 0.75, 0.9]
-        made.append(score_section(found.scores, tuple(cuts)))
-    made.append(_provenance(found))
-    return [section for section in made if section.figures or section.tables]
+def sections(folder: Folder) -> list[Section]:
+    """Return all sections of a folder, the results first. Each file has its own section."""
+    parts = []
+    for number, (path, compared) in enumerate(folder.compare.items()):
+        parts.append(_comparison(compared, folder.bench, f"compare{number or ''}", path))
+    for number, (path, bench) in enumerate(folder.bench.items()):
+        parts.append(_bench(bench, f"bench{number or ''}", path))
+    for path, evaluated in folder.evaluation.items():
+        parts.append(_evaluation(evaluated, path))
+    for number, (path, cut) in enumerate((folder.report | folder.plan).items()):
+        parts.append(_cut(cut, f"kept{number or ''}", path))
+    if folder.scores:
+        cuts = sorted({s for c in folder.compare.values() for s in c.sparsities}) or [0.25, 0.5, 0.75, 0.9]
+        parts.append(score_section(folder.scores, tuple(cuts)))
+    parts.append(_provenance(folder))
+    return [section for section in parts if section.figures or section.tables]
 
 
 def _size(value: int | None) -> str:
@@ -50,19 +50,19 @@ def _comparison(compared: Comparison, timed: Mapping[str, Bench], name: str, pat
         ("kl_to_dense", "KL to dense, nats per token", None),
     ):
         what = "Perplexity" if level else "KL"
-        made = [_damage(compared, metric, label, styles[label]) for label in compared.cells]
-        made = [line for line in made if line.x]
-        if not made:
+        plotted = [_damage(compared, metric, label, styles[label]) for label in compared.cells]
+        plotted = [line for line in plotted if line.x]
+        if not plotted:
             continue
-        spread = _spread(made)
+        spread = _spread(plotted)
         figures.append(
             Figure(
                 f"{name}-{metric.replace('_', '-')}",
                 f"{what} against what is kept",
                 f"Each line is a scorer; bars are 95 % intervals. {'Down' if level else 'Lower'} is better. "
-                f"{_best(made)}",
-                lines(made, f"{compared.axis} kept, %", title, log_y=spread, level=level),
-                Table("", ("scorer", f"{compared.axis} kept, %", title), _points(made)),
+                f"{_best(plotted)}",
+                lines(plotted, f"{compared.axis} kept, %", title, log_y=spread, level=level),
+                Table("", ("scorer", f"{compared.axis} kept, %", title), _points(plotted)),
             )
         )
     if pareto := _by_bytes(compared, styles, name):
@@ -85,29 +85,29 @@ def _damage(compared: Comparison, metric: str, label: str, style: int) -> Line:
 
 
 def _by_bytes(compared: Comparison, styles: Mapping[str, int], name: str) -> Figure | None:
-    metric, made = "perplexity_ratio", []
+    metric, plotted = "perplexity_ratio", []
     for label, style in styles.items():
         points = [(c.state_bytes / 1e6, v) for _, c, v in _cut_points(compared, label, metric)]
         if points:
-            made.append(Line(label, [x for x, _ in points], [y for _, y in points], style))
+            plotted.append(Line(label, [x for x, _ in points], [y for _, y in points], style))
     baseline = compared.baseline
-    if not made:
+    if not plotted:
         return None
     if baseline and metric in baseline.measures:
-        made.append(Line("smaller dense", [baseline.state_bytes / 1e6], [baseline.measures[metric]], len(styles)))
+        plotted.append(Line("smaller dense", [baseline.state_bytes / 1e6], [baseline.measures[metric]], len(styles)))
     x = "state per sequence, MB"
     return Figure(
         f"{name}-pareto-bytes",
         "Damage against state bytes",
         "Down and to the left is better: less damage, less state."
         + (" The model named smaller dense was not cut." if baseline else ""),
-        lines(made, x, "perplexity / dense", log_y=_spread(made), level=1.0),
-        Table("", ("scorer", x, "perplexity / dense"), _points(made)),
+        lines(plotted, x, "perplexity / dense", log_y=_spread(plotted), level=1.0),
+        Table("", ("scorer", x, "perplexity / dense"), _points(plotted)),
     )
 
 
 def _by_speed(compared: Comparison, timed: Mapping[str, Bench], styles: Mapping[str, int], name: str) -> Figure | None:
-    """Damage against decode speed, for cuts whose state a bench row has, at the largest batch."""
+    """Plot damage against decode speed at the largest batch, for cuts with a bench row of the same state size."""
     decode = [row for bench in timed.values() for row in bench.rows if row.phase == DECODE]
     joined = [
         (label, row, value)
@@ -119,15 +119,15 @@ def _by_speed(compared: Comparison, timed: Mapping[str, Bench], styles: Mapping[
     if not joined:
         return None
     batch = max(row.batch for _, row, _ in joined)
-    made = []
+    plotted = []
     for label, style in styles.items():
         points = [
             (row.tokens_per_second.value, value)
-            for found, row, value in joined
-            if found == label and row.batch == batch
+            for scorer, row, value in joined
+            if scorer == label and row.batch == batch
         ]
         if points:
-            made.append(Line(label, [x for x, _ in points], [y for _, y in points], style))
+            plotted.append(Line(label, [x for x, _ in points], [y for _, y in points], style))
     rows = [
         (label, str(row.batch), row.model, shown(row.tokens_per_second), shown(value)) for label, row, value in joined
     ]
@@ -136,24 +136,24 @@ def _by_speed(compared: Comparison, timed: Mapping[str, Bench], styles: Mapping[
         "Damage against decode speed",
         f"At batch {batch}, the largest that was timed. Down and to the right is better: less damage, more tokens. "
         "A cut has the speed that was measured for its size of state, whichever scorer made it.",
-        lines(made, "decode, tokens per second", "perplexity / dense", log_y=_spread(made), level=1.0),
+        lines(plotted, "decode, tokens per second", "perplexity / dense", log_y=_spread(plotted), level=1.0),
         Table("", ("scorer", "batch", "timed as", "tokens per second", "perplexity / dense"), tuple(rows)),
     )
 
 
 def _cells(compared: Comparison) -> Table:
-    """Every number of the comparison."""
+    """Return every number of the comparison."""
     rows = [("dense", "0 %", compared.dense), ("smaller dense", "0 %", compared.baseline)]
     measured = [row for _, _, row in rows if row]
     measured += [c for row in compared.cells.values() for c in row.values() if isinstance(c, Cut)]
     metrics = list(dict.fromkeys(metric for m in measured for metric in m.measures))
-    made: list[tuple[str, ...]] = [_cut_row(label, cut, m, metrics) for label, cut, m in rows if m]
+    table_rows: list[tuple[str, ...]] = [_cut_row(label, cut, m, metrics) for label, cut, m in rows if m]
     for label, row in compared.cells.items():
         for sparsity, cell in row.items():
             cut = f"{100 * sparsity:g} %"
-            made.append((label, cut, cell) if isinstance(cell, str) else _cut_row(label, cut, cell, metrics))
+            table_rows.append((label, cut, cell) if isinstance(cell, str) else _cut_row(label, cut, cell, metrics))
     head = ("scorer", "removed", "state bytes", "parameters", *(metric.replace("_", " ") for metric in metrics))
-    return Table("All numbers", head, tuple(made))
+    return Table("All numbers", head, tuple(table_rows))
 
 
 def _cut_row(label: str, cut: str, cell: Cut, metrics: Sequence[str]) -> tuple[str, ...]:
@@ -167,24 +167,26 @@ def _bench(bench: Bench, name: str, path: str) -> Section:
     for phase in dict.fromkeys(row.phase for row in bench.rows):
         rows = [row for row in bench.rows if row.phase == phase]
         batches = sorted({row.batch for row in rows})
-        made = []
+        plotted = []
         for label, style in styles.items():
-            mine = sorted((row for row in rows if row.model == label), key=lambda row: row.batch)
-            if not mine:
+            timings = sorted((row for row in rows if row.model == label), key=lambda row: row.batch)
+            if not timings:
                 continue
-            made.append(Line(label, [row.batch for row in mine], [row.tokens_per_second for row in mine], style))
-            bound = [(row.batch, Interval.exactly(row.ceiling)) for row in mine if not isnan(row.ceiling)]
+            plotted.append(
+                Line(label, [row.batch for row in timings], [row.tokens_per_second for row in timings], style)
+            )
+            bound = [(row.batch, Interval.exactly(row.ceiling)) for row in timings if not isnan(row.ceiling)]
             if len(bound) > 1:
-                made.append(Line("", [x for x, _ in bound], [y for _, y in bound], style, dotted=True))
+                plotted.append(Line("", [x for x, _ in bound], [y for _, y in bound], style, dotted=True))
         if len(batches) < 2:
-            continue  # the table says it
+            continue  # the table is enough
         figures.append(
             Figure(
                 f"{name}-{len(figures)}",
                 f"Speed of {phase} against batch",
                 "Solid: measured, medians with 95 % intervals. Dotted: its ceiling by bytes and operations moved. "
                 "Up is better, and so is closer to the dotted line of the same colour.",
-                lines(made, "batch", "tokens per second", log_x=True, log_y=True, ticks=batches),
+                lines(plotted, "batch", "tokens per second", log_x=True, log_y=True, ticks=batches),
                 _times("", rows),
             )
         )
@@ -242,7 +244,7 @@ def _evaluation(evaluated: Evaluation, path: str) -> Section:
 
 
 def _buckets(title: str, buckets: Mapping[str, Row]) -> Table:
-    """A row for each bucket, a column for whatever one of them has."""
+    """Return a row for each bucket, with the columns that any of them has."""
     cells = {
         name: {"value": row.value, "against": row.against, row.kind: row.change, "items": Interval.exactly(row.items)}
         for name, row in buckets.items()
@@ -289,28 +291,28 @@ def _cost(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else number_text(value)
 
 
-def _provenance(found: Folder) -> Section:
-    keys = list(dict.fromkeys(key for told in found.origin.values() for key in told))
-    rows = tuple((path, *(told.get(key, "") or "–" for key in keys)) for path, told in found.origin.items())
+def _provenance(folder: Folder) -> Section:
+    keys = list(dict.fromkeys(key for origin in folder.origin.values() for key in origin))
+    rows = tuple((path, *(origin.get(key, "") or "–" for key in keys)) for path, origin in folder.origin.items())
     return Section("Where this comes from", "", tables=(Table("", ("file", *keys), rows),))
 
 
-def _points(made: Sequence[Line]) -> tuple[tuple[str, ...], ...]:
-    return tuple((l.label, number_text(x), shown(y)) for l in made for x, y in zip(l.x, l.y, strict=True))  # noqa: E741
+def _points(plotted: Sequence[Line]) -> tuple[tuple[str, ...], ...]:
+    return tuple((l.label, number_text(x), shown(y)) for l in plotted for x, y in zip(l.x, l.y, strict=True))  # noqa: E741
 
 
-def _spread(made: Sequence[Line]) -> bool:
-    """Whether values differ so much that a logarithmic scale shows them better."""
-    values = [y[0] for line in made for y in line.y if isfinite(y[0])]
+def _spread(plotted: Sequence[Line]) -> bool:
+    """Check whether values differ so much that a logarithmic scale is better."""
+    values = [y[0] for line in plotted for y in line.y if isfinite(y[0])]
     return bool(values) and min(values) > 0 and max(values) > 5 * min(values)
 
 
-def _best(made: Sequence[Line]) -> str:
-    """The scorer with the least damage at the deepest cut, in words."""
-    deepest = min(x for line in made for x in line.x)
+def _best(plotted: Sequence[Line]) -> str:
+    """Return a sentence on the scorer with the least damage at the deepest cut."""
+    deepest = min(x for line in plotted for x in line.x)
     at = {
         line.label: y[0]
-        for line in made
+        for line in plotted
         for x, y in zip(line.x, line.y, strict=True)
         if x == deepest and isfinite(y[0])
     }

@@ -1,4 +1,4 @@
-"""A comparison as tables that people can read in a terminal."""
+"""Tables of a comparison for the terminal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rich.text import Text
 from sspruner.comparison.record import Comparison
 
 
-def comparison_table(found: Comparison) -> RenderableType:
-    """For each measure a table: a row for each scorer, a column for each cut; then what it rests on."""
+def comparison_table(comparison: Comparison) -> RenderableType:
+    """Return a table for each measure, a row for each scorer, a column for each cut; then the notes."""
     parts: list[RenderableType] = []
-    for title, head, rows in found.tables():
-        table = Table(title=f"{escape(found.model)}: axis {found.axis}; {title}", title_justify="left")
+    for title, head, rows in comparison.tables():
+        table = Table(title=f"{escape(comparison.model)}: axis {comparison.axis}; {title}", title_justify="left")
         for name in head:
             table.add_column(name, justify="left" if name == head[0] else "right")
         for row in rows:
             table.add_row(*map(escape, row))
         parts.append(table)
-    return Group(*parts, *map(Text, found.notes()))
+    return Group(*parts, *map(Text, comparison.notes()))

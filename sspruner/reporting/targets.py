@@ -1,4 +1,4 @@
-"""What runtimes take of a model, as a table: the model as it is, and the sizes to which an axis may be cut."""
+"""Table of targets: whether each supports the model, and the sizes to which an axis may be cut."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.text import Text
 
 from sspruner.formats.fitting import Offer, runs
 
-MANY = 4  # runs of sizes that are written out
+MANY = 4  # number of runs of sizes written out
 
 
 def targets_table(offers: Sequence[Offer], *, with_plan: bool) -> RenderableType:
-    """One row for each target; below, why a target does not take the model or an axis, and its notes."""
+    """Return one row for each target; below, why a target does not support the model or an axis, and its notes."""
     table = Table(title="what each target takes", title_justify="left")
     table.add_column("")
     table.add_column("with the plan" if with_plan else "the model")
@@ -24,20 +24,20 @@ def targets_table(offers: Sequence[Offer], *, with_plan: bool) -> RenderableType
         name = str(offer.target)
         cuts = [f"{axis} {sizes_in_words(sizes)}" for axis, sizes in offer.axes.items()]
         table.add_row(name, "cannot" if offer.reason else "fits", "\n".join(cuts) or "–")
-        said = [*([offer.reason] if offer.reason else []), *offer.notes]
-        said += [f"{axis}: {why}" for axis, why in offer.refused.items()]
-        lines |= dict.fromkeys(f"{name}: {line.removeprefix(f'{name} ')}" for line in said)
-    read = [offer.target.name for offer in offers if not offer.target.ran]
-    if read:
-        lines[f"not run here, read in their sources: {', '.join(read)}"] = None
+        notes = [*([offer.reason] if offer.reason else []), *offer.notes]
+        notes += [f"{axis}: {why}" for axis, why in offer.refused.items()]
+        lines |= dict.fromkeys(f"{name}: {line.removeprefix(f'{name} ')}" for line in notes)
+    not_run = [offer.target.name for offer in offers if not offer.target.ran]
+    if not_run:
+        lines[f"not run here, read in their sources: {', '.join(not_run)}"] = None
     return Group(table, *map(Text, lines))
 
 
 def sizes_in_words(sizes: tuple[int, ...]) -> str:
-    """`64`, `4 to 124 in steps of 4`, `1 to 127`."""
-    found = runs(sizes)
+    """Format sizes: `64`, `4 to 124 in steps of 4`, `1 to 127`."""
+    size_runs = runs(sizes)
     words = [
         str(first) if first == last else f"{first} to {last}" + (f" in steps of {step}" if step > 1 else "")
-        for first, last, step in found[-MANY:]
+        for first, last, step in size_runs[-MANY:]
     ]
-    return ", ".join([*(["…"] if len(found) > MANY else []), *words])
+    return ", ".join([*(["…"] if len(size_runs) > MANY else []), *words])

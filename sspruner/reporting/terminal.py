@@ -1,4 +1,4 @@
-"""Pictures of a model's layers in a terminal: bars of what is kept, and heat maps of scores, in colour where it can."""
+"""Pictures of a model's layers in a terminal: bars of units kept, and heat maps of scores, in colour if possible."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sspruner.surgery.record import recorded
 
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*#%@"
 CIVIDIS = ((0, 34, 78), (66, 78, 108), (124, 123, 120), (187, 173, 108), (254, 232, 56))  # dark is low
-LABEL = 24  # characters of a layer's name, its end
+LABEL = 24  # characters of a layer's name that are shown, from its end
 
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar for each layer: units kept, and in front of what was there where that is more. sizes: name -> (was, is)."""
+    """A bar for each layer: units kept, in front of the units before the cut. sizes: name -> (before, now)."""
 
     title: str
     sizes: Mapping[str, tuple[int, int]]
@@ -40,15 +40,15 @@ class Bars:
         yield from _line(self.title, Style(bold=True))
         for name, (was, now) in self.sizes.items():
             long, short = round(room * was / most), round(room * now / most)
-            said = f" {now}" if now == was else f" {now} of {was}"
+            label = f" {now}" if now == was else f" {now} of {was}"
             yield Segment(_label(name, column))
             yield Segment(full * short, Style(color=Color.parse("cyan")))
-            yield from _line(f"{empty * (long - short)}{said}", Style())
+            yield from _line(f"{empty * (long - short)}{label}", Style())
 
 
 @dataclass(frozen=True)
 class Heat:
-    """A row for each layer: how far its units' scores are below its best, as colour or as a character's weight."""
+    """A row for each layer: how far scores are below the layer's best, as colour or as a character's weight."""
 
     title: str
     rows: Mapping[str, Sequence[float]]  # orders of magnitude below the best, from -DECADES to 0
@@ -75,9 +75,9 @@ class Heat:
 
 
 def plots(model: Any, folder: str | Path | None, plan: Plan | None = None) -> list[Bars | Heat]:
-    """All pictures of a model: each layer's size, before the cuts that its config records and with `plan`, and scores.
+    """Return all pictures of a model: each layer's size before recorded cuts, now, and with `plan`; and its scores.
 
-    folder: where it lies, with `sspruner/scores.safetensors` or without. Raises InputError if that is damaged.
+    folder: the model's folder; may have `sspruner/scores.safetensors`. Raises InputError if that is damaged.
     """
     drawn = [*bars(sizes_of(model, plan))]
     path = Path(folder or "").expanduser() / FOLDER / "scores.safetensors"
@@ -85,7 +85,7 @@ def plots(model: Any, folder: str | Path | None, plan: Plan | None = None) -> li
 
 
 def sizes_of(model: Any, plan: Plan | None = None) -> dict[str, tuple[int, int]]:
-    """Dependency group -> its units before any recorded cut and now, or with a plan. A group that is gone has none."""
+    """Return each group's units before any recorded cut, and now or with a plan; removed groups are left out."""
     sizes = {name: (group.units, group.units) for name, group in trace(model).groups.items() if not group.tensor}
     first: dict[str, int] = {}
     for cut in recorded(model.config):
@@ -98,25 +98,25 @@ def sizes_of(model: Any, plan: Plan | None = None) -> dict[str, tuple[int, int]]
 
 
 def bars(sizes: Mapping[str, tuple[int, int]]) -> list[Bars]:
-    """A picture for each axis that was cut or on which layers differ; for every axis, if there is none such.
+    """Return a picture for each axis that was cut or whose layers differ; for every axis, if there is none such.
 
     sizes: dependency group -> units before and now.
     """
-    found = {name.rpartition(":")[2]: set[tuple[int, int]]() for name in sizes}
+    sizes_by_axis = {name.rpartition(":")[2]: set[tuple[int, int]]() for name in sizes}
     for name, size in sizes.items():
-        found[name.rpartition(":")[2]].add(size)
-    axes = [axis for axis, some in found.items() if len(some) > 1 or any(was != now for was, now in some)]
+        sizes_by_axis[name.rpartition(":")[2]].add(size)
+    axes = [axis for axis, some in sizes_by_axis.items() if len(some) > 1 or any(was != now for was, now in some)]
     return [
         Bars(
             f"{axis} units kept",
             {n.rpartition(":")[0] or n: s for n, s in sizes.items() if n.rpartition(":")[2] == axis},
         )
-        for axis in axes or found
+        for axis in axes or sizes_by_axis
     ]
 
 
 def heats(scores: Scores) -> list[Heat]:
-    """A picture for each axis that was scored."""
+    """Return a picture for each axis that was scored."""
     name = scores.metadata.get("scorer", "")
     return [
         Heat(f"scores{f' of {name}' if name else ''}: {axis} units", {n: below_best(row) for n, row in rows.items()})
@@ -137,12 +137,12 @@ def _character(level: float, scale: str) -> str:
 
 
 def _column(names: Iterable[str]) -> int:
-    """Characters for the names of layers."""
+    """Return the width of the column of layer names."""
     return min(LABEL, max(map(len, names)))
 
 
 def _label(name: str, width: int) -> str:
-    """The end of a name, where layers differ, in a column."""
+    """Pad or cut a name to a width, keeping its end, where layers differ."""
     return f"{name[-width:]:{width}}  "
 
 
