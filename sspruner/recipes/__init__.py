@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a cut and nothing about the machine, as frozen dataclasses that are also YAML.
+"""Recipes: all settings that decide a cut, and none about the machine, as frozen dataclasses and YAML files.
 
-The command line's options are made from their fields: the text under a field is its help.
+The command line's options are generated from their fields: the text under a field is its help.
 """

@@ -1,4 +1,4 @@
-"""What recipes have in common: YAML in and out, and a short form with the fields of all parts as keyword arguments."""
+"""Shared parts of recipes: YAML input and output, and short forms with all fields as keyword arguments."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sspruner.recipes.yaml import nearest, read, to_data, write
 
 Kind = TypeVar("Kind")
 
-#: The name of the recipe in a folder that it made.
+#: Name of the recipe's file in a folder of results.
 FILE = "recipe.yaml"
 
 
 class Recorded:
-    """A recipe that is read from YAML, written as YAML, and part of a record in JSON."""
+    """Base of recipes that are read from YAML, written as YAML, and part of a record in JSON."""
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -43,43 +43,43 @@ def known_fields(kind: Any) -> set[str]:
     return {f.name for part in parts(kind).values() for f in fields(part)} | set(parts(kind))
 
 
-def made_of(kind: type[Kind], short: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> Kind:
-    """Make a dataclass of dataclasses from the fields of its parts, whichever part they are in.
+def build(kind: type[Kind], short: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> Kind:
+    """Build a dataclass of dataclasses from the fields of its parts, whichever part they are in.
 
-    A part may also be given whole, by its key. `None` leaves a field at its default. Fields of a later part do not
-    hide those of an earlier one: no two parts have a field of the same name.
+    A whole part may also be passed by its key. `None` leaves a field at its default. Field names are unique over all
+    parts.
 
     Args:
         short: fields by name.
         aliases: other names of fields, name -> field.
 
     Raises:
-        InputError: for an unknown name, with the nearest known one, and for a field of a part that is given whole.
+        InputError: for an unknown name, with the nearest known one, and for a field of a part that is passed whole.
     """
     aliases = aliases or {}
     whole = {key: short[key] for key, part in parts(kind).items() if isinstance(short.get(key), part)}
-    given: dict[str, Any] = {}
+    remaining: dict[str, Any] = {}
     for name, value in short.items():
         if name not in whole and value is not None:
-            given[aliases.get(name, name)] = value
-    made: dict[str, Any] = {}
+            remaining[aliases.get(name, name)] = value
+    built: dict[str, Any] = {}
     for key, part in parts(kind).items():
-        values = {f.name: given.pop(f.name) for f in fields(part) if f.name in given}
+        values = {f.name: remaining.pop(f.name) for f in fields(part) if f.name in remaining}
         if key in whole and values:
             raise InputError(f"{next(iter(values))}: is a field of {key}, which is given as a whole")
-        made[key] = whole[key] if key in whole else part(**values)
-    if given:
-        unknown = next(iter(given))
+        built[key] = whole[key] if key in whole else part(**values)
+    if remaining:
+        unknown = next(iter(remaining))
         raise InputError(f"unknown argument {unknown!r}{nearest(unknown, [*known_fields(kind), *aliases])}")
-    return kind(**made)
+    return kind(**built)
 
 
 def recipe_or_short(
     kind: type[Kind], recipe: Any, short: Mapping[str, Any], aliases: Mapping[str, str] | None = None
 ) -> Kind:
-    """Return a recipe as it is, or make one of short arguments. Raises InputError for both at once."""
+    """Return a recipe unchanged, or build one from short arguments. Raises InputError for both at once."""
     if recipe is None:
-        return made_of(kind, short, aliases)
+        return build(kind, short, aliases)
     if not isinstance(recipe, kind):
         raise InputError(f"recipe: a {type(recipe).__name__}; expected a {kind.__name__}")
     if short:

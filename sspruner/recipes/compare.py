@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 
 from sspruner.errors import InputError
-from sspruner.recipes.common import Recorded, made_of
+from sspruner.recipes.common import Recorded, build
 from sspruner.recipes.flags import FromText, read_texts, text, texts
 from sspruner.recipes.lists import fractions_in, names_in
 from sspruner.recipes.parts import Allocation, CalibrationText, Remove, Scoring
@@ -23,7 +23,7 @@ SHORT = {"calibration": "source"}
 @Parameter(name="*", group=CELLS)
 @dataclass(frozen=True)
 class Cells:
-    """The rows and columns of the table, and what is measured in each cell.
+    """The rows and columns of the table, and the measures of each cell.
 
     In Python a scorer may also be a class.
     """
@@ -54,7 +54,7 @@ class Cells:
     """For lambada: file of JSON lines with a text each, or a datasets name."""
 
     baseline: Annotated[str | None, text("MODEL")] = None
-    """A smaller dense model with the same tokenizer, to stand beside the cuts."""
+    """A smaller dense model with the same tokenizer, to compare with the cuts."""
 
     def __post_init__(self) -> None:
         """Read texts such as `ghost,magnitude` and `0.25,0.5`."""
@@ -64,7 +64,7 @@ class Cells:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class CompareRecipe(Recorded):
-    """Which scorers and which cuts to compare, on which axis, and by which text.
+    """The scorers and cuts to compare, on which axis, and on which text.
 
     `CompareRecipe.load("c.yaml")` reads one, `recipe.save("c.yaml")` writes one;
     `CompareRecipe.of(["ghost", "magnitude"], axis="head")` makes one from the fields of its parts.
@@ -82,7 +82,7 @@ class CompareRecipe(Recorded):
 
     @property
     def axis(self) -> str:
-        """The axis that is cut."""
+        """Return the axis that is cut."""
         return str(self.remove.axis)
 
     @classmethod
@@ -91,4 +91,4 @@ class CompareRecipe(Recorded):
 
         Raises InputError for an unknown field, with the nearest known one.
         """
-        return made_of(cls, {"scorers": scorers, **short}, SHORT)
+        return build(cls, {"scorers": scorers, **short}, SHORT)

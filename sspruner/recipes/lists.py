@@ -1,7 +1,7 @@
 """Read options that hold several values: `ghost,magnitude`, `0.25,0.5`, `1,16,64`, each repeatable.
 
-Like those of `texts.py`, each function takes the value and the name of the option, with which its errors begin. What is
-no text is returned as it is.
+Like those of `texts.py`, each function takes a value and the name of its option, with which its errors begin. Values
+that are not text are returned unchanged.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from sspruner.errors import InputError
 from sspruner.recipes.texts import names_of
 
 
-def names_in(given: Any, option: str) -> Any:
-    """Read `ghost,magnitude`, one text or several, as a tuple of names, each once; what is no text stays."""
-    found: list[Any] = []
-    for one in _several(given):
-        found += [name for name in (names_of([one]) if isinstance(one, str) else [one]) if name not in found]
-    return given if given is None else tuple(found)
+def names_in(value: Any, option: str) -> Any:
+    """Read `ghost,magnitude`, one text or several, as a tuple of unique names; other values are kept."""
+    names: list[Any] = []
+    for one in _several(value):
+        names += [name for name in (names_of([one]) if isinstance(one, str) else [one]) if name not in names]
+    return value if value is None else tuple(names)
 
 
-def fractions_in(given: Any, option: str) -> Any:
+def fractions_in(value: Any, option: str) -> Any:
     """Read `0.25,0.5`, one text or several, as a tuple of numbers."""
-    return tuple(_number(one, option) if isinstance(one, str) else one for one in names_in(given, option))
+    return tuple(_number(one, option) if isinstance(one, str) else one for one in names_in(value, option))
 
 
-def numbers_in(given: Any, option: str) -> Any:
+def numbers_in(value: Any, option: str) -> Any:
     """Read `1,16,64`, one text or several, as a tuple of whole numbers of at least 1."""
-    texts = names_in(given, option)
+    texts = names_in(value, option)
     if not any(isinstance(one, str) for one in texts or ()):
         return texts
     try:
@@ -36,16 +36,16 @@ def numbers_in(given: Any, option: str) -> Any:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        shown = given if isinstance(given, str) else ",".join(map(str, given))
+        shown = value if isinstance(value, str) else ",".join(map(str, value))
         raise InputError(f"{option} {shown!r}: expected whole numbers of at least 1, separated by commas")
     return tuple(dict.fromkeys(numbers))
 
 
-def _several(given: Any) -> Iterable[Any]:
-    """Return one value as a list of one, several as they are."""
-    if given is None:
+def _several(value: Any) -> Iterable[Any]:
+    """Return one value as a list, several unchanged."""
+    if value is None:
         return []
-    return given if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
+    return value if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [value]
 
 
 def _number(text: str, option: str) -> float:

@@ -1,4 +1,4 @@
-"""Options of `evaluate` and `bench`: what is measured, on what, and how. They decide nothing about a cut."""
+"""Options of `evaluate` and `bench`: measures, text, and load. They decide nothing about a cut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from sspruner.errors import InputError
-from sspruner.recipes.common import made_of
+from sspruner.recipes.common import build
 from sspruner.recipes.flags import FromText, number, read_texts, text, whole
 from sspruner.recipes.flags import text as one_text  # where a field is named text
 from sspruner.recipes.lists import names_in, numbers_in
@@ -32,7 +32,7 @@ CEILING = Group("Ceiling", sort_key=3)
 @Parameter(name="*", group=WHAT)
 @dataclass(frozen=True)
 class Measures:
-    """What to measure of a model."""
+    """The measures to take of a model."""
 
     metrics: Annotated[tuple[str, ...] | None, text("NAME,NAME", default="all"), FromText(names_in, "--metrics")] = None
     """Some of perplexity, position, length, recall, passkey, separated by commas; or none."""
@@ -44,13 +44,13 @@ class Measures:
     """Tasks of lm-eval, separated by commas."""
 
     include_path: Annotated[Path | None, Parameter(metavar="DIR")] = None
-    """Folder with lm-eval tasks of your own."""
+    """Folder with custom lm-eval tasks."""
 
     limit: Annotated[int | None, whole(default="all")] = None
     """Passages of LAMBADA, and items of each task."""
 
     seed: Annotated[int, whole()] = 0
-    """Seed of sampling, of what is drawn, and of the bootstrap."""
+    """Seed of sampling, of drawn items, and of the bootstrap."""
 
     def __post_init__(self) -> None:
         """Read texts such as `perplexity,recall`, and `none` as no metric."""
@@ -64,7 +64,7 @@ class Measures:
 @Parameter(name="*", group=TEXT)
 @dataclass(frozen=True)
 class TextWindows:
-    """The text whose tokens are predicted, and the windows in which a model reads it.
+    """The text whose tokens are predicted, and its windows.
 
     In Python `text` may also be tokens, int64 (texts, T).
     """
@@ -73,10 +73,10 @@ class TextWindows:
     """Text file, datasets name, or self: sampled from --against, or from the model."""
 
     tokens: Annotated[int, whole()] = 8192
-    """Tokens of the text that are measured: the first ones."""
+    """Number of tokens to measure, from the start of the text."""
 
     max_length: Annotated[int, whole()] = 512
-    """Tokens of the longest window."""
+    """Tokens in the longest window."""
 
     stride: Annotated[int | None, whole(default="half of --max-length")] = None
     """Tokens from one window to the next."""
@@ -89,32 +89,32 @@ class TextWindows:
 
     @property
     def step(self) -> int:
-        """The stride; half of max_length where none is given."""
+        """Return the stride; default: half of max_length."""
         return max(1, self.max_length // 2) if self.stride is None else self.stride
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `evaluate` measures, and on which text: `EvaluateOptions.of(metrics=["recall"], max_length=256)`."""
+    """Options of `evaluate`, its measures and text: `EvaluateOptions.of(metrics=["recall"], max_length=256)`."""
 
     measures: Measures = field(default_factory=Measures)
     windows: TextWindows = field(default_factory=TextWindows)
 
     @classmethod
     def of(cls, **short: Any) -> EvaluateOptions:
-        """Make options from the fields of their parts. Raises InputError for an unknown one."""
-        return made_of(cls, short)
+        """Build options from the fields of their parts. Raises InputError for an unknown one."""
+        return build(cls, short)
 
 
-def _increase(given: Any, option: str) -> Any:
-    return parse_increase(given, option) if isinstance(given, str) else given
+def _increase(value: Any, option: str) -> Any:
+    return parse_increase(value, option) if isinstance(value, str) else value
 
 
 @Parameter(name="*", group=GATES)
 @dataclass(frozen=True)
 class Gates:
-    """How much worse a model may be than the dense one, before the exit code is 1."""
+    """Limits on the increase of damage over the dense model; beyond them the exit code is 1."""
 
     max_ppl_increase: Annotated[Quantity, text("PERCENT"), FromText(_increase, "--max-ppl-increase")] = None
     """Exit code 1 if perplexity rises by more over --against, e.g. 2%."""
@@ -130,21 +130,21 @@ class Gates:
 @Parameter(name="*", group=LOAD)
 @dataclass(frozen=True)
 class Load:
-    """How many sequences are decoded at once, how long they are, and how often everything is measured."""
+    """Batch sizes, lengths of sequences, and number of repeats."""
 
     batches: Annotated[
         tuple[int, ...], text("N,N", name="--batch", default="1,16,64,256"), FromText(numbers_in, "--batch")
     ] = (1, 16, 64, 256)
-    """Sequences that are decoded at once, separated by commas."""
+    """Batch sizes for decoding, separated by commas."""
 
     prompt: Annotated[int, whole()] = 512
-    """Tokens of a prompt."""
+    """Tokens in a prompt."""
 
     generate: Annotated[int, whole()] = 64
     """Decode steps."""
 
     repeats: Annotated[int, whole()] = 7
-    """Times that everything is measured, in turns."""
+    """Number of measurements; the models take turns."""
 
     seed: Annotated[int, whole()] = 0
     """Seed of the random prompts, of the order, and of random weights."""
@@ -162,10 +162,10 @@ class Load:
 @Parameter(name="*", group=WHAT)
 @dataclass(frozen=True)
 class Variants:
-    """Which variants of the decode step are measured, and what is shown of it."""
+    """Variants of the decode step to measure."""
 
     accelerate: bool = False
-    """Measure each model with sspruner.accelerate, too (on the CPU)."""
+    """Also measure each model with sspruner.accelerate (on the CPU)."""
 
     cuda_graph: bool = False
     """Replay the decode step as a CUDA graph."""
@@ -174,24 +174,24 @@ class Variants:
     """Show where the time of a decode step goes, by operation."""
 
 
-def _bandwidth(given: Any, option: str) -> Any:
-    return parse_bandwidth(given, option) if isinstance(given, str) else given
+def _bandwidth(value: Any, option: str) -> Any:
+    return parse_bandwidth(value, option) if isinstance(value, str) else value
 
 
-def _flops(given: Any, option: str) -> Any:
-    return parse_flops(given, option) if isinstance(given, str) else given
+def _flops(value: Any, option: str) -> Any:
+    return parse_flops(value, option) if isinstance(value, str) else value
 
 
 @Parameter(name="*", group=CEILING)
 @dataclass(frozen=True)
 class Ceiling:
-    """The rates of the machine, from which the ceiling follows; measured where not given."""
+    """Rates of the machine, which set the ceiling; measured if not given."""
 
     bandwidth: Annotated[Quantity, text("RATE", default="measured"), FromText(_bandwidth, "--bandwidth")] = None
-    """Bytes per second that the machine moves, for the ceiling, e.g. 3.35TB/s."""
+    """Memory bandwidth for the ceiling, e.g. 3.35TB/s."""
 
     flops: Annotated[Quantity, text("RATE", default="measured"), FromText(_flops, "--flops")] = None
-    """Operations per second that the machine does, for the ceiling, e.g. 989TFLOP/s."""
+    """Operations per second for the ceiling, e.g. 989TFLOP/s."""
 
     def __post_init__(self) -> None:
         """Read texts such as `3.35TB/s`."""
@@ -201,7 +201,7 @@ class Ceiling:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class BenchOptions:
-    """What `bench` measures: `BenchOptions.of(batches=(1, 16), prompt=128)`."""
+    """Options of `bench`: `BenchOptions.of(batches=(1, 16), prompt=128)`."""
 
     load: Load = field(default_factory=Load)
     variants: Variants = field(default_factory=Variants)
@@ -209,5 +209,5 @@ class BenchOptions:
 
     @classmethod
     def of(cls, **short: Any) -> BenchOptions:
-        """Make options from the fields of their parts. Raises InputError for an unknown one."""
-        return made_of(cls, short)
+        """Build options from the fields of their parts. Raises InputError for an unknown one."""
+        return build(cls, short)

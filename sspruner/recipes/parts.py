@@ -1,4 +1,4 @@
-"""The parts of recipes. Each field is an option of the command line, and a key in a YAML file."""
+"""Parts of recipes. Each field is an option of the command line, and a key in a YAML file."""
 
 # No `from __future__ import annotations`: classes of other modules inherit these fields, and annotations that are text
 # would be looked up there.
@@ -38,14 +38,14 @@ from sspruner.recipes.texts import (
 
 if TYPE_CHECKING:
     Quantity = float | None
-else:  # a text such as 25MB is read when the part is made: after that it is a number
+else:  # a text such as 25MB is read when the part is built: after that it is a number
     Quantity = float | str | None
 
 
 @Parameter(name="*", group=REMOVE)
 @dataclass(frozen=True)
 class Remove:
-    """What to remove, and what to leave alone.
+    """What to remove, and which layers to skip.
 
     A pattern is matched against a dependency group's name, its path, or the end of either from a dot on:
     `layers.0.*`, `*.mixer:head`. On the axes `block` and `mixer` it is matched against the modules, too.
@@ -55,7 +55,7 @@ class Remove:
     """Axis to prune; several with the fraction of each: state=0.5,head=0.25."""
 
     ignore: Annotated[tuple[str, ...], texts("PATTERN"), FromText(several, "--ignore")] = ()
-    """Pattern of layers to leave alone, e.g. 'layers.0.*'. Repeatable."""
+    """Pattern of layers to skip, e.g. 'layers.0.*'. Repeatable."""
 
     def __post_init__(self) -> None:
         """Read `state=0.5,head=0.25` as a mapping."""
@@ -63,23 +63,23 @@ class Remove:
 
     @property
     def axes(self) -> list[str]:
-        """The axes that are pruned."""
+        """Return the axes to prune."""
         return [self.axis] if isinstance(self.axis, str) else list(self.axis)
 
 
 @Parameter(name="*", group=REMOVE)
 @dataclass(frozen=True)
 class Elements:
-    """On the axes of single elements (weight, decay): which elements compete."""
+    """Which elements compete, on the axes of single elements (weight, decay)."""
 
     pattern: Annotated[str | None, text("N:M"), FromText(pattern_of, "--pattern")] = None
     """Single elements: keep N of every M of a row, e.g. 2:4."""
 
     granularity: Annotated[str | None, text("NAME", default="the scorer's own")] = None
-    """Single elements: which compete: row, tensor or global."""
+    """Single elements: compete within: row, tensor or global."""
 
     rows: Annotated[tuple[str, ...], texts("NAME"), FromText(several, "--rows")] = ()
-    """Single elements: prune only these named runs of rows, e.g. B. Repeatable."""
+    """Single elements: prune only these named row blocks, e.g. B. Repeatable."""
 
     def __post_init__(self) -> None:
         """Read one name as a tuple of one."""
@@ -89,7 +89,7 @@ class Elements:
 @Parameter(name="*", group=AMOUNT)
 @dataclass(frozen=True)
 class Allocation:
-    """How the budget is shared between layers."""
+    """How the budget is split between layers."""
 
     allocation: Annotated[str, text("NAME")] = "uniform"
     """uniform: the same fraction of every layer. global: layers compete by their scores. adaptive: the best split by
@@ -104,17 +104,17 @@ class Allocation:
     ratios: Annotated[
         Mapping[str, float], texts("PATTERN=FRACTION", name="--ratio"), FromText(fractions_by_pattern, "--ratio")
     ] = field(default_factory=dict)
-    """Remove another fraction from the layers that match; later ones win. Repeatable."""
+    """Remove another fraction from matching layers; later ones win. Repeatable."""
 
     floor: Annotated[Mapping[str, int], texts("[PATTERN=]UNITS"), FromText(units_by_pattern, "--floor")] = field(
         default_factory=dict
     )
-    """Keep at least this many units in every set, or in those that match, whatever the budget. Repeatable."""
+    """Keep at least this many units in every set, or in matching ones, whatever the budget. Repeatable."""
 
     cap: Annotated[Mapping[str, int], texts("[PATTERN=]UNITS"), FromText(units_by_pattern, "--cap")] = field(
         default_factory=dict
     )
-    """Keep at most this many units in every set, or in those that match. Repeatable."""
+    """Keep at most this many units in every set, or in matching ones. Repeatable."""
 
     def __post_init__(self) -> None:
         """Read texts such as `layers.0.*=0.25` as mappings."""
@@ -124,7 +124,7 @@ class Allocation:
 @Parameter(name="*", group=AMOUNT)
 @dataclass(frozen=True)
 class Budget(Allocation):
-    """How much to remove: a fraction of the units, or a number of units that stay."""
+    """How much to remove: a fraction of the units, or a number of units to keep."""
 
     sparsity: Annotated[float | None, number("FRACTION", default="0.5, unless --keep or a limit says how much")] = None
     """Fraction of units to remove, in [0, 1)."""
@@ -143,16 +143,16 @@ class Limits:
     """
 
     state_bytes: Annotated[Quantity, text("BYTES"), FromText(bytes_of, "--state-bytes")] = None
-    """Instead of a fraction: recurrent state per sequence, at most, e.g. 25MB."""
+    """Instead of a fraction: maximum recurrent state per sequence, e.g. 25MB."""
 
     max_batch: Annotated[int | None, whole()] = None
-    """Instead of a fraction: this many sequences and the weights fit in --memory."""
+    """Instead of a fraction: fit this many sequences and the weights in --memory."""
 
     memory: Annotated[Quantity, text("BYTES"), FromText(bytes_of, "--memory")] = None
     """Memory for --max-batch, e.g. 80GB: weights, and recurrent and convolution states."""
 
     parameters: Annotated[Quantity, text("COUNT", name="--params"), FromText(parameters_of, "--params")] = None
-    """Instead of a fraction: parameters, at most: 0.8x of the model's, or e.g. 900M."""
+    """Instead of a fraction: maximum number of parameters: 0.8x of the model's, or e.g. 900M."""
 
     perplexity_increase: Annotated[
         Quantity, text("PERCENT", name="--max-ppl-increase"), FromText(increase_of, "--max-ppl-increase")
@@ -172,21 +172,21 @@ class Limits:
                 raise InputError(f"{name.replace('_', '-')} {value}: must be a number above 0")
 
     def __bool__(self) -> bool:
-        """Whether anything is limited."""
+        """Check whether any limit is set."""
         return bool(self.to_json())
 
     @property
     def of_size(self) -> bool:
-        """Whether the size of the pruned model is limited."""
+        """Check whether the size of the pruned model is limited."""
         return any(limit is not None for limit in (self.state_bytes, self.memory, self.parameters))
 
     @property
     def of_damage(self) -> bool:
-        """Whether the damage of the cut is limited."""
+        """Check whether the damage of the cut is limited."""
         return self.perplexity_increase is not None or self.kl is not None
 
     def to_json(self) -> dict[str, float]:
-        """The limits that are set."""
+        """Return the limits that are set."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -194,12 +194,12 @@ class Limits:
 @Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
 class Scoring:
-    """How scorers are run."""
+    """Options and seed of scorers."""
 
     options: Annotated[
         Mapping[str, Any], texts("NAME=VALUE", name="--option"), FromText(values_by_name, "--option")
     ] = field(default_factory=dict)
-    """An option of the scorer, or, as scorer.name=value, of one of several. Repeatable."""
+    """Option of the scorer; scorer.name=value for one of several scorers. Repeatable."""
 
     seed: Annotated[int, whole()] = 0
     """Seed of sampling, windows and the random scorer."""
@@ -221,7 +221,7 @@ class Mode:
 @Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
 class Method(Mode, Scoring):
-    """Which scorer decides, and how the cut is made."""
+    """The scorer, and how the cut is made."""
 
     scorer: Annotated[Any, text("NAME", default="ghost, or that of --basis"), FromText(names_by_axis, "--scorer")] = (
         None
@@ -236,13 +236,13 @@ class Method(Mode, Scoring):
     """Score all layers on the dense model, then cut at once."""
 
     refit: Annotated[str, text("NAME")] = "none"
-    """After the cut, solve for what stays: output (weights of out_proj and its like), bias, or none."""
+    """After the cut, solve for the remaining weights: output (out_proj and other output projections), bias, or none."""
 
 
 @Parameter(name="*", group=CALIBRATION)
 @dataclass(frozen=True)
 class CalibrationText:
-    """The text that scorers observe, and on which damage is measured."""
+    """The text for scoring, and for measuring damage during the search."""
 
     source: Annotated[str, text("TEXT", name="--calibration")] = "self"
     """Text file, datasets name (NAME[:CONFIG[:SPLIT]]), or self: sampled from the model."""
@@ -257,10 +257,10 @@ class CalibrationText:
 @Parameter(name="*", group=TARGET)
 @dataclass(frozen=True)
 class Target:
-    """The runtime that will serve the pruned model: sizes are rounded to those that it takes."""
+    """The runtime that will serve the pruned model; sizes are rounded to those it supports."""
 
     runtime: Annotated[str | None, text("NAME", name="--target")] = None
-    """Only sizes that this runtime takes: hf, mamba-ssm, vllm, tensorrt-llm or llama.cpp."""
+    """Only sizes that this runtime supports: hf, mamba-ssm, vllm, tensorrt-llm or llama.cpp."""
 
     tp: Annotated[int, whole()] = 1
     """GPUs over which vllm or tensorrt-llm splits the model."""

@@ -1,4 +1,4 @@
-"""Recipe: everything that decides a cut and nothing about the machine; the argument of `prune`, and a YAML file."""
+"""Recipe: all settings that decide a cut, and none about the machine; the argument of `prune`, and a YAML file."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ class Recipe:
     def of(cls, scorer: Any = None, **short: Any) -> Recipe:
         """Make a recipe from the fields of its parts: `Recipe.of("ghost", axis="head", sparsity=0.5)`.
 
-        limits: a `Limits`, or leave it out and give its fields. Raises InputError for an unknown field, with the
+        limits: a `Limits`; or leave it out and pass its fields. Raises InputError for an unknown field, with the
         nearest known one.
         """
-        given = {"scorer": scorer, **short} if scorer is not None else dict(short)
-        whole = {name: given.pop(name) for name in ("limits",) if given.get(name) is not None}
-        given.pop("limits", None)
+        remaining = {"scorer": scorer, **short} if scorer is not None else dict(short)
+        whole = {name: remaining.pop(name) for name in ("limits",) if remaining.get(name) is not None}
+        remaining.pop("limits", None)
         parts: dict[str, Any] = {}
         for part in fields(cls):
             kind: Any = part.default_factory
             names = {f.name: f.name for f in fields(kind)}
             names |= {short_name: name for short_name, name in _SHORT.items() if name in names}
-            values = {names[name]: given.pop(name) for name in list(given) if name in names}
+            values = {names[name]: remaining.pop(name) for name in list(remaining) if name in names}
             if values:
                 parts[part.name] = kind(**{name: value for name, value in values.items() if value is not None})
-        if given:
+        if remaining:
             known = [f.name for part in fields(cls) for f in fields(part.default_factory)]  # type: ignore[arg-type]
-            unknown = next(iter(given))
+            unknown = next(iter(remaining))
             raise InputError(f"unknown argument {unknown!r}{nearest(unknown, [*known, *_SHORT])}")
         return cls(**parts | whole)
 
@@ -67,5 +67,5 @@ class Recipe:
         write(self, path)
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as report.json holds it: every field that has a value."""
+        """Return the recipe as in report.json: every field that has a value."""
         return to_data(self)

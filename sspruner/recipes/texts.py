@@ -1,7 +1,7 @@
 """Read the short texts of options: `state=0.5,head=0.25`, `layers.0.*=16`, `name=value`.
 
-Each function takes the value, and the name of the option, with which its errors begin. What is no text is returned as
-it is: pydantic checks it where it comes from a file.
+Each function takes a value and the name of its option, with which its errors begin. Values that are not text are
+returned unchanged: pydantic checks them if they come from a file.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from sspruner.errors import InputError
 from sspruner.units import parse_bytes, parse_increase, parse_parameters
 
 
-def fractions_by_axis(given: Any, option: str) -> Any:
-    """`state` as it is; `state=0.5,head=0.25` as a mapping of fractions."""
-    if not isinstance(given, str) or ("=" not in given and "," not in given):
-        return given
-    return {name: _fraction(value, f"{option} {given!r}") for name, value in _pairs(given, option)}
+def fractions_by_axis(value: Any, option: str) -> Any:
+    """Read `state` as it is, and `state=0.5,head=0.25` as a mapping of fractions."""
+    if not isinstance(value, str) or ("=" not in value and "," not in value):
+        return value
+    return {name: _fraction(number, f"{option} {value!r}") for name, number in _pairs(value, option)}
 
 
-def fractions_by_pattern(given: Any, option: str) -> Any:
-    """`PATTERN=FRACTION`, one text or several, as a mapping of fractions; of one pattern the last."""
-    if (texts := _texts(given)) is None:
-        return given or {}
+def fractions_by_pattern(value: Any, option: str) -> Any:
+    """Read `PATTERN=FRACTION`, one text or several, as a mapping of fractions; the last of equal patterns wins."""
+    if (texts := _texts(value)) is None:
+        return value or {}
     return {
         name: _fraction(value, f"{option} {name}={value}") for text in texts for name, value in _pairs(text, option)
     }
 
 
-def names_by_axis(given: Any, option: str) -> Any:
-    """`ghost` as it is; `state=ghost,mlp=magnitude` as a mapping of names."""
-    return dict(_pairs(given, option)) if isinstance(given, str) and "=" in given else given
+def names_by_axis(value: Any, option: str) -> Any:
+    """Read `ghost` as it is, and `state=ghost,mlp=magnitude` as a mapping of names."""
+    return dict(_pairs(value, option)) if isinstance(value, str) and "=" in value else value
 
 
-def units_by_pattern(given: Any, option: str) -> Any:
-    """`16`, which means all, or `PATTERN=16`, one text or several, as a mapping of units; of one pattern the last."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        return {"*": given}
-    if (texts := _texts(given)) is None:
-        return given or {}
+def units_by_pattern(value: Any, option: str) -> Any:
+    """Read `16` (all), or `PATTERN=16`, one text or several, as a mapping of units; the last of equal patterns wins."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"*": value}
+    if (texts := _texts(value)) is None:
+        return value or {}
     pairs = [pair for text in texts for pair in _pairs(text if "=" in text else f"*={text}", option)]
     try:
         return {pattern: int(units) for pattern, units in pairs}
@@ -48,10 +48,10 @@ def units_by_pattern(given: Any, option: str) -> Any:
         raise InputError(f"{option} {texts}: expected UNITS or PATTERN=UNITS, a whole number") from None
 
 
-def values_by_name(given: Any, option: str) -> Any:
-    """`name=value`, one text or several, as a mapping; a value is read as JSON where it is JSON, else as a string."""
-    if (texts := _texts(given)) is None:
-        return given or {}
+def values_by_name(data: Any, option: str) -> Any:
+    """Read `name=value`, one text or several, as a mapping; each value is parsed as JSON if possible, else a string."""
+    if (texts := _texts(data)) is None:
+        return data or {}
     values: dict[str, Any] = {}
     for pair in texts:
         name, equals, value = pair.partition("=")
@@ -64,51 +64,51 @@ def values_by_name(given: Any, option: str) -> Any:
     return values
 
 
-def several(given: Any, option: str) -> Any:
-    """One text, or several, as a tuple."""
-    return given if (texts := _texts(given)) is None else tuple(texts)
+def several(value: Any, option: str) -> Any:
+    """Read one text, or several, as a tuple."""
+    return value if (texts := _texts(value)) is None else tuple(texts)
 
 
-def pattern_of(given: Any, option: str) -> Any:
-    """`2:4` as it is. Raises InputError for the number that YAML reads it as without quotes."""
-    if isinstance(given, int) and not isinstance(given, bool):
-        n, m = divmod(given, 60)
-        raise InputError(f"{option}: YAML reads {n}:{m} without quotes as {given}; write it in quotes: '{n}:{m}'")
-    return given
+def pattern_of(value: Any, option: str) -> Any:
+    """Return `2:4` unchanged. Raises InputError for the number that YAML reads it as without quotes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        n, m = divmod(value, 60)
+        raise InputError(f"{option}: YAML reads {n}:{m} without quotes as {value}; write it in quotes: '{n}:{m}'")
+    return value
 
 
-def bytes_of(given: Any, option: str) -> Any:
-    """`25MB` as bytes."""
-    return parse_bytes(given, option) if isinstance(given, str) else given
+def bytes_of(value: Any, option: str) -> Any:
+    """Read `25MB` as bytes."""
+    return parse_bytes(value, option) if isinstance(value, str) else value
 
 
-def parameters_of(given: Any, option: str) -> Any:
-    """`0.8x` and `900M` as numbers."""
-    return parse_parameters(given, option) if isinstance(given, str) else given
+def parameters_of(value: Any, option: str) -> Any:
+    """Read `0.8x` and `900M` as numbers."""
+    return parse_parameters(value, option) if isinstance(value, str) else value
 
 
-def increase_of(given: Any, option: str) -> Any:
-    """`1%` as a fraction."""
-    return parse_increase(given, option) if isinstance(given, str) else given
+def increase_of(value: Any, option: str) -> Any:
+    """Read `1%` as a fraction."""
+    return parse_increase(value, option) if isinstance(value, str) else value
 
 
 def names_of(given: Iterable[str] | None) -> list[str]:
-    """`ghost,balanced`, several times: every name once, in order."""
+    """Read `ghost,balanced`, one text or several: unique names, in order."""
     return list(dict.fromkeys(name.strip() for text in given or [] for name in text.split(",") if name.strip()))
 
 
-def _texts(given: Any) -> list[str] | None:
-    """One text, or several; None for what is no text."""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, Iterable) or isinstance(given, Mapping):
+def _texts(value: Any) -> list[str] | None:
+    """Return one text, or several, as a list; None for other values."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
         return None
-    found = list(given)
-    return found if all(isinstance(text, str) for text in found) else None
+    texts = list(value)
+    return texts if all(isinstance(text, str) for text in texts) else None
 
 
 def _pairs(text: str, option: str) -> list[tuple[str, str]]:
-    """NAME=VALUE, several separated by commas."""
+    """Read NAME=VALUE, several separated by commas, as pairs."""
     parts = [part.rpartition("=") for part in text.split(",")]
     names = [name.strip() for name, _, _ in parts]
     if not all(names) or len(set(names)) != len(names):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 
 from sspruner.errors import InputError
-from sspruner.recipes.common import Recorded, made_of
+from sspruner.recipes.common import Recorded, build
 from sspruner.recipes.flags import METHOD, FromText, number, read_texts, text, texts, whole
 from sspruner.recipes.lists import names_in
 from sspruner.recipes.texts import several
@@ -38,25 +38,25 @@ class TrainText:
 @Parameter(name="*", group=TRAINING)
 @dataclass(frozen=True)
 class Optimisation:
-    """How long to train, in which batches, at which rate. The learning rate falls along a cosine to a tenth."""
+    """Length of the training, batches, and learning rate, which falls along a cosine to a tenth."""
 
     max_tokens: Annotated[int, whole()] = 1_000_000
     """Tokens to train on; the learning rate falls over them."""
 
     max_minutes: Annotated[float | None, number()] = None
-    """Stop after this many minutes, with what there is."""
+    """Stop after this many minutes, and keep the result so far."""
 
     batch: Annotated[int, whole()] = 16
-    """Sequences in a step, of all processes together."""
+    """Sequences per step, over all processes."""
 
     at_once: Annotated[int, whole()] = 8
     """Micro-batch size per process."""
 
     seq_len: Annotated[int, whole()] = 256
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
 
     learning_rate: Annotated[float, number()] = 1e-4
-    """The largest learning rate."""
+    """Maximum learning rate."""
 
     warm_up: Annotated[float, number("FRACTION")] = 0.02
     """Fraction of the steps over which the learning rate rises."""
@@ -65,7 +65,7 @@ class Optimisation:
     """Weight decay of matrices; vectors have none."""
 
     clip: Annotated[float, number()] = 1.0
-    """The largest norm of a gradient."""
+    """Maximum norm of the gradient."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch", "at_once", "seq_len"):
@@ -77,11 +77,11 @@ class Optimisation:
 
     @property
     def steps(self) -> int:
-        """Number of batches in max_tokens, rounded up."""
+        """Return the number of batches in max_tokens, rounded up."""
         return max(1, math.ceil(self.max_tokens / (self.batch * self.seq_len)))
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 1: linear up, then a cosine down to a tenth."""
+        """Return the learning rate of a step, counted from 1: linear up, then a cosine down to a tenth."""
         rise = max(1, round(self.warm_up * self.steps))
         if step <= rise:
             return self.learning_rate * step / rise
@@ -92,19 +92,19 @@ class Optimisation:
 @Parameter(name="*", group=TRAINING)
 @dataclass(frozen=True)
 class Settings(Optimisation):
-    """How to train: length, batches and rate, precision, checkpoints and the seed."""
+    """Settings of the training: length, batches and rate, precision, checkpoints and the seed."""
 
     bf16: bool = False
     """Compute in bf16 (autocast); weights and moments stay in fp32."""
 
     recompute: bool = False
-    """Recompute activations for the gradient instead of keeping them: less memory."""
+    """Gradient checkpointing: recompute activations for the gradient, to save memory."""
 
     every: Annotated[int, whole()] = 100
     """Steps between checkpoints, each with the held-out perplexity."""
 
     seed: Annotated[int, whole()] = 0
-    """Seed of the order of blocks, and of everything random."""
+    """Seed of the order of blocks, and of all random numbers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,20 +112,20 @@ class Settings(Optimisation):
             raise InputError(f"every {self.every}: must be at least 1")
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes it this training and no other, as JSON. Not max_minutes: a run may be given more time."""
+        """Return the settings that identify this training, as JSON. Not max_minutes: a resumed run may change it."""
         return {name: value for name, value in asdict(self).items() if name != "max_minutes"}
 
 
 @Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
 class Distillation:
-    """What the student learns from its teacher."""
+    """The loss of the student."""
 
     teacher: Annotated[str | None, text("MODEL", default="the reference model")] = None
     """Dense model: folder or hub id."""
 
     alpha: Annotated[float, number()] = 0.5
-    """Share of the teacher in the loss; the rest is the text's."""
+    """Weight of the teacher's part in the loss; the text has the rest."""
 
     temperature: Annotated[float, number()] = 1.0
     """Temperature of both models' probabilities in the teacher's part."""
@@ -134,7 +134,7 @@ class Distillation:
     """Weight of the error of hidden states after each block."""
 
     lora: Annotated[int, whole()] = 0
-    """Train narrow matrices of this rank instead; merged at the end."""
+    """Train low-rank matrices of this rank instead; merged at the end."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1 or self.temperature <= 0 or self.hidden < 0 or self.lora < 0:
@@ -147,13 +147,13 @@ class Distillation:
 @Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
 class Gradual:
-    """What is removed during the training, and when."""
+    """What to remove during training, and when."""
 
     axis: Annotated[str, text("AXIS")] = "weight"
     """What to remove: weight for single elements, or an axis of units."""
 
     sparsity: Annotated[float, number("FRACTION")] = 0.5
-    """Fraction that is removed at the end."""
+    """Fraction to remove by the end."""
 
     alpha: Annotated[float, number()] = 1.0
     """Exponent of the gradient in |w| |g|^alpha; 0: magnitude."""
@@ -165,13 +165,13 @@ class Gradual:
     """Fraction of the steps after which removal begins."""
 
     end: Annotated[float, number("FRACTION")] = 0.7
-    """Fraction of the steps after which all of it is removed."""
+    """Fraction of the steps after which the whole fraction is removed."""
 
     allocation: Annotated[str, text("NAME")] = "uniform"
     """Of units: uniform, the same fraction of every layer, or global, one threshold."""
 
     teacher: Annotated[str | None, text("MODEL", default="the text alone")] = None
-    """Learn from this model, too: folder or hub id."""
+    """Also distil from this model: folder or hub id."""
 
     def __post_init__(self) -> None:
         if self.alpha < 0:
@@ -181,22 +181,22 @@ class Gradual:
 @Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
 class Twist:
-    """How random sub-networks are dealt to the workers."""
+    """How random sub-networks are assigned to the workers."""
 
     axis: Annotated[tuple[str, ...], text("AXIS,AXIS", default="head"), FromText(names_in, "--axis")] = ("head",)
-    """What is dealt to the workers: an axis, or several separated by commas."""
+    """Axis of the units that are dealt to the workers; several separated by commas."""
 
     keep: Annotated[float, number("FRACTION")] = 0.5
-    """Fraction of the units that every sub-network has."""
+    """Fraction of the units in every sub-network."""
 
     deal_every: Annotated[int, whole()] = 15
-    """Steps after which workers are averaged and units dealt anew."""
+    """Steps between rounds: workers are averaged and units dealt again."""
 
     ends: Annotated[int, whole()] = 2
-    """Blocks at each end that every sub-network has whole."""
+    """Blocks at each end that are whole in every sub-network."""
 
     draws: Annotated[int, whole()] = 8
-    """Sub-networks that are drawn at the end; the best is kept."""
+    """Sub-networks drawn at the end; the best is kept."""
 
     def __post_init__(self) -> None:
         read_texts(self)
@@ -207,7 +207,7 @@ class Twist:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class DistilRecipe(Recorded):
-    """How a pruned model learns from text and from its dense model: the argument of `distil`, and a YAML file."""
+    """Settings for distilling a pruned model from text and from its dense model; the argument of `distil`."""
 
     method: Distillation = field(default_factory=Distillation)
     text: TrainText = field(default_factory=TrainText)
@@ -216,13 +216,13 @@ class DistilRecipe(Recorded):
     @classmethod
     def of(cls, **short: Any) -> DistilRecipe:
         """Make a recipe from the fields of its parts: `DistilRecipe.of(alpha=0.9, max_tokens=10**6)`."""
-        return made_of(cls, short)
+        return build(cls, short)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class GradualRecipe(Recorded):
-    """How a model is pruned while it trains: the argument of `gradual`, and a YAML file."""
+    """Settings for pruning a model during training; the argument of `gradual`."""
 
     method: Gradual = field(default_factory=Gradual)
     text: TrainText = field(default_factory=TrainText)
@@ -231,13 +231,13 @@ class GradualRecipe(Recorded):
     @classmethod
     def of(cls, **short: Any) -> GradualRecipe:
         """Make a recipe from the fields of its parts: `GradualRecipe.of(axis="state", sparsity=0.5)`."""
-        return made_of(cls, short)
+        return build(cls, short)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class TwistRecipe(Recorded):
-    """How random sub-networks are trained: the argument of `twist`, and a YAML file."""
+    """Settings for training random sub-networks; the argument of `twist`."""
 
     method: Twist = field(default_factory=Twist)
     text: TrainText = field(default_factory=TrainText)
@@ -246,4 +246,4 @@ class TwistRecipe(Recorded):
     @classmethod
     def of(cls, **short: Any) -> TwistRecipe:
         """Make a recipe from the fields of its parts: `TwistRecipe.of(axis="head", keep=0.5)`."""
-        return made_of(cls, short)
+        return build(cls, short)

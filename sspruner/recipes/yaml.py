@@ -30,7 +30,7 @@ def read(kind: type[Kind], path: str | Path) -> Kind:
 
 
 def _parsed(text: str) -> Any:
-    """The data of a YAML document. Raises a YAMLError for a key that a mapping has twice, too."""
+    """Parse a YAML document. Raises a YAMLError also for a key that a mapping has twice."""
     import yaml
 
     loader = yaml.SafeLoader(text)
@@ -60,7 +60,7 @@ def _check_once(node: Any) -> None:
 
 
 def from_data(kind: type[Kind], data: Any) -> Kind:
-    """Make a dataclass of dataclasses from mappings, its types checked by pydantic. A value of null is left out.
+    """Build a dataclass of dataclasses from mappings, with types checked by pydantic. null values are left out.
 
     Raises InputError that names the key's path, what is wrong with its value, and the nearest key of a misspelt one.
     """
@@ -68,16 +68,16 @@ def from_data(kind: type[Kind], data: Any) -> Kind:
 
     check_keys(kind, data, ())
     try:
-        made: Kind = TypeAdapter(kind).validate_python(_without_nulls(data), context={"from": "yaml"})
+        built: Kind = TypeAdapter(kind).validate_python(_without_nulls(data), context={"from": "yaml"})
     except ValidationError as error:
         raise InputError(_explained(error.errors(), data)) from error
-    return made
+    return built
 
 
 def check_keys(kind: Any, data: Any, path: tuple[str, ...]) -> None:
-    """Raise InputError for a key that is no field of the dataclass `kind`, at any depth, and for yes or no as a number.
+    """Raise InputError for a key that is not a field of the dataclass `kind`, at any depth, and for a bool as a number.
 
-    Pydantic takes true for 1.
+    Pydantic accepts true as 1.
     """
     where = ".".join(path)
     if not isinstance(data, Mapping):
@@ -111,7 +111,10 @@ _EXPECTED = {
 
 
 def _explained(errors: list[Any], data: Any) -> str:
-    """The error that is farthest down in the data, in one line. Of a union pydantic reports one error for each type."""
+    """Return the error that is deepest in the data, as one line.
+
+    Of a union, pydantic reports one error for each type.
+    """
     paths = [_path(error["loc"], data) for error in errors]
     error, path = max(zip(errors, paths, strict=True), key=lambda pair: len(pair[1]))
     where = ".".join(map(str, path))
@@ -122,7 +125,7 @@ def _explained(errors: list[Any], data: Any) -> str:
 
 
 def _path(location: tuple[Any, ...], data: Any) -> tuple[Any, ...]:
-    """The keys of pydantic's location that lead to a value in the data: others name types."""
+    """Return the keys in pydantic's location that lead to a value in the data; the others name types."""
     path: list[Any] = []
     for part in location:
         try:
@@ -134,7 +137,7 @@ def _path(location: tuple[Any, ...], data: Any) -> tuple[Any, ...]:
 
 
 def _as_yaml(value: Any) -> str:
-    """A value as a YAML file has it."""
+    """Return a value in YAML notation."""
     import yaml
 
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
@@ -148,15 +151,15 @@ def _without_nulls(data: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'sparsity'?` where a known name is near, else the list of known names."""
+    """Return `; did you mean 'sparsity'?` if a known name is near, else the list of known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
 def to_data(recipe: Any) -> dict[str, Any]:
-    """A dataclass of dataclasses as mappings: every field that has a value; a scorer class by its name."""
-    found = {}
+    """Return a dataclass of dataclasses as mappings: every field that has a value; a scorer class by its name."""
+    data = {}
     for f in fields(recipe):
         value = getattr(recipe, f.name)
         if is_dataclass(value):
@@ -168,12 +171,12 @@ def to_data(recipe: Any) -> dict[str, Any]:
         elif isinstance(value, Mapping):
             value = dict(value)
         if value is not None and value != {} and value != []:
-            found[f.name] = value
-    return found
+            data[f.name] = value
+    return data
 
 
 def write(recipe: Any, path: str | Path) -> None:
-    """Write a recipe as YAML: it appears whole or not at all."""
+    """Write a recipe as YAML, atomically."""
     import yaml
 
     from sspruner.files.output import atomic_file
