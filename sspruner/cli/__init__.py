@@ -1,1 +1,1 @@
-"""The command line: one file per command; parses, calls the Python API, prints."""
+"""The command line: one file per command, which parses, calls the Python API, and prints."""

@@ -1,4 +1,4 @@
-"""`sspruner apply`: cut a model as a plan says, prove it, save it."""
+"""`sspruner apply`: cut a model by a plan, prove the cut, save the model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NAME = "apply"
 @Parameter(name="*", group=REMOVE)
 @dataclass(frozen=True)
 class PlanFile:
-    """The plan that is carried out."""
+    """The plan to apply."""
 
     plan: Annotated[Path, Parameter(metavar="FILE")] = Path("plan.json")
-    """What `sspruner plan` wrote."""
+    """File from `sspruner plan`."""
 
 
 @reports_errors
@@ -35,7 +35,7 @@ def command(
     how: Annotated[Mode, Parameter(group=METHOD)] = Mode(),
     reading: ReadingText = ReadingText(),
 ) -> None:
-    """Cut a model as a plan says, prove the cut, and save the result.
+    """Cut a model by a plan, prove the cut, and save the result.
 
     Examples:
         sspruner apply path/to/model --plan plan.json --out smaller
@@ -45,9 +45,9 @@ def command(
     from sspruner.files.output import check_output
 
     check_output(folder.out, folder.overwrite)
-    made = sspruner.Plan.load(file.plan)
+    plan = sspruner.Plan.load(file.plan)
     prepare(reading.plugin)
     loaded, tokenizer = sspruner.load(model, **reading.arguments)
-    sspruner.apply(loaded, made, mode=how.mode)
+    sspruner.apply(loaded, plan, mode=how.mode)
     sspruner.save(loaded, folder.out, tokenizer, overwrite=folder.overwrite)
-    say(f"{made}\napplied ({how.mode}), saved to {folder.out}")
+    say(f"{plan}\napplied ({how.mode}), saved to {folder.out}")

@@ -1,4 +1,4 @@
-"""`sspruner bench`: how fast models are, beside what the machine could do."""
+"""`sspruner bench`: speed of models, with the ceiling of the machine."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Models = Annotated[str, Parameter(group=MODEL, help="Folders or hub ids.", show_
 @Parameter(name="*", group=Group("Shapes", sort_key=0.5))
 @dataclass(frozen=True)
 class Shapes:
-    """Published shapes with random weights, beside models or instead of them."""
+    """Published shapes with random weights, in addition to models or instead of them."""
 
     shape: Annotated[tuple[str, ...], texts("NAME"), FromText(several, "--shape")] = ()
-    """A published shape with random weights: mamba2-130m, 370m, 780m, 1.3b, 2.7b. Repeatable."""
+    """Published shape with random weights: mamba2-130m, 370m, 780m, 1.3b, 2.7b. Repeatable."""
 
     keep: Annotated[tuple[int, ...], text("N,N"), FromText(numbers_in, "--keep")] = ()
-    """With --shape: also with these states, e.g. 64,32,16."""
+    """With --shape: also with these state sizes, e.g. 64,32,16."""
 
     balanced: Annotated[tuple[int, ...], text("N,N"), FromText(numbers_in, "--balanced")] = ()
     """With --shape: also with this many directions of the state, e.g. 16."""
@@ -46,7 +46,7 @@ def command(
     machine: Timing = Timing(),
     output: Json = Json(),
 ) -> None:
-    """Measure prefill and decode of models, in turns, beside the most that this machine's rates allow.
+    """Measure prefill and decode of models, in turns, against the ceiling that this machine's rates allow.
 
     Examples:
         sspruner bench path/to/model smaller --batch 1,16 --prompt 512
@@ -59,7 +59,7 @@ def command(
 
     output.check()
     prepare(machine.plugin)
-    found = named_models(
+    models_by_name = named_models(
         list(models),
         shapes.shape,
         shapes.keep,
@@ -70,7 +70,7 @@ def command(
         trust_remote_code=machine.trust_remote_code,
     )
     with bars() as progress:
-        measured = sspruner.bench(found, options, device=machine.device, progress=progress)
+        measured = sspruner.bench(models_by_name, options, device=machine.device, progress=progress)
     measured = replace(measured, command=command_line())
     emit(measured.to_json(), output.json)
     if not output.only:

@@ -1,4 +1,4 @@
-"""`sspruner compare`: scorers against cuts, in one table."""
+"""`sspruner compare`: scorers and cuts, in one table."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NAME = "compare"
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True)
 class Tables(Json):
-    """Where the tables go."""
+    """Output of the tables."""
 
     out: Annotated[Path | None, Parameter(metavar="DIR")] = None
-    """Folder for JSON, Markdown, CSV, scores and the recipe; what is finished there is not done again."""
+    """Folder for JSON, Markdown, CSV, scores and the recipe; finished rows are reused."""
 
     def check(self) -> None:
         """Raise InputError, before any work, if a file or the folder cannot be written."""
@@ -43,7 +43,7 @@ def command(
     machine: Machine = Machine(),
     output: Tables = Tables(),
 ) -> None:
-    """Score with several scorers in one pass, cut by each to several sizes, and show what every cut costs.
+    """Score with several scorers in one pass, cut by each to several sizes, and show the damage of every cut.
 
     Examples:
         sspruner compare path/to/model --scorers ghost,magnitude --sparsity 0.5,0.75
@@ -62,7 +62,7 @@ def command(
         loaded, tokenizer = sspruner.load(model, **machine.arguments)
         small = sspruner.load(baseline, **(machine.arguments | {"tokenizer": None}))[0] if baseline else None
         name = name_of(model)
-        found = sspruner.compare(
+        comparison = sspruner.compare(
             loaded,
             recipe,
             tokenizer=tokenizer,
@@ -71,11 +71,11 @@ def command(
             out=output.out,
             progress=progress,
             baseline=small,
-            on_row=lambda known: on_row(known.named(name, "", baseline)),
+            on_row=lambda partial: on_row(partial.named(name, "", baseline)),
         )
-    found = found.named(name, command_line(), baseline)
+    comparison = comparison.named(name, command_line(), baseline)
     if output.out is not None:
-        found.save(output.out)
-    emit(found.to_json(), output.json)
+        comparison.save(output.out)
+    emit(comparison.to_json(), output.json)
     if not output.only:
-        show(comparison_table(found))
+        show(comparison_table(comparison))

@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors, output streams, quiet libraries."""
+"""Shared by all commands: one-line errors, output streams, quiet libraries."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def reports_errors(command: Command) -> Command:
 
 
 def reports_errors_of_all(command: Command) -> Command:
-    """The same for a command that the processes of torchrun share: one line of all of them, and one exit code."""
+    """Report errors of a command that runs under torchrun: one line and one exit code for all processes."""
     return _reporting(command, shared=True)
 
 
 def _reporting(command: Command, shared: bool) -> Command:
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
-        with ExitStack() as joined:  # until the error has been told
+        with ExitStack() as joined:  # until the error has been reported
             try:
                 import numpy  # noqa: F401  # before torch, which swallows a Ctrl-C that comes while it imports numpy
 
@@ -61,20 +61,20 @@ def _reporting(command: Command, shared: bool) -> Command:
 
 
 def known_error(error: BaseException) -> tuple[int, str] | None:
-    """The exit code of an error and its one line, None for one that has to be seen with its traceback."""
+    """Return the exit code of an error and its one line, None for one that needs its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "sspruner: interrupted; nothing written"
     if os.environ.get(DEBUG):
         return None
     if isinstance(error, SSPrunerError):
         return error.exit_code, f"sspruner: {' '.join(str(error).split())}"
-    if isinstance(error, OSError):  # the file system: a path that is too long, a right that is missing
+    if isinstance(error, OSError):  # the file system: path too long, permission denied
         return 2, f"sspruner: {error}"
     return None
 
 
 def _together() -> bool:
-    """Whether torchrun started other processes, too. Costs nothing where it did not."""
+    """Check whether torchrun started other processes, without importing torch unless it did."""
     if "RANK" not in os.environ:
         return False
     from sspruner.compute.processes import started_together
@@ -83,7 +83,7 @@ def _together() -> bool:
 
 
 def fail(code: int, line: str) -> int:
-    """Say on standard error why a run fails; of the processes of torchrun the first does. Returns their exit code."""
+    """Report on standard error why a run fails; under torchrun only the first process does. Return the exit code."""
     if not _together():
         warn(line)
         return code
@@ -94,7 +94,7 @@ def fail(code: int, line: str) -> int:
 
 @contextmanager
 def kept_if_interrupted(working: Path | None) -> Iterator[None]:
-    """Say, when Ctrl-C ends a run that can go on, where what is finished lies. None: it cannot."""
+    """Report, when Ctrl-C stops a resumable run, where the finished part is. None: not resumable."""
     try:
         yield
     except KeyboardInterrupt:
@@ -104,20 +104,20 @@ def kept_if_interrupted(working: Path | None) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def names_from(given: list[str] | None) -> list[str]:
-    """`ghost,balanced`, several times: every name once, in order."""
-    return list(dict.fromkeys(name.strip() for text in given or [] for name in text.split(",") if name.strip()))
+def names_from(texts: list[str] | None) -> list[str]:
+    """Read `ghost,balanced`, one text or several: unique names, in order."""
+    return list(dict.fromkeys(name.strip() for text in texts or [] for name in text.split(",") if name.strip()))
 
 
-def fractions_from(given: list[str] | None, what: str) -> list[float]:
-    """`0.25,0.5`, several times."""
-    return [_fraction(text, what) for text in names_from(given)]
+def fractions_from(texts: list[str] | None, what: str) -> list[float]:
+    """Read `0.25,0.5`, one text or several, as numbers."""
+    return [_fraction(text, what) for text in names_from(texts)]
 
 
 def prepare(plugins: Sequence[Path] | None) -> None:
-    """Before a command's work: load --plugin files, keep transformers from talking over our output.
+    """Prepare a command: load --plugin files, silence transformers.
 
-    Characters that the output's encoding lacks become `?`: model output may hold any.
+    Characters that the output's encoding lacks are printed as `?`: generated text may contain any.
     """
     import transformers
 
@@ -133,17 +133,17 @@ def prepare(plugins: Sequence[Path] | None) -> None:
 
 
 def from_cache(scores: Any) -> str:
-    """A remark where scores were made earlier."""
+    """Return a remark for scores from the cache, else ""."""
     return " (from the cache: nothing has changed since; --no-cache scores again)" if scores.from_cache else ""
 
 
-def sizes_from(given: Sequence[str]) -> dict[int | str, int] | None:
-    """`PLACE=SIZE`, each: a GPU by its number or another place, and the bytes that it may take."""
+def sizes_from(texts: Sequence[str]) -> dict[int | str, int] | None:
+    """Read `PLACE=SIZE` texts: a GPU's number or another place, and the bytes it may use."""
     from sspruner.units import parse_bytes
 
-    if not given:
+    if not texts:
         return None
-    pairs = [pair for text in given for pair in _pairs(text, f"--max-memory {text!r}")]
+    pairs = [pair for text in texts for pair in _pairs(text, f"--max-memory {text!r}")]
     return {
         int(place) if place.isdigit() else place: int(parse_bytes(size, f"--max-memory {place}"))
         for place, size in pairs
@@ -151,12 +151,12 @@ def sizes_from(given: Sequence[str]) -> dict[int | str, int] | None:
 
 
 def batches_from(text: str) -> tuple[int, ...]:
-    """`1,16,64`: whole numbers, each at least 1."""
+    """Read `1,16,64`: whole numbers of at least 1."""
     return numbers_from(text, "--batch")
 
 
 def numbers_from(text: str | None, option: str) -> tuple[int, ...]:
-    """Whole numbers, each at least 1, separated by commas; none if the option is not given."""
+    """Read whole numbers of at least 1, separated by commas; empty if the option is not given."""
     if text is None:
         return ()
     try:
@@ -194,7 +194,7 @@ def warn(text: str) -> None:
 
 
 def show(renderable: Any) -> None:
-    """Print a rich renderable on standard output; when that is not a terminal, without colour and never cut off."""
+    """Print a rich renderable on standard output; without colour and never truncated if that is not a terminal."""
     from rich.console import Console
 
     terminal = Console()
@@ -203,7 +203,7 @@ def show(renderable: Any) -> None:
 
 
 def command_line() -> str:
-    """The command as it was typed."""
+    """Return the command as typed."""
     import shlex
 
     return shlex.join(["sspruner", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""`sspruner doctor`: is this installation sound?"""
+"""`sspruner doctor`: check the installation."""
 
 from __future__ import annotations
 

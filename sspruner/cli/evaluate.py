@@ -1,4 +1,4 @@
-"""`sspruner evaluate`: what a model can do, alone or against the dense one."""
+"""`sspruner evaluate`: measure a model, alone or against the dense one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "evaluate"
 Against = Annotated[
     str | None,
     text("MODEL"),
-    Parameter(group=MODEL, help="Folder or hub id of the dense model: all is measured of both, paired."),
+    Parameter(group=MODEL, help="Folder or hub id of the dense model; both are measured, paired."),
 ]
 
 
@@ -51,17 +51,17 @@ def command(
         loaded, tokenizer = sspruner.load(model, **machine.arguments)
         dense = None
         if against is not None:
-            dense, theirs = sspruner.load(against, **(machine.arguments | {"tokenizer": None}))
-            tokenizer = tokenizer or theirs
-        found = sspruner.evaluate(
+            dense, dense_tokenizer = sspruner.load(against, **(machine.arguments | {"tokenizer": None}))
+            tokenizer = tokenizer or dense_tokenizer
+        evaluation = sspruner.evaluate(
             loaded, tokenizer, options, against=dense, device=machine.device, progress=progress
         )  # fmt: skip
-    named = None if against is None else name_of(against)
-    found = replace(found, model=name_of(model), against=named, command=command_line())
-    emit(found.to_json(), output.json)
+    against_name = None if against is None else name_of(against)
+    evaluation = replace(evaluation, model=name_of(model), against=against_name, command=command_line())
+    emit(evaluation.to_json(), output.json)
     if not output.only:
-        show(evaluation_table(found))
-    failed = found.failed(gates.max_ppl_increase, gates.max_lambada_drop)
+        show(evaluation_table(evaluation))
+    failed = evaluation.failed(gates.max_ppl_increase, gates.max_lambada_drop)
     for line in failed:
         warn(f"sspruner: {line}")
     if failed:
@@ -69,7 +69,7 @@ def command(
 
 
 def check_gates(gates: Gates, options: EvaluateOptions, against: str | None) -> None:
-    """Raise InputError for a gate whose row is not measured."""
+    """Raise InputError for a gate whose metric is not measured."""
     from sspruner.evaluation.evaluate import METRICS
 
     measures = options.measures

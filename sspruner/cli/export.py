@@ -1,4 +1,4 @@
-"""`sspruner export`: write a model for other readers than sspruner."""
+"""`sspruner export`: write a model for other libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "export"
 @Parameter(name="*", group=TARGET)
 @dataclass(frozen=True)
 class Reader(Target):
-    """The program that will read the model."""
+    """The library that will load the model."""
 
     to: Annotated[str | None, text("NAME", default="hf, or what --target reads")] = None
     """hf: stock transformers. hf-padded: stock, different sizes padded with zeros. hf-remote: transformers with
@@ -34,7 +34,7 @@ def command(
     reader: Reader = Reader(),
     reading: ReadingText = ReadingText(),
 ) -> None:
-    """Write a cut model for another reader, or say why that cannot take it.
+    """Write a pruned model for another library, or report why that library cannot load it.
 
     Examples:
         sspruner export smaller --out for-transformers
@@ -47,13 +47,13 @@ def command(
     from sspruner.io.skeleton import skeleton
     from sspruner.reporting.card import report_beside
 
-    wanted: dict[str, Any] = {"to": reader.to, "target": reader.runtime, "tp": reader.tp}
+    target: dict[str, Any] = {"to": reader.to, "target": reader.runtime, "tp": reader.tp}
     writer = writer_of(reader.to, reader.runtime, reader.tp)
     check_output(folder.out, folder.overwrite)
     prepare(reading.plugin)
     loaded, tokenizer = sspruner.load(model, **reading.arguments)
     report = report_beside(loaded, model) if model else None
-    sspruner.export(loaded, folder.out, tokenizer, **wanted, report=report, overwrite=folder.overwrite)
+    sspruner.export(loaded, folder.out, tokenizer, **target, report=report, overwrite=folder.overwrite)
     say(f"exported to {folder.out}: {reads(writer, folder.out)}")
     if writer == "hf-padded":
         say(padding(loaded, skeleton(folder.out)))

@@ -1,4 +1,4 @@
-"""How the help is shown: one panel for each group of options, the value and the default of each."""
+"""Help texts: one panel for each group of options, with the value and the default of each."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from cyclopts.help import DefaultFormatter
 
 
 def shown_default(value: Any) -> str | None:
-    """The default of an option as the help shows it; None where there is nothing to show: off, or empty."""
+    """Return the default of an option for the help; None for off or empty."""
     return None if value is None or value is False or value in ((), {}, []) else str(value)
 
 
-#: Of every option: no --no-..., and of an option that is given twice the last counts.
+#: For every option: no --no-..., and the last of repeated values wins.
 OPTION = Parameter(negative=(), allow_repeating=True, show_default=shown_default)
 
 
-#: What readers look for first goes first in its panel; the rest as it is defined.
+#: The most important options come first in their panel; the rest in the order of definition.
 FIRST = ("--sparsity", "--keep", "--scorer", "--basis")
 
 
 def examples(command: Any) -> str:
-    """The examples in a command's docstring, for the end of its help."""
+    """Return the examples in a command's docstring, for the end of its help."""
     lines = (inspect.getdoc(command) or "").partition("Examples:\n")[2].splitlines()
     return "\n".join(["Examples:", *(f"  {line.strip()}" for line in lines if line.strip())])
 
 
 class HelpFormatter(DefaultFormatter):
-    """Panels whose texts are filled to the width of the terminal, however they are wrapped in the source."""
+    """Formatter whose texts fill the width of the terminal, however they are wrapped in the source."""
 
     def __call__(self, console: Any, options: Any, panel: Any) -> None:
         """Render one panel."""

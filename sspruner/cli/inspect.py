@@ -1,4 +1,4 @@
-"""`sspruner inspect`: what can be removed from a model, and what it takes."""
+"""`sspruner inspect`: a model's prunable axes and its memory."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ NAME = "inspect"
 @Parameter(name="*", group=Group("What to show", sort_key=1))
 @dataclass(frozen=True)
 class View:
-    """What is shown beside the graph."""
+    """What to show beside the graph."""
 
     plan: Annotated[Path | None, Parameter(metavar="FILE")] = None
-    """What `sspruner plan` wrote: show what it leaves, beside the model."""
+    """File from `sspruner plan`: also show the model after that plan."""
 
     memory: Annotated[str | None, text("BYTES")] = None
-    """Show how many sequences fit beside the weights, e.g. 24GB."""
+    """Show how many sequences fit in this memory beside the weights, e.g. 24GB."""
 
     context: Annotated[int, whole()] = 4096
-    """Tokens of a sequence, for the KV cache of hybrids."""
+    """Tokens per sequence, for the KV cache of hybrids."""
 
     batch: Annotated[str, text("N,N")] = "1,16,64,256"
-    """Batches whose decode steps are shown."""
+    """Batch sizes whose decode steps are shown."""
 
     bandwidth: Annotated[str | None, text("BYTES/S")] = None
-    """Show tokens per second at most with this memory bandwidth, e.g. 3.35TB/s."""
+    """Show the maximum tokens per second with this memory bandwidth, e.g. 3.35TB/s."""
 
     plot: bool = False
-    """Draw each layer's size, and its scores where the folder has some."""
+    """Draw each layer's size, and its scores if the folder has them."""
 
     @property
     def machine(self) -> tuple[tuple[int, ...], float | None, float | None]:
-        """Batches, bytes of memory, and bytes per second. Raises InputError for texts that are none."""
+        """Return batches, bytes of memory, and bytes per second. Raises InputError for malformed texts."""
         from sspruner.units import parse_bandwidth, parse_bytes
 
         if self.context < 0:
@@ -62,7 +62,7 @@ def command(
     trust: Trust = Trust(),
     output: Json = Json(),
 ) -> None:
-    """Show a model's graph and what it takes, from its config alone: axes, bytes, sequences that fit, targets.
+    """Show a model's graph and its memory, from its config alone: axes, bytes, sequences that fit, targets.
 
     Examples:
         sspruner inspect path/to/model
@@ -79,34 +79,34 @@ def command(
     from sspruner.surgery.apply import apply_sizes
 
     output.check()
-    wanted, machine = chosen(target.runtime, target.tp), view.machine
-    made = None if view.plan is None else sspruner.Plan.load(view.plan)
+    runtime, machine = chosen(target.runtime, target.tp), view.machine
+    plan = None if view.plan is None else sspruner.Plan.load(view.plan)
     prepare(trust.plugin)
     loaded = skeleton(model, trust_remote_code=trust.trust_remote_code)
     graph = sspruner.trace(loaded)
-    found = footprint(loaded, graph, view.context)
-    if made is not None:
-        check_plan(made, graph, model=loaded)
-    taken = offers(loaded if made is None else after(loaded, made, graph), wanted)
-    cut = None if made is None else footprint(loaded, apply_sizes(loaded, made), view.context)
-    data = graph.to_json() | {"footprint": found.to_json(*machine)}
+    dense = footprint(loaded, graph, view.context)
+    if plan is not None:
+        check_plan(plan, graph, model=loaded)
+    supported = offers(loaded if plan is None else after(loaded, plan, graph), runtime)
+    cut = None if plan is None else footprint(loaded, apply_sizes(loaded, plan), view.context)
+    data = graph.to_json() | {"footprint": dense.to_json(*machine)}
     if cut is not None:
         data["with_plan"] = cut.to_json(*machine)
-    data["targets"] = {offer.target.name: offer.to_json() for offer in taken}
-    pictures = plots(loaded, model, made) if view.plot else []
+    data["targets"] = {offer.target.name: offer.to_json() for offer in supported}
+    pictures = plots(loaded, model, plan) if view.plot else []
     emit(dumps(data, indent=2), output.json)
     if not output.only:
         show(graph.tree())
-        show_tables(found, cut, taken, machine, assumed=loaded.config.dtype is None)
+        show_tables(dense, cut, supported, machine, assumed=loaded.config.dtype is None)
         for picture in pictures:
             show(picture)
 
 
-def show_tables(found: Any, cut: Any, taken: Any, machine: Any, assumed: bool) -> None:
-    """Show what the model takes, before and after a cut, and which targets take it."""
+def show_tables(dense: Any, cut: Any, supported: Any, machine: Any, assumed: bool) -> None:
+    """Show the memory of a model, before and after a cut, and which targets support it."""
     from sspruner.reporting.footprint import footprint_table
     from sspruner.reporting.targets import targets_table
 
     batches, room, rate = machine
-    show(footprint_table(found, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
-    show(targets_table(taken, with_plan=cut is not None))
+    show(footprint_table(dense, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
+    show(targets_table(supported, with_plan=cut is not None))

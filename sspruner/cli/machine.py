@@ -1,4 +1,4 @@
-"""Options that decide nothing about the cut: which model, on which machine, and where results go."""
+"""Options that decide nothing about the cut: the model, the machine, and the output."""
 
 # No `from __future__ import annotations`: classes of other modules inherit these fields, and annotations that are text
 # would be looked up there.
@@ -22,7 +22,7 @@ RecipeFile = Annotated[
         name="--recipe", group=MODEL, metavar="FILE", help="YAML file with a recipe; flags that are given override it."
     ),
 ]
-RunsCode = Annotated[bool, Parameter(help="Run code that lies in the model's folder or repository.")]
+RunsCode = Annotated[bool, Parameter(help="Run code from the model's folder or repository.")]
 Tokenizer = Annotated[
     str | None,
     text("NAME", default="that in the model's folder"),
@@ -37,7 +37,7 @@ ModelFolder = Parameter(metavar="DIR", help="Folder to write the model to.")
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
 class Plugins:
-    """What extends sspruner for this run."""
+    """Plugins for this run."""
 
     plugin: Annotated[tuple[Path, ...], Parameter(metavar="FILE", consume_multiple=False)] = ()
     """Python file with a plugin. Repeatable."""
@@ -46,7 +46,7 @@ class Plugins:
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
 class Trust(Plugins):
-    """Whether code of others is run."""
+    """Permission to run a model's own code."""
 
     trust_remote_code: RunsCode = False
 
@@ -54,45 +54,45 @@ class Trust(Plugins):
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
 class Timing(Trust):
-    """Where models are timed, and in which dtype."""
+    """Device and dtype for timing."""
 
     device: Device = None
 
     dtype: Annotated[str, text("NAME")] = "auto"
-    """auto (as saved; of shapes bfloat16 on a GPU, else float32), float32, bfloat16 or float16."""
+    """auto (as saved; for shapes bfloat16 on a GPU, else float32), float32, bfloat16 or float16."""
 
 
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
 class Reading(Trust):
-    """How a model is read."""
+    """Settings for loading a model."""
 
     dtype: Annotated[str, text("NAME")] = "auto"
     """auto (as saved), float32, bfloat16 or float16."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `sspruner.load`."""
+        """Return the arguments of `sspruner.load`."""
         return {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
 
 
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
 class ReadingText(Reading):
-    """How a model and its tokenizer are read."""
+    """Settings for loading a model and its tokenizer."""
 
     tokenizer: Tokenizer = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `sspruner.load`."""
+        """Return the arguments of `sspruner.load`."""
         return super().arguments | {"tokenizer": self.tokenizer}
 
 
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
 class Computing(ReadingText):
-    """How a model is read, and where it is computed."""
+    """Settings for loading a model, and the device."""
 
     device: Device = None
 
@@ -100,26 +100,26 @@ class Computing(ReadingText):
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
 class Machine(Computing):
-    """How a model is read, where it is computed, and whether scores are taken from the cache."""
+    """Settings for loading a model, the device, and the cache of scores."""
 
     no_cache: bool = False
-    """Score again, even if nothing has changed since."""
+    """Ignore cached scores, and score again."""
 
 
 @Parameter(name="*", group=LARGE)
 @dataclass(frozen=True)
 class Places:
-    """Where the blocks of a model lie that does not fit on one device."""
+    """Placement of the blocks of a model that does not fit on one device."""
 
     device_map: Annotated[str | None, text("NAME")] = None
-    """auto: blocks on GPUs, in memory and on disk, as they fit; with --out and a text file in prune."""
+    """auto: place blocks on GPUs, in memory and on disk, as they fit; for prune with --out and a text file."""
 
     max_memory: Annotated[tuple[str, ...], texts("PLACE=SIZE"), Parameter(show_default="4/5 of all")] = ()
-    """What --device-map may fill: 0=20GiB, cpu=60GiB. Repeatable."""
+    """Limits for --device-map: 0=20GiB, cpu=60GiB. Repeatable."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `sspruner.load`."""
+        """Return the arguments of `sspruner.load`."""
         from sspruner.cli.console import sizes_from
 
         return {"device_map": self.device_map, "max_memory": sizes_from(self.max_memory)}
@@ -128,19 +128,19 @@ class Places:
 @Parameter(name="*", group=LARGE)
 @dataclass(frozen=True)
 class Apart(Places):
-    """How a model is pruned block by block."""
+    """Settings for pruning a model block by block."""
 
     offload: bool = False
     """Keep the model on disk and read it block by block; needs --out and a text file."""
 
     resume: bool = False
-    """With --offload or --device-map: go on where the same command was interrupted."""
+    """With --offload or --device-map: continue the same command after an interruption."""
 
 
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True)
 class Json:
-    """The result for programs."""
+    """Output of the result as JSON."""
 
     json: Annotated[Path | None, Parameter(metavar="FILE", allow_leading_hyphen=True)] = None
     """Write the result as JSON to this file; - for standard output."""
@@ -154,14 +154,14 @@ class Json:
 
     @property
     def only(self) -> bool:
-        """Whether standard output has to hold JSON and nothing else."""
+        """Check whether standard output must hold JSON and nothing else."""
         return str(self.json) == "-"
 
 
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True)
 class Overwrite:
-    """Whether an earlier result is replaced."""
+    """Permission to replace an earlier result."""
 
     overwrite: bool = False
     """Replace an earlier model in --out."""
@@ -170,7 +170,7 @@ class Overwrite:
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True, kw_only=True)
 class Folder(Overwrite):
-    """The folder of the model that is written."""
+    """The folder to write the model to."""
 
     out: Annotated[Path, ModelFolder]
 
@@ -178,6 +178,6 @@ class Folder(Overwrite):
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True)
 class Output(Overwrite, Json):
-    """Where the pruned model and its report go."""
+    """Output of the pruned model and its report."""
 
     out: Annotated[Path | None, ModelFolder] = None

@@ -1,4 +1,4 @@
-"""The `sspruner` command: registers one file per command. Heavy imports happen inside the commands."""
+"""Entry point of `sspruner`: registers one file per command. Commands import heavy libraries when they run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = (prune, score, plan, apply, compare, evaluate, bench, report, export,
 
 
 def version() -> str:
-    """The version of this package."""
+    """Return the version of this package."""
     import sspruner
 
     return f"sspruner {sspruner.__version__}"
@@ -53,15 +53,15 @@ app.command(train.app)
 
 
 def main() -> None:
-    """Entry point of the console script. Wrong usage is reported like any other error: one line, exit code 2."""
+    """Run the command line. Wrong usage is reported like any other error: one line, exit code 2."""
     try:
         code = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         code = fail(2, usage(error, app))
-    except BrokenPipeError:  # the reader of our output is gone, as `head` goes: nobody is left to tell
+    except BrokenPipeError:  # the reader of our output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (Exception, KeyboardInterrupt) as error:  # before the command began: a recipe, a text of an option
+    except (Exception, KeyboardInterrupt) as error:  # before the command began: a recipe, an option's text
         known = known_error(error)
         if known is None:
             raise

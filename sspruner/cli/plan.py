@@ -1,4 +1,4 @@
-"""`sspruner plan`: from scores and a budget to plan.json."""
+"""`sspruner plan`: make plan.json from scores and a budget."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ NAME = "plan"
 @Parameter(name="*", group=REMOVE)
 @dataclass(frozen=True)
 class Fractions(Remove):
-    """What to leave alone, and the fraction of each axis; the scores say which axes there are."""
+    """Layers to skip, and the fraction for each axis of the scores."""
 
     axis: Annotated[dict[str, float] | str | None, text("AXIS=FRACTION"), FromText(fractions_by_axis, "--axis")] = None  # type: ignore[assignment]
     """Fractions by axis: state=0.5,head=0.25."""
 
     def __post_init__(self) -> None:
-        """Read the fractions."""
+        """Read the fractions. Raises InputError for an axis without one."""
         super().__post_init__()
         if isinstance(self.axis, str):
             raise InputError(
@@ -39,13 +39,13 @@ class Fractions(Remove):
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Files:
-    """What is read, and the plan that is written."""
+    """The files to read, and the plan to write."""
 
     scores: Annotated[Path, Parameter(metavar="FILE", group=REMOVE)] = Path("scores.safetensors")
-    """What `sspruner score` wrote."""
+    """File from `sspruner score`."""
 
     curves: Annotated[Path | None, Parameter(metavar="FILE", group=AMOUNT)] = None
-    """What `sspruner score --curves` wrote, for --allocation adaptive."""
+    """File from `sspruner score --curves`, for --allocation adaptive."""
 
     out: Annotated[Path, Parameter(metavar="FILE", group=OUTPUT)] = Path("plan.json")
     """File to write."""
@@ -63,7 +63,7 @@ def command(
     target: Target = Target(),
     reading: Reading = Reading(),
 ) -> None:
-    """Decide what to keep: scores and a budget become plan.json.
+    """Decide which units to keep: make plan.json from scores and a budget.
 
     Examples:
         sspruner plan path/to/model --scores scores.safetensors --sparsity 0.75
@@ -84,21 +84,21 @@ def command(
         target=target,
     )
     check_file(files.out)
-    wanted = chosen(target.runtime, target.tp)
+    runtime = chosen(target.runtime, target.tp)
     prepare(reading.plugin)
     loaded, _ = sspruner.load(model, **reading.arguments)
     graph = sspruner.trace(loaded)
-    read = sspruner.Scores.load(files.scores)
+    scores = sspruner.Scores.load(files.scores)
     measured = sspruner.Sensitivity.load(files.curves) if files.curves else None
     if measured:
-        measured.check(read)
-    made = sspruner.plan(graph, read, recipe, curves=measured.curves if measured else None)
-    check_plan(made, graph, sspruner.fingerprint(loaded))
-    if wanted:
-        check_cut(loaded, made, graph, wanted)
-    made.save(files.out)
-    if changes := read.metadata.get("changes_weights"):
+        measured.check(scores)
+    plan = sspruner.plan(graph, scores, recipe, curves=measured.curves if measured else None)
+    check_plan(plan, graph, sspruner.fingerprint(loaded))
+    if runtime:
+        check_cut(loaded, plan, graph, runtime)
+    plan.save(files.out)
+    if changes := scores.metadata.get("changes_weights"):
         warn(f"{changes} changes weights, too: only `sspruner prune` does that; this plan selects")
-    for line in made.made_by["target"]["rounded"] if wanted else ():
-        say(f"rounded for {wanted}: {line}")
-    say(f"{made}\nin {files.out}")
+    for line in plan.made_by["target"]["rounded"] if runtime else ():
+        say(f"rounded for {runtime}: {line}")
+    say(f"{plan}\nin {files.out}")

@@ -1,4 +1,4 @@
-"""`sspruner prune`: the main job."""
+"""`sspruner prune`: score, plan, cut, prove and measure in one command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def command(
     apart: Apart = Apart(),
     output: Output = Output(),
 ) -> None:
-    """Score, plan and cut a model layer by layer; prove the cut; show what it cost; save the result.
+    """Score, plan and cut a model layer by layer; prove the cut; show the damage; save the result.
 
     Examples:
         sspruner prune path/to/model --scorer ghost --sparsity 0.75 --out smaller
@@ -79,7 +79,7 @@ def command(
 
 
 def working_of(apart: Apart, output: Output) -> Path | None:
-    """Return the folder that keeps what a run block by block has finished. Raises InputError for what does not fit."""
+    """Return the folder for the finished blocks of a blockwise run. Raises InputError for contradictory options."""
     from sspruner.files.output import working_folder
 
     blockwise = apart.offload or apart.device_map is not None

@@ -1,4 +1,4 @@
-"""`--recipe FILE`: the values of a recipe file take the place of flags that are not given."""
+"""`--recipe FILE`: fill options without a flag from a recipe file."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Any
 
 from cyclopts import Token
 
-#: Ways to say how much is removed. A flag of one set takes the place of those that the file gives.
+#: Fields that set the amount to remove. A flag of one set replaces those from the file.
 _FRACTIONS = {"sparsity", "keep", "pattern"}
 _LIMITS = {"state_bytes", "max_batch", "memory", "parameters", "perplexity_increase", "kl"}
 
 
 def fill_from_recipe(app: Any, commands: tuple[str, ...], arguments: Any) -> None:
-    """Give every option without a flag the value that the recipe file has. Raises InputError for a bad file.
+    """Give every option without a flag its value from the recipe file. Raises InputError for an invalid file.
 
-    A flag that says how much takes the place of all that the file says about it: `--keep 64` that of its sparsity and
-    its limits.
+    A flag for the amount replaces all of the file's: `--keep 64` replaces its sparsity and its limits.
     """
-    given = [argument.tokens[-1].value for argument in arguments if argument.name == "--recipe" and argument.tokens]
-    for whole in arguments if given else ():
-        if not whole.keys and is_recipe(whole.hint):
-            recipe = whole.hint.load(Path(given[0]))
-            _fill(recipe, [leaf for leaf in whole.children_recursive if not leaf.children], given[0])
+    files = [argument.tokens[-1].value for argument in arguments if argument.name == "--recipe" and argument.tokens]
+    for parameter in arguments if files else ():
+        if not parameter.keys and is_recipe(parameter.hint):
+            recipe = parameter.hint.load(Path(files[0]))
+            _fill(recipe, [leaf for leaf in parameter.children_recursive if not leaf.children], files[0])
 
 
 def is_recipe(kind: Any) -> bool:
@@ -32,9 +31,9 @@ def is_recipe(kind: Any) -> bool:
 
 
 def _fill(recipe: Any, leaves: list[Any], source: str) -> None:
-    given = {leaf.field_info.name for leaf in leaves if leaf.tokens}
+    flags = {leaf.field_info.name for leaf in leaves if leaf.tokens}
     replaced = (
-        given | (_FRACTIONS | _LIMITS if given & _FRACTIONS else set()) | (_FRACTIONS if given & _LIMITS else set())
+        flags | (_FRACTIONS | _LIMITS if flags & _FRACTIONS else set()) | (_FRACTIONS if flags & _LIMITS else set())
     )
     for leaf in leaves:
         value = recipe

@@ -1,4 +1,4 @@
-"""`sspruner report`: the results in a folder as one HTML file."""
+"""`sspruner report`: write the results in a folder as one HTML file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Group("Results", sort_key=0)
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True)
 class Page:
-    """The file that is written."""
+    """The file to write."""
 
     out: Annotated[Path | None, Parameter(metavar="FILE", show_default="report.html in the folder")] = None
     """HTML file to write."""
@@ -27,13 +27,14 @@ class Page:
 @reports_errors
 def command(
     folder: Annotated[
-        Path, Parameter(name="DIR", group=RESULTS, help="What compare --out or prune --out wrote, or JSON results.")
+        Path,
+        Parameter(name="DIR", group=RESULTS, help="Folder from compare --out or prune --out, or with JSON results."),
     ],
     /,
     *,
     page: Page = Page(),
 ) -> None:
-    """Show the results in a folder as one HTML file, which needs no network, with PNG files beside it.
+    """Write the results in a folder as one HTML file, which needs no network, with PNG files beside it.
 
     Examples:
         sspruner report smaller

@@ -1,4 +1,4 @@
-"""`sspruner score`: the first step of prune, through a file."""
+"""`sspruner score`: write scores, the first step of prune."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "score"
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Scored(Scoring):
-    """What is scored, and by which scorers."""
+    """The axes and scorers."""
 
     axis: Annotated[str, text("AXIS"), Parameter(group=REMOVE)] = "state"
     """What to score; several separated by commas."""
@@ -32,23 +32,23 @@ class Scored(Scoring):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The scorers as they were given."""
+        """Return the scorers as given; default: ghost."""
         return self.scorer or ("ghost",)
 
 
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True)
 class Files:
-    """Where scores and curves go."""
+    """Output of scores and curves."""
 
     curves: Annotated[Path | None, Parameter(metavar="FILE")] = None
-    """Also measure what cutting each layer alone costs, for `plan --allocation adaptive`."""
+    """Also measure the damage of cutting each layer alone, for `plan --allocation adaptive`."""
 
     out: Annotated[Path | None, Parameter(metavar="FILE", show_default="scores.safetensors, or scores")] = None
-    """File to write; of several scorers a folder, for a file each."""
+    """File to write; with several scorers a folder with one file each."""
 
     def of(self, names: Sequence[str]) -> list[Path]:
-        """Return the file of each scorer. Raises InputError where one cannot be written."""
+        """Return the file of each scorer. Raises InputError if one cannot be written."""
         from sspruner.files.output import check_file
 
         out = self.out or Path("scores.safetensors" if len(names) == 1 else "scores")
@@ -93,9 +93,9 @@ def command(
         loaded, tokenizer = sspruner.load(model, **machine.arguments, **places.arguments)
         source: Any = text.source
         size: dict[str, Any] = {"samples": text.samples, "seq_len": text.seq_len, "seed": scored.seed}
-        if files.curves:  # scored and measured on the same text
+        if files.curves:  # score and measure on the same text
             source = sspruner.calibration(text.source, loaded, tokenizer, **size, progress=progress)
-        found = sspruner.score(
+        scores_by_name = sspruner.score(
             loaded,
             scorers,
             axis=[part.strip() for part in scored.axis.split(",")],
@@ -108,14 +108,14 @@ def command(
             **size,
         )
         if files.curves:
-            (only,) = found.values()
+            (only,) = scores_by_name.values()
             measured = sspruner.sensitivity(loaded, only, source, device=machine.device, progress=progress)
     if rank() == 0:
         if files.curves:
             measured.save(files.curves)
         if len(outs) > 1:
             outs[0].parent.mkdir(exist_ok=True)
-        for file, name, scores in zip(outs, scored.names, found.values(), strict=True):
+        for file, name, scores in zip(outs, scored.names, scores_by_name.values(), strict=True):
             scores.save(file)
             say(f"{len(scores.importance)} dependency groups scored by {name} in {file}{from_cache(scores)}")
         if files.curves:
@@ -124,7 +124,7 @@ def command(
 
 
 def known_scorers(names: Sequence[str]) -> list[Any]:
-    """Read scorers, or those of each axis. Raises InputError for one that is not installed."""
+    """Resolve scorers, or those of each axis. Raises InputError for one that is not installed."""
     from sspruner.scoring.known import find_scorer
 
     scorers = [names_by_axis(name, "--scorer") for name in names]
@@ -135,5 +135,5 @@ def known_scorers(names: Sequence[str]) -> list[Any]:
 
 
 def _file_name(scorer: str) -> str:
-    """A scorer's name, or its names by axis, as a file name."""
+    """Return a scorer's name, or its names by axis, as a file name."""
     return "".join(c if c.isalnum() or c in "-_=" else "-" for c in scorer)

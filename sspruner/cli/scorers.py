@@ -1,4 +1,4 @@
-"""`sspruner scorers`: what is installed, and where it comes from."""
+"""`sspruner scorers`: list the installed scorers and their plugins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def command(*, plugins: Plugins = Plugins()) -> None:
 
     prepare(plugins.plugin)
     table = Table("scorer", "axes", "needs")
-    table.add_column("plugin", overflow="fold")  # a path is of use only whole
+    table.add_column("plugin", overflow="fold")  # never truncate a path
     for name, (cls, origin) in sorted(installed_scorers().items()):
         table.add_row(name, ", ".join(sorted(cls.axes)), cls.needs, origin)
     show(table)

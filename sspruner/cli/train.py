@@ -1,4 +1,4 @@
-"""`sspruner train`: methods that train, under torchrun or alone."""
+"""`sspruner train`: training methods, with torchrun or without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sspruner.errors import InputError
 from sspruner.recipes.train import DistilRecipe, GradualRecipe, TrainText, TwistRecipe
 
 NAME = "train"
-MODEL_FOLDER, WHOLE = "model", "whole"  # in the folder of a run: the result; of twist, all that was trained
+MODEL_FOLDER, WHOLE = "model", "whole"  # subfolders: the result; with twist, the whole trained model
 
 Pruned = Annotated[str, Parameter(group=MODEL, help="Pruned model: folder or hub id.")]
 Trained = Annotated[str, Parameter(group=MODEL, help="Model: folder or hub id.")]
@@ -26,20 +26,20 @@ Trained = Annotated[str, Parameter(group=MODEL, help="Model: folder or hub id.")
 @Parameter(name="*", group=MACHINE)
 @dataclass(frozen=True)
 class Machine:
-    """Where the training runs, and how models are read."""
+    """Device of the training, and settings for loading models."""
 
     device: Device = None
     tokenizer: Tokenizer = None
     trust_remote_code: RunsCode = False
 
     def read(self, model: str | None) -> tuple[Any, Any]:
-        """Read a model and its tokenizer."""
+        """Load a model and its tokenizer."""
         import sspruner
 
         return sspruner.load(model, tokenizer=self.tokenizer, trust_remote_code=self.trust_remote_code)
 
     def read_teacher(self, model: str | None) -> Any:
-        """Read a model alone."""
+        """Load a model without its tokenizer."""
         import sspruner
 
         return sspruner.load(model, trust_remote_code=self.trust_remote_code)[0]
@@ -54,7 +54,7 @@ class Run(Json):
     """Folder of the run; the model is in its `model`."""
 
     def folder(self, text: TrainText) -> Path:
-        """Check what is written, and return the folder. Raises InputError where --text or --out is missing."""
+        """Check the output, and return the folder. Raises InputError if --text or --out is missing."""
         self.check()
         if not text.text or self.out is None:
             raise InputError(f"{'--out' if text.text else '--text'} is missing")
@@ -63,7 +63,7 @@ class Run(Json):
 
 @contextmanager
 def running(device: str | None) -> Iterator[tuple[Any, Callable[[dict[str, float], int, int], None]]]:
-    """With quiet libraries: the device, and a progress bar for the metrics of steps."""
+    """Yield the device, and a progress bar for the metrics of steps; libraries are quiet inside."""
     from sspruner.compute.device import resolve_device
     from sspruner.compute.progress import bars
 
@@ -87,7 +87,7 @@ def distil(
     machine: Machine = Machine(),
     run: Run = Run(),
 ) -> None:
-    """Let a pruned model learn from text and from its dense model; goes on where the same command was interrupted.
+    """Distil a pruned model from text and from its dense model; the same command continues an interrupted run.
 
     Examples:
         sspruner train distil smaller --teacher dense --text a.txt --out recovered
@@ -101,8 +101,8 @@ def distil(
         student, tokenizer = machine.read(model)
         dense = machine.read_teacher(recipe.method.teacher)
         text = Text.of(recipe.text, recipe.settings, tokenizer)
-        student, found = train(student.to(where), dense.to(where), text, folder, recipe, progress=progress)
-        finish(student.cpu(), tokenizer, found, folder, run)
+        student, record = train(student.to(where), dense.to(where), text, folder, recipe, progress=progress)
+        finish(student.cpu(), tokenizer, record, folder, run)
 
 
 @reports_errors_of_all
@@ -115,7 +115,7 @@ def gradual(
     machine: Machine = Machine(),
     run: Run = Run(),
 ) -> None:
-    """Prune by weight and gradient while the model trains; goes on where the same command was interrupted.
+    """Prune by weight and gradient during training; the same command continues an interrupted run.
 
     Examples:
         sspruner train gradual dense --sparsity 0.7 --text a.txt --out sparse
@@ -129,8 +129,8 @@ def gradual(
         loaded, tokenizer = machine.read(model)
         dense = machine.read_teacher(recipe.method.teacher).to(where) if recipe.method.teacher else None
         text = Text.of(recipe.text, recipe.settings, tokenizer)
-        loaded, _, found = train(loaded.to(where), text, folder, recipe, teacher=dense, progress=progress)
-        finish(loaded.cpu(), tokenizer, found, folder, run)
+        loaded, _, record = train(loaded.to(where), text, folder, recipe, teacher=dense, progress=progress)
+        finish(loaded.cpu(), tokenizer, record, folder, run)
 
 
 @reports_errors_of_all
@@ -143,7 +143,7 @@ def twist(
     machine: Machine = Machine(),
     run: Run = Run(),
 ) -> None:
-    """Train random sub-networks, one in each process of torchrun, so that any of them can be kept at the end.
+    """Train random sub-networks, one per process of torchrun, so that any of them can be kept at the end.
 
     Examples:
         sspruner train twist dense --keep 0.5 --text a.txt --out drawn
@@ -157,13 +157,13 @@ def twist(
     with running(machine.device) as (where, progress):
         loaded, tokenizer = machine.read(model)
         text = Text.of(recipe.text, recipe.settings, tokenizer)
-        loaded, drawn, found = train(loaded.to(where), text, folder, recipe, progress=progress)
+        loaded, drawn, record = train(loaded.to(where), text, folder, recipe, progress=progress)
         keep_draws(loaded.cpu(), tokenizer, drawn, folder)
-        finish(sspruner.apply(loaded, drawn.plans[drawn.best]), tokenizer, found, folder, run, drawn.to_json())
+        finish(sspruner.apply(loaded, drawn.plans[drawn.best]), tokenizer, record, folder, run, drawn.to_json())
 
 
 def keep_draws(model: Any, tokenizer: Any, drawn: Any, out: Path) -> None:
-    """Save the trained model as a whole, and the plans of its drawn sub-networks; the first process does."""
+    """Save the whole trained model, and the plans of its drawn sub-networks, in the first process."""
     import sspruner
     from sspruner.compute.processes import rank
 
@@ -173,8 +173,8 @@ def keep_draws(model: Any, tokenizer: Any, drawn: Any, out: Path) -> None:
             plan.save(out / f"draw-{number}.json")
 
 
-def finish(model: Any, tokenizer: Any, found: Any, out: Path, run: Run, more: dict[str, Any] | None = None) -> None:
-    """Save the result, and print what the run came to, and `more` of it; the first process does."""
+def finish(model: Any, tokenizer: Any, record: Any, out: Path, run: Run, more: dict[str, Any] | None = None) -> None:
+    """Save the result and print its record, with `more` as JSON, in the first process."""
     import dataclasses
     import json
 
@@ -184,12 +184,12 @@ def finish(model: Any, tokenizer: Any, found: Any, out: Path, run: Run, more: di
     where = out / MODEL_FOLDER
     if rank() == 0:
         sspruner.save(model, where, tokenizer, overwrite=True)
-        emit(json.dumps(dataclasses.asdict(found) | {"model": str(where)} | (more or {}), indent=2) + "\n", run.json)
+        emit(json.dumps(dataclasses.asdict(record) | {"model": str(where)} | (more or {}), indent=2) + "\n", run.json)
         if not run.only:
-            before, after = found.perplexity
+            before, after = record.perplexity
             say(
-                f"{found.steps:,} steps, {found.tokens:,} tokens, {found.seconds / 60:.1f} minutes"
-                f"{'' if found.finished else ' (stopped early by --max-minutes)'}: held-out perplexity "
+                f"{record.steps:,} steps, {record.tokens:,} tokens, {record.seconds / 60:.1f} minutes"
+                f"{'' if record.finished else ' (stopped early by --max-minutes)'}: held-out perplexity "
                 f"{before:.3f} -> {after:.3f}\n{where}"
             )
     barrier()

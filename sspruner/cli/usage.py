@@ -1,4 +1,4 @@
-"""One line about wrong usage."""
+"""One-line errors for wrong usage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sspruner.recipes.yaml import nearest
 
 
 def usage(error: CycloptsError, app: App) -> str:
-    """What is wrong, the nearest name of a misspelt one, and where to read on."""
+    """Return the error, the nearest name of a misspelt one, and the help command."""
     chain = list(error.command_chain or _commands(error, app))
     return f"sspruner: {' '.join(_problem(error, app, chain).split())} (see `{' '.join(['sspruner', *chain])} --help`)"
 
@@ -38,11 +38,11 @@ def _problem(error: Any, app: App, chain: list[str]) -> str:
 
 
 def _commands(error: CycloptsError, app: App) -> list[str]:
-    """The commands at the beginning of the line, where the error does not say."""
-    found: list[str] = []
+    """Return the commands at the beginning of the line, if the error lacks them."""
+    commands: list[str] = []
     for word in error.root_input_tokens or ():
         if word not in app or word.startswith("-"):
             break
         app = app[word]
-        found.append(word)
-    return found
+        commands.append(word)
+    return commands
