@@ -3,17 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .venv-oracle
 
-.PHONY: demo test test-slow mutants lint bench wheel clean oracle-env oracle-test
+.PHONY: demo test test-slow test-all mutants lint bench wheel clean oracle-env oracle-test
 
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
 
+# Under four minutes on two cores.
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-# The tests that take longest; CI runs them after the others.
+# What takes longer, and all property tests once more with more examples; CI runs it after the others.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "(slow or hypothesis) and not exhaustive"
+
+# Every case of every product, with many more examples: for a long break.
+test-all: .venv/installed
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
 
 # Deliberate faults against the fast tests, and which test catches each; `make mutants MUTANTS='--only budgets --jobs 2'`.
 mutants: .venv/installed
@@ -36,7 +41,7 @@ wheel: .venv/installed
 oracle-env: $(ORACLE)/installed
 
 oracle-test: .venv/installed $(ORACLE)/installed
-	$(BIN)/python -m pytest --numprocesses 0 tests/test_oracle_env.py
+	$(BIN)/python -m pytest --numprocesses 0 tests/unit/formats/test_oracle_env.py
 
 clean:
 	rm -rf .venv $(ORACLE) build dist pruned
@@ -47,9 +52,9 @@ clean:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-$(ORACLE)/installed: tests/oracle_env/requirements.txt constraints.txt
+$(ORACLE)/installed: tests/support/oracle_env/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(ORACLE)
-	$(ORACLE)/bin/pip install --quiet --constraint constraints.txt --requirement tests/oracle_env/requirements.txt
+	$(ORACLE)/bin/pip install --quiet --constraint constraints.txt --requirement tests/support/oracle_env/requirements.txt
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(ORACLE)/bin/pip install --quiet --no-build-isolation --no-deps \
 		--no-binary mamba-ssm mamba-ssm==2.2.6.post3
 	@touch $@

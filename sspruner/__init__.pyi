@@ -2,10 +2,9 @@
 
 from .axes import AXES as AXES
 from .axes import ELEMENT_AXES as ELEMENT_AXES
-from .benchmarking.measure import Bench as Bench
 from .benchmarking.measure import bench as bench
+from .benchmarking.record import Bench as Bench
 from .budgets.decide import plan as plan
-from .budgets.limits import Limits as Limits
 from .calibrate.sources import Calibration as Calibration
 from .calibrate.sources import calibration as calibration
 from .calibrate.view import SSMView as SSMView
@@ -50,6 +49,41 @@ from .pruning.refit import refit as refit
 from .pruning.result import Result as Result
 from .pruning.sensitivity import Sensitivity as Sensitivity
 from .pruning.sensitivity import sensitivity as sensitivity
+from .recipes.compare import CompareRecipe as CompareRecipe
+from .recipes.measure import BenchOptions as BenchOptions
+from .recipes.measure import EvaluateOptions as EvaluateOptions
+from .recipes.parts import (
+    Allocation as Allocation,
+)
+from .recipes.parts import (
+    Budget as Budget,
+)
+from .recipes.parts import (
+    CalibrationText as CalibrationText,
+)
+from .recipes.parts import (
+    Elements as Elements,
+)
+from .recipes.parts import (
+    Limits as Limits,
+)
+from .recipes.parts import (
+    Method as Method,
+)
+from .recipes.parts import (
+    Remove as Remove,
+)
+from .recipes.parts import (
+    Scoring as Scoring,
+)
+from .recipes.parts import (
+    Target as Target,
+)
+from .recipes.recipe import Recipe as Recipe
+from .recipes.train import DistilRecipe as DistilRecipe
+from .recipes.train import GradualRecipe as GradualRecipe
+from .recipes.train import Settings as Settings
+from .recipes.train import TwistRecipe as TwistRecipe
 from .reporting.html import report as report
 from .scoring.score import score as score
 from .scoring.scorer import Choose as Choose

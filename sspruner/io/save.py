@@ -33,10 +33,10 @@ def save(
 ) -> Path:
     """Write `model`, `tokenizer` and a model card to the folder `out`, and return its path.
 
-    With `result` (what `sspruner.prune` returned) also plan.json, report.json and, in the subfolder `sspruner`,
-    scores.safetensors and the plan's tensors, if it has some; the card then says what the cut cost, too. The folder
-    appears whole or not at all. Weights that stock classes cannot load lie in its subfolder `weights`. Raises
-    InputError if the folder exists and is not empty, unless `overwrite` is given and it holds an earlier model.
+    With `result` (what `sspruner.prune` returned) also plan.json, report.json, recipe.yaml and, in the subfolder
+    `sspruner`, scores.safetensors and the plan's tensors, if it has some; the card then says what the cut cost, too.
+    The folder appears whole or not at all. Weights that stock classes cannot load lie in its subfolder `weights`.
+    Raises InputError if the folder exists and is not empty, unless `overwrite` is given and it holds an earlier model.
     """
     with atomic_folder(out, overwrite) as folder:
         write_folder(model, folder, tokenizer, result.report if result else None)
@@ -48,6 +48,7 @@ def save(
             if units:  # those of single elements would be as large as the model, in fp32
                 replace(result.scores, importance=units).save(folder / FOLDER / "scores.safetensors")
             result.report.save(folder / "report.json")
+            result.recipe.save(folder / "recipe.yaml")
     return Path(out)
 
 

@@ -1,1 +1,1 @@
-"""The main job: score, decide, refit, cut, prove, report."""
+"""Pruning: score, decide, refit, cut, prove, report (`prune.prune`)."""

@@ -1,7 +1,7 @@
-"""The second half of `prune` for a model whose blocks lie apart: measure, cut, prove and keep, block by block.
+"""Prune an offloaded model block by block: measure the damage, cut, prove and store each block.
 
-The same numbers as `damages` and `slice_with_proof` have for a model in memory: five streams of hidden states go
-through the blocks side by side, and a block is read once for all of them.
+The results equal those of `damages` and `slice_with_proof` on a model in memory. Five streams of hidden states pass
+through the blocks side by side, and each block is read once for all of them:
 
     dense, cut                  the held-out text, through the dense block and through the masked one
     masked, rounded, sliced     the random tokens of the proof, in fp32
@@ -18,16 +18,15 @@ import torch
 from torch import nn
 
 from sspruner.axes import ELEMENT_AXES, WHOLE_MODEL
-from sspruner.budgets.budget import Budget
-from sspruner.budgets.limits import Limits
+from sspruner.budgets.budget import ResolvedBudget
 from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import offloaded, resident
 from sspruner.compute.forward import embedding
 from sspruner.compute.precision import in_fp32
 from sspruner.errors import InputError, ProofError
-from sspruner.evaluation.damage import Damage, damage_of
-from sspruner.evaluation.windows import log_softmax, next_tokens, sums
+from sspruner.evaluation.damage import Damage, damages_of
+from sspruner.evaluation.windows import Logits, alone
 from sspruner.files.journal import Journal
 from sspruner.files.provenance import versions
 from sspruner.graph.fingerprint import fingerprint
@@ -35,6 +34,7 @@ from sspruner.graph.site import within
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, part_of
+from sspruner.recipes.parts import Limits
 from sspruner.scoring.run import Run
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import added_parameters, removed_parameters, removed_state_bytes
@@ -43,11 +43,13 @@ from sspruner.surgery.proof import PROBE_SHAPE, Proof, relative, roundings, tole
 from sspruner.surgery.record import fields, record
 from sspruner.surgery.slice import slice_model
 
-PHASE = "cut"  # of a journal
+PHASE = "cut"  # name of this phase in the journal
 
 
-def check_offloaded(run: Run, budget: Budget, limits: Limits | None, mode: str, refit: str, calibration: Any) -> None:
-    """Raise InputError for what needs more of a model than one block at a time."""
+def check_offloaded(
+    run: Run, budget: ResolvedBudget, limits: Limits | None, mode: str, refit: str, calibration: Any
+) -> None:
+    """Raise InputError for options that need more of the model than one block at a time."""
     shared = {site.path for site in run.graph.sites if site.aliases}
     why = {
         "cut blocks are written on the way: load it with offload=FOLDER, too": offloaded(run.model).folder is None,
@@ -68,15 +70,15 @@ def check_offloaded(run: Run, budget: Budget, limits: Limits | None, mode: str, 
         raise InputError(f"not with --offload or --device-map: {reasons[0]}")
 
 
-def journal_for(run: Run, budget: Budget, data: Calibration, one_shot: bool, resume: bool) -> Journal:
-    """The journal in the folder of an offloaded model, for this very run."""
+def journal_for(run: Run, budget: ResolvedBudget, data: Calibration, one_shot: bool, resume: bool) -> Journal:
+    """Return the journal in the folder of an offloaded model, tied to the settings of this run."""
     job = run.jobs[0]
-    asked = {
+    settings = {
         "model": fingerprint(run.model), "scorers": {axis: cls.name for axis, (cls, _) in job.scorers.items()},
         "options": job.options, "budget": budget.to_json(), "one_shot": one_shot, "seed": run.seed,
         "device": run.device.type, "dtype": str(run.model.dtype), "versions": versions(),
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for tensor in (data.tokens, data.mask, data.held_out, data.held_out_mask):
         digest.update(tensor.numpy().tobytes())
     return Journal(offloaded(run.model).folder, digest.hexdigest(), resume=resume)
@@ -94,26 +96,26 @@ def cut_by_blocks(
     journal: Journal,
     progress: Progress | None = None,
 ) -> tuple[Damage, Proof]:
-    """Cut an offloaded model by a plan, each block once; its cut blocks lie in the journal's folder then.
+    """Cut an offloaded model by a plan, each block once. The cut blocks are then in the journal's folder.
 
-    Raises ProofError as `slice_with_proof` does; the state bytes are those that the cut model's sizes say, since there
-    is no whole model whose cache could be measured.
+    Raises ProofError as `slice_with_proof` does. State bytes are computed from the sizes of the cut model, since its
+    cache cannot be measured without the whole model.
     """
     blocks, config = offloaded(model), model.config
     added, state = added_parameters(model, plan, graph), removed_state_bytes(plan, graph)
     before, fields_before = sum(p.numel() for p in model.parameters()), fields(config)
     generator = torch.Generator().manual_seed(seed)
     streams = _streams(model, graph, data, device, generator)
-    done, held = journal.read(PHASE)
+    done, saved = journal.read(PHASE)
     if done:
-        _restore(streams, held, generator)
-    gone = 0
+        _restore(streams, saved, generator)
+    removed = 0
     for number, block in enumerate(blocks.blocks):
         part = part_of(plan, graph, block)
         if progress:
             progress(f"cutting {block}", number, len(blocks.blocks))
         if number < done:
-            gone += _cut(model, part, graph)  # in its sizes: the values are in the folder
+            removed += _cut(model, part, graph)  # sizes only: the values are in the folder
             blocks.take_kept(block)
             continue
         with resident(model, block):
@@ -128,13 +130,13 @@ def cut_by_blocks(
                         streams["rounded"].advance(block)
             with in_fp32(module):
                 try:
-                    gone += _cut(model, part, graph)
+                    removed += _cut(model, part, graph)
                     streams["sliced"].advance(block)
                 except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as fault:
                     why = f"{type(fault).__name__}: {fault}"
                     raise ProofError(f"proof failed: {block} does not run once it is cut ({why})") from fault
             blocks.keep(block)
-        journal.write(PHASE, number + 1, _held(streams, generator))
+        journal.write(PHASE, number + 1, _positions(streams, generator))
     if progress:
         progress("cutting", len(blocks.blocks), len(blocks.blocks))
     record(config, fields_before, plan, graph)
@@ -145,15 +147,15 @@ def cut_by_blocks(
     if left != state:
         raise ProofError(f"proof failed: {left:,} state bytes per sequence are gone, the plan predicts {state:,}")
     missing = before + added - sum(p.numel() for p in model.parameters())
-    if missing != gone:
-        raise ProofError(f"proof failed: {missing:,} parameters are gone, the plan predicts {gone:,}")
-    return cost, Proof(error, limit, gone, state, added)
+    if missing != removed:
+        raise ProofError(f"proof failed: {missing:,} parameters are gone, the plan predicts {removed:,}")
+    return cost, Proof(error, limit, removed, state, added)
 
 
 def _streams(
     model: Any, graph: SSMGraph, data: Calibration, device: torch.device, generator: torch.Generator
 ) -> dict[str, Replay]:
-    """The five streams in front of the first block."""
+    """Return the five streams in front of the first block."""
     dense = Replay(model, graph, data.held_out_batches(), device)
     probe = torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
     batch = [(probe, torch.ones_like(probe, dtype=torch.bool))]
@@ -167,15 +169,15 @@ def _streams(
 
 
 def _cut(model: nn.Module, part: Plan, graph: SSMGraph) -> int:
-    """Slice one block. Returns how many parameters the plan says are gone."""
+    """Slice one block. Return the number of parameters that the plan removes."""
     rest, projected = project_states(model, part, graph)
     predicted = removed_parameters(model, rest, projected)
     slice_model(model, rest, projected)
     return predicted
 
 
-def _held(streams: Mapping[str, Replay], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Where the streams are, as tensors by name."""
+def _positions(streams: Mapping[str, Replay], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return the hidden states of the streams and the generator's state, as tensors by name."""
     return {"generator": generator.get_state()} | {
         f"{name}.{batch}.{part}": h
         for name, replay in streams.items()
@@ -184,35 +186,37 @@ def _held(streams: Mapping[str, Replay], generator: torch.Generator) -> dict[str
     }
 
 
-def _restore(streams: Mapping[str, Replay], held: Mapping[str, torch.Tensor], generator: torch.Generator) -> None:
-    """Put the streams where `_held` found them."""
-    generator.set_state(held["generator"])
+def _restore(streams: Mapping[str, Replay], saved: Mapping[str, torch.Tensor], generator: torch.Generator) -> None:
+    """Set the streams and the generator to what `_positions` returned."""
+    generator.set_state(saved["generator"])
     for name, replay in streams.items():
         replay.hidden = [
-            tuple(held[f"{name}.{batch}.{part}"] for part in range(len(flow)))
+            tuple(saved[f"{name}.{batch}.{part}"] for part in range(len(flow)))
             for batch, flow in enumerate(replay.hidden)
         ]
 
 
 def _logits(replay: Replay) -> Iterator[torch.Tensor]:
-    """What the head makes of what left the last block: (b, T, V), batch by batch."""
+    """Yield the head's logits of what left the last block: (b, T, V), batch by batch."""
     for batch, flow in enumerate(replay.hidden):
         yield replay.head(batch, flow).logits
 
 
 def _damage(streams: Mapping[str, Replay]) -> Damage:
+    """Return the damage of the cut, from both streams behind the last block."""
+
+    def logits(name: str) -> Logits:
+        batches = _logits(streams[name])
+        return lambda _batch: next(batches)
+
     replay = streams["dense"]
-    both = zip(replay.tokens, replay.masks, _logits(replay), _logits(streams["cut"]), strict=True)
-    dense, cut = [], []
-    for tokens, mask, theirs, own in both:
-        targets, counted = next_tokens(tokens, mask)  # (b, T-1)
-        dense.append(sums(theirs[:, :-1], targets, counted))
-        cut.append(sums(own[:, :-1], targets, counted, log_softmax(theirs[:, :-1])))
-    return damage_of(dense, cut)
+    windows = map(alone, replay.tokens, replay.masks)
+    (cost,) = damages_of(windows, logits("dense"), [logits("cut")])
+    return cost
 
 
 def _error(model: nn.Module, streams: Mapping[str, Replay]) -> tuple[float, float]:
-    """How far sliced logits are from masked ones, and how far they may be."""
+    """Return the error of the sliced logits relative to the masked ones, and its tolerance."""
     with in_fp32(model):
         reference, rounded, result = (next(_logits(streams[n])).float() for n in ("masked", "rounded", "sliced"))
     return relative(result, reference), tolerance(rounded, reference)

@@ -1,18 +1,18 @@
-"""Refit: after a cut, what stays is solved anew in closed form, block by block, on calibration text.
+"""Refit: after a cut, solve for new values of the remaining weights in closed form, block by block.
 
-A block's linear layers that add to the residual stream (out_proj, down_proj, o_proj) get new values, so that the cut
-block puts out what the dense one does. Nothing is trained.
+A block's linear layers that add to the residual stream (out_proj, down_proj, o_proj) get new values, so that the output
+of the cut block approaches that of the dense one on calibration text. Nothing is trained.
 
     output   out_proj <- out_proj + argmin over change of sum_t |e_t - change u_t|^2 + lambda |change|^2
     bias     bias     <- bias + mean of e_t
 
-u_t is what the cut layer is given, e_t what its output lacks of the dense layer's; dense and cut block run on the same
-input, which the cut and refitted blocks before them made. Where whole modules or parts of the residual stream go
-(hidden, block, mixer) there is no such dense block any more: then the dense model runs beside the cut one, and the last
-of a block's layers also makes up for what the residual stream lacks when it enters.
+u_t is the input of the cut layer, e_t the dense layer's output minus the cut layer's. Dense and cut block run on the
+same input, the output of the cut and refitted blocks before them. Where whole modules or parts of the residual stream
+are removed (axes hidden, block, mixer), there is no such dense block: then the dense model runs beside the cut one, and
+the last of a block's layers also corrects the error of the residual stream that enters the block.
 
-lambda is chosen by a quarter of the sequences, which are left out at first; and a block keeps its new values only if
-they bring its own output, in the model's own code and dtype, nearer to the dense one's. So no block's error rises.
+lambda is chosen on a quarter of the sequences, which are held out at first. A block keeps its new values only if they
+bring its output, in the model's own code and dtype, nearer to the dense one's. So no block's error rises.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.tensors import lacks, tensor
 
 KINDS = ("none", "bias", "output")
-LEFT_OUT = 4  # every fourth sequence chooses the ridge
+LEFT_OUT = 4  # every fourth sequence is held out to choose the ridge
 TINY = 1e-30  # energy of a block that adds nothing
 
 
 @dataclass(frozen=True)
 class Refit:
-    """A plan with new values for what stays, and what they did.
+    """A plan with new values of the remaining weights, and the errors before and after.
 
-    errors: block -> squared error of what it adds to the residual stream, over the energy of that in the dense block,
-    before and after; of those blocks that were refitted, on calibration tokens.
+    errors: refitted block -> (before, after), the squared error of what it adds to the residual stream divided by the
+    energy of the same in the dense block, on calibration tokens.
     """
 
     plan: Plan
@@ -64,7 +64,7 @@ class _Writer:
     weight: str
     calls: tuple[str, ...]
     fitted: Moments | None = None
-    other: Moments | None = None  # of the sequences that choose the ridge
+    other: Moments | None = None  # of the held-out sequences, which choose the ridge
 
     @property
     def bias(self) -> str:
@@ -81,12 +81,12 @@ def refit(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Refit:
-    """`plan` with new values of what stays, solved on `calibration.tokens`. The model is left as it was.
+    """Return `plan` with new values of the remaining weights, solved on `calibration.tokens`. The model is not changed.
 
     kind: "output" solves for the weights of the layers that write to the residual stream, and adds no parameter;
-    "bias" for their biases, which it adds where there are none.
-    Raises InputError for another kind, for tokens fewer than the unknowns of an output, and where nothing can be
-    solved for; PlanError if the plan does not fit the model.
+    "bias" solves for their biases, and adds them where there are none.
+    Raises InputError for an unknown kind, for fewer tokens than unknowns, and if there is nothing to solve for;
+    PlanError if the plan does not fit the model.
     """
     if kind not in KINDS[1:]:
         raise InputError(f"refit {kind!r}: must be {' or '.join(KINDS[1:])}")
@@ -96,7 +96,7 @@ def refit(
     writers = _writers(model, plan, graph, kind, follow)
     _check_tokens(model, [writer.weight for writer in writers], kind, calibration)
     batches = list(calibration.batches())
-    compute, made, errors = resolve_device(device), plan, {}
+    compute, refitted, errors = resolve_device(device), plan, {}
     with quick_on_cpu(model, compute):
         dense = Replay(model, graph, batches, compute)
         with masked(model, plan, graph):  # embeddings are cut on the axis hidden
@@ -107,12 +107,12 @@ def refit(
             if not follow:
                 dense.hidden = cut.hidden
             here = [writer for writer in writers if any(within(call, block) for call in writer.calls)]
-            made, error = _refit_block(model, made, graph, kind, here, block, dense, cut)
+            refitted, error = _refit_block(model, refitted, graph, kind, here, block, dense, cut)
             if here:
                 errors[block] = error
         if progress:
             progress("refitting", len(cut.blocks), len(cut.blocks))
-    return Refit(replace(made, made_by={**plan.made_by, "refit": kind}), kind, errors)
+    return Refit(replace(refitted, made_by={**plan.made_by, "refit": kind}), kind, errors)
 
 
 def _refit_block(
@@ -125,34 +125,37 @@ def _refit_block(
     dense: Replay,
     cut: Replay,
 ) -> tuple[Plan, tuple[float, float]]:
-    """The plan with this block's new values, and its error before and after. Both replays are behind the block then."""
+    """Return the plan with this block's new values, and its error before and after.
+
+    Moves both replays past the block.
+    """
     weights = {tensor(model, writer.weight): writer.weight for writer in writers}
-    wanted: list[dict[str, torch.Tensor]] = []  # what each writer puts out in the dense block: (b, T, O)
+    outputs: list[dict[str, torch.Tensor]] = []  # output of each writer in the dense block: (b, T, O)
     target: list[Flow] = []
     with dense.on_device(block):
         for batch in range(len(dense.masks)):
-            given, flow = dense.given(block, batch, weights)
-            wanted.append({name: _linear(model, name, u).cpu() for name, u in given.items()})
+            inputs, flow = dense.given(block, batch, weights)
+            outputs.append({name: _linear(model, name, u).cpu() for name, u in inputs.items()})
             target.append(tuple(h.cpu() for h in flow))
     lacking = [_stream(d) - _stream(c) for d, c in zip(dense.hidden, cut.hidden, strict=True)]
     energy = _distance(dense.hidden, target, cut.masks)
     dense.hidden = target
     before = _run(model, plan, graph, cut, block)
-    made = plan
-    order = list(wanted[0])  # in which the block calls them
+    refitted = plan
+    order = list(outputs[0])  # the order in which the block calls them
     if missing := [writer.weight for writer in writers if writer.weight not in order]:
         raise ModelError(f"{missing[0]}: what it is given was not seen (a fused kernel?); leave refit out")
     for writer in sorted(writers, key=lambda w: order.index(w.weight)):
-        with masked(model, part_of(made, graph, block), graph), cut.on_device(block):
-            _observe(model, writer, block, cut, wanted, lacking if writer.weight == order[-1] else None)
-            if within(writer.calls[-1], block):  # of a shared module the last call: its sums are complete
-                made = replace(made, updates={**made.updates, **_solve(model, writer, kind)})
-    after = before if made is plan else _run(model, made, graph, cut, block)
+        with masked(model, part_of(refitted, graph, block), graph), cut.on_device(block):
+            _observe(model, writer, block, cut, outputs, lacking if writer.weight == order[-1] else None)
+            if within(writer.calls[-1], block):  # the last call of a shared module: its sums are complete
+                refitted = replace(refitted, updates={**refitted.updates, **_solve(model, writer, kind)})
+    after = before if refitted is plan else _run(model, refitted, graph, cut, block)
     errors = [_distance(flows, target, cut.masks) for flows in (before, after)]
     if errors[1] > errors[0]:
-        made, after, errors[1] = plan, before, errors[0]
+        refitted, after, errors[1] = plan, before, errors[0]
     cut.hidden = after
-    return made, (errors[0] / max(energy, TINY), errors[1] / max(energy, TINY))
+    return refitted, (errors[0] / max(energy, TINY), errors[1] / max(energy, TINY))
 
 
 def _observe(
@@ -160,15 +163,15 @@ def _observe(
     writer: _Writer,
     block: str,
     cut: Replay,
-    wanted: list[dict[str, torch.Tensor]],
+    outputs: list[dict[str, torch.Tensor]],
     lacking: list[torch.Tensor] | None,
 ) -> None:
-    """Add a writer's moments of one call. lacking: of the residual stream before the block, to be made up for."""
-    first = 0  # number of the batch's first sequence: whoever splits the batches, the same are left out
+    """Add a writer's moments of one call. lacking: error of the residual stream before the block, to be corrected."""
+    first = 0  # index of the batch's first sequence: the same sequences are held out whatever the batch size
     for batch, mask in enumerate(cut.masks):
-        given, _ = cut.given(block, batch, {tensor(model, writer.weight): writer.weight})
-        u = given[writer.weight]  # (b, T, D)
-        lack = wanted[batch][writer.weight].to(u.device) - _linear(model, writer.weight, u)  # (b, T, O)
+        inputs, _ = cut.given(block, batch, {tensor(model, writer.weight): writer.weight})
+        u = inputs[writer.weight]  # (b, T, D)
+        lack = outputs[batch][writer.weight].to(u.device) - _linear(model, writer.weight, u)  # (b, T, O)
         if lacking is not None:
             lack = lack + lacking[batch].to(lack)
         left_out = torch.arange(first, first + len(mask)) % LEFT_OUT == LEFT_OUT - 1  # (b,)
@@ -180,7 +183,10 @@ def _observe(
 
 
 def _solve(model: nn.Module, writer: _Writer, kind: str) -> dict[str, torch.Tensor]:
-    """New values by name, from a writer's moments; the model is masked, so that what goes is zero in them."""
+    """Return new values by name from a writer's moments.
+
+    The model is masked, so that removed units are zero in them.
+    """
     fitted, other = writer.fitted, writer.other
     assert fitted is not None
     assert other is not None
@@ -193,33 +199,35 @@ def _solve(model: nn.Module, writer: _Writer, kind: str) -> dict[str, torch.Tens
 
 
 def _writers(model: nn.Module, plan: Plan, graph: SSMGraph, kind: str, follow: bool) -> list[_Writer]:
-    """The layers to solve for: of modules that the plan cuts, or of all that stay, in the order of the blocks.
+    """Return the layers to solve for: of modules that the plan cuts, or of all that stay, in the order of the blocks.
 
     Raises InputError if there are none.
     """
     zeroed = {graph.elements[name].tensor for name in plan.elements} if kind == "output" else set()
-    gone = dropped_modules(plan, graph)
+    dropped = dropped_modules(plan, graph)
     cut = {name.rpartition(":")[0] for name in plan.groups}
     cut |= {
         site.path for site in graph.sites for name in plan.elements if within(graph.elements[name].tensor, site.path)
     }
-    found = [
+    writers = [
         _Writer(name, (site.path, *site.aliases))
         for site in graph.sites
-        if (follow or site.path in cut) and site.kind != "experts" and not any(within(site.path, path) for path in gone)
+        if (follow or site.path in cut)
+        and site.kind != "experts"
+        and not any(within(site.path, path) for path in dropped)
         for name in _written(model, site)
         if name not in zeroed
     ]
-    if not found:
+    if not writers:
         raise InputError(
             f"refit {kind}: nothing to solve for on axis {', '.join(plan.axes)}: leave --refit out"
             + (", or try --refit bias" if zeroed else "")
         )
-    return found
+    return writers
 
 
 def _written(model: nn.Module, site: Site) -> Iterator[str]:
-    """The weights of a module's linear layers that add to the residual stream."""
+    """Yield the weights of a module's linear layers that add to the residual stream."""
     for slot in site.layout.slots:
         path = f"{site.path}.{slot.tensor}"
         out = slot.tensor.endswith(".weight") and slot.dim == 0 and any(rows.name == "out" for rows in slot.rows)
@@ -230,15 +238,18 @@ def _written(model: nn.Module, site: Site) -> Iterator[str]:
 def check_calibration(
     model: nn.Module, graph: SSMGraph, groups: Iterable[str], kind: str, calibration: Calibration
 ) -> None:
-    """Raise InputError where the calibration text is too short to refit any module of these groups: before any work."""
+    """Raise InputError if the calibration text is too short to refit any module of these groups.
+
+    Runs before any work.
+    """
     paths = {name.rpartition(":")[0] for name in groups}
-    found = [name for site in graph.sites if site.path in paths for name in _written(model, site)]
-    narrowest = min(found, key=lambda name: tensor(model, name).shape[1], default=None)
+    weights = [name for site in graph.sites if site.path in paths for name in _written(model, site)]
+    narrowest = min(weights, key=lambda name: tensor(model, name).shape[1], default=None)
     _check_tokens(model, [narrowest] if narrowest else [], kind, calibration)
 
 
 def _check_tokens(model: nn.Module, weights: list[str], kind: str, calibration: Calibration) -> None:
-    """Raise InputError where the calibration text does not determine what is solved for."""
+    """Raise InputError if the calibration text has too few tokens or sequences to solve for these weights."""
     tokens = int(calibration.mask.sum())
     widths = {name: tensor(model, name).shape[1] for name in weights} if kind == "output" else {}
     widest = max(widths, key=lambda name: widths[name], default="it")
@@ -256,25 +267,25 @@ def _check_tokens(model: nn.Module, weights: list[str], kind: str, calibration: 
 
 
 def _run(model: nn.Module, plan: Plan, graph: SSMGraph, replay: Replay, block: str) -> list[Flow]:
-    """What leaves a block under the mask of a plan, batch by batch, on the CPU."""
+    """Return the output of a block under the mask of a plan, batch by batch, on the CPU."""
     with masked(model, part_of(plan, graph, block), graph), replay.on_device(block):
         return [tuple(h.cpu() for h in replay.run(block, i, flow)) for i, flow in enumerate(replay.hidden)]
 
 
 def _linear(model: nn.Module, weight: str, u: torch.Tensor) -> torch.Tensor:
-    """What a linear layer makes of u, as it is now, in fp32: (b, T, O)."""
+    """Return the output of a linear layer with its present weights, in fp32: (b, T, O)."""
     layer = model.get_submodule(weight.removesuffix(".weight"))
     bias = layer.bias.float() if isinstance(layer.bias, torch.Tensor) else None
     return nn.functional.linear(u.float(), tensor(model, weight).float(), bias)
 
 
 def _as(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A new value on the CPU, in the dtype in which the model will hold it."""
+    """Return a new value on the CPU, in the dtype of the parameter that it replaces."""
     return value.to("cpu", like.dtype)
 
 
 def _stream(flow: Flow) -> torch.Tensor:
-    """The residual stream: mamba_ssm carries it in two parts, the second None at first. fp32 (b, T, D)."""
+    """Return the residual stream in fp32 (b, T, D). mamba_ssm carries it in two parts, the second None at first."""
     parts = [h.float() for h in flow if h is not None]
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 

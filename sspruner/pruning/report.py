@@ -1,33 +1,42 @@
-"""report.json: what was done, what it cost, and on what. One dataclass, numbers in base units."""
+"""Report: the content of report.json, what was cut and what it cost. One dataclass, numbers in base units."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sspruner.errors import InputError
 from sspruner.evaluation.damage import Damage
+from sspruner.files import strict_json
+from sspruner.files.fields import flag, integer, number, table, text, versioned
 from sspruner.files.output import atomic_file
+from sspruner.files.provenance import hub_name, peak_memory_bytes, versions
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.trace import trace
+from sspruner.pruning.stages import Decision, Outcome, PruneJob
 from sspruner.surgery.proof import Proof
+
+# Check of a report's field, by the first word of its type.
+CHECKS: dict[str, Callable[[Any], Any]] = {"str": text, "bool": flag, "int": integer, "dict": table}
+MEASURED = ("perplexity", "kl_to_dense")  # keys of `dense` and `pruned` that are floats; the others are integers
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of one prune. Bytes, seconds, nats; state bytes per sequence; `proof` is None in mask mode.
+    """The report of one prune. Bytes, seconds, nats; state bytes per sequence.
 
-    basis: whether units of the state are its coordinates ("select") or directions, by the scorer's name for it.
-    refit: what was solved for after the cut, the damage without it, each block's error before and after; {} without.
-    search: what was looked at before the cut: limits and the curve of cuts, perplexity by scorer, damage by layer, all
-    on calibration text; and, of layers of different sizes, what one size for all would cost, on held-out text.
-    target: the runtime that the sizes are for, over how many GPUs, what was rounded for it and what it does with them.
-    sparsity: zeros among single elements (`sparsity_of`), {} if the plan has no axis of such.
-    base_model: the name of the model on the hub that it came from (`hub_name`), "" if it came from elsewhere.
+    basis       the basis of the state's units: "select" for its coordinates, else the scorer's name for its directions
+    proof       None in mask mode
+    refit       kind, damage without it, each block's error before and after; {} without a refit
+    search      measured before the cut on calibration text: limits, curve of cuts, perplexity by scorer, damage by
+                layer; and, for layers of different sizes, the damage of one size for all, on held-out text
+    target      the runtime that the sizes fit, its number of GPUs, what was rounded, and its notes
+    sparsity    zeros among single elements (`sparsity_of`), {} if the plan has no axis of single elements
+    recipe      the recipe (`Recipe.to_json`), {} in reports of version 0.1
+    base_model  name of the base model on the hub (`hub_name`), "" if it is not from the hub
     """
 
     scorer: str
@@ -54,32 +63,114 @@ class Report:
     search: dict[str, Any] = field(default_factory=dict)
     base_model: str = ""
     target: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Inverse of `save`. Raises InputError for a file that `save` did not write."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data.pop("version") != 1:
-                raise ValueError("its version is not 1")
-            return cls(**data | {"proof": Proof(**data["proof"]) if data["proof"] else None})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            why = f"{type(error).__name__}: {error}"[:200]
-            raise InputError(f"report {path}: not a report that sspruner wrote ({why})") from error
+        """Read a report. Raises InputError for a file that `save` did not write."""
+        return strict_json.load("report", path, cls.from_json)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Report:
+        """Parse a report, from its text or from the parsed JSON. Inverse of `to_json`.
+
+        Fields that have a default may be missing. Raises KeyError, TypeError or ValueError for anything that `to_json`
+        does not write, unknown keys included.
+        """
+        data = versioned(strict_json.loads(data) if isinstance(data, str) else data)
+        checked = data | {f.name: _checked(str(f.type), data[f.name]) for f in fields(cls) if f.name in data}
+        sizes = {
+            when: data[when]
+            | {name: number(data[when][name]) for name in MEASURED if name in data[when]}
+            | {name: integer(data[when][name]) for name in ("parameters", "weight_bytes", "state_bytes")}
+            for when in ("dense", "pruned")
+        }
+        return cls(
+            **checked
+            | sizes
+            | {
+                "layers": {name: layer_from_json(size) for name, size in data["layers"].items()},
+                "proof": None if data["proof"] is None else Proof.from_json(data["proof"]),
+            }
+        )
 
     def to_json(self) -> str:
-        """The content of report.json."""
-        return json.dumps({"version": 1, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        """Return the content of report.json."""
+        data = asdict(self) | {"proof": None if self.proof is None else self.proof.to_json()}
+        return strict_json.dumps({"version": 1, **data}, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Write report.json, atomically."""
+        """Write report.json atomically."""
         with atomic_file(path) as temporary:
-            # Names of files may hold bytes that are no text; as escapes they are JSON.
+            # File names may contain bytes that are not valid text; JSON writes them as escapes.
             temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
 
 
+def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
+    """Build the report of a prune after the model was cut."""
+    run, data, cut_graph = job.run, job.data, trace(job.model)
+    method, scorers = job.recipe.method, job.run.jobs[0]
+    search = decision.search
+    if decision.one_size is not None and outcome.one_size is not None:
+        kept_by_all = next(iter(decision.one_size.groups.values())).after
+        search = search | {"one_size": {"kept": kept_by_all, **measured(outcome.one_size)}}
+    return Report(
+        scorer=scorers.label,
+        basis=", ".join(dict.fromkeys(cls.basis for cls, _ in scorers.scorers.values())),
+        options=scorers.options,
+        axis=", ".join(run.axes),
+        budget=decision.budget.to_json(),
+        mode=method.mode,
+        one_shot=job.one_shot,
+        calibration={
+            "source": data.source,
+            "sequences": len(data.tokens),
+            "seq_len": data.tokens.shape[1],
+            "tokens": int(data.mask.sum()),
+            "held_out_tokens": int(data.held_out_mask.sum()),
+            "held_out_is_separate": data.held_out_is_separate,
+        },
+        dense=job.dense | {"perplexity": outcome.without_refit.dense_perplexity},
+        pruned=model_size(job.model, cut_graph) | measured(outcome.damage),
+        layers={
+            name: {"before": group.units, "after": int(decision.kept[name][0].sum())}
+            for name, group in run.groups.items()
+            if not group.tensor
+        },
+        proof=outcome.proof,
+        refit={"kind": method.refit, "without": measured(outcome.without_refit), "errors": decision.errors}
+        if decision.errors
+        else {},
+        search=search,
+        target={**job.fit.to_json(), "rounded": job.rounded, "notes": job.fit.target.notes(cut_graph)}
+        if job.fit
+        else {},
+        sparsity=sparsity_of(job.model, cut_graph, run.axes),
+        continuation=outcome.continuation,
+        seconds=job.clock.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        seed=method.seed,
+        versions=versions(),
+        base_model=hub_name(job.model),
+        recipe=job.recipe.to_json(),
+    )
+
+
+def _checked(kind: str, value: Any) -> Any:
+    """Return a field's value if it has the field's type; raise otherwise."""
+    if value is None and kind.endswith("| None"):
+        return None
+    check = CHECKS.get(kind.partition("[")[0])
+    return check(value) if check else value
+
+
+def layer_from_json(data: Any) -> dict[str, int]:
+    """Check the entry of one dependency group in a report: its units before and after."""
+    return {when: integer(table(data)[when]) for when in ("before", "after")}
+
+
 def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
-    """Parameters, bytes of weights in the model's dtype, and bytes of fp32 recurrent state per sequence."""
+    """Return parameters, bytes of weights in the model's dtype, and bytes of fp32 recurrent state per sequence."""
     return {
         "parameters": graph.parameters,
         "weight_bytes": graph.weight_bytes,
@@ -89,14 +180,14 @@ def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
 
 
 def measured(cost: Damage) -> dict[str, float]:
-    """Damage as reports name it."""
+    """Return damage under the names that reports use."""
     return {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl}
 
 
 def sparsity_of(model: nn.Module, graph: SSMGraph, axes: Sequence[str]) -> dict[str, Any]:
-    """Zeros among the single elements of some axes, counted in the model as it is, tensor by tensor and in total.
+    """Count the zeros among the single elements of some axes, in the model as it is, by tensor and in total.
 
-    graph: the model's own, traced after the cut. Axes that are not of single elements are left out. {} without any.
+    graph: traced after the cut. Axes of units are left out; {} without any axis of single elements.
     """
     parameters = {g.tensor: model.get_parameter(g.tensor) for g in graph.elements.values() if g.axis in axes}
     zeros = {name: int((parameter == 0).sum()) for name, parameter in parameters.items()}

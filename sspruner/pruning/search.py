@@ -1,6 +1,6 @@
-"""Search: the scorer that costs least at a cut, and the cut that meets limits in users' units.
+"""Search: choose the scorer with the least damage, and the cut that meets limits in users' units.
 
-All on scores that are made once. A cut is measured under its mask, on calibration text; what is reported in the end is
+The scores are computed once. Each cut is measured under its mask on calibration text; the final damage in the report is
 measured on held-out text.
 """
 
@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.budgets.budget import Budget, Fit
+from sspruner.budgets.budget import Fit, ResolvedBudget
 from sspruner.budgets.decide import plan_within
-from sspruner.budgets.limits import Limits
 from sspruner.budgets.split import Curve
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.errors import InputError, PlanError
@@ -25,17 +24,18 @@ from sspruner.evaluation.damage import Damage, damages
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan, axis_of, check_plan
-from sspruner.pruning.sensitivity import sensitivity
+from sspruner.pruning.sensitivity import damage_curves
+from sspruner.recipes.parts import Limits
 from sspruner.scoring.scores import Scores
 from sspruner.surgery.sizes import Sizes, sizes
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-Make = Callable[[float], Plan]  # fraction to remove -> plan; raises InputError for one that cannot be met
+Make = Callable[[float], Plan]  # fraction to remove -> plan; raises InputError for an impossible one
 
 
 @dataclass(frozen=True)
 class Point:
-    """One cut that was looked at. perplexity, kl: on calibration text, None where only its size mattered."""
+    """One cut of the search. perplexity, kl: on calibration text, None where only the size was needed."""
 
     sparsity: float
     parameters: int
@@ -46,20 +46,20 @@ class Point:
 
 @dataclass(frozen=True)
 class Found:
-    """The fraction to remove that meets the limits, and the cuts that were looked at, mildest first."""
+    """The fraction to remove that meets the limits, and the cuts that were tried, mildest first."""
 
     sparsity: float
     curve: tuple[Point, ...]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The curve as a report holds it."""
+        """Return the curve as in the report."""
         return [asdict(point) for point in self.curve]
 
 
 def fractions(groups: Mapping[str, DependencyGroup], multiple_of: int, fit: Fit | None = None) -> list[float]:
-    """The fractions to remove that lead to different sizes, mildest first: those of the largest group's steps.
+    """Return the fractions to remove that lead to different sizes, mildest first: the steps of the largest group.
 
-    fit: of those only what a runtime takes.
+    fit: restricts them to sizes that a runtime supports.
     """
     units = max(group.units for group in groups.values())
     if fit:
@@ -77,50 +77,53 @@ def meet(
     batches: Batches = (),
     progress: Progress | None = None,
 ) -> Found:
-    """The cut that meets limits: of size, the mildest that fits; of damage alone, the largest that stays within.
+    """Find the cut that meets limits: with limits of size the mildest that fits; of damage alone the largest that stays
+    within.
 
     Both are found by bisection over `candidates` (fractions, mildest first): sizes fall and damage rises along them.
-    Damage may do so unevenly: what is returned has been measured and is within its limit. Raises InputError where no
-    cut meets the limits, with what the nearest would take or cost.
+    Damage need not rise monotonically: the result has been measured and is within its limit. Raises InputError if no
+    cut meets the limits, with the size or damage of the nearest.
     """
-    able = [s for s in candidates if _possible(model, graph, make, s)]
-    if not able:
+    possible = [s for s in candidates if _is_possible(model, graph, make, s)]
+    if not possible:
         raise InputError("limits: no size of this axis can be cut to")
     dense, batches = sizes(model, graph), list(batches)
     seen: dict[int, Point] = {}
 
     @cache
     def size(i: int) -> Sizes:
-        found = sizes(model, graph, make(able[i]))
-        seen[i] = Point(able[i], found.parameters, found.state_bytes)
-        return found
+        measured_size = sizes(model, graph, make(possible[i]))
+        seen[i] = Point(possible[i], measured_size.parameters, measured_size.state_bytes)
+        return measured_size
 
     @cache
     def cost(i: int) -> Damage:
         if progress:
-            progress(f"measuring {able[i]:.0%}", len(seen), len(able))
-        (found,) = damages(model, [make(able[i])], graph, batches)
-        taken = size(i)
-        seen[i] = Point(able[i], taken.parameters, taken.state_bytes, found.pruned_perplexity, found.kl)
-        return found
+            progress(f"measuring {possible[i]:.0%}", len(seen), len(possible))
+        (damage,) = damages(model, [make(possible[i])], graph, batches)
+        measured_size = size(i)
+        seen[i] = Point(
+            possible[i], measured_size.parameters, measured_size.state_bytes, damage.pruned_perplexity, damage.kl
+        )
+        return damage
 
     if limits.of_size:
         if not dense.exceeds(limits, dense):
             raise InputError("limits: the dense model is within them; nothing has to be removed")
-        if why := size(len(able) - 1).exceeds(limits, dense):
-            raise InputError(f"{why} even with {able[-1]:.1%} of the axis removed; cut another axis, too")
-        chosen = _first(lambda i: not size(i).exceeds(limits, dense), len(able))
+        if why := size(len(possible) - 1).exceeds(limits, dense):
+            raise InputError(f"{why} even with {possible[-1]:.1%} of the axis removed; cut another axis, too")
+        chosen = _first(lambda i: not size(i).exceeds(limits, dense), len(possible))
         if limits.of_damage and (why := _too_much(cost(chosen), limits)):
-            raise InputError(f"the mildest cut that fits removes {able[chosen]:.1%}, and {why}")
+            raise InputError(f"the mildest cut that fits removes {possible[chosen]:.1%}, and {why}")
     else:
-        chosen = _first(lambda i: bool(_too_much(cost(i), limits)), len(able)) - 1
+        chosen = _first(lambda i: bool(_too_much(cost(i), limits)), len(possible)) - 1
         if chosen < 0:
-            raise InputError(f"even the mildest cut, {able[0]:.1%}: {_too_much(cost(0), limits)}")
-    return Found(able[chosen], tuple(seen[i] for i in sorted(seen)))
+            raise InputError(f"even the mildest cut, {possible[0]:.1%}: {_too_much(cost(0), limits)}")
+    return Found(possible[chosen], tuple(seen[i] for i in sorted(seen)))
 
 
 def _first(holds: Callable[[int], bool], count: int) -> int:
-    """The first of `count` numbers from which on a condition holds, `count` if it never does: by bisection."""
+    """Return the first of `count` numbers from which on a condition holds, by bisection; `count` if it never does."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
@@ -129,7 +132,7 @@ def _first(holds: Callable[[int], bool], count: int) -> int:
 
 
 def _too_much(cost: Damage, limits: Limits) -> str:
-    """What a cut costs, where that is more than the limits allow; else ""."""
+    """Return the damage of a cut as text if it exceeds the limits; else ""."""
     increase = cost.pruned_perplexity / cost.dense_perplexity - 1
     if limits.perplexity_increase is not None and not increase <= limits.perplexity_increase:
         return f"perplexity rises by {increase:.2%}, more than {limits.perplexity_increase:.2%}"
@@ -138,7 +141,7 @@ def _too_much(cost: Damage, limits: Limits) -> str:
     return ""
 
 
-def _possible(model: nn.Module, graph: SSMGraph, make: Make, sparsity: float) -> bool:
+def _is_possible(model: nn.Module, graph: SSMGraph, make: Make, sparsity: float) -> bool:
     try:
         check_plan(make(sparsity), graph, model=model)
     except (InputError, PlanError):
@@ -148,14 +151,14 @@ def _possible(model: nn.Module, graph: SSMGraph, make: Make, sparsity: float) ->
 
 @dataclass(frozen=True)
 class Choice:
-    """The scorer that costs least, what every one costs on calibration text, and why some could not make the cut."""
+    """The scorer with the least damage, the damage of each on calibration text, and why some cannot make the cut."""
 
     label: str
     costs: Mapping[str, Damage]
     refused: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """As a report holds it: perplexity by scorer, or the reason."""
+        """Return perplexity by scorer, or the reason of its refusal, as in the report."""
         return {label: cost.pruned_perplexity for label, cost in self.costs.items()} | dict(self.refused)
 
 
@@ -166,7 +169,9 @@ def choose_scorer(
     batches: Batches,
     progress: Progress | None = None,
 ) -> Choice:
-    """Of several scorers, each with a way to make its plan, the one of least perplexity on `batches`; first of equals.
+    """Choose the scorer whose plan has the lowest perplexity on `batches`; the first of equals.
+
+    makes: scorer -> a function that makes its plan.
 
     Raises InputError if none can make the cut.
     """
@@ -187,12 +192,12 @@ def choose_scorer(
 
 @dataclass(frozen=True)
 class Settled:
-    """What a search came to: whose scores, at which budget; damage curves of layers, if they were measured; and what
-    was seen on the way, for the report.
+    """Outcome of a search: the chosen scorer and budget, damage curves of layers if they were measured, and the
+    measurements for the report.
     """
 
     label: str
-    budget: Budget
+    budget: ResolvedBudget
     curves: Mapping[str, Curve] | None
     evidence: dict[str, Any]
 
@@ -202,16 +207,16 @@ def settle(
     graph: SSMGraph,
     groups: Mapping[str, DependencyGroup],
     scores: Mapping[str, Scores],
-    budget: Budget,
+    budget: ResolvedBudget,
     limits: Limits | None,
     data: Calibration,
     progress: Progress | None = None,
 ) -> Settled:
-    """From one-shot scores of one scorer or several to one scorer and one budget. The model is on its device.
+    """Choose one scorer and one budget from one-shot scores of one or several scorers. The model is on its device.
 
-    With limits each scorer's cut is sought. Of several scorers, with limits of size, the one whose cut costs least is
-    taken; with limits of damage alone, the one with the largest cut, and of equal cuts the one that costs least.
-    Raises InputError where none can make the cut.
+    With limits, each scorer's cut is searched. With limits of size, choose the scorer whose cut has the least damage;
+    with limits of damage alone, the scorer with the largest cut, and of equal cuts the one with the least damage.
+    Raises InputError if no scorer can make the cut.
     """
     batches = list(data.batches(logits=True))
     curves: Mapping[str, Curve] | None = None
@@ -219,7 +224,7 @@ def settle(
         if len(scores) > 1:
             raise InputError("allocation adaptive measures the layers of one scorer; name it, instead of auto")
         (only,) = scores.values()
-        curves = sensitivity(model, only, data, multiple_of=budget.multiple_of, progress=progress).curves
+        curves = damage_curves(model, only, data, budget.multiple_of, progress).curves
     evidence: dict[str, Any] = {"curves": curves} if curves else {}
 
     def cut(scored: Scores, sparsity: float | Mapping[str, float] | None) -> Plan:
@@ -237,12 +242,12 @@ def settle(
                 refused[label] = str(error)
         if not met:
             raise InputError(next(iter(refused.values())))
-        most = max(found.sparsity for found in met.values())
-        less = {label: found.sparsity for label, found in met.items() if found.sparsity < most and not limits.of_size}
+        most = max(one.sparsity for one in met.values())
+        less = {label: one.sparsity for label, one in met.items() if one.sparsity < most and not limits.of_size}
         refused |= {
             label: f"within the limits it removes {smaller:.1%}; another more" for label, smaller in less.items()
         }
-        removes = {label: found.sparsity for label, found in met.items() if label not in less}
+        removes = {label: one.sparsity for label, one in met.items() if label not in less}
     label = next(iter(removes))
     if len(scores) > 1:
         makes = {name: partial(cut, scores[name], sparsity) for name, sparsity in removes.items()}
@@ -259,27 +264,26 @@ def fraction_of_size(
     model: nn.Module,
     graph: SSMGraph,
     groups: Mapping[str, DependencyGroup],
-    budget: Budget,
+    budget: ResolvedBudget,
     limits: Limits,
 ) -> float:
-    """The fraction that meets limits of size, whatever the scores; for uniform cuts. Raises InputError as `meet`."""
+    """Return the fraction that meets limits of size; valid for uniform cuts whatever the scores. Raises as `meet`."""
     none = Scores({name: torch.zeros(group.groups, group.units) for name, group in groups.items()})
-    found = meet(
+    search = meet(
         model,
         graph,
         lambda sparsity: plan_within(graph, none, replace(budget, sparsity=sparsity)),
         fractions(groups, budget.multiple_of, budget.fit),
         limits,
     )
-    return found.sparsity
+    return search.sparsity
 
 
 def same_size(plan: Plan, graph: SSMGraph, multiple_of: int, make: Callable[[int], Plan]) -> Plan | None:
-    """For a plan whose layers keep different sizes on one axis: the plan with one size for all, a multiple of
-    `multiple_of`, and as many units, as stock classes can load it. None where all sizes are the same. make: units kept
-    in every set -> plan.
+    """Return the plan with one size for all layers, if the given plan keeps different sizes on one axis; else None.
 
-    Layers that the plan leaves whole count with all their units.
+    The size is a multiple of `multiple_of` and keeps about as many units in total, so that stock classes can load the
+    model. Layers that the plan does not cut count with all their units. make: units to keep per layer -> plan.
     """
     axes = {axis_of(name) for name in plan.groups}
     if len(axes) != 1 or plan.elements:

@@ -1,8 +1,7 @@
-"""Sensitivity: what cutting each layer alone costs, measured. The allocation "adaptive" splits a budget by it."""
+"""Sensitivity: measured damage of cutting each layer alone. The allocation "adaptive" splits a budget by it."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,22 +16,25 @@ from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import on_device, resolve_device
 from sspruner.errors import InputError
 from sspruner.evaluation.damage import damages
+from sspruner.files import strict_json
 from sspruner.files.output import atomic_file
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, axis_of
 from sspruner.scoring.scores import Scores
 
-LEVELS = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)  # fractions of the units that stay; 0: one step
-TOKENS = 4096  # that are measured on
-MADE_WITH = ("model", "scorer", "options")  # of the scores' metadata
+LEVELS = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)  # fractions of the units to keep; 0: one step
+TOKENS = 4096  # number of tokens to measure on
+MADE_WITH = ("model", "scorer", "options")  # keys of the scores' metadata that curves depend on
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """curves: dependency group -> units kept -> KL to the dense model, nats per token, of cutting this group alone.
+    """Damage curves by dependency group.
 
-    tokens: how many were measured on. made_with: model, scorer and options of the scores whose worst units were cut.
+    curves      dependency group -> units kept -> KL to the dense model, nats per token, of cutting this group alone
+    tokens      number of tokens measured on
+    made_with   model, scorer and options of the scores that chose the units
     """
 
     curves: Mapping[str, Mapping[int, float]]
@@ -42,31 +44,31 @@ class Sensitivity:
     def check(self, scores: Scores) -> None:
         """Raise InputError unless the curves were measured with these scores' model, scorer and options."""
         for what, measured in self.made_with.items():
-            if (given := scores.metadata.get(what, "")) != measured:
+            if (actual := scores.metadata.get(what, "")) != measured:
                 raise InputError(
-                    f"sensitivity: measured with {what} {measured}, the scores are of {given}; measure again"
+                    f"sensitivity: measured with {what} {measured}, the scores are of {actual}; measure again"
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, atomically."""
+        """Write the curves as JSON, atomically."""
         data = {"version": 1, "tokens": self.tokens, "made_with": dict(self.made_with)}
         data |= {"curves": {name: dict(curve) for name, curve in self.curves.items()}}
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(strict_json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
-        """Read what `save` wrote. Raises InputError if it is missing or malformed."""
+        """Read curves that `save` wrote. Raises InputError if the file is missing or malformed."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = strict_json.loads(Path(path).read_text(encoding="utf-8"))
             curves = {str(n): {int(k): float(v) for k, v in curve.items()} for n, curve in data["curves"].items()}
-            found = cls(curves, int(data["tokens"]), {str(k): str(v) for k, v in data["made_with"].items()})
+            result = cls(curves, int(data["tokens"]), {str(k): str(v) for k, v in data["made_with"].items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             detail = f"{type(error).__name__}: {error}"
             raise InputError(f"sensitivity {path}: cannot be read ({detail}); measure it again") from error
         if not all(math.isfinite(v) for curve in curves.values() for v in curve.values()):
             raise InputError(f"sensitivity {path}: holds numbers that are not finite; measure it again")
-        return found
+        return result
 
 
 def sensitivity(
@@ -80,9 +82,18 @@ def sensitivity(
 ) -> Sensitivity:
     """Mask the worst units of one dependency group at a time, at a few levels, and measure KL to the dense model.
 
-    On the first TOKENS of `calibration.tokens`: one forward pass over them for each group and level, and one more.
-    Groups of the whole model and of single elements are left out. The model is left as it was.
+    Uses the first TOKENS of `calibration.tokens`: one forward pass over them for each group and level, plus one for the
+    dense model. Groups of the whole model and of single elements are left out. The model is not changed.
     """
+    with on_device(model, resolve_device(device)):
+        return damage_curves(model, scores, calibration, multiple_of, progress)
+
+
+@torch.no_grad()
+def damage_curves(
+    model: nn.Module, scores: Scores, calibration: Calibration, multiple_of: int, progress: Progress | None = None
+) -> Sensitivity:
+    """Measure `sensitivity` on the device that the model is on."""
     graph = trace(model)
     plans: dict[tuple[str, int], Plan] = {}
     for name, importance in scores.importance.items():
@@ -98,10 +109,9 @@ def sensitivity(
     few = replace(calibration, tokens=calibration.tokens[: max(1, TOKENS // seq_len)])
     few = replace(few, mask=calibration.mask[: len(few.tokens)])
     batches = few.batches(logits=True)
-    with on_device(model, resolve_device(device)), torch.no_grad():
-        found = damages(model, list(plans.values()), graph, batches, progress)
+    costs = damages(model, list(plans.values()), graph, batches, progress)
     curves: dict[str, dict[int, float]] = {}
-    for (name, kept), cost in zip(plans, found, strict=True):
+    for (name, kept), cost in zip(plans, costs, strict=True):
         if not math.isfinite(cost.kl):
             raise InputError(f"{name}: cutting it to {kept} units gives logits that are not finite")
         curves.setdefault(name, {})[kept] = max(cost.kl, 0.0)
@@ -110,7 +120,7 @@ def sensitivity(
 
 
 def levels(group: DependencyGroup, multiple_of: int) -> list[int]:
-    """The sizes at which a group is measured, largest first: near LEVELS, in steps that it allows, below its own."""
+    """Return the sizes at which a group is measured, largest first: near LEVELS, in its steps, below its full size."""
     step = math.lcm(multiple_of, group.multiple_of)
     sizes = {max(round(group.units * level / step), 1) * step for level in LEVELS}
     return sorted((size for size in sizes if size < group.units), reverse=True)

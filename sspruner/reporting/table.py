@@ -1,85 +1,13 @@
-"""The result of a prune as a table that people can read: dense beside pruned."""
+"""A comparison as tables that people can read in a terminal."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sspruner.axes import ELEMENT_AXES
 from sspruner.comparison.record import Comparison
-from sspruner.pruning.report import Report
-from sspruner.units import as_bytes, percent, span
-
-
-def result_table(report: Report) -> RenderableType:
-    """Dense beside pruned, the change, then how it was made, the proof, and what both models say."""
-    table = Table(title=f"{escape(report.model)}: {report.scorer} on axis {report.axis}", title_justify="left")
-    for header in ("", "dense", "pruned", "change"):
-        table.add_column(header, justify="left" if not header else "right")
-    dense, pruned = report.dense, report.pruned
-    for axis in report.axis.split(", "):
-        if axis in ELEMENT_AXES:
-            continue
-        units = [layer for name, layer in report.layers.items() if name.rpartition(":")[2] == axis]
-        if not units:
-            continue
-        before, after = (sorted({layer[when] for layer in units}) for when in ("before", "after"))
-        change = percent(sum(layer["before"] for layer in units), sum(layer["after"] for layer in units))
-        table.add_row(f"{axis}{' units' if axis != 'state' else ' size'}", span(before), span(after), change)
-    for label, key, show in (
-        ("state bytes per sequence", "state_bytes", as_bytes),
-        ("parameters", "parameters", "{:,}".format),
-        ("weight bytes", "weight_bytes", as_bytes),
-        ("perplexity, held out", "perplexity", "{:.3f}".format),
-    ):
-        table.add_row(label, show(dense[key]), show(pruned[key]), percent(dense[key], pruned[key]))
-    table.add_row("KL to dense, nats/token", "", f"{pruned['kl_to_dense']:.4f}", "")
-    if report.refit:
-        without = report.refit["without"]
-        change = percent(dense["perplexity"], without["perplexity"])
-        table.add_row(f"without refit {report.refit['kind']}: perplexity", "", f"{without['perplexity']:.3f}", change)
-        table.add_row("without refit: KL", "", f"{without['kl_to_dense']:.4f}", "")
-    if report.sparsity:
-        table.add_row("element sparsity", "", f"{100 * report.sparsity['sparsity']:.2f} %", "")
-    return Group(table, *_search(report.search), *_notes(report), *_continuations(report))
-
-
-def _search(found: dict[str, Any]) -> list[RenderableType]:
-    """What was looked at before the cut: the curve of cuts, the scorers, and one size for all layers."""
-    parts: list[RenderableType] = []
-    if "curve" in found:
-        table = Table(title="cuts looked at, on calibration text", title_justify="left")
-        for header in ("removed", "state bytes", "parameters", "perplexity", "KL"):
-            table.add_column(header, justify="right")
-        for point in found["curve"]:
-            shown = ("–", "–") if point["kl"] is None else (f"{point['perplexity']:.3f}", f"{point['kl']:.4f}")
-            size = as_bytes(point["state_bytes"]), f"{point['parameters']:,}"
-            table.add_row(f"{100 * point['sparsity']:.1f} %", *size, *shown)
-        parts.append(table)
-    if "limits" in found:
-        asked = [f"{name.replace('_', ' ')} {limit:g}" for name, limit in found["limits"].items()]
-        parts.append(Text(f"limits: {', '.join(asked)}"))
-    if "scorers" in found:
-        costs = [f"{n} {c if isinstance(c, str) else format(c, '.3f')}" for n, c in _by_cost(found["scorers"])]
-        parts.append(Text(f"perplexity by scorer, on calibration text: {', '.join(costs)}"))
-    if "one_size" in found:
-        one = found["one_size"]
-        parts.append(
-            Text(
-                f"one size for all layers ({one['kept']} kept), which stock classes load: perplexity "
-                f"{one['perplexity']:.3f}, KL {one['kl_to_dense']:.4f}, held out, not refitted"
-            )
-        )
-    return parts
-
-
-def _by_cost(scorers: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What costs least first; reasons last."""
-    return sorted(scorers.items(), key=lambda item: (1, 0.0) if isinstance(item[1], str) else (0, item[1]))
 
 
 def comparison_table(found: Comparison) -> RenderableType:
@@ -93,41 +21,3 @@ def comparison_table(found: Comparison) -> RenderableType:
             table.add_row(*map(escape, row))
         parts.append(table)
     return Group(*parts, *map(Text, found.notes()))
-
-
-def _notes(report: Report) -> list[Text]:
-    data = report.calibration
-    where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
-    lines = [
-        f"calibration: {data['source']}, {data['tokens']:,} tokens; "
-        f"perplexity and KL on {data['held_out_tokens']:,} others ({where}); seed {report.seed}",
-        f"seconds: {', '.join(f'{phase} {s:.1f}' for phase, s in report.seconds.items())}; "
-        f"peak memory {as_bytes(report.peak_memory_bytes)}",
-    ]
-    if found := report.target:
-        what = f"{found['name']} on {found['tp']} GPUs" if found["tp"] > 1 else found["name"]
-        lines += [f"rounded for {what}: {line}" for line in found["rounded"]]
-        lines += [f"{found['name']}: {line}" for line in found["notes"]]
-    if report.sparsity:
-        found = report.sparsity
-        lines.append(
-            f"zeros: {found['zeros']:,} of {found['elements']:,} elements in {len(found['tensors'])} tensors, which "
-            "stay dense: zeros make nothing faster with dense kernels, and no file smaller"
-        )
-    if report.proof:
-        p = report.proof
-        lines.append(
-            f"proof: sliced = masked logits to {p.error:.1e} (limit {p.tolerance:.0e}); gone, as predicted: "
-            f"{p.parameters_removed:,} parameters, {p.state_bytes_removed:,} B of state"
-            + (f"; added: {p.parameters_added:,} parameters" if p.parameters_added else "")
-            + (f"; {p.zeros:,} zeros in their places" if p.zeros else "")
-        )
-    return [Text(line) for line in lines]
-
-
-def _continuations(report: Report) -> list[Text]:
-    if not report.continuation:
-        return []
-    said = report.continuation
-    lines = [("prompt", said["prompt"]), ("dense", said["dense"]), ("pruned", said["pruned"])]
-    return [Text()] + [Text.assemble((f"{label:>7}: ", "bold"), " ".join(text.split())) for label, text in lines]

@@ -1,11 +1,11 @@
-"""A Mamba2-type mixer whose state has k coordinates of its own, instead of the N that its B and C rows make.
+"""Mamba2-type mixer with a projected state: k coordinates instead of the N rows of B and C.
 
-B and C are projected after convolution and SiLU, and everything behind them has a state of size k:
+B and C are projected after convolution and SiLU, and the state has size k from there on:
 
     B' = B encode^T        C' = C decode        encode (G, k, N), decode (G, N, k)
 
-The scan and the decode step are the ones that the model's own module would call, CUDA kernels included. This file is
-complete in itself: an exported model has a copy beside its weights, and needs no sspruner to run.
+The scan and the decode step are those of the model's own module, CUDA kernels included. This file is self-contained:
+an exported model has a copy beside its weights and runs without sspruner.
 """
 
 from __future__ import annotations
@@ -20,37 +20,44 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 
 
 def project_state(mixer: Any, encode: torch.Tensor, decode: torch.Tensor) -> None:
-    """Give a mixer a state in other coordinates. encode: (G, k, N), decode: (G, N, k), fp32 or wider: kept as they are.
+    """Project a mixer's state to other coordinates. encode: (G, k, N), decode: (G, N, k), fp32 or wider.
 
-    mixer: of mamba2, zamba2, bamba, granitemoehybrid, falcon_h1 or nemotron_h in transformers. They become parameters,
-    `state_encode` and `state_decode`.
+    mixer: of mamba2, zamba2, bamba, granitemoehybrid, falcon_h1 or nemotron_h in transformers. encode and decode become
+    its parameters `state_encode` and `state_decode`, without a copy.
     """
-    wanted = mixer.in_proj.weight.requires_grad
-    mixer.state_encode = nn.Parameter(encode, requires_grad=wanted)
-    mixer.state_decode = nn.Parameter(decode, requires_grad=wanted)
+    requires_grad = mixer.in_proj.weight.requires_grad
+    mixer.state_encode = nn.Parameter(encode, requires_grad=requires_grad)
+    mixer.state_decode = nn.Parameter(decode, requires_grad=requires_grad)
     mixer.forward = MethodType(_forward, mixer)
 
 
 def unproject_state(mixer: Any) -> None:
-    """Undo `project_state`: the mixer has the forward of its class again."""
+    """Undo `project_state`: restore the forward of the mixer's class."""
     del mixer.forward, mixer.state_encode, mixer.state_decode
 
 
 def coordinates(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Vectors of all groups in other coordinates: rows (b, T, G * N), basis (G, k, N) -> (b, T, G, k), in their dtype.
+    """Transform the vectors of all groups: rows (b, T, G * N), basis (G, k, N) -> (b, T, G, k), in the dtype of rows.
 
-    The product is taken in fp32 or wider: terms may nearly cancel.
+    The product is computed in fp32 or wider, since terms may nearly cancel.
     """
     wide = torch.promote_types(torch.promote_types(rows.dtype, basis.dtype), torch.float32)
     parts = rows.view(*rows.shape[:-1], basis.shape[0], basis.shape[2])  # (b, T, G, N)
     return torch.einsum("btgn,gkn->btgk", parts.to(wide), basis.to(wide)).to(rows.dtype)
 
 
+def _projected(self: Any, hidden_states: torch.Tensor) -> Any:
+    """Return the rows of in_proj, (b, T, rows); Falcon-H1 scales them."""
+    if hasattr(self, "mup_vector"):
+        return self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
+    return self.in_proj(hidden_states)
+
+
 @force_accelerate_hooks("conv1d")  # type: ignore[untyped-decorator]
 def _forward(
     self: Any, hidden_states: torch.Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> torch.Tensor:
-    """The forward of the six mixers, with the state in its own coordinates. hidden_states: (b, T, hidden size)."""
+    """Compute the forward pass of the six mixers with a projected state. hidden_states: (b, T, hidden size)."""
     stock = sys.modules[type(self).__module__]
     b, T, _ = hidden_states.shape
     H, P, G, k = self.num_heads, self.head_dim, self.n_groups, self.state_encode.shape[1]
@@ -60,11 +67,7 @@ def _forward(
         conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
         recurrent_state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
     hidden_states = stock.apply_mask_to_padding_states(hidden_states, attention_mask)
-    if hasattr(self, "mup_vector"):  # Falcon-H1
-        rows = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
-    else:
-        rows = self.in_proj(hidden_states)  # (b, T, rows)
-    gate, xBC, dt = rows.split([H * P, self.conv_dim, H], dim=-1)
+    gate, xBC, dt = _projected(self, hidden_states).split([H * P, self.conv_dim, H], dim=-1)
 
     xBC, weight, bias = xBC.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias  # (b, channels, T)
     if conv_state is not None and T == 1 and not cache_params.is_recording_past(self.layer_idx):

@@ -14,7 +14,11 @@ from sspruner.axes import WHOLE_MODEL
 from sspruner.calibrate.sources import Calibration, Progress, calibration
 from sspruner.compute.device import check_whole, on_device
 from sspruner.compute.processes import from_one, rank
+from sspruner.compute.progress import shown
+from sspruner.errors import InputError
 from sspruner.files.journal import Journal
+from sspruner.recipes.parts import CalibrationText, Scoring
+from sspruner.recipes.yaml import nearest
 from sspruner.scoring.cache import cache_key, cached, store
 from sspruner.scoring.job import OneScorer
 from sspruner.scoring.run import Run
@@ -28,54 +32,68 @@ def score(
     model: nn.Module,
     scorer: OneScorer | Sequence[OneScorer] = "ghost",
     *,
-    calibration: Source = "self",
-    samples: int = 32,
-    seq_len: int = 256,
-    tokenizer: Any = None,
     axis: str | Sequence[str] = "state",
-    options: dict[str, Any] | None = None,
+    calibration: Source = "self",
+    tokenizer: Any = None,
     device: str | None = None,
-    seed: int = 0,
     cache: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **short: Any,
 ) -> Any:
     """Score every unit of one axis or several on the dense model, in one pass over its layers. It is not changed.
 
-    scorer: the name of an installed scorer, a Scorer subclass, or a name for each axis: returns its `Scores`. A list of
-    such: returns a dict, name -> Scores; the forward passes are shared. options: the constructor's arguments;
-    `name.option` is for that scorer alone. calibration: anything that `sspruner.calibration` takes, with samples and
-    seq_len, or its result. Scorers that need weights only ignore it. cache: take scores that were made before, where
-    model, scorer, its code, options, calibration and seed are the same (docs/calibration.md).
-    Raises InputError for an unknown scorer, axis or option, PluginError if the scorer breaks its contract. Processes
-    of one run (torch.distributed) share the work, and all get the same (docs/calibration.md).
+    Args:
+        scorer: the name of an installed scorer, a Scorer subclass, or a name for each axis: returns its `Scores`. A
+            list of such: returns a dict, name -> Scores; the forward passes are shared.
+        calibration: anything that `sspruner.calibration` takes, or its result. Scorers of weights alone ignore it.
+        cache: take scores that were made before, where model, scorer, its code, options, calibration and seed are the
+            same (docs/calibration.md).
+        progress: called with (phase, done, total); True shows bars on standard error.
+        short: samples and seq_len of the calibration, seed, and options, the arguments of the scorer's constructor;
+            `name.option` is for that scorer alone.
+
+    Raises InputError for an unknown scorer, axis or option, PluginError if the scorer breaks its contract. The
+    processes of one run (torch.distributed) share the work, and all get the same (docs/calibration.md).
     """
+    text, scoring = _score_parts(short)
     several = isinstance(scorer, list | tuple)
     scorers: list[Any] = list(scorer) if isinstance(scorer, list | tuple) else [scorer]
-    run = Run(model, scorers, [axis] if isinstance(axis, str) else list(axis), options, seed, device)
+    axes = [axis] if isinstance(axis, str) else list(axis)
+    run = Run(model, scorers, axes, dict(scoring.options), scoring.seed, device)
     across = "weights" in run.needs and any(name in WHOLE_MODEL for name in run.axes)
     if across or not run.needs <= {"weights", "activations"}:
         check_whole(model, "scores by gradients, by losses, or by weights of several blocks")
     data = None
-    if run.needs_data:
-        with on_device(model, run.device):
-            data = calibrated(calibration, model, tokenizer, samples, seq_len, seed, progress)
-    found = score_dense(run, data, cache, progress)
+    with shown(progress) as callback:
+        if run.needs_data:
+            with on_device(model, run.device):
+                data = calibrated(calibration, model, tokenizer, text, scoring.seed, callback)
+        found = score_dense(run, data, cache, callback)
     return found if several else next(iter(found.values()))
+
+
+def _score_parts(short: dict[str, Any]) -> tuple[CalibrationText, Scoring]:
+    """Sort short arguments into the parts of a recipe that they belong to. Raises InputError for an unknown one."""
+    known = ("samples", "seq_len", "options", "seed")
+    if unknown := next((name for name in short if name not in known), None):
+        raise InputError(f"unknown argument {unknown!r}{nearest(unknown, known)}")
+    text = {name: short[name] for name in known[:2] if name in short}
+    return CalibrationText(**text), Scoring(**{name: short[name] for name in known[2:] if name in short})
 
 
 def score_dense(
     run: Run, data: Calibration | None, cache: bool, progress: Progress | None, journal: Journal | None = None
 ) -> dict[str, Scores]:
-    """All jobs' scores on the dense model: what the cache has is taken from there, the rest in one pass.
+    """Return all jobs' scores on the dense model, from the cache or from one pass.
 
-    Scorers that also change weights are run in any case, and so are those that read nothing but weights: quick enough.
+    Scorers that also change weights are never cached, nor are those that only read weights, which are fast.
     """
     keys = {}
     for job in run.jobs:
         if cache and data is not None and job.needs != {"weights"} and not job.changes_weights:
             code = [*(cls for cls, _ in job.scorers.values()), *(type(site.family) for site in run.graph.layers)]
-            asked = {"axes": run.axes, "options": job.options, "seed": run.seed, "device": run.device.type}
-            keys[job.label] = cache_key(run.model, code, asked, data.tokens, data.mask)
+            request = {"axes": run.axes, "options": job.options, "seed": run.seed, "device": run.device.type}
+            keys[job.label] = cache_key(run.model, code, request, data.tokens, data.mask)
     found = from_one(lambda: {label: hit for label, key in keys.items() if key and (hit := cached(key))})
     order, run.jobs = run.jobs, [job for job in run.jobs if job.label not in found]
     made = walk(run, data, cut=None, progress=progress, journal=journal) if run.jobs else {}
@@ -88,22 +106,18 @@ def score_dense(
 
 
 def calibrated(
-    source: Source,
-    model: nn.Module,
-    tokenizer: Any,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    progress: Progress | None,
+    source: Source, model: nn.Module, tokenizer: Any, text: CalibrationText, seed: int, progress: Progress | None
 ) -> Calibration:
-    """The calibration itself, or one made from a source, the model being on the device that shall sample.
+    """Return the calibration itself, or make one from a source; the model is on the device that samples.
 
-    Of several processes the first makes it for all.
+    text: how many windows, and how long. Of several processes the first makes it for all.
     """
 
     def make() -> Calibration:
         if isinstance(source, Calibration):
             return source
-        return calibration(source, model, tokenizer, samples=samples, seq_len=seq_len, seed=seed, progress=progress)
+        return calibration(
+            source, model, tokenizer, samples=text.samples, seq_len=text.seq_len, seed=seed, progress=progress
+        )
 
     return from_one(make)

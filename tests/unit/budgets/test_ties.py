@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sspruner.budgets.allocate import allocate
-from sspruner.budgets.budget import Budget
+from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import select
 from sspruner.graph.group import DependencyGroup
 
@@ -16,13 +16,13 @@ def layers(*units: int) -> dict[str, DependencyGroup]:
 
 
 def test_of_two_uniform_counts_as_near_the_larger_is_kept():
-    assert allocate(layers(7), Budget(0.5)) == {"layers.0:state": 4}
-    assert allocate(layers(8), Budget(0.375, multiple_of=2)) == {"layers.0:state": 6}
+    assert allocate(layers(7), ResolvedBudget(0.5)) == {"layers.0:state": 4}
+    assert allocate(layers(8), ResolvedBudget(0.375, multiple_of=2)) == {"layers.0:state": 6}
 
 
 def test_of_two_global_allocations_as_near_the_larger_is_taken():
     scores = {"layers.0:state": torch.ones(1, 4), "layers.1:state": torch.full((1, 4), 2.0)}
-    found = allocate(layers(4, 4), Budget(0.375, allocation="global", multiple_of=2), scores)
+    found = allocate(layers(4, 4), ResolvedBudget(0.375, allocation="global", multiple_of=2), scores)
     assert found == {"layers.0:state": 2, "layers.1:state": 4}  # 6 of 8, where 5 were asked for
 
 

@@ -1,0 +1,121 @@
+"""Cutters: one interface to prune a model in memory, or an offloaded model block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sspruner.budgets.budget import ResolvedBudget
+from sspruner.compute.device import offloaded, on_device
+from sspruner.compute.quick import quick_on_cpu
+from sspruner.errors import InputError
+from sspruner.evaluation.continuation import continuation
+from sspruner.evaluation.damage import damages
+from sspruner.files.journal import Journal
+from sspruner.pruning.blockwise import check_offloaded, cut_by_blocks, journal_for
+from sspruner.pruning.stages import Cutter, Decision, Machine, Outcome, PruneJob
+from sspruner.recipes.recipe import Recipe
+from sspruner.scoring.run import Run
+from sspruner.surgery.mask import mask
+from sspruner.surgery.proof import slice_with_proof
+
+PROMPT_TOKENS, NEW_TOKENS = 24, 40
+
+
+class InMemory:
+    """Cutter of a model that is in memory as a whole."""
+
+    compares_one_size = True
+
+    def journal(self, job: PruneJob) -> None:
+        """Return None: such a run cannot be resumed."""
+        return
+
+    def cut(self, job: PruneJob, decision: Decision) -> Outcome:
+        """See `Cutter.cut`."""
+        model, run, method = job.model, job.run, job.recipe.method
+        plans = {"selected": decision.selected or decision.plan, "cut": decision.plan, "one size": decision.one_size}
+        if decision.selected is None:
+            del plans["cut"]
+        plans = {name: plan for name, plan in plans.items() if plan is not None}
+        with on_device(model, run.device):
+            dense = _continuation(job)
+            with job.clock("evaluation"):
+                batches = job.data.held_out_batches()
+                costs = dict(
+                    zip(plans, damages(model, [p for p in plans.values() if p], run.graph, batches), strict=True)
+                )
+        with on_device(model, run.device):
+            proof = None
+            with job.clock("proof"):
+                if method.mode == "slice":
+                    proof = slice_with_proof(model, decision.plan, run.graph, method.seed)
+            if method.mode == "mask":
+                mask(model, decision.plan, run.graph)
+            pruned = _continuation(job)
+        texts = None
+        if dense is not None:
+            prompt = job.machine.tokenizer.decode(_prompt(job), skip_special_tokens=True)
+            texts = {"prompt": prompt, "dense": dense, "pruned": pruned}
+        cost = costs.get("cut", costs["selected"])
+        return Outcome(cost, costs["selected"], costs.get("one size"), proof, texts)
+
+
+class BlockByBlock:
+    """Cutter of a model whose blocks are on disk or on several devices: cuts each block once, with a journal."""
+
+    compares_one_size = False
+
+    def __init__(self) -> None:
+        self._journal: Journal | None = None
+
+    def journal(self, job: PruneJob) -> Journal:
+        """Return the journal in the model's folder; a resumed run starts after the blocks that it holds."""
+        if self._journal is None:
+            self._journal = journal_for(job.run, job.budget, job.data, job.one_shot, job.machine.resume)
+        return self._journal
+
+    def cut(self, job: PruneJob, decision: Decision) -> Outcome:
+        """See `Cutter.cut`. Generates no text: the model would be read once for every token."""
+        with job.clock("evaluation and proof"), quick_on_cpu(job.model, job.run.device):
+            cost, proof = cut_by_blocks(
+                job.model,
+                decision.plan,
+                job.run.graph,
+                job.data,
+                device=job.run.device,
+                seed=job.recipe.method.seed,
+                journal=self.journal(job),
+                progress=job.machine.progress,
+            )
+        return Outcome(cost, cost, None, proof, None)
+
+
+def cutter_for(run: Run, recipe: Recipe, budget: ResolvedBudget, source: Any, machine: Machine) -> Cutter:
+    """Choose the cutter by where the model is.
+
+    Raises InputError for options that an offloaded model does not support.
+    """
+    if offloaded(run.model) is None:
+        if machine.resume:
+            raise InputError("resume goes on with a run on an offloaded model: load it with offload")
+        return InMemory()
+    method = recipe.method
+    check_offloaded(run, budget, recipe.limits or None, method.mode, method.refit, source)
+    return BlockByBlock()
+
+
+def _prompt(job: PruneJob) -> torch.Tensor:
+    """Return the first tokens of the held-out text: (T,)."""
+    return job.data.held_out[0][job.data.held_out_mask[0]][:PROMPT_TOKENS]
+
+
+def _continuation(job: PruneJob) -> str | None:
+    """Continue the prompt greedily; None without a tokenizer, and for mamba_ssm models (a different generate
+    method).
+    """
+    tokenizer = job.machine.tokenizer
+    if tokenizer is None or not hasattr(job.model, "generation_config"):
+        return None
+    return continuation(job.model, tokenizer, _prompt(job), NEW_TOKENS)

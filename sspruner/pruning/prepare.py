@@ -1,0 +1,83 @@
+"""Prepare a prune: trace, validate, calibrate, and choose the cutter, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from sspruner.budgets.allocate import allocate
+from sspruner.budgets.budget import ResolvedBudget
+from sspruner.budgets.decide import check_budget, rounded
+from sspruner.budgets.resolve import resolve_budget
+from sspruner.compute.device import on_device
+from sspruner.errors import InputError
+from sspruner.formats.fitting import check_cut, check_request, trial
+from sspruner.formats.targets import Fit, chosen, fit_to
+from sspruner.pruning.cutter import cutter_for
+from sspruner.pruning.refit import KINDS, check_calibration
+from sspruner.pruning.report import model_size
+from sspruner.pruning.search import fraction_of_size
+from sspruner.pruning.stages import Clock, Machine, PruneJob
+from sspruner.recipes.recipe import Recipe
+from sspruner.scoring.choice import choose_scorers
+from sspruner.scoring.known import find_scorer
+from sspruner.scoring.run import Run
+from sspruner.scoring.score import calibrated
+
+MODES = ("slice", "mask")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check a recipe without a model. Raises InputError for invalid or contradictory options."""
+    if recipe.method.mode not in MODES:
+        raise InputError(f"mode {recipe.method.mode!r}: must be slice or mask")
+    if recipe.method.refit not in KINDS:
+        raise InputError(f"refit {recipe.method.refit!r}: must be one of {', '.join(KINDS)}")
+    if recipe.method.refit == "bias" and (recipe.limits.parameters or recipe.limits.memory):
+        raise InputError("refit bias adds parameters, which limits do not foresee: use refit output")
+    resolve_budget(recipe)
+    chosen(recipe.target.runtime, recipe.target.tp)
+    for scorer in choose_scorers(recipe.method.scorer, recipe.method.basis, recipe.remove.axes):
+        for name in scorer.values() if isinstance(scorer, Mapping) else [scorer]:
+            if isinstance(name, str):
+                find_scorer(name)
+
+
+def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
+    """Trace the model, resolve the budget for it, load the calibration, and choose the cutter. Changes nothing."""
+    check_recipe(recipe)
+    method, limits = recipe.method, recipe.limits
+    scorers = choose_scorers(method.scorer, method.basis, recipe.remove.axes)
+    run = Run(
+        model, scorers, recipe.remove.axes, dict(method.options), method.seed, machine.device, tolerant=len(scorers) > 1
+    )
+    budget, fit = _fitted(run, recipe)
+    lines = [] if limits else rounded(run.groups, budget)  # limits only choose sizes that the target supports
+    one_shot = method.one_shot or len(run.jobs) > 1 or budget.compares_layers(run.groups, run.granularity)
+    source = recipe.calibration.source if machine.calibration is None else machine.calibration
+    cutter = cutter_for(run, recipe, budget, source, machine)
+    if not limits:
+        check_budget(run.groups, budget)
+    elif not (one_shot or limits.of_damage or run.has_basis or any(group.blocks for group in run.groups.values())):
+        budget = replace(budget, sparsity=fraction_of_size(model, run.graph, run.groups, budget, limits))
+    else:
+        one_shot = True
+    dense, clock = model_size(model, run.graph), Clock()
+    with on_device(model, run.device), clock("calibration"):
+        data = calibrated(source, model, machine.tokenizer, recipe.calibration, method.seed, machine.progress)
+    if method.refit != "none":
+        check_calibration(model, run.graph, run.groups, method.refit, data)
+    return PruneJob(recipe, machine, run, budget, fit, lines, one_shot, dense, data, clock, cutter)
+
+
+def _fitted(run: Run, recipe: Recipe) -> tuple[ResolvedBudget, Fit | None]:
+    """Return the budget in sizes that the target supports. Raises ModelError if the target cannot run the cut model."""
+    budget = resolve_budget(recipe)
+    fit = fit_to(run.graph, recipe.target.runtime, recipe.target.tp)
+    if fit:
+        check_request(fit.target, budget, recipe.method.refit, run.has_basis)
+        budget = replace(budget, fit=fit)
+        check_cut(run.model, trial(run.graph, allocate(run.groups, budget)), run.graph, fit.target)
+    return budget, fit

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, oracles, helpers. Test modules import this, never each other."""

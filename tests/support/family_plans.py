@@ -1,0 +1,90 @@
+"""Random plans for models of every family."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, assume, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import sspruner
+from sspruner.graph.group import DependencyGroup
+from sspruner.plans.plan import Plan, check_plan
+from sspruner.plans.reduction import Selection
+from support.examples import scaled
+from support.zoo import FAMILIES
+
+_MAMBA2, _MAMBA1, _HYBRID = (
+    ("state", "head", "head_dim", "group"),
+    ("state", "channel", "dt_rank"),
+    ("attn_head", "mlp"),
+)
+
+
+AXES = {
+    "mamba2": (*_MAMBA2, "hidden", "block"),
+    "mamba": (*_MAMBA1, "hidden", "block"),
+    "falcon_mamba": (*_MAMBA1, "hidden", "block"),
+    "zamba2": (*_MAMBA2, *_HYBRID, "hidden", "block"),
+    "bamba": (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer"),
+    "granitemoehybrid": (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer"),
+    "falcon_h1": (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer"),
+    "nemotron_h": (*_MAMBA2, *_HYBRID, "hidden", "block"),
+    "jamba": (*_MAMBA1, *_HYBRID, "hidden", "block", "mixer"),
+    "zamba": ("state", "head", "head_dim", "dt_rank", *_HYBRID, "hidden", "block"),
+}
+
+
+MAMBA2 = tuple(family for family, axes in AXES.items() if "group" in axes)
+
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def few(examples: int) -> settings:
+    """A handful of examples per case, for there are many cases.
+
+    A failure is not shrunk: that takes minutes, and the models are small.
+    """
+    phases = [Phase.explicit, Phase.reuse, Phase.generate]
+    checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+    return settings(max_examples=scaled(examples), suppress_health_check=checks, phases=phases)
+
+
+def draw_plan(data: st.DataObject, graph: sspruner.SSMGraph, axes: tuple[str, ...]) -> Plan:
+    """Some dependency groups of these axes, each to its own size; which units stay differs by group and head."""
+    pick = random.Random(data.draw(st.integers(0, 2**16), "units"))
+    sizes = {
+        name: [n for n in range(g.multiple_of, g.units) if n % g.multiple_of == 0]
+        for name, g in graph.groups.items()
+        if g.axis in axes
+    }
+    able = [name for name, choice in sizes.items() if choice]
+    assume(able)
+    # One mixer and one attention layer have to stay, whatever blocks go.
+    kinds = [[s for s in graph.sites if s.family], [s for s in graph.sites if s.kind == "attention"]]
+    anchors = [pick.choice([path for s in sites for path in (s.path, *s.aliases)]) for sites in kinds if sites]
+    chosen = {}
+    for name in data.draw(st.lists(st.sampled_from(able), min_size=1, unique=True), "groups"):
+        group = graph.groups[name]
+        stay = {i for i, b in enumerate(group.blocks) if any(f"{a}.".startswith(f"{b.path}.") for a in anchors)}
+        after = max(data.draw(st.sampled_from(sizes[name]), "after"), len(stay))
+        if after < group.units:
+            chosen[name] = Selection(group.units, tuple(_keep(pick, group, after, stay) for _ in range(group.groups)))
+    assume(chosen)
+    plan = Plan(chosen)
+    check_plan(plan, graph)
+    return plan
+
+
+def _keep(pick: random.Random, group: DependencyGroup, after: int, stay: set[int]) -> tuple[int, ...]:
+    rest = [unit for unit in range(group.units) if unit not in stay]
+    return tuple(sorted([*stay, *pick.sample(rest, after - len(stay))]))
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """fp32 logits without a cache."""
+    return model(input_ids=ids, use_cache=False).logits.float()

@@ -1,0 +1,23 @@
+"""Plans that project the state of every layer."""
+
+from __future__ import annotations
+
+import torch
+
+from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Projection
+from sspruner.testing.plans import random_projection
+
+PROJECTED = ("mamba2", "zamba2", "bamba", "granitemoehybrid", "falcon_h1", "nemotron_h")
+
+
+def projection(sets: int, before: int, after: int, seed: int = 0) -> Projection:
+    return random_projection(sets, before, after, torch.Generator().manual_seed(seed))
+
+
+def every_state(graph: SSMGraph, part: float = 0.5, seed: int = 0) -> Plan:
+    """The states of all layers on so many random directions."""
+    groups = graph.on_axis("state")
+    sizes = {n: max(1, int(g.units * part)) for n, g in groups.items()}
+    return Plan({n: projection(g.groups, g.units, sizes[n], seed + i) for i, (n, g) in enumerate(groups.items())})

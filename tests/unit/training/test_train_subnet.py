@@ -1,0 +1,156 @@
+"""Sub-networks of a model: what they hold, how they are dealt, and that they are what a slice makes of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sspruner
+from sspruner.errors import InputError
+from sspruner.plans.plan import Plan
+from sspruner.surgery.slice import slice_model
+from sspruner.testing.plans import plans, sizes
+from sspruner.training.subnet import Subnets
+from sspruner.training.twist import Deal
+from support.examples import examples
+from support.flat import flat
+from support.tiny import close, logits, tiny_model, tokens
+from support.zoo import FAMILIES, zoo
+
+
+def made(model: Any, plan: Plan) -> tuple[Any, dict[str, Any], Subnets]:
+    """The sub-network of a plan, from the elements that it says it holds."""
+    subnets = Subnets(model, plan)
+    places = subnets.places(plan)
+    values = {name: value[places(name)] for name, value in flat(model).items()}
+    return *subnets.make(plan, values), subnets
+
+
+@pytest.mark.ci_cover(families=6)
+@pytest.mark.cover
+@pytest.mark.parametrize("family", FAMILIES)
+@examples(8)
+@given(data=st.data())
+def test_a_sub_network_is_the_slice_of_the_model(family: str, data: st.DataObject) -> None:
+    """On every axis of every family: the same tensors, to the bit but for the scales, and the same logits."""
+    model = zoo(family)
+    graph = sspruner.trace(model)
+    axis = data.draw(st.sampled_from([axis for axis in graph.axes if any(map(sizes, graph.on_axis(axis).values()))]))
+    plan = data.draw(plans(graph, (axis,)))
+    found, held, subnets = made(model, plan)
+    expected = copy.deepcopy(model)
+    slice_model(expected, plan, graph)
+    named = dict(expected.named_parameters())
+    assert [*dict(found.named_parameters())] == [*named]
+    for name, parameter in found.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=1e-6, atol=0)
+    for name, buffer in found.named_buffers():
+        assert torch.equal(buffer, dict(expected.named_buffers())[name])
+    ids = tokens(2, 9)
+    close(logits(found, ids), logits(expected, ids), expected, ids)
+    places = subnets.places(plan)
+    for name, value in flat(model).items():  # and back: a sub-network's weights in the model's terms
+        if name in held:
+            assert (places(name).diff() > 0).all()
+            torch.testing.assert_close(subnets.weights(name, held[name]), value[places(name)], rtol=1e-6, atol=0)
+        else:
+            assert not len(places(name))
+
+
+def test_the_skeleton_holds_no_weights() -> None:
+    model = tiny_model(tied=True)
+    found, held, subnets = made(model, halved(model))
+    assert all(p.is_meta for p in subnets.skeleton.parameters())
+    assert found.get_input_embeddings().weight is found.get_output_embeddings().weight
+    assert all(p.requires_grad for p in held.values())
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def halved(model: Any) -> Plan:
+    return Deal(model, ["head"], 0.5, 0, 0).draw("any", 1)[0]
+
+
+@given(
+    sets=st.integers(1, 3),
+    heads=st.integers(2, 7),
+    workers=st.integers(1, 7),
+    keep=st.floats(0.1, 0.9),
+    seed=st.integers(0, 99),
+)
+def test_every_unit_is_dealt(sets: int, heads: int, workers: int, keep: float, seed: int) -> None:
+    """All workers have the same sizes; between them they hold every unit, or the deal is refused."""
+    model = tiny_model(layers=1, groups=sets, heads_per_group=heads)
+    deal = Deal(model, ["head"], keep, 0, seed)
+    (group,) = deal.groups.values()
+    try:
+        one = deal.draw("one", 1)[0]
+    except InputError:  # so much is kept, or so little, that nothing would go, or all
+        assert round(heads * keep) in (0, heads)
+        return
+    q = one.groups[group.name].after
+    if workers > heads or workers * q < heads:
+        with pytest.raises(InputError, match="does not hold"):
+            deal.check(workers)
+        return
+    deal.check(workers)
+    hands = [hand.groups[group.name] for hand in deal.draw("round 0", workers)]
+    assert {hand.after for hand in hands} == {q}
+    for number in range(sets):
+        held = Counter(unit for hand in hands for unit in hand.keep[number])
+        assert sorted(held) == list(range(heads))
+    assert deal.draw("round 0", workers) == deal.draw("round 0", workers)
+
+
+def test_hands_are_random() -> None:
+    """Over many rounds every worker has every unit about as often, and any two units together about as often."""
+    deal = Deal(tiny_model(layers=1, heads_per_group=5), ["head"], 0.6, 0, 1)  # 5 heads, 3 of them for each of 2
+    (name,) = deal.groups
+    counts = torch.zeros(2, 5, 5)
+    for number in range(600):
+        for worker, hand in enumerate(deal.draw(f"round {number}", 2)):
+            kept = torch.zeros(5)
+            kept[list(hand.groups[name].keep[0])] = 1
+            counts[worker] += torch.outer(kept, kept)
+    alone, pairs = counts.diagonal(dim1=1, dim2=2), counts[:, *torch.triu_indices(5, 5, 1)]
+    assert (alone / 600 - 3 / 5).abs().max() < 4 * (0.6 * 0.4 / 600) ** 0.5
+    assert (pairs / 600 - 3 / 10).abs().max() < 4 * (0.3 * 0.7 / 600) ** 0.5
+    other = Deal(tiny_model(layers=1, heads_per_group=5), ["head"], 0.6, 0, 2)
+    assert [other.draw(f"round {i}", 2) for i in range(5)] != [deal.draw(f"round {i}", 2) for i in range(5)]
+
+
+@pytest.mark.parametrize("axis", ["head", "block"])
+def test_blocks_at_the_ends_stay_whole(axis: str) -> None:
+    deal = Deal(tiny_model(layers=5), [axis], 0.5, 1, 0)
+    for number in range(8):
+        (hand,) = deal.draw(f"draw {number}", 1)
+        if axis == "head":
+            assert {name.split(".")[2] for name in hand.groups} == {"1", "2", "3"}
+        else:
+            (blocks,) = hand.groups.values()
+            assert {0, 4} <= set(blocks.keep[0])
+    deal.check(2 if axis == "head" else 3)
+
+
+def test_what_cannot_be_dealt_is_refused() -> None:
+    model = tiny_model(layers=3, heads_per_group=4)
+    for arguments, said in (
+        ((["head"], 0.0, 0, 0), "keep 0.0: must be above 0 and below 1"),
+        ((["head"], 1.0, 0, 0), "keep 1.0"),
+        ((["head"], 0.5, -1, 0), "ends -1: must be at least 0"),
+        ((["head"], 0.5, 2, 0), "ends 2: none of the 3 blocks is between them"),
+        ((["weight"], 0.5, 0, 0), "axis 'weight': of single elements; twist deals state, head"),
+        ((["channel"], 0.5, 0, 0), "axis 'channel'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            Deal(model, *arguments)
+    with pytest.raises(InputError, match=r"3 workers with 1 of 4 units of .*:head each: m q >= n does not hold, 3 < 4"):
+        Deal(model, ["head"], 0.25, 0, 0).check(3)
+    with pytest.raises(InputError, match=r"5 workers for 4 units of .*:head: m <= n does not hold"):
+        Deal(model, ["head"], 0.75, 0, 0).check(5)
+    Deal(model, ["head", "state"], 0.5, 1, 0).check(2)
