@@ -3,17 +3,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .venv-oracle
 
-.PHONY: demo test test-slow lint bench wheel clean oracle-env oracle-test
+.PHONY: demo test test-slow test-all mutants lint bench wheel clean oracle-env oracle-test
 
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
 
+# Under four minutes on two cores.
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-# The tests that take longest; CI runs them after the others.
+# What takes longer, and all property tests once more with more examples; CI runs it after the others.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "(slow or hypothesis) and not exhaustive"
+
+# Every case of every product, with many more examples: for a long break.
+test-all: .venv/installed
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
+
+# Deliberate faults against the fast tests, and which test catches each; `make mutants MUTANTS='--only budgets --jobs 2'`.
+mutants: .venv/installed
+	$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
 from .axes import AXES as AXES
 from .axes import ELEMENT_AXES as ELEMENT_AXES
-from .benchmarking.measure import Bench as Bench
 from .benchmarking.measure import bench as bench
+from .benchmarking.record import Bench as Bench
 from .budgets.decide import plan as plan
 from .calibrate.sources import Calibration as Calibration
 from .calibrate.sources import calibration as calibration

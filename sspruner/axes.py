@@ -1,4 +1,4 @@
-"""Axes: the kinds of thing that can shrink, by name (docs/graph.md)."""
+"""Names of the axes that can be pruned (docs/graph.md)."""
 
 #: Axes of units: tensors get smaller.
 AXES = {
@@ -12,5 +12,5 @@ ELEMENT_AXES = {"weight", "decay"}
 #: Axes with one dependency group for all layers.
 WHOLE_MODEL = ("hidden", "block", "mixer")
 
-#: On the axes of single elements, where they compete.
+#: On the axes of single elements: the scope within which elements compete.
 GRANULARITIES = ("row", "tensor", "global")

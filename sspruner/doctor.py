@@ -1,4 +1,4 @@
-"""Is this installation sound? Versions, known hazards, and every family's installed code on a tiny random model."""
+"""Diagnose the installation: versions, known hazards, and every family's installed code on a tiny random model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from sspruner.graph.known import installed_families
 from sspruner.scoring.known import installed_scorers
 from sspruner.testing.models import FAMILIES, VOCABULARY, zoo
 
-LEAST_TRANSFORMERS = (5, 15)  # before, some mixers looked ahead where there were no kernels
-TOKENS = 19  # the tiny models' chunks are of 8: more than two, and not a multiple of one
-PREFILLS = (1, 9)  # tokens at once, before the others follow one by one
-TOLERANCE = 1e-4  # of the largest; roundings are below 1e-5
+LEAST_TRANSFORMERS = (5, 15)  # in earlier versions some mixers read later tokens where there were no kernels
+TOKENS = 19  # more than two chunks of the tiny models (8), and not a multiple of the chunk length
+PREFILLS = (1, 9)  # lengths of the prefill before token-by-token decoding
+TOLERANCE = 1e-4  # relative to the largest value; roundings are below 1e-5
 
 PASSED = {
     "causality": "no token changes what comes before it",
@@ -43,7 +43,7 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the diagnosis. says: what was found; where it is not ok, also what to do."""
+    """One line of the diagnosis. says: the finding; if not ok, also what to do."""
 
     name: str
     ok: bool
@@ -51,7 +51,7 @@ class Check:
 
 
 def diagnose() -> Iterator[Check]:
-    """Every check, one by one as it is done. The self-tests run on the CPU, in fp32, with fixed seeds."""
+    """Run every check and yield the results one by one. The self-tests run on the CPU, in fp32, with fixed seeds."""
     yield Check("python", True, platform.python_version())
     yield Check("sspruner", True, sspruner.__version__)
     yield _torch()
@@ -96,7 +96,7 @@ def _kernels(name: str) -> Check:
 
 
 def _version(name: str) -> str:
-    """The version of a package that can be imported, "" if it cannot."""
+    """Return the version of a package that can be imported, "" if it cannot."""
     if find_spec(name) is None:
         return ""
     try:
@@ -106,12 +106,12 @@ def _version(name: str) -> str:
 
 
 def _nvidia() -> bool:
-    """Whether there is an NVIDIA driver, whatever torch sees of it."""
+    """Return whether an NVIDIA driver is installed, whether or not torch sees a GPU."""
     return Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
 
 
 def _gpu() -> str:
-    """The name of the GPU that torch sees, "" without one."""
+    """Return the name of the GPU that torch sees, "" without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
@@ -138,7 +138,7 @@ def _self_tests(family: Family) -> Iterator[Check]:
 
 
 def _causality(family: Family, model: Any) -> str:
-    """What is wrong, or "": row t of the batch has another token t, and must have row 0's logits before it."""
+    """Check that row t of a batch, with another token t, has row 0's logits before t. Returns the fault, "" if none."""
     ids = _ids().repeat(TOKENS, 1)
     ids.diagonal().add_(1).remainder_(VOCABULARY)
     ids[0] = _ids()
@@ -151,7 +151,10 @@ def _causality(family: Family, model: Any) -> str:
 
 
 def _recurrence(family: Family, model: Any) -> str:
-    """What is wrong, or "": decoding with a cache against one forward, and every scan against a loop over tokens."""
+    """Check decoding with a cache against one forward, and every scan against a loop over tokens.
+
+    Returns the fault, "" if none.
+    """
     ids = _ids()
     expected = _logits(model, ids)
     for prefill in PREFILLS:
@@ -168,8 +171,8 @@ def _recurrence(family: Family, model: Any) -> str:
         hidden, read = _seen(model, mixer, ids)
         p = family.project(mixer, hidden, torch.ones(ids.shape, dtype=torch.bool))
         y = _loop(p).float()
-        said = family.readout(mixer, y, p.z)
-        apart = _relative(read, y.flatten(2) * F.silu(p.z) if said is None else said)
+        readout = family.readout(mixer, y, p.z)
+        apart = _relative(read, y.flatten(2) * F.silu(p.z) if readout is None else readout)
         if not apart <= TOLERANCE:
             return f"{path} computes something else than its recurrence, by {apart:.1g} of the largest"
     return ""
@@ -185,7 +188,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _decoded(model: Any, ids: torch.Tensor, prefill: int) -> torch.Tensor:
-    """The logits of `ids`, fed through the model's cache: `prefill` tokens, and then one at a time."""
+    """Return the logits of `ids`, run through the model's cache: `prefill` tokens, then one at a time."""
     cache: dict[str, Any] = {}
     logits = []
     for positions in torch.split(torch.arange(TOKENS), [prefill] + [1] * (TOKENS - prefill)):
@@ -196,7 +199,7 @@ def _decoded(model: Any, ids: torch.Tensor, prefill: int) -> torch.Tensor:
 
 
 def _seen(model: Any, mixer: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a forward over `ids` gives a mixer, and what this gives its out_proj."""
+    """Return the inputs of a mixer and of its out_proj in a forward over `ids`."""
     seen: dict[nn.Module, torch.Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -212,7 +215,10 @@ def _seen(model: Any, mixer: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def _loop(p: Projected | SelectiveProjected) -> torch.Tensor:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t, y_t = C_t . h_t + D x_t, step by step: fp64 (b, T, H, P)."""
+    """Compute h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t, y_t = C_t . h_t + D x_t, step by step.
+
+    Returns fp64 (b, T, H, P).
+    """
     x, dt, A, B, C, D = (tensor.double() for tensor in (p.x, p.dt, p.A, p.B, p.C, p.D))
     if isinstance(p, Projected):  # one dt and one A per head, B and C per group of heads
         heads = x.shape[2]
@@ -225,10 +231,10 @@ def _loop(p: Projected | SelectiveProjected) -> torch.Tensor:
     return torch.stack(steps, 1)
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def _line(error: Exception) -> str:
-    """The type of an error and its message, on one line."""
+    """Return the type of an error and its message, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -1,8 +1,8 @@
-"""The errors a user can meet: one root, few leaves, each a single line that says where, what, and what to do."""
+"""Errors that a user can meet: one root and few subclasses. Messages are one line with place, problem and remedy."""
 
 
 class SSPrunerError(Exception):
-    """Root of every error that is the user's to fix. The command line prints it without a traceback."""
+    """Root of all errors that the user can fix. The command line prints them without a traceback."""
 
     exit_code = 2
 
@@ -12,7 +12,7 @@ class InputError(SSPrunerError):
 
 
 class ModelError(SSPrunerError):
-    """A model that cannot be read or that sspruner cannot prune."""
+    """A model that cannot be read, or that sspruner cannot prune."""
 
 
 class PlanError(SSPrunerError):
@@ -24,12 +24,12 @@ class PluginError(SSPrunerError):
 
 
 class ProofError(SSPrunerError):
-    """A cut that did not do what its plan predicts. Never the user's fault; nothing is written."""
+    """A cut that differs from its plan's prediction. Never the user's fault; nothing is written."""
 
     exit_code = 1
 
 
 class ProcessError(SSPrunerError):
-    """Another process of this run is gone, so that this one cannot go on."""
+    """Another process of this run has ended, so this one cannot go on."""
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Units: numbers as people read them, and sizes, rates and counts as people write them."""
+"""Parse and format sizes, rates and counts with units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "ki": 2**10, "Mi": 2**2
 
 
 def as_bytes(n: float) -> str:
-    """A size in the unit that suits it, powers of 1000."""
+    """Format a size in bytes with a suitable unit, powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n < 1000 or unit == "TB":
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
@@ -22,32 +22,32 @@ def as_bytes(n: float) -> str:
 
 
 def percent(before: Any, after: Any) -> str:
-    """The change from one number to another; "" from zero."""
+    """Format the relative change from one number to another; "" from zero."""
     return f"{100 * (after / before - 1):+.2f} %" if before else ""
 
 
 def span(values: Sequence[int]) -> str:
-    """Sorted numbers as the one that they are, or as smallest and largest."""
+    """Format sorted numbers as smallest and largest, or as one number if there is only one."""
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
 def parse_bytes(text: str, option: str) -> float:
-    """`25MB`, `25MiB`, `80 GB`, `1000`: bytes. Raises InputError for anything else."""
+    """Parse `25MB`, `25MiB`, `80 GB` or `1000` as bytes. Raises InputError for anything else."""
     return _number(text, option, r"B?", "a size such as 25MB, 25MiB or 80GB")
 
 
 def parse_bandwidth(text: str, option: str) -> float:
-    """`3.35TB/s`, `900 GB/s`: bytes per second. Raises InputError for anything else."""
+    """Parse `3.35TB/s` or `900 GB/s` as bytes per second. Raises InputError for anything else."""
     return _number(text, option, r"B/s", "a rate such as 3.35TB/s or 900GB/s")
 
 
 def parse_flops(text: str, option: str) -> float:
-    """`989TFLOP/s`, `80 GFLOPS`: operations per second. Raises InputError for anything else."""
+    """Parse `989TFLOP/s` or `80 GFLOPS` as operations per second. Raises InputError for anything else."""
     return _number(text, option, r"FLOP(?:/s|S)", "a rate such as 989TFLOP/s")
 
 
 def parse_parameters(text: str, option: str) -> float:
-    """`0.8x`: a fraction; `900M`, `1.1B`, `1100000000`: a count."""
+    """Parse `0.8x` as a fraction, or `900M`, `1.1B`, `1100000000` as a count. Raises InputError for anything else."""
     if text.strip().endswith("x"):
         fraction = _number(text.strip()[:-1], option, r"", "a fraction such as 0.8x")
         if fraction > 1:
@@ -61,7 +61,7 @@ def parse_parameters(text: str, option: str) -> float:
 
 
 def parse_increase(text: str, option: str) -> float:
-    """`1%` or `0.01`."""
+    """Parse `1%` or `0.01` as a fraction. Raises InputError for anything else."""
     if text.strip().endswith("%"):
         return _number(text.strip()[:-1], option, r"", "a percentage such as 1%") / 100
     return _number(text, option, r"", "a percentage such as 1%, or a fraction such as 0.01")

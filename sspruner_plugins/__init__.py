@@ -1,1 +1,1 @@
-"""The scorers that ship. Each is one file, registered by entry point like a third party's; the engine knows none."""
+"""Built-in scorers, one file each, registered by entry point like third-party ones."""

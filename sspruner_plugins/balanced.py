@@ -1,15 +1,16 @@
-"""Balanced: keep the directions of the state that are both reached and read, instead of its coordinates.
+"""Balanced truncation: keep the directions of the state that are both reached and read, instead of coordinates.
 
-In Mamba2 the decay is one number per head, so that any change of basis of a group's state, shared by its heads, leaves
-the layer as it is: B' = R B, C' = R^-T C. Balanced truncation takes the basis in which what reaches a coordinate and
-what reads it are equally large, and keeps the first k. Per B/C group, over tokens t, heads k and head channels p:
+In Mamba2 the decay is one number per head, so a change of basis of a group's state, shared by its heads, does not
+change the layer: B' = R B, C' = R^-T C. Balanced truncation takes the basis in which each coordinate is reached by
+inputs and read by outputs equally strongly, and keeps the first k. Per B/C group, over tokens t, heads k and head
+channels p:
 
     W_c = sum w_t[k,p] h_t[k,p] h_t[k,p]^T        W_o = sum C_t C_t^T                             (N, N)
     W_c = L_c L_c^T    W_o = L_o L_o^T    L_o^T L_c = U S V^T
     decode = L_c V S^-1/2    encode = S^-1/2 U^T L_o^T    encode decode = I
 
 S holds the empirical Hankel singular values; the importance of direction i is S_i per token. Of all projectors Pi of
-rank k, decode_k encode_k makes || L_o^T (I - Pi) L_c ||, the error of y if C and h were independent in time, smallest.
+rank k, decode_k encode_k minimises || L_o^T (I - Pi) L_c ||, the error of y if C and h were independent in time.
 
 weights="output" (default): w is the squared gain from y to the mixer's output, through gate, norm and out_proj
 (docs/scorers/ghost.md). weights="none": w = 1, the error of y itself.
@@ -23,11 +24,13 @@ import torch
 
 import sspruner
 
-RIDGE = 1e-9  # of the mean of the diagonal: what no token reached or read still has a direction, the last in order
-TINY = 1e-30  # where nothing was reached or read at all
+RIDGE = 1e-9  # relative to the mean of the diagonal: directions that no token reached or read come last in order
+TINY = 1e-30  # for groups that no token reached or read at all
 
 
 class Balanced(sspruner.Scorer):
+    """Scorer of balanced truncation."""
+
     name, axes, needs, basis = "balanced", {"state"}, "activations", "balanced"
     spectrum = "Hankel singular values"
     token_sums = ("tokens", "reached", "read")
@@ -54,7 +57,7 @@ class Balanced(sspruner.Scorer):
 
 
 def balance(reached: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """encode (G, N, N), decode (G, N, N) and the Hankel singular values (G, N), largest first, of two Gramians.
+    """Return encode (G, N, N), decode (G, N, N) and the Hankel singular values (G, N), largest first, of two Gramians.
 
     reached, read: W_c and W_o, fp64 (G, N, N), symmetric, positive semidefinite up to rounding.
     """
@@ -67,7 +70,7 @@ def balance(reached: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _root(gramian: torch.Tensor) -> torch.Tensor:
-    """L with L L^T = W, and no direction at zero: (G, N, N)."""
+    """Return L with L L^T = W, with all eigenvalues above a small floor: (G, N, N)."""
     values, vectors = torch.linalg.eigh(gramian)  # (G, N), (G, N, N)
     floor = RIDGE * gramian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + TINY  # (G, 1)
     root: torch.Tensor = vectors * values.maximum(floor).sqrt()[:, None]

@@ -1,15 +1,15 @@
-"""FLAP: how much a unit's output fluctuates, weighed by what reads it; what is dropped is replaced by its mean.
+"""FLAP: fluctuation of a unit's output, weighted by the layer that reads it; removed units are replaced by their mean.
 
     metric_j = Var_t(y_j) sum_o W_out[o,j]^2           y: input of the Linear that reads the units, W_out its weight
     S[u]     = mean over the channels j of u of (metric_j - mean) / std        mean and std over the layer
-    bias    += W_out[:, dropped] E_t[y_dropped]        the mean of what is dropped still reaches the output
+    bias    += W_out[:, dropped] E_t[y_dropped]        the mean of dropped units still reaches the output
 
 A channel that hardly varies can be replaced by its mean: with the bias, the squared error of the layer's output is
-that of the fluctuations alone. The z-score makes layers comparable, for budgets that are spread by score. Sources: An
-et al., FLAP, arXiv 2312.11983, section 3; on heads of Mamba2 SSM-FLAP in Ghattas et al., arXiv 2502.18886.
+that of the fluctuations alone. The z-score makes layers comparable, for budgets distributed by score. Sources: An et
+al., FLAP, arXiv 2312.11983, section 3; on heads of Mamba2 SSM-FLAP in Ghattas et al., arXiv 2502.18886.
 
-Var is over all tokens that are not padding, the population variance, from fp64 sums of y minus its first value, so
-that a constant has none. A layer whose metrics are all equal scores 0. Needs two tokens.
+Var is the population variance over all tokens that are not padding, from fp64 sums of y minus its first value, so that
+a constant has variance 0. A layer whose metrics are all equal scores 0. Needs two tokens.
 Cost: one more forward of each block. Axes: head, head_dim, channel, mlp. Options: none.
 """
 
@@ -22,6 +22,8 @@ import sspruner
 
 
 class Flap(sspruner.Scorer):
+    """Scorer of FLAP."""
+
     name, axes, needs = "flap", {"head", "head_dim", "channel", "mlp"}, "activations"
     comparable = True
 
@@ -33,7 +35,7 @@ class Flap(sspruner.Scorer):
         self.key = ""
 
     def observe(self, view: sspruner.SSMView) -> None:
-        # The last Linear whose columns the units own: out_proj or down_proj. In Mamba1 x_proj reads them before.
+        # The last Linear that reads the units: out_proj or down_proj. In Mamba1 x_proj also reads them, earlier.
         reader = [m for m in view.group.members if m.dims == (1,)][-1]
         key = view.group.key(reader.tensor)
         y = view.inputs[key].double()  # (tokens, in features)
@@ -50,7 +52,7 @@ class Flap(sspruner.Scorer):
         self.sum, self.squares = self.sum + y.sum(0), self.squares + y.square().sum(0)
 
     def combine(self, total: Callable[[Any], Any]) -> None:
-        # From one origin: a mean of the first values, in fp32 as they are, so that a constant stays without variance.
+        # Use one origin, the mean of the first values in fp32, so that a constant keeps variance 0.
         sampled = total(float(self.tokens > 0))  # processes that saw a token
         origin = torch.as_tensor(total(self.first) / max(sampled, 1)).float().double()
         shift = self.first - origin if self.tokens else 0.0
@@ -63,9 +65,9 @@ class Flap(sspruner.Scorer):
             raise sspruner.InputError(f"a variance needs at least 2 calibration tokens, not {self.tokens}")
         variance = torch.as_tensor(self.squares - self.sum * self.sum / self.tokens).clamp_min(0) / self.tokens
         metric = (variance * self.weight.square().sum(0))[self.columns]  # (groups, units, channels)
-        spread, away = metric.std(correction=0), metric - metric.mean()
+        spread, deviation = metric.std(correction=0), metric - metric.mean()
         rounding = 1e-12 * metric.max()
-        score = away / spread if spread > rounding else torch.zeros_like(away)
+        score = deviation / spread if spread > rounding else torch.zeros_like(deviation)
         return score.mean(-1)  # (groups, units)
 
     def reduce(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""GHOST: how much the mixer's output would change if one unit were zero, from forward passes alone.
+"""GHOST: change of the mixer's output when one unit is zeroed, from forward passes alone.
 
     S[g,n] = sqrt( (1/Z) sum_samples sum_t sum_{k in group g} sum_p  w_t[k,p] h_t[k,p,n]^2 C_t[g,n]^2 )
 
@@ -6,17 +6,18 @@ Source: Menezes & Kyrillidis, "GHOST", arXiv 2602.11408, where w = 1. h^2 stands
 (instantaneous) observability; S^2 is then the mean squared change of y per token when state n of group g is zeroed. Z
 is the number of tokens that are not padding. In Mamba1 the sum runs over channels instead of heads and p.
 
-variant="output", ours, weighs the change of y by what the rest of the mixer makes of it, to first order:
+variant="output", ours, weights the change of y by its first-order effect on the mixer's output:
 
     w_t[k,p] = silu(z_t[k,p])^2 rms_t^-2 norm.weight[k,p]^2 ||W_out[:,(k,p)]||^2
 
-with the mean square of the gated norm (one for each group; 1 where there is no norm) held at its value, and without
-products between channels. On heads, head channels, groups and Mamba1's channels S^2 is the energy of what the unit
-adds, sum w y^2. docs/scorers/ghost.md has the derivations.
+with the mean square of the gated norm (one for each group; 1 where there is no norm) held constant, and without
+products between channels. On heads, head channels, groups and Mamba1's channels S^2 is the energy of the unit's
+contribution, sum w y^2. docs/scorers/ghost.md has the derivations.
 
-Cost: about one more scan per layer and batch, in the memory of one chunk of steps; "output" on state makes the states
-themselves, four steps at a time: about four times the time of "joint". Axes: state, head, head_dim, group, channel.
-Options: variant="joint" (default), "output", or "means", on state the older sqrt(E[h^2] E[C^2]), for comparison.
+Cost: about one more scan per layer and batch, in the memory of one chunk of steps; "output" on state computes the
+states themselves, four steps at a time, in about four times the time of "joint". Axes: state, head, head_dim, group,
+channel. Options: variant="joint" (default), "output", or "means", on state the older sqrt(E[h^2] E[C^2]), for
+comparison.
 """
 
 import torch
@@ -27,6 +28,8 @@ from sspruner.graph.family import Projected
 
 
 class Ghost(sspruner.Scorer):
+    """Scorer of GHOST."""
+
     name, axes, needs = "ghost", {"state", "head", "head_dim", "group", "channel"}, "activations"
     token_sums = ("tokens", "change", "h2", "c2")
 
@@ -35,7 +38,7 @@ class Ghost(sspruner.Scorer):
             raise sspruner.InputError(f"scorer 'ghost': variant={variant!r}; known: joint, means, output")
         self.variant = variant
         self.tokens = 0
-        self.change: torch.Tensor | float = 0.0  # summed squared change of y: (G, N), or (H, P) of what is added
+        self.change: torch.Tensor | float = 0.0  # summed squared change of y: (G, N), or (H, P)
         self.h2: torch.Tensor | float = 0.0  # (G, N)
         self.c2: torch.Tensor | float = 0.0  # (G, N)
 
@@ -61,7 +64,7 @@ class Ghost(sspruner.Scorer):
 
 
 def _change_of_output(view: sspruner.SSMView, axis: str) -> torch.Tensor:
-    """Summed squared change of out_proj's output: fp64 (G, N) on state, else (H, P)."""
+    """Return the summed squared change of out_proj's output: fp64 (G, N) on state, else (H, P)."""
     w, p = view.output_weights, view.projected
     if axis != "state":
         return (w * view.y.square() * view.mask[..., None, None]).sum((0, 1), dtype=torch.float64)

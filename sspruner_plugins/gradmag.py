@@ -3,8 +3,8 @@
     S(w) = |w| |g|^alpha         g: gradient of the mean next-token loss over all calibration tokens
 
 Source: Shihab et al., arXiv 2505.08299 (unstructured pruning of Mamba), section 3: alpha = 1, and one global threshold
-over all prunable weights. alpha = 0 is the magnitude, and needs no gradients; with alpha = 1 it is SNIP. What may be
-pruned is the axis's affair: linear layers, so never A_log, D, dt_bias, norms or convolutions.
+over all prunable weights. alpha = 0 is the magnitude, and needs no gradients; alpha = 1 is SNIP. The axis defines the
+prunable weights: those of linear layers, never A_log, D, dt_bias, norms or convolutions.
 
 Cost: one forward and backward pass over the calibration; one fp32 gradient per parameter; alpha = 0: none.
 Axes: weight. Options: alpha=1.0, at least 0.
@@ -18,6 +18,8 @@ import sspruner
 
 
 class GradMag(sspruner.Scorer):
+    """Scorer of gradient-aware magnitude."""
+
     name, axes, needs, granularity = "gradmag", {"weight"}, "gradients", "global"
     comparable = True
 

@@ -1,4 +1,4 @@
-"""LAST: the worst-case gain of each state, measured against the stronger states of its layer.
+"""LAST: worst-case gain of each state, relative to the stronger states of its layer.
 
     e_n = ||C_n||^2 ||B_n||^2 / (1 - |lambda_n|)^2          squared H-infinity norm of one state of a diagonal system
     S_n = e_n / sum_{j: e_j >= e_n} e_j                     over all states of the layer, in (0, 1]
@@ -14,9 +14,9 @@ decay differ by token, so with the discretised input dt B
 
 for each head (Mamba2) or channel (Mamba1), and e of state n is the sum over the heads or channels of its group. This is
 no gain of the real system any more. In Mamba2 a head's decay is the same for all its states: it weighs the heads, and
-hardly changes how states rank within a layer. With input="weights" nothing runs: the rows of the projections that make
-B and C stand for them (convolution, activation and norms left out), and dt = softplus(its bias).
-A decay slower than fp32 can tell from 1 counts as 1 - 1.2e-7. States without energy have S = 0.
+hardly changes how states rank within a layer. With input="weights" no forward pass runs: B and C are replaced by the
+rows of their projections (without convolution, activation and norms), and dt = softplus(its bias).
+A decay that fp32 cannot distinguish from 1 counts as 1 - 1.2e-7. States without energy have S = 0.
 
 Cost: no scan; tokens x D x N (Mamba1), tokens x H x N (Mamba2). Axes: state.
 Options: input="activations" (default) or "weights".
@@ -29,6 +29,8 @@ import sspruner
 
 
 class Last(sspruner.Scorer):
+    """Scorer of LAST."""
+
     name, axes, needs = "last", {"state"}, "activations"
     comparable = True
     token_sums = ("tokens", "b2", "c2", "lost")
@@ -59,7 +61,7 @@ class Last(sspruner.Scorer):
 
     def _observe_weights(self, view: sspruner.SSMView) -> None:
         G, N = view.group.groups, view.group.units
-        made = {
+        rows_of = {
             rows: torch.cat([w for key, w in view.weights.items() if "proj" in key and key.endswith(rows)], -1).double()
             for rows in (":B", ":C")
         }  # (G, N, elements)
@@ -68,8 +70,8 @@ class Last(sspruner.Scorer):
         decay = view.tensor("A_log").double().exp()
         decay = decay.reshape(G, -1, 1) if decay.ndim == 1 else decay.reshape(G, -1, N)
         self.tokens = 1
-        self.b2 = dt.square() * made[":B"].square().sum(-1)[:, None]
-        self.c2 = made[":C"].square().sum(-1)[:, None]
+        self.b2 = dt.square() * rows_of[":B"].square().sum(-1)[:, None]
+        self.c2 = rows_of[":C"].square().sum(-1)[:, None]
         self.lost = -torch.expm1(-dt * decay)
 
     def importance(self) -> torch.Tensor:
@@ -80,7 +82,7 @@ class Last(sspruner.Scorer):
 
 
 def share(energy: torch.Tensor) -> torch.Tensor:
-    """e_n / sum_{j: e_j >= e_n} e_j, 0 where all energies are: (n,)."""
+    """Return e_n / sum_{j: e_j >= e_n} e_j, 0 where all energies are 0: (n,)."""
     at_least = energy[None] >= energy[:, None]  # (n, n): row n marks what is not smaller than n
     total = at_least.to(energy.dtype) @ energy
     return torch.where(total > 0, energy / total, 0.0)

@@ -1,11 +1,11 @@
-"""Magnitude: the size of the weights that a unit owns.
+"""Magnitude: norm of a unit's weights.
 
     state       S[g,n] = ||W_B[g,n]||_p * ||W_C[g,n]||_p        rows of in_proj (Mamba1: of x_proj)
-    other axes  S[g,u] = p-norm of everything that unit u owns
+    other axes  S[g,u] = p-norm of all parameters of unit u
 
 One ranking for B and C together, because they are cut together. The published baseline of the state-pruning
-papers (GHOST, arXiv 2602.11408; SSM-Pruner, arXiv 2502.18886, which ranked B and C apart: a fault). The product
-writes a state times reads it; elsewhere the norm is the common group magnitude (Torch-Pruning, arXiv 2301.12900).
+papers (GHOST, arXiv 2602.11408; SSM-Pruner, arXiv 2502.18886, which wrongly ranked B and C separately). On the state
+it is the write norm times the read norm; elsewhere the common group magnitude (Torch-Pruning, arXiv 2301.12900).
 With a reduction, on every axis of tensors, S is that of the p-norms of the unit's members, each tensor by itself.
 On single elements S = |w|, compared within a tensor.
 
@@ -21,6 +21,8 @@ REDUCTIONS = (None, "sum", "mean", "max")
 
 
 class Magnitude(sspruner.Scorer):
+    """Scorer of magnitudes."""
+
     name, axes, needs = "magnitude", sspruner.AXES | sspruner.ELEMENT_AXES, "weights"
 
     def __init__(self, p: int = 2, reduction: str | None = None) -> None:
@@ -38,10 +40,10 @@ class Magnitude(sspruner.Scorer):
         elif self.reduction:
             sizes = torch.stack([w.norm(self.p, dim=-1) for w in view.weights.values()])  # (members, groups, units)
             self.score = sizes.amax(0) if self.reduction == "max" else getattr(sizes, self.reduction)(0)
-        elif self.axis == "state":  # the projections that make B and C: linear weights, before any convolution
-            made = {rows: [w for key, w in view.weights.items() if "proj" in key and key.endswith(rows)]
+        elif self.axis == "state":  # the linear projections of B and C, before any convolution
+            rows_of = {rows: [w for key, w in view.weights.items() if "proj" in key and key.endswith(rows)]
                     for rows in (":B", ":C")}  # fmt: skip
-            write, read = (torch.cat(parts, -1) for parts in made.values())  # (G, N, elements)
+            write, read = (torch.cat(parts, -1) for parts in rows_of.values())  # (G, N, elements)
             self.score = write.norm(self.p, dim=-1) * read.norm(self.p, dim=-1)  # (G, N)
         elif self.p == 2:
             self.score = view.norms  # (groups, units)

@@ -1,14 +1,14 @@
-"""Perplexity drop: take away, again and again, the block or mixer that the calibration loss misses least.
+"""Perplexity drop: repeatedly remove the block or mixer whose removal increases the calibration loss least.
 
-    gone = [];  repeat:  u = argmin over the rest of loss(model without gone and u);  gone += [u]
-    S[u] = the step at which u went, so that the last one to go is the most important
+    removed = [];  repeat:  u = argmin over the rest of loss(model without removed and u);  removed += [u]
+    S[u] = the step at which u was removed, so that the last one is the most important
 
-Source: Mamba-Shedder (Muñoz et al., arXiv 2501.17088): training-free removal, evaluated at every step. Later steps see
-what earlier ones took away, which a score of single blocks (block-influence) does not.
+Source: Mamba-Shedder (Muñoz et al., arXiv 2501.17088): training-free removal, evaluated at every step. Later steps take
+earlier removals into account, which a score of single blocks (block-influence) does not.
 
-A loss that is NaN or infinite is the worst; of equal losses the unit goes whose own loss is lower, then the first.
-Cost: U (U + 1) / 2 forward passes of the whole model over the calibration text, for U units. stop=k: only k steps are
-taken, and the others are ranked after them by the loss without each of them alone: U + (U - 1) + ... passes, k terms.
+A loss that is NaN or infinite is the worst. Of equal losses the unit is removed whose removal alone costs less, then
+the first. Cost: U (U + 1) / 2 forward passes of the whole model over the calibration text, for U units. stop=k: only k
+steps are taken, and the others are ranked by the loss without each of them alone: U + (U - 1) + ... passes, k terms.
 Axes: block, mixer. Options: stop (default: all but the last one).
 """
 
@@ -21,6 +21,8 @@ import sspruner
 
 
 class PerplexityDrop(sspruner.Scorer):
+    """Scorer of iterative block removal."""
+
     name, axes, needs = "perplexity-drop", {"block", "mixer"}, "loss"
     comparable = True
 
@@ -31,19 +33,19 @@ class PerplexityDrop(sspruner.Scorer):
 
     def observe(self, view: sspruner.SSMView) -> None:
         def loss(units: Sequence[int]) -> float:
-            found = view.loss(sorted(units))
-            return found if math.isfinite(found) else math.inf
+            value = view.loss(sorted(units))
+            return value if math.isfinite(value) else math.inf
 
         units = view.group.units
         steps = units - 1 if self.stop is None else min(self.stop, units - 1)
         alone = [loss([u]) for u in range(units)]
-        rest, gone = list(range(units)), list[int]()
+        rest, removed = list(range(units)), list[int]()
         for step in range(steps):
-            found = {u: loss([*gone, u]) for u in rest} if step else dict(enumerate(alone))
-            least = min(rest, key=lambda u: (found[u], alone[u]))
+            losses = {u: loss([*removed, u]) for u in rest} if step else dict(enumerate(alone))
+            least = min(rest, key=lambda u: (losses[u], alone[u]))
             rest.remove(least)
-            gone.append(least)
-        order = gone + sorted(rest, key=lambda u: alone[u])
+            removed.append(least)
+        order = removed + sorted(rest, key=lambda u: alone[u])
         self.score = torch.empty(1, units)
         self.score[0, order] = torch.arange(units, dtype=torch.float32)
 

@@ -1,4 +1,4 @@
-"""Random: the floor that every other scorer has to beat. A permutation seeded by the run's seed and the layer.
+"""Random scores, the baseline for every other scorer: a permutation seeded by the run's seed and the layer.
 
 Cost: none; no forward pass. Axes: all, and single elements.
 """
@@ -11,6 +11,8 @@ import sspruner
 
 
 class Random(sspruner.Scorer):
+    """Scorer of random permutations."""
+
     name, axes, needs = "random", sspruner.AXES | sspruner.ELEMENT_AXES, "weights"
 
     def observe(self, view: sspruner.SSMView) -> None:

@@ -1,4 +1,4 @@
-"""RRQR: which states' inputs span what all of them carry. A QR with column pivoting of what a group writes.
+"""RRQR: the states whose inputs span those of all others, by a QR with column pivoting of a group's B.
 
     X = the B_t of group g, stacked over all tokens (tokens, N);  X P = Q R,  |R_11| >= |R_22| >= ...
     S[g,n] = |R_kk| / sqrt(tokens)      state n is the k-th pivot: the RMS of what B_n adds to the earlier pivots
@@ -7,9 +7,9 @@ Source: Nazari & Rusch, "The Key to State Reduction in Linear Attention", arXiv 
 pivoting is that of Businger & Golub (1965). Keeping k states keeps the first k pivots: a selection that looks at the
 span, not at each state alone. It sees neither C nor how long a state remembers.
 
-X is never stored: its Gram matrix is, in fp64, and a pivoted Cholesky of that takes the pivots of the QR. A Gram
-matrix squares: what is below 1e-7 of the largest counts as linearly dependent. Such states come after all pivots, by
-their own energy. Of equal residuals the first state is the pivot; in fp64 S falls from pivot to pivot.
+X is never stored, only its Gram matrix in fp64, whose pivoted Cholesky factorisation has the pivots of the QR. A Gram
+matrix squares singular values: below 1e-7 of the largest, states count as linearly dependent. They come after all
+pivots, by their own energy. Of equal residuals the first state is the pivot; in fp64 S falls from pivot to pivot.
 
 Cost: N^2 per token and group, N^3 at the end. Axes: state. Options: none.
 """
@@ -20,6 +20,8 @@ import sspruner
 
 
 class RRQR(sspruner.Scorer):
+    """Scorer of rank-revealing QR."""
+
     name, axes, needs = "rrqr", {"state"}, "activations"
     token_sums = ("gram", "tokens")
 
@@ -37,7 +39,7 @@ class RRQR(sspruner.Scorer):
 
 
 def pivoted(gram: torch.Tensor) -> torch.Tensor:
-    """|R_kk| of the QR with column pivoting of X, for each column of X: fp64 (N,). gram: X^T X, fp64 (N, N)."""
+    """Return |R_kk| of the QR with column pivoting of X, for each column of X: fp64 (N,). gram: X^T X, fp64 (N, N)."""
     energy = gram.diagonal()
     residual = energy.clone()  # (N,): energy of each column outside the span of the pivots so far
     waiting = torch.ones_like(energy, dtype=torch.bool)

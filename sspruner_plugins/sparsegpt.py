@@ -1,4 +1,4 @@
-"""SparseGPT: zeros in a linear layer whose other weights make up for them, by optimal brain surgery.
+"""SparseGPT: zero weights of a linear layer and update the others to compensate, by optimal brain surgery.
 
     H = X^T X / tokens + lambda I          X (tokens, in): the layer's input; lambda = percdamp * mean live diagonal
     H^-1 = U^T U, U upper triangular       U_jj^2 = [(H_jj..)^-1]_jj, where columns j and later are still free
@@ -6,10 +6,10 @@
         keep   chosen by W_ij^2 / U_jj^2, from the weights as updated so far
         for each column j:  e = W_j / U_jj where column j is not kept, else 0;   W_k -= e U_jk for all k >= j
 
-Source: Frantar & Alistarh, arXiv 2301.00774, Algorithm 1 and section 3.3. Zeros that may not compete (rows outside the
-budget's) are none: such rows stay as they are. A column that is never active has H_jj = 0: its weights score 0, so
-they go first, and neither cause nor receive an update. importance() is W_ij^2 / [H^-1]_jj, the rise of the layer's
-mean squared error if that one weight goes and all others adapt; reduce() does the above.
+Source: Frantar & Alistarh, arXiv 2301.00774, Algorithm 1 and section 3.3. Rows outside the budget's rows are not
+changed. A column that is never active has H_jj = 0: its weights score 0, so they are removed first, and neither cause
+nor receive an update. importance() is W_ij^2 / [H^-1]_jj, the increase of the layer's mean squared error if that one
+weight is removed and all others adapt; reduce() is the algorithm above.
 
 Cost, in fp64: tokens * in^2 for H, in^3 for U, out * in^2 for the updates; memory in^2 + out * in for each layer.
 Axes: weight. Options: percdamp=0.01; block=128, columns whose zeros are chosen at once. For N:M patterns the paper
@@ -22,6 +22,8 @@ import sspruner
 
 
 class SparseGPT(sspruner.Scorer):
+    """Scorer of SparseGPT, which also updates the remaining weights."""
+
     name, axes, needs, granularity = "sparsegpt", {"weight"}, "activations", "tensor"
     token_sums = ("gram", "tokens")
 
@@ -67,11 +69,14 @@ class SparseGPT(sspruner.Scorer):
         return keep, {"weight": weight.masked_fill(~keep, 0).float()}
 
     def _saliency(self, weight: torch.Tensor, inverse: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-        """W_ij^2 / inverse_j, 0 in dead columns: (out, columns)."""
+        """Return W_ij^2 / inverse_j, 0 in dead columns: (out, columns)."""
         return (weight.square() / inverse).masked_fill(dead, 0)
 
     def _factor(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """U (in, in), and which columns are never active (in,). Raises InputError if the data cannot tell U."""
+        """Return U (in, in), and which columns are never active (in,).
+
+        Raises InputError if the data cannot determine U.
+        """
         if not self.tokens:
             raise sspruner.InputError(
                 "no calibration token reaches this layer; use more text, or leave it out with ignore"
@@ -88,7 +93,7 @@ class SparseGPT(sspruner.Scorer):
         scale = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
         diagonal += self.percdamp * scale
         diagonal[dead] = scale
-        # With rows and columns in reverse order, H = L L^T is H = R R^T, R upper triangular, in order: U = R^-1.
+        # Reversing rows and columns turns H = L L^T into H = R R^T with R upper triangular: U = R^-1.
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if failed:
             raise sspruner.InputError(f"the Hessian is singular with percdamp={self.percdamp:g}; raise it")

@@ -1,15 +1,15 @@
-"""SparseSSM: what the loss would feel if an entry of A_log were zero, by how busy its state is.
+"""SparseSSM: sensitivity of the loss to zeroing an entry of A_log, by the energy of its state.
 
     decay   S[d,n] = A_log[d,n]^2 sum_t h_t[d,n]^2           h: the states of the scan, t: tokens that are not padding
     state   S[g,n] = sum_{d in g} A_log[d,n]^2 sum_t h_t[d,n]^2
 
 Source: Tuo & Wang, "SparseSSM", arXiv 2506.09613: the Optimal-Brain-Surgeon saliency w^2 H of A_log with the diagonal
-of the Hessian summed over time, where all that varies is h^2; the structured form sums columns. The paper then lets
-the steps of time vote on the entries; we rank by the sum alone.
+of the Hessian summed over time, in which only h^2 varies; the structured form sums columns. In the paper time steps
+then vote on the entries; we rank by the sum alone.
 
-A zero in A_log is a decay rate of -exp(0) = -1, not an absent state: the tensor keeps its size and the scan its cost.
-And A_log starts at log(1), log(2), ...: whatever A_log is near 0 looks free, which is right on `decay` (nothing
-changes) and misleads on `state` (the slowest states look the least important).
+A zero in A_log is a decay rate of -exp(0) = -1, not a missing state: the tensor keeps its size and the scan its cost.
+A_log is initialised to log(1), log(2), ..., so entries near 0 score low. That is right on `decay` (zeroing them changes
+nothing) and misleading on `state` (the slowest states look the least important).
 
 Cost: one scan per layer and batch. Axes: state, decay; Mamba1-type mixers only. Options: none.
 """
@@ -22,6 +22,8 @@ from sspruner.graph.family import SelectiveProjected
 
 
 class SparseSSM(sspruner.Scorer):
+    """Scorer of SparseSSM."""
+
     name, axes, needs = "sparsessm", {"state", "decay"}, "activations"
     token_sums = ("energy",)
 

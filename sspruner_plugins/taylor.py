@@ -1,12 +1,12 @@
-"""Taylor: how much the loss would change if one unit were zero, from its gradient on the calibration text.
+"""Taylor: change of the loss when one unit is zeroed, from its gradient on the calibration text.
 
     first   S[u] = | sum_{w in u} w g |                        the first-order change, signs kept inside the sum
     second  S[u] = | -sum_{w in u} w g + 1/2 sum w^2 F |       with the diagonal empirical Fisher F as the Hessian
     fisher  S[u] = sum_{w in u} w^2 F                          SSM-Pruner's "second" form, summed instead of averaged
 
-g is the gradient of the mean loss, F the mean over sequences of the squared gradient of one sequence. A unit is all
-that goes with it, B and C rows together, each element once. Sources: Molchanov et al., arXiv 1906.10771, section 3;
-SSM-Pruner (Ghattas et al., arXiv 2502.18886), which ranks the states of Mamba2 so, on the rows of B and C.
+g is the gradient of the mean loss, F the mean over sequences of the squared gradient of one sequence. A unit includes
+all elements removed with it, B and C rows together, each once. Sources: Molchanov et al., arXiv 1906.10771, section 3;
+SSM-Pruner (Ghattas et al., arXiv 2502.18886), which ranks the states of Mamba2 this way, on the rows of B and C.
 
 Cost: one backward pass over the calibration text; "second" and "fisher" one for each sequence.
 Axes: all of tensors, and single elements. Options: order="first" (default), "second" or "fisher".
@@ -20,6 +20,8 @@ import sspruner
 
 
 class Taylor(sspruner.Scorer):
+    """Scorer of Taylor expansions of the loss."""
+
     name, axes, needs = "taylor", (sspruner.AXES - {"block", "mixer"}) | sspruner.ELEMENT_AXES, "gradients"
     comparable = True
 
@@ -44,7 +46,7 @@ class Taylor(sspruner.Scorer):
 
 
 def _over_units(view: sspruner.SSMView, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum over all elements that a unit owns, each once: fp64 (groups, units)."""
+    """Sum over all elements of a unit, each once: fp64 (groups, units)."""
     total = torch.stack([value.sum(-1, dtype=torch.float64) for value in values.values()]).sum(0)
     for a, b in combinations([m for m in view.group.members if m.counted], 2):
         if a.tensor == b.tensor and (a.dims, b.dims) == ((0,), (1,)):  # both the rows and the columns of a matrix

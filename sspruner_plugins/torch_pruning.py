@@ -1,4 +1,4 @@
-"""Torch-Pruning: the importance classes of that library, each run on our dependency groups.
+"""Torch-Pruning: the importance classes of that library, applied to our dependency groups.
 
 With w_i a unit's slice of the i-th member of the group, dw_i its gradient of the mean calibration loss:
 
@@ -26,11 +26,11 @@ Options, with torch-pruning's names and defaults:
     multivariable     false; tp:taylor
     unwrapped         false; true counts A_log and D, the bare parameters that torch-pruning would not count either
 
-Limits. A normaliser acts within one set, so it never changes which units of a set go, only how sets and layers compare;
-that holds for LAMP too, which was made to compare single weights across layers. Norm weights, embeddings and depthwise
-convs count as any weight; of these, torch-pruning itself counts LayerNorms alone. Where one tensor has several kinds of
-rows in a group (in_proj: B and C), each is a member of its own. "prod" underflows in fp32 for tiny scores. A set of
-one unit, or whose scores are all 0, is not normalised.
+Limits. A normaliser acts within one set, so it never changes which units of a set are removed, only how sets and layers
+compare; that holds for LAMP, too, which was designed to compare single weights across layers. Norm weights, embeddings
+and depthwise convs count as any weight; of these, torch-pruning itself counts LayerNorms alone. Where one tensor has
+several kinds of rows in a group (in_proj: B and C), each is a separate member. "prod" underflows in fp32 for tiny
+scores. A set of one unit, or whose scores are all 0, is not normalised.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 class TorchPruning(sspruner.Scorer):
-    """Shows torch-pruning a hand-made group: one Linear for each member, whose output channels are the units."""
+    """Scorer that passes torch-pruning a group of Linears, one per member, whose output channels are the units."""
 
     axes = sspruner.AXES - {"block", "mixer"}
     importance_class: ClassVar[str]
@@ -99,8 +99,8 @@ class TorchPruning(sspruner.Scorer):
         return self.unwrapped if bare else self.options.get("bias", False) or not _is_bias(name)
 
     def _score(self, layers: list[nn.Linear]) -> torch.Tensor:
-        """What torch-pruning makes of the members of one set, each of weight (units, elements): (units,)."""
-        tp: Any = import_module("torch_pruning")  # here, because listing the scorers should stay quick
+        """Compute torch-pruning's importance of one set, whose members have weights (units, elements): (units,)."""
+        tp: Any = import_module("torch_pruning")  # imported late, so that listing the scorers stays fast
         prune, every = tp.pruner.function.prune_linear_out_channels, list(range(layers[0].out_features))
         nodes = [tp.dependency.Node(layer, grad_fn=None) for layer in layers]
         group = tp.Group()
@@ -120,7 +120,7 @@ class TorchPruning(sspruner.Scorer):
 
 
 def _linear(weight: torch.Tensor, gradient: torch.Tensor | None) -> nn.Linear:
-    """A Linear around a weight (units, elements). It copies nothing and draws no random numbers."""
+    """Return a Linear around a weight (units, elements), without copying it or drawing random numbers."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.weight.grad = gradient

@@ -1,4 +1,4 @@
-"""Wanda: the size of a weight times the size of what it is multiplied by.
+"""Wanda: magnitude of a weight times the RMS of its input.
 
     S_ij = |W_ij| sqrt(mean_t x_tj^2)                     W (out, in) of a linear layer, x its input
     single elements   S_ij itself; they compete within their row, as in the paper
@@ -23,6 +23,8 @@ REDUCTIONS = ("sum", "mean", "max")
 
 
 class Wanda(sspruner.Scorer):
+    """Scorer of Wanda."""
+
     name, needs, granularity = "wanda", "activations", "row"
     axes = sspruner.AXES - {"block", "mixer"} | {"weight"}
     token_sums = ("energy", "tokens")
@@ -55,7 +57,7 @@ class Wanda(sspruner.Scorer):
         return scores.sum(-1) if self.reduction == "sum" else scores.mean(-1)
 
     def _owned(self) -> set[str]:
-        """Keys of the tensors that the units own something of."""
+        """Return the keys of the tensors in which the units own elements."""
         return {self.group.key(name) for name in (self.group.tensor, *(m.tensor for m in self.group.members))}
 
 

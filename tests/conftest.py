@@ -1,26 +1,61 @@
-"""Hypothesis profiles, shared fixtures, and where real text may be found."""
+"""Hypothesis profiles, shared fixtures, what `make test` leaves to CI, and where real text may be found."""
 
 from __future__ import annotations
 
 import os
 import uuid
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before it is imported: what is not here is not looked for, minutes long
+# Tiny models lose more to thread hand-over than they gain, above all when two suites share a machine.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
-settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", parent=settings.get_profile("dev"), max_examples=60, derandomize=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+from support.cover import cover
+from support.paths import ROOT
 
-# Tiny models lose more to thread hand-over than they gain, above all when two suites share a machine.
-torch.set_num_threads(1)
+# `make test` takes `fast`, `make test-slow` takes `ci`; both draw the same examples every time.
+settings.register_profile(
+    "fast", max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", parent=settings.get_profile("fast"), max_examples=25)
+settings.register_profile("deep", parent=settings.get_profile("fast"), max_examples=100, derandomize=False)
+settings.register_profile(  # deliberate faults (tests/mutants): a failure is not shrunk
+    "mutants", parent=settings.get_profile("fast"), phases=[Phase.explicit, Phase.generate]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
-DATA = Path(os.environ.get("SSPRUNER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("SSPRUNER_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `cover`, `make test` runs a few cases only; of one marked `ci_cover`, CI does."""
+    for marker, also in (("cover", ["slow"]), ("ci_cover", ["slow", "exhaustive"])):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        for name, group in groupby(marked, key=lambda item: item.nodeid.partition("[")[0]):
+            same = list(group)
+            kept = cover(_cases(same), name, **same[0].get_closest_marker(marker).kwargs)
+            for item in (item for index, item in enumerate(same) if index not in kept):
+                for left_out in also:
+                    item.add_marker(left_out)
+
+
+def _cases(items: list[pytest.Item]) -> list[dict[str, str]]:
+    """The parameters of each case, as text: the same in every process, also for values that have no text."""
+    numbers: dict[str, int] = {}
+    cases = []
+    for item in items:
+        params = item.callspec.params.items()  # type: ignore[attr-defined]
+        cases.append({
+            name: value if isinstance(value, str) else str(numbers.setdefault(repr(value), len(numbers)))
+            for name, value in params
+        })  # fmt: skip
+    return cases
 
 
 @pytest.fixture(scope="session", autouse=True)

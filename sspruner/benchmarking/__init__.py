@@ -1,1 +1,1 @@
-"""Speed and memory at decode and prefill, and their theoretical ceiling."""
+"""Benchmarks: speed and memory of decoding and prefill, and their theoretical limit."""

@@ -1,4 +1,4 @@
-"""What a machine could do at the most: its measured rates, and the least work that a decode step or a prefill is."""
+"""Roofline limit of a machine: its measured rates, and the minimal work of a decode step or a prefill."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from sspruner.benchmarking.footprint import Footprint
 from sspruner.compute.forward import embedding
 
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than any cache holds
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than the size of any cache
 MATMUL = {"cpu": 512, "cuda": 8192}
 UPDATE = 5  # operations per element of state and token: decay, outer product, its sum, the read-out and its sum
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes per second, and operations per second of a matrix product in the model's dtype."""
+    """Measured rates: bytes per second, and operations per second of a matrix product in the model's dtype."""
 
     bandwidth: float
     flops: float
@@ -27,23 +27,26 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """The bytes that must be moved, and the operations that must be done, at the least."""
+    """Minimal work: bytes that must be moved, and operations that must be computed."""
 
     bytes: int
     operations: int
 
     def seconds(self, rates: Rates) -> float:
-        """The shortest time in which both can be done, side by side."""
+        """Return the shortest time in which both can be done concurrently."""
         return max(self.bytes / rates.bandwidth, self.operations / rates.flops)
 
 
 def step_work(found: Footprint, operations: int, batch: int) -> Work:
-    """One decode step. operations: `token_operations` of the model."""
+    """Return the work of one decode step. operations: `token_operations` of the model."""
     return Work(found.step_bytes(batch), batch * (operations + attention_operations(found) * found.context))
 
 
 def prefill_work(found: Footprint, operations: int, head: int, batch: int, prompt: int) -> Work:
-    """One forward over `prompt` tokens of each sequence, and the logits of the last. head: numbers in the head."""
+    """Return the work of one forward over `prompt` tokens of each sequence, with the logits of the last.
+
+    head: number of weights in the output head.
+    """
     used = min(found.experts, batch * prompt * found.experts_per_token)
     weights = found.fixed_read_bytes + (found.expert_bytes // found.experts * used if found.experts else 0)
     made = found.state_bytes + found.conv_bytes + found.kv_bytes_per_token * prompt
@@ -53,9 +56,9 @@ def prefill_work(found: Footprint, operations: int, head: int, batch: int, promp
 
 
 def token_operations(model: Any, found: Footprint) -> int:
-    """Multiplications and additions for one token, attention to others aside: all weight matrices, and the state.
+    """Return the multiplications and additions for one token, without attention: all weight matrices, and the state.
 
-    Convolutions and the bases of projected states count like matrices, which is what they are.
+    Convolutions and the bases of projected states count like matrices.
     """
     table = embedding(model).weight
     held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -72,18 +75,18 @@ def token_operations(model: Any, found: Footprint) -> int:
 
 
 def attention_operations(found: Footprint) -> int:
-    """For one token and each that it attends to: a multiplication and an addition per key and value, at the least."""
+    """Return the minimal operations per token and attended token: one multiplication and addition per key and value."""
     return 2 * found.kv_bytes_per_token // (4 if found.dtype == "float32" else 2)
 
 
 def head_weights(model: Any) -> int:
-    """Numbers in the output head's matrix."""
+    """Return the number of weights in the output head's matrix."""
     head = model.get_output_embeddings()
     return 0 if head is None else int(head.weight.numel())
 
 
 class Machine:
-    """What a device reaches: the best of all samples so far, bytes per second, and operations per second by dtype."""
+    """Best measured rates of a device so far: bytes per second, and operations per second by dtype."""
 
     def __init__(self, device: torch.device, dtypes: set[torch.dtype]) -> None:
         kind = "cuda" if device.type == "cuda" else "cpu"
@@ -105,7 +108,7 @@ class Machine:
             self.reached[matrix.dtype] = max(self.reached[matrix.dtype], done)
 
     def flops(self, dtype: torch.dtype) -> float:
-        """For a model in this dtype; a processor without arithmetic in it computes in float32, and is quicker so."""
+        """Return the rate for a model in this dtype. Processors without arithmetic for it compute faster in float32."""
         return max(self.reached[dtype], self.reached[torch.float32])
 
     def _seconds(self, job: Any) -> float:
@@ -117,6 +120,6 @@ class Machine:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for a GPU to finish; the CPU has."""
+    """Wait for a GPU to finish; returns immediately on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

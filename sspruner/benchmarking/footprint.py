@@ -1,6 +1,6 @@
-"""Footprint: what a model takes in memory, how many sequences fit beside it, and what one decode step has to move.
+"""Footprint: a model's memory, the number of sequences that fit beside it, and the memory traffic of a decode step.
 
-All of it follows from shapes, so a model on the meta device will do. docs/footprint.md has the formulas.
+All of it follows from shapes, so the model may be on the meta device. docs/footprint.md has the formulas.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ BATCHES = (1, 16, 64, 256)
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a model and of the caches of one sequence; they are what transformers' caches hold, for every family.
+    """Bytes of a model and of the caches of one sequence, as in transformers' caches, for every family.
 
-    dtype               of the weights, and of the convolution states and of keys and values with them
+    dtype               of the weights, the convolution states, and keys and values
     parameters          one that several modules share counts once
     weight_bytes        of all parameters
     state_bytes         per sequence: recurrent state, fp32
     conv_bytes          per sequence: convolution states
-    kv_bytes_per_token  per sequence: keys and values of one token, in every attention layer: a block that several
+    kv_bytes_per_token  per sequence: keys and values of one token, in every attention layer; a block that several
                         layers share has a cache in each
-    context             tokens that a sequence has behind it
-    fixed_read_bytes    weights that a decode step reads whatever the batch: all but those of the next two, each as
-                        often as it is used, for a block that six layers share does not stay in a GPU's cache
+    context             number of tokens that a sequence already has
+    fixed_read_bytes    weights that a decode step reads whatever the batch size: all but those of the next two, each as
+                        often as it is used, since a block that six layers share does not stay in a GPU's cache
     row_bytes           weights that it reads for each sequence: one row of the input embedding, 0 if that is tied
                         to the head and so is read anyway
     expert_bytes        weights of all experts
-    experts             in one layer; a token is sent to experts_per_token of them
+    experts             experts in one layer; a token is sent to experts_per_token of them
     """
 
     dtype: str
@@ -61,19 +61,19 @@ class Footprint:
 
     @property
     def sequence_bytes(self) -> int:
-        """Bytes that one sequence takes beside the weights."""
+        """Bytes of one sequence beside the weights."""
         return self.state_bytes + self.conv_bytes + self.kv_bytes
 
     def sequences(self, memory: float) -> int:
-        """How many sequences fit in `memory` bytes beside the weights; activations are not counted."""
+        """Return how many sequences fit in `memory` bytes beside the weights, without activations."""
         return max(0, int((memory - self.weight_bytes) // self.sequence_bytes))
 
     def step_bytes(self, batch: int) -> int:
-        """Bytes that one decode step of `batch` sequences has to read and write, at the least.
+        """Return the minimal bytes that one decode step of `batch` sequences reads and writes.
 
-        Weights are read; recurrent and convolution states are read and written; keys and values are read for
-        `context` tokens and written for one. Of the experts, as many as the batch's tokens can be sent to are read:
-        fewer, where tokens agree. Activations and logits are not counted.
+        Weights are read; recurrent and convolution states are read and written; keys and values are read for `context`
+        tokens and written for one. Of the experts, as many as the batch's tokens can be sent to are read, which is an
+        upper limit if tokens share experts. Activations and logits are not counted.
         """
         weights = self.fixed_read_bytes + batch * self.row_bytes
         if self.experts:
@@ -82,13 +82,13 @@ class Footprint:
         return weights + batch * states
 
     def ceiling(self, batch: int, bandwidth: float) -> float:
-        """Tokens per second, of all sequences together, if moving bytes is all that takes time. bandwidth: bytes/s."""
+        """Return the tokens per second, over all sequences, if memory traffic is the only cost. bandwidth: bytes/s."""
         return batch * bandwidth / self.step_bytes(batch)
 
     def to_json(
         self, batches: Sequence[int] = BATCHES, memory: float | None = None, bandwidth: float | None = None
     ) -> dict[str, Any]:
-        """All numbers, for programs."""
+        """Return all numbers as a JSON object."""
         steps = {batch: self.step_bytes(batch) for batch in batches}
         return {
             **asdict(self),
@@ -108,9 +108,9 @@ class Footprint:
 
 
 def footprint(model: Any, graph: SSMGraph, context: int = CONTEXT) -> Footprint:
-    """The footprint of a model with sequences of `context` tokens; it may be on the meta device.
+    """Return the footprint of a model with sequences of `context` tokens. The model may be on the meta device.
 
-    Of a model that is not known as a whole, attention and experts are not described and so not counted as such.
+    For a model of an unknown family, attention and experts are not described and so not counted as such.
     """
     size = sizes(model, graph)
     experts = _experts(model, graph)
@@ -140,7 +140,7 @@ def footprint(model: Any, graph: SSMGraph, context: int = CONTEXT) -> Footprint:
 
 
 def _kv_bytes(model: nn.Module, graph: SSMGraph) -> int:
-    """Bytes of keys and values of one token, in every layer that attends."""
+    """Return the bytes of keys and values of one token, over all attention layers."""
     total = 0
     for site in graph.sites:
         if site.kind == "attention":
@@ -150,7 +150,7 @@ def _kv_bytes(model: nn.Module, graph: SSMGraph) -> int:
 
 
 def _experts(model: nn.Module, graph: SSMGraph) -> dict[int, nn.Parameter]:
-    """The weights of experts, (experts, out, in) each, by id."""
+    """Return the weights of experts, (experts, out, in) each, by id."""
     sites = [model.get_submodule(site.path) for site in graph.sites if site.kind == "experts"]
     return {id(p): p for site in sites for p in site.parameters() if p.ndim == 3}
 

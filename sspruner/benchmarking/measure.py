@@ -2,202 +2,122 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sspruner.benchmarking.ceiling import Machine, Rates, Work, head_weights, prefill_work, step_work, token_operations
-from sspruner.benchmarking.footprint import BATCHES, footprint
+from sspruner.benchmarking.ceiling import Machine, Rates, head_weights, prefill_work, step_work, token_operations
+from sspruner.benchmarking.footprint import footprint
+from sspruner.benchmarking.record import DECODE, PREFILL, Bench, Timing, timing
 from sspruner.benchmarking.run import Times, path_of, run_once
-from sspruner.benchmarking.statistics import median_interval
 from sspruner.compute import acceleration
 from sspruner.compute.device import on_device, resolve_device
 from sspruner.errors import InputError
-from sspruner.files.output import atomic_file
-from sspruner.files.provenance import versions
 from sspruner.graph.trace import trace
+from sspruner.recipes.common import recipe_or_short
+from sspruner.recipes.measure import BenchOptions, Ceiling, Load
 
-DECODE, PREFILL = "decode", "prefill"
 WARM_UP = 8  # tokens of the prompt that is run before anything is timed, on the CPU
 FASTER = ", accelerated"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One model at one batch in one phase.
-
-    seconds     of each repeat: of one step (decode), or of the whole prompt (prefill), all sequences together
-    tokens      that these seconds make, all sequences together
-    peak_bytes  of this model alone: its weights, the caches, what is computed; on the CPU by how much the process grew,
-                None where the system does not tell
-    state_bytes recurrent state per sequence
-    path        which code ran
-    """
-
-    model: str
-    batch: int
-    phase: str
-    seconds: tuple[float, ...]
-    tokens: int
-    work: Work
-    rates: Rates
-    peak_bytes: int | None
-    state_bytes: int
-    weight_bytes: int
-    path: str
-
-    @property
-    def ceiling(self) -> float:
-        """Tokens per second, at the most."""
-        return self.tokens / self.work.seconds(self.rates)
-
-    @property
-    def tokens_per_second(self) -> tuple[float, float, float]:
-        """Median, and its interval."""
-        return median_interval([self.tokens / s for s in self.seconds])
-
-    def speedup(self, over: Row) -> tuple[float, float, float]:
-        """How many times as fast as another row, repeat by repeat: the median, and its interval."""
-        return median_interval([b / a for a, b in zip(self.seconds, over.seconds, strict=True)])
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers, for programs."""
-        speed = self.tokens_per_second
-        return {
-            "model": self.model,
-            "batch": self.batch,
-            "phase": self.phase,
-            "tokens_per_second": list(speed),
-            "ms": [1000 * s for s in median_interval(self.seconds)],
-            "ceiling_tokens_per_second": self.ceiling,
-            "fraction": speed[0] / self.ceiling,
-            "peak_bytes": self.peak_bytes,
-            "state_bytes": self.state_bytes,
-            "weight_bytes": self.weight_bytes,
-            "bytes_moved": self.work.bytes,
-            "operations": self.work.operations,
-            "path": self.path,
-        }
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What one run measured. failed: model, batch and why, for what did not fit into memory."""
-
-    rows: tuple[Row, ...]
-    machine: dict[str, Any]
-    prompt: int
-    generate: int
-    repeats: int
-    seed: int
-    failed: tuple[dict[str, Any], ...] = ()
-    profile: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-
-    def row(self, model: str, batch: int, phase: str = DECODE) -> Row:
-        """The row of a model. Raises KeyError if there is none: it did not fit, or was not asked for."""
-        for row in self.rows:
-            if (row.model, row.batch, row.phase) == (model, batch, phase):
-                return row
-        raise KeyError((model, batch, phase))
-
-    def to_json(self) -> str:
-        """The content of bench.json."""
-        data = {
-            "version": 1,
-            "machine": self.machine,
-            "versions": versions(),
-            "command": self.command,
-            "seed": self.seed,
-            "prompt": self.prompt,
-            "generate": self.generate,
-            "repeats": self.repeats,
-            "rows": [row.to_json() for row in self.rows],
-            "failed": list(self.failed),
-            "profile": self.profile,
-        }
-        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-
-    def save(self, path: str | Path) -> None:
-        """Write bench.json, atomically."""
-        with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
-
-
 def bench(
     models: Mapping[str, Any],
+    options: BenchOptions | None = None,
     *,
-    batches: Sequence[int] = BATCHES,
-    prompt: int = 512,
-    generate: int = 64,
-    repeats: int = 7,
-    accelerate: bool = False,
     device: str | None = None,
-    bandwidth: float | None = None,
-    flops: float | None = None,
-    cuda_graph: bool = False,
-    profile: bool = False,
-    seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    **short: Any,
 ) -> Bench:
     """Time prefill and decode of every model at every batch, in turns; within a repeat the order is drawn anew.
 
-    models: by the name that rows have. prompt, generate: tokens of a sequence, random ids. accelerate: measure each
-    model a second time with `sspruner.accelerate`, on the CPU. bandwidth (bytes/s) and flops (operations/s): the
-    machine's; where not given, the best of what copies, sums and matrix products reach between the measurements.
-    cuda_graph: replay the decode step. profile: also where the time of a decode step goes, at the largest batch.
-    Raises InputError for numbers out of range; a batch that does not fit into memory is left out, and named.
+    Args:
+        models: by the name that rows have.
+        options: `BenchOptions`; or its fields as `short` arguments: `bench(models, batches=(1, 16), prompt=128)`.
+            Prompts are random ids. bandwidth (bytes/s) and flops (operations/s) are the machine's; where not given,
+            the best of what copies, sums and matrix products reach between the measurements. `profile` shows a decode
+            step at the largest batch.
+        device: the compute device; CUDA if there is one, else the CPU.
+        progress: called with (phase, done, total).
+
+    Raises:
+        InputError: for numbers out of range. A batch that does not fit into memory is left out, and named.
     """
-    _check(models, batches, cuda_graph, prompt=prompt, generate=generate, repeats=repeats)
+    options = recipe_or_short(BenchOptions, options, short)
+    load, how = options.load, options.variants
+    if not models:
+        raise InputError("bench: there is no model to measure")
     where = resolve_device(device)
-    if cuda_graph and where.type != "cuda":
+    if how.cuda_graph and where.type != "cuda":
         raise InputError(f"cuda_graph: there is none on {where}")
     progress = progress or (lambda _phase, _done, _total: None)
-    variants = _variants(models, accelerate and where.type == "cpu")
+    variants = _variants(models, how.accelerate and where.type == "cpu")
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(on_device(model, where))
         machine = Machine(where, {next(model.parameters()).dtype for model in models.values()})
-        jobs = [(label, batch) for batch in batches for label in variants]
-        sizes = (prompt, generate, repeats, seed)
-        times, peaks, failed = _timed(variants, jobs, where, sizes, cuda_graph, machine, progress)
-        rates = {
-            label: Rates(bandwidth or machine.bandwidth, flops or machine.flops(next(model.parameters()).dtype))
-            for label, (model, _) in variants.items()
-        }
-        rows = [
-            row
-            for label, (model, faster) in variants.items()
-            for row in _rows(label, model, faster, times, peaks, rates[label], where, prompt, generate, cuda_graph)
-        ]
-        shown = {}
-        if profile:
-            from sspruner.benchmarking.profile import profiled
+        runs = _timed(variants, options, machine, progress)
+        rates = _rates(variants, options.ceiling, machine)
+        rows = [row for label in variants for row in _rows(label, variants[label], runs, rates[label], options, where)]
+        shown = _profiles(variants, runs, load, where, progress) if how.profile else {}
+    rows.sort(key=lambda row: (row.phase != DECODE, load.batches.index(row.batch)))
+    found = _machine(where, machine, options.ceiling, rates)
+    return Bench(tuple(rows), found, load.prompt, load.generate, load.repeats, load.seed, tuple(runs.failed), shown)
 
-            for i, (label, (model, faster)) in enumerate(variants.items()):
-                progress("profile", i, len(variants))
-                fitting = [batch for name, batch in times if name == label]
-                if fitting:
-                    with _as(model, faster):
-                        shown[label] = profiled(model, _ids(model, max(fitting), prompt, seed, where))
-    rows.sort(key=lambda row: (row.phase != DECODE, batches.index(row.batch)))
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else _processor()
-    found = {
-        "device": str(where),
-        "name": name,
-        "threads": torch.get_num_threads(),
-        "bandwidth": bandwidth or machine.bandwidth,
-        "flops": max(rate.flops for rate in rates.values()),
-        "measured": [what for what, given in (("bandwidth", bandwidth), ("flops", flops)) if not given],
+
+Variant = tuple[Any, bool]  # a model, and whether it is measured with the faster step
+Job = tuple[str, int]  # label and batch
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What was timed, by label and batch: all repeats, and the runs of which the peaks count; and what did not fit."""
+
+    times: dict[Job, list[Times]]
+    peaks: dict[Job, list[Times]]
+    failed: list[dict[str, Any]]
+
+
+def _rates(variants: dict[str, Variant], given: Ceiling, machine: Machine) -> dict[str, Rates]:
+    """Return the rates for each variant: those that are given, else what the machine reached."""
+    return {
+        label: Rates(given.bandwidth or machine.bandwidth, given.flops or machine.flops(next(model.parameters()).dtype))
+        for label, (model, _) in variants.items()
     }
-    return Bench(tuple(rows), found, prompt, generate, repeats, seed, tuple(failed), shown)
+
+
+def _machine(where: torch.device, machine: Machine, given: Ceiling, rates: dict[str, Rates]) -> dict[str, Any]:
+    """Return the machine as the result describes it."""
+    return {
+        "device": str(where),
+        "name": torch.cuda.get_device_name(where) if where.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "bandwidth": given.bandwidth or machine.bandwidth,
+        "flops": max(rate.flops for rate in rates.values()),
+        "measured": [name for name in ("bandwidth", "flops") if not getattr(given, name)],
+    }
+
+
+def _profiles(
+    variants: dict[str, Variant], runs: Runs, load: Load, where: torch.device, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Return where the time of a decode step goes, by label, at the largest batch that fits."""
+    from sspruner.benchmarking.profile import profiled
+
+    shown = {}
+    for i, (label, (model, faster)) in enumerate(variants.items()):
+        progress("profile", i, len(variants))
+        fitting = [batch for name, batch in runs.times if name == label]
+        if fitting:
+            with _as(model, faster):
+                shown[label] = profiled(model, _ids(model, max(fitting), load.prompt, load.seed, where))
+    return shown
 
 
 def order(jobs: Sequence[Any], repeats: int, seed: int) -> Iterator[list[Any]]:
@@ -208,25 +128,22 @@ def order(jobs: Sequence[Any], repeats: int, seed: int) -> Iterator[list[Any]]:
 
 
 def _timed(
-    variants: dict[str, tuple[Any, bool]],
-    jobs: list[tuple[str, int]],
-    device: torch.device,
-    sizes: tuple[int, int, int, int],
-    cuda_graph: bool,
+    variants: dict[str, Variant],
+    options: BenchOptions,
     machine: Machine,
     progress: Callable[[str, int, int], None],
-) -> tuple[dict[tuple[str, int], list[Times]], dict[tuple[str, int], list[Times]], list[dict[str, Any]]]:
-    """By (label, batch): all repeats, and runs of which the peaks count; and what did not fit.
-
-    On the CPU peaks have a turn of their own, for it is none to be timed.
-    """
-    prompt, generate, repeats, seed = sizes
+) -> Runs:
+    """Run every variant at every batch in turns. On the CPU peaks have a turn of their own, which is not timed."""
+    load, device, cuda_graph = options.load, machine.device, options.variants.cuda_graph
+    prompt, generate, repeats, seed = load.prompt, load.generate, load.repeats, load.seed
+    jobs = [(label, batch) for batch in load.batches for label in variants]
     on_cpu = device.type == "cpu"
     times: dict[tuple[str, int], list[Times]] = {job: [] for job in jobs}
     peaks: dict[tuple[str, int], list[Times]] = {job: [] for job in jobs} if on_cpu else times
     untimed = ["warm-up", *["peak memory"] * on_cpu]
     turns = [*([*jobs] for _ in untimed), *order(jobs, repeats, seed)]
-    failed, done, total = [], 0, len(turns) * len(jobs)
+    failed: list[dict[str, Any]] = []
+    done, total = 0, len(turns) * len(jobs)
     for i, turn in enumerate(turns):
         machine.sample()
         phase = untimed[i] if i < len(untimed) else ""
@@ -252,39 +169,33 @@ def _timed(
                 continue
             if phase != "warm-up":
                 (peaks if memory else times)[label, batch].append(found)
-    return times, peaks, failed
+    return Runs(times, peaks, failed)
 
 
 def _rows(
-    label: str,
-    model: Any,
-    faster: bool,
-    times: dict[tuple[str, int], list[Times]],
-    peaks: dict[tuple[str, int], list[Times]],
-    rates: Rates,
-    device: torch.device,
-    prompt: int,
-    generate: int,
-    cuda_graph: bool,
-) -> Iterator[Row]:
+    label: str, variant: Variant, runs: Runs, rates: Rates, options: BenchOptions, device: torch.device
+) -> Iterator[Timing]:
     """The rows of one model, both phases of every batch that fits."""
-    found = footprint(model, trace(model), prompt + generate // 2)
+    (model, faster), prompt, cuda_graph = variant, options.load.prompt, options.variants.cuda_graph
+    found = footprint(model, trace(model), prompt + options.load.generate // 2)
     operations, head = token_operations(model, found), head_weights(model)
-    for (name, batch), runs in times.items():
+    for (name, batch), timed in runs.times.items():
         if name != label:
             continue
         step, whole = step_work(found, operations, batch), prefill_work(found, operations, head, batch, prompt)
-        watched = peaks[name, batch]
+        watched = runs.peaks[name, batch]
         at_step, at_prefill = [run.step_peak for run in watched], [run.prefill_peak for run in watched]
         phases = (
-            (DECODE, tuple(run.step for run in runs), batch, step, at_step, cuda_graph, faster),
-            (PREFILL, tuple(run.prefill for run in runs), batch * prompt, whole, at_prefill, False, False),
+            (DECODE, tuple(run.step for run in timed), batch, step, at_step, cuda_graph, faster),
+            (PREFILL, tuple(run.prefill for run in timed), batch * prompt, whole, at_prefill, False, False),
         )
         for phase, seconds, tokens, work, peak, replayed, quick in phases:
             highest = max((p for p in peak if p is not None), default=None)
             path = path_of(model, device, quick, replayed)
-            sizes = (highest, found.state_bytes, found.weight_bytes)
-            yield Row(label, batch, phase, seconds, tokens, work, rates, *sizes, path)
+            yield timing(
+                seconds, tokens, work, rates, model=label, batch=batch, phase=phase, peak_bytes=highest,
+                state_bytes=found.state_bytes, weight_bytes=found.weight_bytes, path=path,
+            )  # fmt: skip
 
 
 def _variants(models: Mapping[str, Any], faster: bool) -> dict[str, tuple[Any, bool]]:
@@ -314,16 +225,6 @@ def _as(model: Any, faster: bool) -> Iterator[None]:
 def _ids(model: Any, batch: int, length: int, seed: int, device: torch.device) -> torch.Tensor:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def _check(models: Mapping[str, Any], batches: Sequence[int], cuda_graph: bool, **least_one: int) -> None:
-    if not models:
-        raise InputError("bench: there is no model to measure")
-    if not batches or min(batches) < 1:
-        raise InputError(f"batches {list(batches)}: at least one, each at least 1")
-    for name, value in least_one.items():
-        if value < 1:
-            raise InputError(f"{name} {value}: must be at least 1")
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes, by operation."""
+"""Profile a decode step by operation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ STEPS = 4
 
 
 def profiled(model: Any, ids: torch.Tensor, steps: int = STEPS) -> list[dict[str, Any]]:
-    """[{"operation", "ms", "calls"}] of one decode step after `ids`, slowest first: time of the operation itself.
+    """Return [{"operation", "ms", "calls"}] of one decode step after `ids`, slowest first, by self time.
 
-    On a GPU the time of its kernels, else of the processor.
+    On a GPU the time is that of its kernels, else of the processor.
     """
     step = prefilled(model, ids)
     step()  # warm

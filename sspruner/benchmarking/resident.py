@@ -1,4 +1,4 @@
-"""Resident memory of this process and its peak, where the system tells: on Linux."""
+"""Resident memory of this process and its peak, on Linux."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def start() -> int | None:
-    """Bytes that are resident now; the peak is counted from here on. None where the system does not tell.
+    """Return the bytes that are resident now, and reset the peak. None where the system does not report it.
 
-    What was freed before goes back to the system first, so that it is not memory that the next job gets for nothing.
-    That costs the next job page faults: time nothing between this and `peak`.
+    Freed memory is first returned to the system, so that it does not count as memory that the next job gets for free.
+    The next job pays for it with page faults: do not measure time between this call and `peak`.
     """
     with suppress(AttributeError, OSError, TypeError):  # TypeError: no C library by that name, on Windows
         ctypes.CDLL(None).malloc_trim(0)  # glibc's
@@ -25,12 +25,12 @@ def start() -> int | None:
 
 
 def peak() -> int:
-    """The most bytes that were resident at a time since `start`, which has to have worked."""
+    """Return the peak of resident bytes since `start`, which must have succeeded."""
     return _bytes("VmHWM")
 
 
 def _bytes(field: str) -> int:
-    """Raises LookupError if the system does not list it."""
+    """Return a field of /proc/self/status in bytes. Raises LookupError if the system does not list it."""
     for line in STATUS.read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])

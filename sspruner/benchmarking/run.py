@@ -1,4 +1,4 @@
-"""Running one model: a prompt into a cache, and steps from it, on the path that generate() takes."""
+"""Run one model: a prompt into a cache, and decode steps from it, on the code path of generate()."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CACHES = ("cache_params", "past_key_values")
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the prefill, seconds of one decode step (the mean of all), and peak bytes of both, if measured."""
+    """Seconds of the prefill, mean seconds of one decode step, and peak bytes of both, if measured."""
 
     prefill: float
     step: float
@@ -29,10 +29,10 @@ class Times:
 
 @torch.no_grad()
 def run_once(model: Any, ids: torch.Tensor, generate: int, *, cuda_graph: bool = False, memory: bool = False) -> Times:
-    """Prefill `ids`, (b, prompt), then `generate` steps, fed with the tokens that the model finds most likely.
+    """Run a prefill of `ids`, (b, prompt), then `generate` greedy decode steps.
 
     cuda_graph: capture one step and replay it, with the same token each time; models without attention only.
-    memory: peak bytes on the CPU, too, at the cost of times that are none; on a GPU they cost nothing.
+    memory: also measure peak bytes on the CPU, which makes the times meaningless; on a GPU they cost nothing.
     """
     device = ids.device
     watch = _Peak(model, device, memory)
@@ -55,7 +55,7 @@ def run_once(model: Any, ids: torch.Tensor, generate: int, *, cuda_graph: bool =
 
 @torch.no_grad()
 def prefilled(model: Any, ids: torch.Tensor) -> Any:
-    """A function that does one decode step after `ids`, each call another."""
+    """Return a function that runs one decode step after `ids` at each call."""
     out = _call(model, ids, 0, {})
     cache, token = _cache(out), out.logits[:, -1:].argmax(-1)
     position = ids.shape[1]
@@ -70,7 +70,7 @@ def prefilled(model: Any, ids: torch.Tensor) -> Any:
 
 
 def path_of(model: Any, device: torch.device, accelerated: bool, cuda_graph: bool) -> str:
-    """Which code runs: what transformers binds, for it binds whatever can be imported; and what is put in its place."""
+    """Describe which code runs: the kernels that transformers uses (whatever can be imported), and what replaces it."""
     kernels = [name for name in KERNELS if _importable(name)] if device.type == "cuda" else []
     path = f"{' and '.join(kernels)} kernels" if kernels else "transformers, torch operations"
     if any(hasattr(module, "state_encode") for module in model.modules()):
@@ -81,7 +81,7 @@ def path_of(model: Any, device: torch.device, accelerated: bool, cuda_graph: boo
 
 
 def cache_bytes(cache: dict[str, Any]) -> int:
-    """Bytes of the states, keys and values that a cache holds."""
+    """Return the bytes of the states, keys and values in a cache."""
     total = 0
     for held in cache.values():
         for layer in held.layers:
@@ -98,7 +98,7 @@ def cache_bytes(cache: dict[str, Any]) -> int:
 def _importable(name: str) -> bool:
     try:
         __import__(name)
-    except Exception:  # transformers, too, goes on without a package that cannot be imported, whatever the reason
+    except Exception:  # like transformers, ignore a package that cannot be imported for any reason
         return False
     return True
 
@@ -120,7 +120,7 @@ def _now(device: torch.device) -> float:
 
 
 def _replayed(model: Any, token: torch.Tensor, position: int, cache: dict[str, Any], generate: int) -> float:
-    """Seconds of one replay of a captured step."""
+    """Return the seconds of one replay of a captured step."""
     device = token.device
     if device.type != "cuda":
         raise InputError(f"cuda_graph: there is none on {device}")
@@ -143,9 +143,9 @@ def _replayed(model: Any, token: torch.Tensor, position: int, cache: dict[str, A
 
 
 class _Peak:
-    """Peak bytes since it was made: this model's weights, its cache, and what it had to allocate, not other models.
+    """Peak bytes since its creation: this model's weights, its cache and its allocations, without other models.
 
-    On the CPU it is by how much the resident memory of the process grew, and only if `memory` is asked for.
+    On the CPU it is the growth of the process's resident memory, and measured only if `memory` is set.
     """
 
     def __init__(self, model: Any, device: torch.device, memory: bool, held: int = 0) -> None:
@@ -160,6 +160,7 @@ class _Peak:
             self.others = torch.cuda.memory_allocated(device) - held - _weight_bytes(model)
 
     def bytes(self) -> int | None:
+        """Return the peak bytes so far, None if they are not measured."""
         if self.others is None:
             return None
         highest = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident.peak()

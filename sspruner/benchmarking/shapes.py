@@ -1,4 +1,4 @@
-"""Published shapes with random weights: latency needs no trained ones, and a shape needs no hub."""
+"""Published model shapes with random weights: latency does not depend on the weights, and needs no download."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def shape_config(shape: str, keep: int = STATE, layers: int | None = None) -> Any:
-    """The config of a published shape, with a state of `keep` instead of 128, and fewer layers if asked.
+    """Return the config of a published shape, with a state of `keep` instead of 128 and, optionally, fewer layers.
 
-    Raises InputError for a shape that is not known, and for a state that is not smaller or equal.
+    Raises InputError for an unknown shape, and for a larger state.
     """
     from transformers import Mamba2Config
 
@@ -61,10 +61,10 @@ def shape_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Any:
-    """A published shape with random weights, made on the device, in eval mode.
+    """Build a published shape with random weights on the device, in eval mode.
 
-    balanced: the state has `keep` directions of its own, as the balanced basis makes them, instead of fewer rows of B
-    and C. The random state outside is as before.
+    balanced: project the state to `keep` directions, as the balanced basis does, instead of removing rows of B and C.
+    The global random state is unchanged.
     """
     from transformers import AutoModelForCausalLM
 
@@ -94,10 +94,10 @@ def shape_models(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Every shape dense, with each smaller state, and with each number of directions of its own: label -> model."""
+    """Build every shape dense, with each smaller state, and with each projected state: label -> model."""
     for shape in shapes:
         for size in (*keep, *balanced):
-            shape_config(shape, size)  # before anything large is made
+            shape_config(shape, size)  # check before anything large is created
         shape_config(shape)
     same: dict[str, Any] = {"layers": layers, "dtype": dtype, "device": device, "seed": seed}
     found = {}

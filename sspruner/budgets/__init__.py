@@ -1,1 +1,4 @@
-"""Budgets: how much to remove, and where, becomes a plan."""
+"""Budgets: from how much to remove, and where, to a plan.
+
+Main names: `budget.ResolvedBudget`, `allocate.allocate`, `decide.plan`.
+"""

@@ -13,7 +13,7 @@ from sspruner.budgets.split import Curve, best_split, damage_at
 from sspruner.errors import InputError
 from sspruner.graph.group import DependencyGroup
 
-EVEN = 1e-9  # nats, for a layer that loses everything: of splits that cost the same the most even one is taken
+EVEN = 1e-9  # nats, penalty of a layer that loses everything: prefers the most even of equally good splits
 
 
 def allocate(
@@ -22,11 +22,13 @@ def allocate(
     importance: Mapping[str, torch.Tensor] | None = None,
     curves: Mapping[str, Curve] | None = None,
 ) -> dict[str, int]:
-    """Units to keep in every set of each dependency group, the axes of single elements left out.
+    """Return the units to keep in every set of each dependency group, without the axes of single elements.
 
-    importance: all scores, comparable between layers, for the allocation "global". curves: what cutting each layer
-    alone costs, for "adaptive". Raises InputError for a pattern that matches nothing, and for
-    a budget that a group cannot meet: it names the nearest that it can.
+    importance  all scores, comparable between layers, for the allocation "global"
+    curves      damage of cutting each layer alone, for "adaptive"
+
+    Raises InputError for a pattern that matches nothing, and for a budget that a group cannot meet; the message has the
+    nearest that it can meet.
     """
     axes = {group.axis for group in groups.values()}
     for axis in budget.sparsity if isinstance(budget.sparsity, Mapping) else ():
@@ -63,23 +65,27 @@ def allocate(
 
 
 def _competes(name: str, group: DependencyGroup, budget: ResolvedBudget) -> bool:
-    """Whether a group takes part in a global allocation: nothing was said of it alone, and it is not the only one."""
+    """Return whether a group takes part in a global allocation.
+
+    No pattern may name it, and its axis must have one group per layer.
+    """
     alone = any(matches(pattern, name) for pattern in (*budget.ratios, *budget.ignore))
     return not alone and _has_layers(group) and ratio_of(name, budget) > 0
 
 
 def _has_layers(group: DependencyGroup) -> bool:
-    """Whether a group is one layer's: the axes of the whole model have nothing to share a budget with."""
+    """Return whether a group belongs to one layer, unlike the groups of the whole model."""
     return not group.blocks and group.axis != "hidden"
 
 
 def _global_counts(
     groups: Mapping[str, DependencyGroup], budget: ResolvedBudget, importance: Mapping[str, torch.Tensor] | None
 ) -> dict[str, int]:
-    """The counts that keep, on every axis, the best units of all layers, as near to the budget as steps allow.
+    """Return the counts that keep, on every axis, the best units of all layers, as near to the budget as steps allow.
 
-    A layer's sets keep equal counts: its r-th best unit stands for the r-th best of every set, at their mean. Ranks
-    stay or go in steps of the multiple, at the mean of a step; every layer keeps its first step, or up to its floor.
+    A layer's sets keep equal counts: its r-th best unit stands for the r-th best of every set, with their mean score.
+    Ranks are kept in steps of the multiple, with the mean score of a step; every layer keeps its first step, or its
+    floor.
     """
     counts: dict[str, int] = {}
     for on_axis in _by_axis(groups):
@@ -88,13 +94,13 @@ def _global_counts(
         steps = [_steps(g, importance[g.name], budget) for g in on_axis]
         owner = torch.cat([torch.full((len(sizes),), i) for i, (_, sizes) in enumerate(steps)])
         worth, size = (torch.cat(parts) for parts in zip(*steps, strict=True))
-        order = worth.argsort(descending=True, stable=True)  # what has to stay, at infinite worth, before all others
-        has_to = int(worth.isposinf().sum())
+        order = worth.argsort(descending=True, stable=True)  # steps that must stay come first, with infinite worth
+        required = int(worth.isposinf().sum())
         sets = torch.tensor([g.groups for g in on_axis])[owner]
-        total = (size * sets)[order].cumsum(0)[has_to - 1 :]  # units that stay, with so many more steps
-        away = (total - _target(on_axis, budget)).abs()
-        more = len(away) - 1 - int(away.flip(0).argmin())  # of two as near the larger
-        chosen = order[: has_to + more]
+        total = (size * sets)[order].cumsum(0)[required - 1 :]  # units kept with 0, 1, 2, ... more steps
+        distance = (total - _target(on_axis, budget)).abs()
+        more = len(distance) - 1 - int(distance.flip(0).argmin())  # of two equally near the larger
+        chosen = order[: required + more]
         for i, g in enumerate(on_axis):
             counts[g.name] = int(size[chosen[owner[chosen] == i]].sum())
     return counts
@@ -103,9 +109,9 @@ def _global_counts(
 def _adaptive_counts(
     groups: Mapping[str, DependencyGroup], budget: ResolvedBudget, curves: Mapping[str, Curve] | None
 ) -> dict[str, int]:
-    """The counts of least total damage, on every axis, of all that are within the budget; of equal ones the most even.
+    """Return the counts with the least total damage within the budget, on every axis; of equal ones the most even.
 
-    For this every layer costs EVEN times the squared fraction that it loses on top, far below what is measured.
+    To prefer even splits, each layer costs EVEN times its squared lost fraction on top, far below what is measured.
     """
     counts: dict[str, int] = {}
     for on_axis in _by_axis(groups):
@@ -125,7 +131,7 @@ def _adaptive_counts(
 
 
 def _lost(kept: list[int], units: int) -> torch.Tensor:
-    """Fractions of a layer that go: fp64 (len(kept),)."""
+    """Return the removed fractions of a layer: fp64 (len(kept),)."""
     return 1 - torch.tensor(kept, dtype=torch.float64) / units
 
 
@@ -135,12 +141,12 @@ def _by_axis(groups: Mapping[str, DependencyGroup]) -> list[list[DependencyGroup
 
 
 def _target(groups: list[DependencyGroup], budget: ResolvedBudget) -> float:
-    """Units of all layers that the budget lets stay."""
+    """Return the number of units of all layers that the budget keeps."""
     return sum(g.groups * g.units * (1 - ratio_of(g.name, budget)) for g in groups)
 
 
 def _options(group: DependencyGroup, budget: ResolvedBudget) -> list[int]:
-    """The sizes that a group may have."""
+    """Return the sizes that a group may have."""
     step = math.lcm(budget.multiple_of, group.multiple_of)
     least, most = bounds_of(group.name, group.units, step, budget)
     return sorted({*range(max(step, least), most + 1, step), most})
@@ -149,9 +155,11 @@ def _options(group: DependencyGroup, budget: ResolvedBudget) -> list[int]:
 def _steps(
     group: DependencyGroup, importance: torch.Tensor, budget: ResolvedBudget
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each step of a group's ranks is worth, best first, and its size: (steps,) twice. The last may be shorter.
+    """Return the worth of each step of a group's ranks, best first, and its size: (steps,) twice.
 
-    Steps up to the floor, and the first in any case, are worth anything; those beyond the cap are left out.
+    The last step may be shorter.
+
+    Steps up to the floor, and always the first, have infinite worth; those beyond the cap are left out.
     """
     step = math.lcm(budget.multiple_of, group.multiple_of)
     least, most = bounds_of(group.name, group.units, step, budget)
@@ -159,17 +167,17 @@ def _steps(
     sizes = torch.full((math.ceil(group.units / step),), step)
     padded = F.pad(ranked, (0, missing := len(sizes) * step - group.units))
     sizes[-1] -= missing
-    worth = (padded.view(len(sizes), step).sum(-1) / sizes).cummin(0).values  # never more by a rounding
+    worth = (padded.view(len(sizes), step).sum(-1) / sizes).cummin(0).values  # removes increases by rounding
     worth[: max(math.ceil(least / step), 1)] = torch.inf
     within = math.ceil(most / step)
     return worth[:within], sizes[:within]
 
 
 def _uniform(group: DependencyGroup, sparsity: float, multiple_of: int, bounds: tuple[int, int]) -> int:
-    """The allowed count nearest to units * (1 - sparsity), of two as near the larger; lifted or lowered to the bounds.
+    """Return the allowed count nearest to units * (1 - sparsity), clamped to the bounds; of two the larger.
 
-    A ratio that would remove nothing or everything by rounding is refused, with the nearest that can be met, unless a
-    floor or a cap says what it shall be.
+    Raises InputError for a ratio that would remove nothing or everything by rounding, with the nearest that can be met,
+    unless a floor or a cap decides.
     """
     least, most = bounds
     if sparsity == 0:
@@ -180,12 +188,12 @@ def _uniform(group: DependencyGroup, sparsity: float, multiple_of: int, bounds: 
     bounded = min(max(nearest, least), most)
     if 0 < nearest < group.units or 0 < bounded != nearest:
         return bounded
-    can = sorted((n for n in allowed if n < group.units), key=lambda n: (abs(n - target), -n))
+    feasible = sorted((n for n in allowed if n < group.units), key=lambda n: (abs(n - target), -n))
     sets = f"{group.groups} sets of {group.units} units" if group.groups > 1 else f"{group.units} units"
     steps = f" in multiples of {multiple_of}" if multiple_of > 1 else ""
     advice = (
-        f"the nearest that can be met is {1 - can[0] / group.units:.4g} (keeps {can[0]})"
-        if can
+        f"the nearest that can be met is {1 - feasible[0] / group.units:.4g} (keeps {feasible[0]})"
+        if feasible
         else "it cannot be cut; leave it out with ignore"
     )
     does = "removes nothing from" if nearest else "removes everything from"

@@ -1,4 +1,4 @@
-"""ResolvedBudget: how much to remove from which dependency group. Patterns that name layers."""
+"""ResolvedBudget: how much to remove from which dependency group, and patterns that name layers."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ Value = TypeVar("Value", int, float)
 
 
 class Fit(Protocol):
-    """Rounds counts of units to those that a runtime takes (`sspruner.formats.targets.Fit`)."""
+    """Protocol: rounds counts of units to those that a runtime supports (`sspruner.formats.targets.Fit`)."""
 
     def counts(self, counts: Mapping[str, int], options: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Dependency group -> units that stay; options: the counts that everything else allows."""
+        """Return dependency group -> units to keep. options: the counts that all other settings allow."""
 
     def changes(self, asked: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
-        """What was rounded, in words."""
+        """Describe what was rounded."""
 
     def takes(self, axis: str) -> list[int]:
-        """The sizes to which one axis alone may be cut in every layer."""
+        """Return the supported sizes of one axis if only this axis is cut, equally in every layer."""
 
     def to_json(self) -> dict[str, Any]:
-        """As a budget records it."""
+        """Return what a budget records."""
 
 
 @dataclass(frozen=True)
 class ResolvedBudget:
-    """How much to remove, and where: a recipe's budget, checked, with the sizes that a runtime takes.
+    """Checked budget of a recipe: how much to remove, and where, with the sizes that a runtime supports.
 
     sparsity     fraction to remove, in [0, 1); or one for each axis
-    keep         units left in every set, instead of sparsity
-    allocation   how the budget is spread over layers: "uniform", every layer loses the fraction; "global", the units of
-                 all layers compete by their scores (of all sets of a layer at the mean), and every layer keeps some;
-                 "adaptive", the split of least damage by each layer's own, measured curve (sspruner.sensitivity)
+    keep         units kept in every set, instead of sparsity
+    allocation   how the budget is distributed over layers: "uniform", each layer loses the fraction; "global", the
+                 units of all layers compete by their scores (averaged over the sets of a layer), and every layer keeps
+                 some; "adaptive", the split of least damage by each layer's measured curve (sspruner.sensitivity)
     normalise    how scores are made comparable between layers for "global": "energy", "last" or "none"
-                 (planning/comparable.py); None: as the scorer says
-    floor, cap   pattern -> units that stay in every set of what it matches, at least and at most; later ones win
+                 (budgets/comparable.py); None: as the scorer declares
+    floor, cap   pattern -> minimal and maximal number of units kept per set in matching groups; the last match wins
     multiple_of  keep a multiple of this many units (torch-pruning: round_to)
-    ratios       pattern -> fraction to remove in the groups it matches; later ones win (pruning_ratio_dict)
-    ignore       patterns of what is left alone (ignored_layers)
+    ratios       pattern -> fraction to remove in matching groups; the last match wins (pruning_ratio_dict)
+    ignore       patterns of groups that are not cut (ignored_layers)
     pattern      on the axes of single elements, instead of sparsity: "2:4" keeps 2 of every 4 elements of a row
-    granularity  there, where elements compete: "row", "tensor" or "global"; the scorer's own if None
-    rows         there, the named runs of rows that compete, such as B and C; all if empty
-    fit          rounds what all of that leads to, to sizes that a runtime takes
+    granularity  on these axes, the scope within which elements compete: "row", "tensor" or "global"; None: the scorer's
+    rows         on these axes, the named runs of rows that compete, such as B and C; all if empty
+    fit          rounds the result to sizes that a runtime supports
 
-    A pattern is matched against a dependency group's name, its path, or the end of either from a dot on:
-    `layers.0.*`, `*.mixer:head`. On the axes `block` and `mixer` it is matched against the modules, too.
+    A pattern is matched against a dependency group's name, its path, or the end of either after a dot: `layers.0.*`,
+    `*.mixer:head`. On the axes `block` and `mixer` it is matched against the modules, too.
     """
 
     sparsity: float | Mapping[str, float] | None = None
@@ -77,7 +77,7 @@ class ResolvedBudget:
     fit: Fit | None = None
 
     def __post_init__(self) -> None:
-        """Raise InputError unless the budget makes sense for some model."""
+        """Raise InputError if the budget is invalid for every model."""
         if self.pattern:
             n, m = parse_pattern(self.pattern)
             if isinstance(self.sparsity, float | int) and self.sparsity != 1 - n / m:
@@ -116,33 +116,33 @@ class ResolvedBudget:
                 raise InputError(f"keep says how many units stay in every layer; leave out {kind}")
 
     def to_json(self) -> dict[str, Any]:
-        """The budget as a plan's `made_by` and a report record it: what was asked for, nothing that was not."""
+        """Return the budget as a plan's `made_by` and a report record it, without unset fields."""
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
-        asked: dict[str, Any] = {"sparsity": sparsity} if self.keep is None else {"keep": self.keep}
-        asked |= {"allocation": self.allocation, "multiple_of": self.multiple_of}
-        asked |= {"ratios": dict(self.ratios)} if self.ratios else {}
-        asked |= {"ignore": list(self.ignore)} if self.ignore else {}
-        asked |= {"pattern": self.pattern} if self.pattern else {}
-        asked |= {"granularity": self.granularity} if self.granularity else {}
-        asked |= {"normalise": self.normalise} if self.normalise else {}
-        asked |= {"floor": dict(self.floor)} if self.floor else {}
-        asked |= {"cap": dict(self.cap)} if self.cap else {}
-        asked |= {"target": self.fit.to_json()} if self.fit else {}
-        return asked | ({"rows": list(self.rows)} if self.rows else {})
+        fields: dict[str, Any] = {"sparsity": sparsity} if self.keep is None else {"keep": self.keep}
+        fields |= {"allocation": self.allocation, "multiple_of": self.multiple_of}
+        fields |= {"ratios": dict(self.ratios)} if self.ratios else {}
+        fields |= {"ignore": list(self.ignore)} if self.ignore else {}
+        fields |= {"pattern": self.pattern} if self.pattern else {}
+        fields |= {"granularity": self.granularity} if self.granularity else {}
+        fields |= {"normalise": self.normalise} if self.normalise else {}
+        fields |= {"floor": dict(self.floor)} if self.floor else {}
+        fields |= {"cap": dict(self.cap)} if self.cap else {}
+        fields |= {"target": self.fit.to_json()} if self.fit else {}
+        return fields | ({"rows": list(self.rows)} if self.rows else {})
 
     def compares_layers(self, groups: Mapping[str, DependencyGroup], granularity: Mapping[str, str]) -> bool:
-        """Whether all scores have to be known before anything is cut. granularity: of a scorer, by axis."""
+        """Return whether all scores must be known before anything is cut. granularity: the scorers' own, by axis."""
         return self.allocation != "uniform" or any(
             self.granularity_of(g.axis, granularity) == "global" for g in groups.values() if g.tensor
         )
 
     def granularity_of(self, axis: str, granularity: Mapping[str, str]) -> str:
-        """Where the elements of an axis compete."""
+        """Return the scope within which the elements of an axis compete."""
         return "pattern" if self.pattern else self.granularity or granularity.get(axis, "tensor")
 
 
 def pattern_sparsity(pattern: str) -> float:
-    """The fraction that a pattern removes."""
+    """Return the fraction that a pattern removes."""
     n, m = parse_pattern(pattern)
     return 1 - n / m
 
@@ -157,33 +157,33 @@ def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of `ResolvedBudget` means the dependency group or module `name`."""
+    """Return whether a pattern of `ResolvedBudget` matches the dependency group or module `name`."""
     path, _, axis = name.partition(":")
     forms = [name, path] if axis else [path, f"{path}."]
     return any(fnmatchcase(form, p) for form in forms for p in (pattern, f"*.{pattern}"))
 
 
 def protected(group: DependencyGroup, ignore: Sequence[str]) -> list[int]:
-    """The units of an axis of whole modules that the patterns leave alone."""
+    """Return the units of an axis of whole modules that the patterns protect."""
     return [unit for unit, block in enumerate(group.blocks) if ignored(block.path, ignore)]
 
 
 def ignored(name: str, ignore: Sequence[str]) -> bool:
-    """Whether one of the patterns means `name`."""
+    """Return whether one of the patterns matches `name`."""
     return any(matches(pattern, name) for pattern in ignore)
 
 
 def ratio_of(name: str, budget: ResolvedBudget) -> float:
-    """The fraction to remove from one group: that of its axis, or of the last pattern that matches it."""
+    """Return the fraction to remove from one group: that of its axis, or of the last pattern that matches it."""
     sparsity = budget.sparsity
     ratio = sparsity.get(axis_of(name), 0.0) if isinstance(sparsity, Mapping) else sparsity or 0.0
     return _last_match(name, budget.ratios, ratio)
 
 
 def bounds_of(name: str, units: int, step: int, budget: ResolvedBudget) -> tuple[int, int]:
-    """The least and the most units that a group may keep, in steps that it allows. Raises InputError if there is none.
+    """Return the minimal and maximal number of units that a group may keep. Raises InputError if there is none.
 
-    A floor is rounded up to a step and a cap down; the whole group is always a step. Without a floor the least is 0.
+    A floor is rounded up to a step and a cap down; the whole group is always a step. Without a floor the minimum is 0.
     """
     floor, cap = _last_match(name, budget.floor, 0), _last_match(name, budget.cap, units)
     if floor > units:

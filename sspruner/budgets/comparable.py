@@ -1,4 +1,4 @@
-"""Scores that can be compared between layers: what one threshold for all of them is laid on."""
+"""Make scores comparable between layers, so that one threshold can be applied to all of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ NORMALISATIONS = ("none", "energy", "last")
 
 
 def comparable(importance: Mapping[str, torch.Tensor], how: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The scores of all layers on one scale: name -> (groups, units). how: axis -> one of NORMALISATIONS.
+    """Return the scores of all layers on one scale: name -> (groups, units). how: axis -> one of NORMALISATIONS.
 
-    "energy"  divides by the root of the sum of the layer's squared scores. The squared scores of GHOST and of balanced
-              are mean squared errors of y, and their sum, cross terms left out, is the energy of what the layer's
-              states add to y: so this is error relative to the energy of the layer's own output
+    "energy"  divides by the root of the layer's sum of squared scores. The squared scores of GHOST and of balanced are
+              mean squared errors of y, and their sum, without cross terms, is the energy that the layer's states add to
+              y: the result is the error relative to the energy of the layer's own output
     "last"    s² over the sum of s² of all units of the layer that are at least as strong (Gwak et al., LAST, arXiv
-              2411.02824, with s² in the place of its squared gain)
-    "none"    leaves them: for scores that measure the model's loss, or that are shares already
+              2411.02824, with s² in place of its squared gain)
+    "none"    leaves scores unchanged: for scores that measure the model's loss, or that are shares already
     """
     axes = {name: name.rpartition(":")[2] for name in importance}
     scale = {"none": _as_it_is, "energy": _of_energy, "last": _last}
@@ -27,7 +27,7 @@ def comparable(importance: Mapping[str, torch.Tensor], how: Mapping[str, str]) -
 
 
 def check_normalisation(how: str | None) -> None:
-    """Raise InputError for a normalisation that there is not."""
+    """Raise InputError for an unknown normalisation."""
     if how not in (None, *NORMALISATIONS):
         raise InputError(f"unknown normalisation {how!r}; known: {', '.join(NORMALISATIONS)}")
 
@@ -42,9 +42,9 @@ def _of_energy(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _last(scores: torch.Tensor) -> torch.Tensor:
-    """The reverse cumulative sum of LAST. Equal scores count together."""
+    """Compute LAST's share of the reverse cumulative sum. Equal scores count together."""
     energy, order = scores.double().square().flatten().sort(descending=True)
     total = energy.cumsum(0)
-    ends = torch.searchsorted(-energy, -energy, right=True) - 1  # the last of those that are as strong
+    ends = torch.searchsorted(-energy, -energy, right=True) - 1  # index of the last equal score
     share = torch.where(total[ends] > 0, energy / total[ends], 0.0)
     return torch.zeros_like(share).scatter_(0, order, share).view(scores.shape)

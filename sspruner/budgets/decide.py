@@ -1,4 +1,4 @@
-"""Decide: from scores and a budget to what stays of every dependency group, and to the plan that says so."""
+"""Decide what to keep of every dependency group, from scores and a budget, and make the plan."""
 
 from __future__ import annotations
 
@@ -37,45 +37,48 @@ def plan(
     curves: Mapping[str, Curve] | None = None,
     **short: Any,
 ) -> Plan:
-    """Keep the highest-scored units of every dependency group in `scores`, on one axis or on several.
+    """Return a plan that keeps the highest-scored units of every dependency group in `scores`, on one or several axes.
 
-    recipe: what to remove, how much, and for which runtime; or its fields as `short` arguments, `sparsity=0.5`,
-    where sparsity may be one for each axis. allocation="global" lets layers compete, "adaptive" takes the best split by
-    `curves`, which sspruner.sensitivity measures (docs/allocation.md). With a `target` the sizes are rounded to those
-    that this runtime takes, over `tp` GPUs (docs/targets.md). Scorers that change weights, too, do so in `prune` only.
+    recipe  what to remove, how much, and for which runtime
+    short   instead of a recipe, its fields: `sparsity=0.5`; sparsity may be a mapping with one for each axis
+    curves  damage of each layer, which sspruner.sensitivity measures, for allocation="adaptive" (docs/allocation.md)
+
+    allocation="global" lets layers compete. With a `target` the sizes are rounded to those that this runtime supports,
+    over `tp` GPUs (docs/targets.md). Scorers that change weights do so in `prune` only.
+
     Raises InputError for an impossible budget, PlanError if the scores do not fit the graph, ModelError for a model
     that the target does not serve.
     """
     recipe = _plan_recipe(recipe, short)
     budget = resolve_budget(recipe, fit_to(graph, recipe.target.runtime, recipe.target.tp))
-    made = plan_within(graph, scores, budget, curves)
+    result = plan_within(graph, scores, budget, curves)
     if budget.fit is None:
-        return made
+        return result
     lines = rounded({name: graph.groups[name] for name in scores.importance if name in graph.groups}, budget)
-    return replace(made, made_by=made.made_by | {"target": {**budget.fit.to_json(), "rounded": lines}})
+    return replace(result, made_by=result.made_by | {"target": {**budget.fit.to_json(), "rounded": lines}})
 
 
 def _plan_recipe(recipe: Recipe | None, short: dict[str, Any]) -> Recipe:
-    """Make a recipe of short arguments. Raises InputError where they do not say how much to remove."""
+    """Make a recipe from short arguments. Raises InputError if they do not define how much to remove."""
     if recipe is not None:
         if short:
             raise InputError(f"{next(iter(short))}: a recipe says this; change the recipe (dataclasses.replace)")
         if recipe.limits:
             raise InputError("limits are met in `prune`, which measures cuts: give sparsity or keep")
         return recipe
-    given = {name: value for name, value in short.items() if value is not None}
-    sparsity = given.get("sparsity")
+    options = {name: value for name, value in short.items() if value is not None}
+    sparsity = options.get("sparsity")
     if isinstance(sparsity, Mapping):
-        if "keep" in given:
+        if "keep" in options:
             raise InputError("give either sparsity (a fraction to remove) or keep (units left), not both or neither")
-        given["axis"] = given.pop("sparsity")
-    elif ("sparsity" in given) == ("keep" in given) and not (given.get("pattern") and sparsity is None):
+        options["axis"] = options.pop("sparsity")
+    elif ("sparsity" in options) == ("keep" in options) and not (options.get("pattern") and sparsity is None):
         raise InputError("give either sparsity (a fraction to remove) or keep (units left), not both or neither")
-    return Recipe.of(**given)
+    return Recipe.of(**options)
 
 
 def rounded(groups: Mapping[str, DependencyGroup], budget: ResolvedBudget) -> list[str]:
-    """What the rounding to a target's sizes changes in a uniform budget, in words."""
+    """Describe how the rounding to a target's sizes changes a uniform budget."""
     if budget.fit is None:
         return []
     return budget.fit.changes(allocate(groups, replace(budget, fit=None)), allocate(groups, budget))
@@ -84,7 +87,10 @@ def rounded(groups: Mapping[str, DependencyGroup], budget: ResolvedBudget) -> li
 def plan_within(
     graph: SSMGraph, scores: Scores, budget: ResolvedBudget, curves: Mapping[str, Curve] | None = None
 ) -> Plan:
-    """The same, for a ResolvedBudget."""
+    """Return a plan that keeps the highest-scored units within a ResolvedBudget.
+
+    Raises PlanError if the scores do not fit the graph, InputError for an impossible budget.
+    """
     known = {**graph.groups, **graph.elements}
     for name, importance in scores.importance.items():
         group = known.get(name)
@@ -103,7 +109,7 @@ def make_plan(
     scores: Scores,
     budget: ResolvedBudget,
 ) -> Plan:
-    """The plan that keeps what `keep` says, name -> bool (groups, units), and gives tensors new values.
+    """Return the plan that keeps `keep`, name -> bool (groups, units), and sets new values of tensors.
 
     Raises InputError if nothing is removed.
     """
@@ -126,28 +132,36 @@ def choosers(
     importance: Mapping[str, torch.Tensor] | None = None,
     curves: Mapping[str, Curve] | None = None,
 ) -> dict[str, Choose]:
-    """For every dependency group, which of its units stay: scores (groups, units) -> bool, the same shape.
+    """Return for every dependency group the function that selects its units.
 
-    granularity: the scorers' own, by axis. importance: all scores, where layers compete (`compared`). curves: what
-    cutting each layer alone costs, for the allocation "adaptive". Raises InputError for a
-    pattern that matches nothing, and for a budget that a group cannot meet: it names the nearest that it can.
+    Each maps scores (groups, units) to bool of the same shape.
+
+    granularity  the scorers' own, by axis
+    importance   all scores, if layers compete (`compared`)
+    curves       damage of cutting each layer alone, for the allocation "adaptive"
+
+    Raises InputError for a pattern that matches nothing, and for a budget that a group cannot meet; the message has the
+    nearest that it can meet.
     """
     counts = allocate(groups, budget, importance, curves)
-    found: dict[str, Choose] = {
+    selectors: dict[str, Choose] = {
         name: partial(_best_units, count=counts[name], protected=protected(group, budget.ignore))
         for name, group in groups.items()
         if not group.tensor
     }
     elements = {name: group for name, group in groups.items() if group.tensor}
-    return found | _element_choosers(elements, budget, granularity, importance)
+    return selectors | _element_choosers(elements, budget, granularity, importance)
 
 
 def compared(scores: Scores, budget: ResolvedBudget) -> dict[str, torch.Tensor]:
-    """All scores as the allocation compares them between layers: by the budget's normalisation, or the scorer's own."""
-    own = json.loads(scores.metadata.get("comparable", "{}"))  # axis -> whether they are as they come
+    """Return all scores, comparable between layers by the budget's normalisation, or by the scorer's default."""
+    declared = json.loads(
+        scores.metadata.get("comparable", "{}")
+    )  # axis -> whether scores are comparable without scaling
     axes = {axis_of(name) for name in scores.importance} - ELEMENT_AXES
     return comparable(
-        scores.importance, {axis: budget.normalise or ("none" if own.get(axis, True) else "energy") for axis in axes}
+        scores.importance,
+        {axis: budget.normalise or ("none" if declared.get(axis, True) else "energy") for axis in axes},
     )
 
 
@@ -165,8 +179,8 @@ def _element_choosers(
     for run in budget.rows:
         if run not in known:
             raise InputError(f"rows {run!r}: no tensor has such rows; these are known: {', '.join(known)}")
-    found: dict[str, Choose] = {}
-    together: dict[tuple[str, float], list[str]] = {}
+    selectors: dict[str, Choose] = {}
+    competing_groups: dict[tuple[str, float], list[str]] = {}
     rows = {name: competing(group, tuple(budget.rows)) for name, group in groups.items()}
     for name, group in groups.items():
         sparsity = 0.0 if ignored(name, budget.ignore) else ratio_of(name, budget)
@@ -175,19 +189,21 @@ def _element_choosers(
             removes = pattern_sparsity(budget.pattern)
             raise InputError(f"{name}: pattern {budget.pattern} removes {removes:g}, not {sparsity:g}; leave one out")
         if not sparsity or not rows[name].any():
-            found[name] = _whole
+            selectors[name] = _whole
         elif where == "global":
-            together.setdefault((group.axis, sparsity), []).append(name)
+            competing_groups.setdefault((group.axis, sparsity), []).append(name)
         else:
             if budget.pattern:
                 check_pattern(group, budget.pattern)
-            found[name] = partial(choose, rows=rows[name], sparsity=sparsity, pattern=budget.pattern, granularity=where)
-    for (_, sparsity), names in together.items():
+            selectors[name] = partial(
+                choose, rows=rows[name], sparsity=sparsity, pattern=budget.pattern, granularity=where
+            )
+    for (_, sparsity), names in competing_groups.items():
         if importance is None:
             raise InputError("elements of all tensors compete: their scores have to be known before any is cut")
         kept = choose_globally({n: importance[n] for n in names}, {n: rows[n] for n in names}, sparsity)
-        found |= {n: partial(_decided, kept=kept[n]) for n in names}
-    return found
+        selectors |= {n: partial(_decided, kept=kept[n]) for n in names}
+    return selectors
 
 
 def _whole(scores: torch.Tensor) -> torch.Tensor:
@@ -195,14 +211,14 @@ def _whole(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _decided(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """What was decided when all scores were compared."""
+    """Return the selection that was decided when all scores were compared."""
     if scores.shape != kept.shape:
         raise InputError("decides by blocks of columns, which cannot compete globally; use granularity row or tensor")
     return kept
 
 
 def _best_units(scores: torch.Tensor, count: int, protected: Sequence[int]) -> torch.Tensor:
-    """Keep the `count` best units of every set; of equal units the first. scores: (groups, units)."""
+    """Select the `count` best units of every set; of equal units the first. scores: (groups, units)."""
     scores = scores.clone()
     scores[:, list(protected)] = torch.inf
     best = scores.argsort(dim=-1, descending=True, stable=True)[:, :count]

@@ -1,4 +1,4 @@
-"""Which single elements of a tensor stay: by row, by tensor, over all tensors, or n of every m."""
+"""Select single elements of a tensor: by row, by tensor, over all tensors, or n of every m."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from sspruner.errors import InputError
 from sspruner.graph.group import DependencyGroup
 
-FLOOR = 0.05  # of its elements every tensor keeps, where all tensors compete (docs/methods.md)
+FLOOR = 0.05  # fraction of its elements that every tensor keeps if all tensors compete (docs/methods.md)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
-    """`2:4` as (2, 4): of every 4 consecutive elements of a row 2 stay. Raises InputError for anything else."""
-    found = re.fullmatch(r"(\d+):(\d+)", pattern)
-    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
+    """Parse `2:4` as (2, 4): keep 2 of every 4 consecutive elements of a row. Raises InputError for anything else."""
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    n, m = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 < n < m:
         raise InputError(f"pattern {pattern!r}: expected N:M with 0 < N < M; 2:4 keeps 2 of every 4 weights of a row")
     return n, m
 
 
 def check_pattern(group: DependencyGroup, pattern: str) -> None:
-    """Raise InputError if the rows of a tensor cannot be divided as the pattern asks."""
+    """Raise InputError if the rows of a tensor cannot be divided by the pattern."""
     _, m = parse_pattern(pattern)
     if group.units % m:
         raise InputError(f"{group.name}: rows of {group.units} elements; pattern {pattern} needs a multiple of {m}; "
@@ -31,7 +31,7 @@ def check_pattern(group: DependencyGroup, pattern: str) -> None:
 
 
 def competing(group: DependencyGroup, runs: tuple[str, ...]) -> torch.Tensor:
-    """The rows that compete, bool (rows,): all of them, or the named runs. A tensor without such a run has none."""
+    """Return the rows that compete, bool (rows,): all, or the named runs; none for a tensor without such a run."""
     if not runs:
         return torch.ones(group.groups, dtype=torch.bool)
     rows = torch.zeros(group.groups, dtype=torch.bool)
@@ -43,37 +43,38 @@ def competing(group: DependencyGroup, runs: tuple[str, ...]) -> torch.Tensor:
 def choose(
     scores: torch.Tensor, rows: torch.Tensor, sparsity: float, pattern: str | None, granularity: str
 ) -> torch.Tensor:
-    """What stays of a tensor, or of some of its columns: bool, the shape of `scores` (rows, columns).
+    """Return the elements to keep of a tensor, or of some of its columns: bool, the shape of `scores` (rows, columns).
 
-    rows: bool (rows,), those that compete; the others stay whole. Of equal scores the first stay.
+    rows: bool (rows,), those that compete; the others are kept whole. Of equal scores the first are kept.
     """
     keep = torch.ones_like(scores, dtype=torch.bool)
-    asked = scores[rows]
+    candidates = scores[rows]
     if pattern:
         n, m = parse_pattern(pattern)
         if scores.shape[1] % m:
             raise InputError(f"{scores.shape[1]} columns at once; pattern {pattern} needs a multiple of {m}")
-        keep[rows] = _best(asked.reshape(-1, m), n).view_as(asked)
+        keep[rows] = _best(candidates.reshape(-1, m), n).view_as(candidates)
     elif granularity == "row":
-        keep[rows] = _best(asked, round(asked.shape[1] * (1 - sparsity)))
+        keep[rows] = _best(candidates, round(candidates.shape[1] * (1 - sparsity)))
     else:
-        keep[rows] = _best(asked.reshape(1, -1), round(asked.numel() * (1 - sparsity))).view_as(asked)
+        keep[rows] = _best(candidates.reshape(1, -1), round(candidates.numel() * (1 - sparsity))).view_as(candidates)
     return keep
 
 
 def choose_globally(
     scores: Mapping[str, torch.Tensor], rows: Mapping[str, torch.Tensor], sparsity: float
 ) -> dict[str, torch.Tensor]:
-    """One threshold over all tensors, of which every one keeps a floor of its best. Shapes as in `choose`."""
+    """Select elements by one threshold over all tensors, each keeping a minimum of its best. Shapes as in `choose`."""
     keep = {name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}
-    asked = {name: s[rows[name]] for name, s in scores.items()}  # (competing rows, columns)
+    candidates = {name: s[rows[name]] for name, s in scores.items()}  # (competing rows, columns)
     safe = {
-        n: _best(a.reshape(1, -1), round(a.numel() * min(FLOOR, 1 - sparsity))).view_as(a) for n, a in asked.items()
+        n: _best(a.reshape(1, -1), round(a.numel() * min(FLOOR, 1 - sparsity))).view_as(a)
+        for n, a in candidates.items()
     }
-    total, kept = sum(a.numel() for a in asked.values()), sum(int(s.sum()) for s in safe.values())
-    pool = torch.cat([a[~safe[n]] for n, a in asked.items()])
+    total, kept = sum(a.numel() for a in candidates.values()), sum(int(s.sum()) for s in safe.values())
+    pool = torch.cat([a[~safe[n]] for n, a in candidates.items()])
     best = _best(pool[None], max(0, round(total * (1 - sparsity)) - kept))[0]
-    for name in asked:
+    for name in candidates:
         stays, rest = safe[name].clone(), ~safe[name]
         stays[rest], best = best[: int(rest.sum())], best[int(rest.sum()) :]
         keep[name][rows[name]] = stays
@@ -81,6 +82,6 @@ def choose_globally(
 
 
 def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` highest of every row, bool (rows, columns); of equal ones the first."""
+    """Return the `count` highest elements of every row, bool (rows, columns); of equal ones the first."""
     order = scores.argsort(dim=-1, descending=True, stable=True)[:, :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)

@@ -1,4 +1,4 @@
-"""The best split of a budget over layers whose damage curves are known: exact dynamic programming."""
+"""Optimal split of a budget over layers with known damage curves, by exact dynamic programming."""
 
 from __future__ import annotations
 
@@ -7,38 +7,43 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-Curve = Mapping[int, float]  # units kept -> damage of cutting this layer alone to so many
-NONE = 1e-9  # damage that is no more than rounding
+Curve = Mapping[int, float]  # units kept -> damage of cutting only this layer to that size
+NONE = 1e-9  # damage that does not exceed rounding
 
 
 def damage_at(curve: Curve, kept: Sequence[int], units: int) -> torch.Tensor:
-    """A measured curve between and beyond its points: fp64 (len(kept),), never less for fewer units.
+    """Interpolate a measured curve: fp64 (len(kept),), never smaller for fewer units.
 
-    Noise by which fewer units would cost less is levelled upwards. Between two points damage is a power of the units
-    kept, c k^-p, so that equal ratios of sizes cost equal ratios of damage; next to no damage, as that of the whole
-    layer, it is linear. Below the smallest point the last piece goes on.
+    Noise by which fewer units would cost less is removed by a running maximum. Between two points damage is a power of
+    the units kept, c k^-p, so that equal ratios of sizes cost equal ratios of damage; next to almost no damage, such as
+    that of the whole layer, it is linear. Below the smallest point the last piece is extrapolated.
     """
     points = dict(sorted({**curve, units: 0.0}.items(), reverse=True))  # from the whole layer down
     sizes = torch.tensor(list(points), dtype=torch.float64)
     costs = torch.tensor(list(points.values()), dtype=torch.float64).clamp_min(0).cummax(0).values
-    asked = torch.tensor(kept, dtype=torch.float64)
+    targets = torch.tensor(kept, dtype=torch.float64)
     if len(points) == 1:
-        return torch.zeros_like(asked)
-    right = torch.searchsorted(-sizes, -asked).clamp(1, len(sizes) - 1)  # sizes[right] <= asked, but for the last
+        return torch.zeros_like(targets)
+    right = torch.searchsorted(-sizes, -targets).clamp(1, len(sizes) - 1)  # sizes[right] <= target, except for the last
     larger, smaller, least, most = sizes[right - 1], sizes[right], costs[right - 1], costs[right]
-    linear = least + (most - least) * (larger - asked) / (larger - smaller)
+    linear = least + (most - least) * (larger - targets) / (larger - smaller)
     steepness = (most / least.where(least > NONE, 1.0)).log() / (larger / smaller).log()
-    found = linear.where(least <= NONE, least * (larger / asked) ** steepness)
-    return found.maximum(least).minimum(most.where(asked >= smaller, torch.inf))  # not beyond its ends by a rounding
+    interpolated = linear.where(least <= NONE, least * (larger / targets) ** steepness)
+    return interpolated.maximum(least).minimum(
+        most.where(targets >= smaller, torch.inf)
+    )  # clamp: rounding must not exceed the ends
 
 
 def best_split(
     options: Mapping[str, Sequence[int]], costs: Mapping[str, torch.Tensor], sets: Mapping[str, int], budget: float
 ) -> dict[str, int]:
-    """The sizes, one of each layer's options, of least total damage whose total number of units is within the budget.
+    """Return the sizes, one per layer, with the least total damage whose total number of units is within the budget.
 
-    options: layer -> sizes that it may have. costs: layer -> the damage of each. sets: layer -> B/C groups or the like
-    that have this size. If not even the smallest fit, these. Of equal splits one with more units.
+    options  layer -> sizes that it may have
+    costs    layer -> the damage of each size
+    sets     layer -> number of sets (such as B/C groups) that have this size
+
+    If even the smallest sizes exceed the budget, they are returned. Of equal splits, one with more units.
     """
     unit = math.gcd(*(sets[name] * size for name, sizes in options.items() for size in sizes))
     weights = {name: torch.tensor([sets[name] * size // unit for size in sizes]) for name, sizes in options.items()}
@@ -54,9 +59,9 @@ def best_split(
         total, chosen = ways.min(0)
         choices.append(chosen)
     at = room - int(total.flip(0).argmin())  # of equal totals the larger
-    found: dict[str, int] = {}
+    split: dict[str, int] = {}
     for name, chosen in zip(reversed(list(options)), reversed(choices), strict=True):
         row = int(chosen[at])
-        found[name] = options[name][row]
+        split[name] = options[name][row]
         at -= int(weights[name][row])
-    return {name: found[name] for name in options}
+    return {name: split[name] for name in options}

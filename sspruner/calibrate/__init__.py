@@ -1,1 +1,4 @@
-"""Text to batches, layer-by-layer replay, SSMView, exact state statistics."""
+"""Calibration: token windows from text, layer-by-layer replay, the statistics that scorers read, and gradients.
+
+Main names: `sources.calibration`, `replay.Replay`, `view.SSMView`.
+"""

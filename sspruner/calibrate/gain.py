@@ -1,4 +1,4 @@
-"""What the rest of a mixer makes of a change of its scan's output: gate, norm and out_proj, to first order."""
+"""First-order gain from the scan's output to the mixer's output, through gate, norm and out_proj."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ def output_weights(
     given: torch.Tensor | None = None,
     groups: int = 1,
 ) -> torch.Tensor:
-    """w_t[k,p] = silu(z_t[k,p])^2 rms_t^-2 norm[k,p]^2 ||out_proj[:,(k,p)]||^2: fp32 (b, T, H, P), as y.
+    """Compute w_t[k,p] = silu(z_t[k,p])^2 rms_t^-2 norm[k,p]^2 ||out_proj[:,(k,p)]||^2: fp32 (b, T, H, P), like y.
 
-    The squared gain from a channel of y to the mixer's output, with what the norm divides by held at its value and
-    without products between channels. y: fp32 (b, T, H, P), z: (b, T, D), D = H * P, out_proj: (hidden size, D), norm:
-    (D,) its weight, given: (b, T, D), what out_proj is given, both None where there is no norm; then rms is 1. groups:
-    over how many runs of channels the norm goes. Source: docs/scorers/ghost.md.
+    This is the squared gain from a channel of y to the mixer's output, with the norm's divisor held constant and
+    without products between channels. Source: docs/scorers/ghost.md.
+
+    y         fp32 (b, T, H, P): the scan's output
+    z         (b, T, D), D = H * P: the gate
+    out_proj  (hidden size, D)
+    norm      (D,): the norm's weight, None where there is no norm; then rms is 1
+    given     (b, T, D): input of out_proj, None where there is no norm
+    groups    number of runs of channels that the norm averages over separately
     """
     gain = F.silu(z.float())  # (b, T, D)
     if norm is not None and given is not None:
         gain = gain * norm
-        # In either order of gate and norm what out_proj is given is y * gain / rms, with one rms for each group.
+        # In either order of gate and norm out_proj's input is y * gain / rms, with one rms for each group.
         before = (y.flatten(2) * gain).view(*y.shape[:2], groups, -1)  # (b, T, groups, D / groups)
         energy = before.square().sum(-1, keepdim=True)
         scale = (before * given.view_as(before)).sum(-1, keepdim=True) / energy.where(energy > 0, 1.0)

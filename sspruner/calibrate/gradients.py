@@ -1,7 +1,7 @@
 """Gradients of the calibration loss through the whole model at once, for scorers with needs="gradients" or "fisher".
 
-One graph of the whole model and one batch is held at a time. `sspruner.calibrate.local` needs one block's.
-Several processes give their own batches each, and get the gradients of all.
+The autograd graph of the whole model and one batch is in memory; `sspruner.calibrate.local` needs that of one block.
+With several processes, each passes its own batches, and all get the gradients over all batches.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ DIFFERENTIABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def mean_gradients(model: nn.Module, batches: Batches, tokens: int) -> Gradients:
-    """Gradient of the mean next-token loss over all calibration tokens.
+    """Compute the gradient of the mean next-token loss over all calibration tokens.
 
-    On the model's own text: logits at t predict t + 1, and only positions whose token and next token are not padding
-    count. tokens: how many of those there are in all batches of all processes, so that any split gives the same sum. A
-    shared parameter has one gradient under all its names. Raises ModelError for a gradient that is not finite.
+    Logits at t predict token t + 1; positions count if neither token is padding. A shared parameter has one gradient
+    under all its names. Raises ModelError for a gradient that is not finite.
+
+    tokens: number of predicted tokens in all batches of all processes, so that the split into batches does not matter.
     """
     check_some(tokens)
     with _differentiable(model):
@@ -41,12 +42,12 @@ def mean_gradients(model: nn.Module, batches: Batches, tokens: int) -> Gradients
 
 
 def mean_and_fisher(model: nn.Module, batches: Batches, tokens: int) -> tuple[Gradients, Gradients]:
-    """`mean_gradients`, and the diagonal of the empirical Fisher information over calibration sequences:
+    """Compute `mean_gradients` and the diagonal of the empirical Fisher information over calibration sequences:
 
         F = 1/S · sum_s (d L_s / d w)²,   L_s the mean next-token loss of sequence s alone
 
-    Sequences in which nothing is predicted do not count. One backward pass for each sequence: the split into
-    batches does not matter.
+    Sequences without predicted tokens do not count. One backward pass per sequence, so that the split into batches does
+    not matter.
     """
     check_some(tokens)
     sums: dict[nn.Parameter, torch.Tensor] = {}
@@ -67,13 +68,13 @@ def mean_and_fisher(model: nn.Module, batches: Batches, tokens: int) -> tuple[Gr
                             sums.setdefault(p, torch.zeros_like(p)).add_(p.grad, alpha=predicted / tokens)
                             squares.setdefault(p, torch.zeros_like(p)).addcmul_(p.grad, p.grad)
                 model.zero_grad(set_to_none=True)
-        count = sum(gathered(sequences))  # by all processes, also one in whose sequences nothing is predicted
+        count = sum(gathered(sequences))  # collective call, also for a process without predicted tokens
         fisher = {p: square / count for p, square in squares.items()}
         return _by_name(model, sums), _by_name(model, fisher)
 
 
 def next_token_loss(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum of the losses in nats, where neither a token nor the next one is padding. (b, T, V), (b, T), (b, T)."""
+    """Sum the next-token losses, in nats, where neither token is padding. logits (b, T, V), ids (b, T), mask (b, T)."""
     device = logits.device
     counted = (mask[:, 1:] & mask[:, :-1]).to(device)  # (b, T-1)
     predicted, target = logits[:, :-1][counted], ids[:, 1:].to(device)[counted]  # (n, V), (n,)
@@ -81,18 +82,18 @@ def next_token_loss(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor)
 
 
 def predicted_tokens(mask: torch.Tensor) -> int:
-    """How many next tokens are predicted and count. mask: bool (S, T)."""
+    """Return the number of predicted next tokens, neither of the pair being padding. mask: bool (S, T)."""
     return int((mask[:, 1:] & mask[:, :-1]).sum())
 
 
 def check_some(tokens: int) -> None:
-    """Raise InputError where nothing is predicted."""
+    """Raise InputError if no token is predicted."""
     if not tokens:
         raise InputError("calibration: no two tokens follow each other, so that nothing is predicted; give longer text")
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Raise ModelError that names a parameter, or packed weights, through which no gradient flows."""
+    """Raise ModelError that names the first parameter, or packed weight, without a gradient."""
     for name, p in model.named_parameters():
         if p.dtype not in DIFFERENTIABLE:
             raise _no_gradient(name, f"weights of type {_name(p.dtype)} have no gradient")
@@ -106,7 +107,7 @@ def check_differentiable(model: nn.Module) -> None:
 
 
 def check_gradient(name: str, gradient: torch.Tensor, what: str = "gradients") -> None:
-    """Raise ModelError unless all of it is finite. name: of the parameter or module."""
+    """Raise ModelError unless the gradient is finite. name: name of the parameter or module."""
     bad = int((~gradient.isfinite()).sum())
     if bad:
         raise ModelError(
@@ -117,7 +118,7 @@ def check_gradient(name: str, gradient: torch.Tensor, what: str = "gradients") -
 
 @contextmanager
 def requires_grad(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Whether all parameters of a module want gradients, inside the block."""
+    """Context manager that sets requires_grad of all parameters of a module."""
     before = [(p, p.requires_grad) for p in module.parameters()]
     try:
         module.requires_grad_(wanted)
@@ -129,7 +130,7 @@ def requires_grad(module: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
-    """All parameters in fp32, wanting gradients, and without one so far; after the block as they were."""
+    """Context manager: all parameters in fp32, requiring gradients, without a gradient so far; restored afterwards."""
     check_differentiable(model)
     before = [(p, p.grad) for p in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -142,14 +143,14 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def _by_name(model: nn.Module, values: Mapping[nn.Parameter, torch.Tensor]) -> Gradients:
-    """Sums over processes, under all names of each parameter; zeros for what no forward calls. All are finite.
+    """Sum gradients over processes and return them under all names of each parameter; zeros for unused parameters.
 
-    The last parameter that is not is named: a backward pass meets it first.
+    Raises ModelError if one is not finite. The last such parameter is named: a backward pass meets it first.
     """
-    found = {p: total(values.get(p, torch.zeros_like(p)).detach().cpu()).float() for p in model.parameters()}
+    totals = {p: total(values.get(p, torch.zeros_like(p)).detach().cpu()).float() for p in model.parameters()}
     for name, p in reversed(list(model.named_parameters())):
-        check_gradient(name, found[p])
-    return {name: found[p] for name, p in model.named_parameters(remove_duplicate=False)}
+        check_gradient(name, totals[p])
+    return {name: totals[p] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _no_gradient(name: str, why: str) -> ModelError:

@@ -1,11 +1,11 @@
-"""Layer-local gradients: what a sequential prune asks of the loss, one block's graph at a time.
+"""Layer-local gradients for sequential pruning, with the autograd graph of one block at a time.
 
-At block l the loss of the whole model is linearised around the dense one, in what leaves the block:
+At block l the loss of the whole model is linearised around the dense model, in the block's output:
 
     L_l = sum_t <g_lt, block_l(h'_l)_t>,   g_l = d(mean next-token loss) / d(output of block l), dense
 
-h'_l is what the replay feeds the block, made by the cut blocks before it. On the dense model the gradient of L_l in
-the block's parameters is that of the whole model, by the chain rule.
+h'_l is the block's input in the replay, computed by the cut blocks before it. On the dense model the gradient of L_l
+in the block's parameters equals that of the whole model, by the chain rule.
 
 Memory: g_l of every block, (L, tokens, D) on the CPU, and the graph of one block and batch. Time: three forward and
 two backward passes of the blocks in all.
@@ -36,21 +36,20 @@ from sspruner.graph.site import within
 
 
 class LocalGradients:
-    """Gradients of the layer-local loss over the blocks of a replay, which must be in front of its first block.
+    """Gradients of the layer-local loss over the blocks of a replay, which must be at its first block.
 
-    The model must be dense when this is made. Then call `add` on each block, before the replay advances over it.
+    The model must be dense when this object is created. Call `add` on each block before the replay advances over it.
 
-    gradients   parameter name -> fp32, in its shape, on the CPU, for the blocks that have been added. A parameter that
-                several blocks share has one gradient under all its names: the sum over the calls so far
-    fisher      the same for the mean over sequences of the squared gradient of the sequence's own mean loss; only with
-                fisher=True, which runs sequence by sequence. Of shared parameters it is the sum over the calls of each
-                call's own squares: the products between calls are left out, for they would need the gradients of every
-                sequence to be kept. `mean_and_fisher` has them
+    gradients   parameter name -> fp32, in its shape, on the CPU, for the blocks added so far. A parameter that several
+                blocks share has one gradient under all its names: the sum over the calls so far
+    fisher      mean over sequences of the squared gradient of the sequence's own mean loss; only with fisher=True,
+                which runs sequence by sequence. For shared parameters: the sum of each call's squares, without the
+                products between calls, which would need the gradients of every sequence; `mean_and_fisher` has them
 
-    Several processes have a replay of their own sequences each, and get the gradients of all of them.
+    With several processes, each has a replay of its own sequences, and all get the gradients over all sequences.
 
-    Narrow weights are in fp32 while their block works. What the replay gives a block stays rounded as it is: its
-    inputs after the first block, rotations, scaled embeddings.
+    bf16 and fp16 weights are fp32 while their block runs. Inputs that the replay passes to a block (after the first
+    block, rotations, scaled embeddings) keep their rounding.
     """
 
     def __init__(self, replay: Replay, *, fisher: bool = False) -> None:
@@ -58,15 +57,17 @@ class LocalGradients:
         self.gradients: Gradients = {}
         self.fisher: Gradients = {}
         self._replay, self._sequences, self._want_fisher = replay, replay.one_by_one(), fisher
-        self._sequences.hidden.clear()  # the replay has them
-        self._predicted = [predicted_tokens(mask) for mask in self._sequences.masks]  # by sequence
+        self._sequences.hidden.clear()  # the replay has the hidden states
+        self._predicted = [
+            predicted_tokens(mask) for mask in self._sequences.masks
+        ]  # number of predicted tokens, by sequence
         self._total = sum(gathered(sum(self._predicted)))  # of all processes
         check_some(self._total)
-        self._runs = self._sequences if fisher else replay  # what goes through a block at once
+        self._runs = self._sequences if fisher else replay  # batches that run through a block
         self._upstream = self._dense()  # g, by block
 
     def add(self, block: str) -> None:
-        """Add the gradients of the parameters inside a block as it is now, on the replay's inputs. Once per block."""
+        """Add the gradients of a block's parameters, in its current form, on the replay's inputs. Once per block."""
         upstream = self._upstream.pop(block)
         with self._at_work(block, differentiable=True) as module:
             sums = {p: torch.zeros_like(p, requires_grad=False) for p in module.parameters()}
@@ -78,7 +79,7 @@ class LocalGradients:
                     out = self._runs.run(block, run, flow, wide=True)
                 for p, gradient in zip(sums, _pull_back(out, g, sums), strict=True):
                     sums[p] += gradient
-                    if self._want_fisher:  # g is that of the mean over the tokens of all sequences
+                    if self._want_fisher:  # g is the gradient of the mean over the tokens of all sequences
                         squares[p] += (gradient * (self._total / self._predicted[run])).square()
         sequences = sum(gathered(sum(map(bool, self._predicted))))
         self._accumulate(self.gradients, sums)
@@ -94,13 +95,13 @@ class LocalGradients:
             into.update(dict.fromkeys(names[p], value + into[names[p][0]] if names[p][0] in into else value))
 
     def _inputs(self) -> list[Flow]:
-        """What enters the replay's next block now, run by run."""
+        """Return the inputs of the replay's next block, run by run."""
         hidden = self._replay.hidden
         return [row for flow in hidden for row in _rows(flow)] if self._want_fisher else hidden
 
     @torch.no_grad()
     def _dense(self) -> dict[str, list[Flow]]:
-        """g of every block, run by run: forward block by block, keeping what enters each; then back."""
+        """Compute g of every block, run by run: forward block by block, keeping the inputs of each, then backward."""
         blocks = self._replay.blocks
         entering: list[list[Flow]] = []
         flows = self._inputs()
@@ -115,19 +116,19 @@ class LocalGradients:
         for g in (g for flow in upstream for g in flow):
             check_gradient(blocks[-1], g, "gradients of its output")
         del flows
-        found: dict[str, list[Flow]] = {}
+        gradients_of: dict[str, list[Flow]] = {}
         for block in reversed(blocks):
-            found[block] = upstream
+            gradients_of[block] = upstream
             before = entering.pop()
-            if entering:  # what enters the first block has no use
+            if entering:  # the gradient of the first block's input is not needed
                 with self._at_work(block, differentiable=False):
                     upstream = [
                         self._through(block, i, *pair) for i, pair in enumerate(zip(before, upstream, strict=True))
                     ]
-        return found
+        return gradients_of
 
     def _through(self, block: str, run: int, entering: Flow, g: Flow) -> Flow:
-        """g of the block before, from what enters this one and its g."""
+        """Compute g of the previous block from this block's inputs and its g."""
         leaves = _leaves(entering)
         with differentiable():
             out = self._runs.run(block, run, leaves, wide=True)
@@ -137,7 +138,7 @@ class LocalGradients:
         return before
 
     def _head(self, flows: list[Flow]) -> list[Flow]:
-        """g of the last block, from what leaves it; sequence by sequence, for logits are wide."""
+        """Compute g of the last block from its output, sequence by sequence, because logits are large."""
         gradients, sequence = [], 0
         with self._rest_at_work():
             for flow in flows:
@@ -155,13 +156,13 @@ class LocalGradients:
 
     @contextmanager
     def _at_work(self, block: str, *, differentiable: bool) -> Iterator[nn.Module]:
-        """One block on the device, in fp32; its parameters want gradients or do not."""
+        """Context manager: one block on the device, in fp32, with or without gradients for its parameters."""
         with self._replay.on_device(block) as module, in_fp32(module), requires_grad(module, differentiable):
             yield module
 
     @contextmanager
     def _rest_at_work(self) -> Iterator[None]:
-        """The same for all that is outside the blocks: embeddings, final norm, output head."""
+        """Context manager: all modules outside the blocks (embeddings, final norm, head) on the device, in fp32."""
         model, blocks = self._replay.model, self._replay.blocks
         holders = {".".join(path.split(".")[:i]) for path in blocks for i in range(len(path.split(".")))}
         rest = nn.ModuleList(
@@ -179,12 +180,12 @@ class LocalGradients:
 
 
 def _rows(flow: Flow) -> list[Flow]:
-    """A batch's sequences, each in a batch of its own. What is None stays None."""
+    """Split a batch into its sequences, each a batch of one. None stays None."""
     return [tuple(None if h is None else h[i : i + 1] for h in flow) for i in range(len(flow[0]))]
 
 
 def _leaves(flow: Flow) -> Flow:
-    """The same tensors, wanting gradients."""
+    """Return detached tensors that require gradients."""
     return tuple(h.detach().requires_grad_() for h in flow)
 
 
@@ -193,7 +194,7 @@ def _cpu(flow: Flow) -> Flow:
 
 
 def _pull_back(out: Flow, g: Flow, inputs: Iterable[torch.Tensor]) -> Flow:
-    """d sum <g, out> / d inputs; zeros where out does not depend on them."""
+    """Compute d sum <g, out> / d inputs; zeros where out does not depend on them."""
     inputs = list(inputs)
     used = [(o, go.to(o)) for o, go in zip(out, g, strict=True) if o.requires_grad]
     if not used:

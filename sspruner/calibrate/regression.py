@@ -1,6 +1,6 @@
-"""Least squares from moments: what a linear layer should add to its output, from sums over tokens alone.
+"""Ridge regression from sums over tokens: the correction of a linear layer's weight that best restores its output.
 
-u (tokens, D) is what the layer is given, e (tokens, O) what its output lacks. Sums are fp64.
+u (tokens, D) is the layer's input, e (tokens, O) the error of its output. Sums are fp64.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-#: Ridges that are tried, in units of the mean energy of an input: from next to none to one that hardly lets go.
+#: Candidate ridge strengths, in units of the mean energy of an input: from almost none to very strong.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -25,7 +25,7 @@ class Moments:
 
     @classmethod
     def of(cls, u: torch.Tensor, e: torch.Tensor) -> Moments:
-        """The moments of one batch. u: (tokens, D), e: (tokens, O)."""
+        """Compute the moments of one batch. u: (tokens, D), e: (tokens, O)."""
         u, e = u.double(), e.double()
         return cls(u.mT @ u, u.mT @ e, e.sum(0), e.square().sum(), len(u))
 
@@ -39,16 +39,16 @@ class Moments:
         )
 
     def error(self, change: torch.Tensor) -> float:
-        """sum |e - u @ change|^2. change: (D, O)."""
+        """Compute sum |e - u @ change|^2. change: (D, O)."""
         return float(self.lack - 2 * (change * self.cross).sum() + (change * (self.inputs @ change)).sum())
 
 
 def ridge(fitted: Moments, other: Moments) -> torch.Tensor:
-    """The change (D, O) of a layer's transposed weight that makes up for what its output lacks.
+    """Return the change (D, O) of a layer's transposed weight that best corrects the error of its output.
 
-    min sum |e - u @ change|^2 + lambda |change|^2, lambda from RIDGES times the mean energy of an input: the one that
-    leaves `other` the least error when `fitted` alone is solved; then all tokens are. No change at all is among the
-    candidates. Whatever lambda is, the error on all tokens is at most that of no change, since that is feasible.
+    Minimises sum |e - u @ change|^2 + lambda |change|^2 with lambda from RIDGES times the mean energy of an input.
+    Lambda is the one with the least error on `other` when solved on `fitted` alone; the result is then solved on all
+    tokens. A change of zero is among the candidates, so the error on all tokens is never larger than without a change.
     """
     best, least = None, float(other.lack)
     for scale, change in _solved(fitted):
@@ -60,7 +60,7 @@ def ridge(fitted: Moments, other: Moments) -> torch.Tensor:
 
 
 def _solved(moments: Moments, ridges: tuple[float, ...] = RIDGES) -> list[tuple[float, torch.Tensor]]:
-    """(ridge, change) for each ridge. An input that is always zero, of a unit that is gone, gets no weight."""
+    """Return (ridge, change) for each ridge. Inputs that are always zero, of a removed unit, get no weight."""
     energy = moments.inputs.diagonal()
     live = energy > 0
     if not live.any():

@@ -1,7 +1,7 @@
 """Layer-by-layer replay: each block runs once to be observed and once, after its cut, to feed the next block.
 
-One block at a time is at work, on the compute device or on the accelerator where it stays; the hidden states of all
-batches wait on the CPU between blocks.
+Only one block at a time is on the compute device, or on the accelerator where it stays. The hidden states of all
+batches are on the CPU between blocks.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from sspruner.errors import ModelError
 from sspruner.graph.ssm_graph import SSMGraph
 
 Inputs = Callable[[], dict[str, torch.Tensor]]  # linear layer, relative to the module -> its input
-Flow = tuple[torch.Tensor, ...]  # what goes from block to block: (b, T, D), in mamba_ssm two of them, None at first
+Flow = tuple[torch.Tensor, ...]  # activations between blocks: (b, T, D); in mamba_ssm two, the second None at first
 Observer = Callable[[str, torch.Tensor, torch.Tensor, Inputs], None]  # (module path, hidden (b, T, D), mask (b, T), ..)
 
 
 class _Captured(Exception):
-    """Raised by a hook to stop a forward as soon as what was wanted has been seen."""
+    """Raised by a hook to stop a forward pass once all required inputs are captured."""
 
 
 class Replay:
-    """Runs a model's blocks one by one over a fixed set of batches.
+    """Block-by-block forward pass of a model over a fixed set of batches.
 
-    blocks: paths of the repeated blocks, in order. Use `observe` and then `advance` on each.
+    blocks: paths of the repeated blocks, in order. Call `observe` and then `advance` on each.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Replay:
             )
         self.model, self.device = model, torch.device(device)
         self.blocks = [f"{graph.blocks}.{i}" for i in range(len(model.get_submodule(graph.blocks)))]  # type: ignore[arg-type]
-        self.hidden: list[Flow] = []  # what flows from block to block, per batch, on the CPU
+        self.hidden: list[Flow] = []  # inputs of the next block, per batch, on the CPU
         self.inputs: list[dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []  # the other arguments, by block
         self.tokens: list[torch.Tensor] = []  # int64 (b, T)
         self.masks: list[torch.Tensor] = []  # bool (b, T)
@@ -60,7 +60,7 @@ class Replay:
             self._start(tokens, mask)
 
     def one_by_one(self) -> Replay:
-        """A replay of the same sequences, each a batch of its own, in front of the first block."""
+        """Return a replay of the same sequences in batches of one, before the first block."""
         return self.over(
             sequence
             for tokens, mask in zip(self.tokens, self.masks, strict=True)
@@ -68,7 +68,7 @@ class Replay:
         )
 
     def over(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Replay:
-        """A replay of other batches through the same blocks, in front of the first one."""
+        """Return a replay of other batches through the same blocks, before the first block."""
         other = copy.copy(self)
         other.hidden, other.inputs, other.tokens, other.masks = [], [], [], []
         for tokens, mask in batches:
@@ -76,16 +76,17 @@ class Replay:
         return other
 
     def beside(self) -> Replay:
-        """Another replay of the same batches, from where this one is now: for the same blocks in another form."""
+        """Return a copy of this replay at its current block, to run the same blocks in another form."""
         other = copy.copy(self)
         other.hidden = [*self.hidden]
         return other
 
     @torch.no_grad()
     def _start(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
-        """Run the model with blocks that return their input: what each of them is given is kept, nothing is computed.
+        """Capture the arguments of every block for one batch, by running the model with blocks that return their input.
 
-        Beside the hidden states that is masks, positions, the original embeddings: none depends on other blocks.
+        Beside the hidden states these are masks, positions and the original embeddings, which do not depend on the
+        blocks.
         """
         first: list[Flow] = []
         inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -96,7 +97,7 @@ class Replay:
                 first.append(flowing)
             inputs[path] = rest, kwargs
             if path == self.blocks[-1]:
-                raise _Captured  # what follows, the output head above all, is not needed
+                raise _Captured  # skip the final norm and the output head
             return flowing
 
         with suppress(_Captured):
@@ -110,7 +111,7 @@ class Replay:
         self.masks.append(mask)
 
     def head(self, batch: int, last: Flow) -> Any:
-        """The model's own output where `last` leaves its last block: norm, output head, scaling. No block runs."""
+        """Compute the model's output from its last block's output: norm, output head, scaling. No block runs."""
         return self._without_blocks(
             self.tokens[batch],
             self.masks[batch],
@@ -118,7 +119,7 @@ class Replay:
         )
 
     def _without_blocks(self, tokens: torch.Tensor, mask: torch.Tensor, instead: Callable[..., Flow]) -> Any:
-        """The model's own forward, where what leaves a block is `instead(path, what enters it, args, kwargs)`."""
+        """Run the model's forward with each block replaced by `instead(path, block inputs, args, kwargs)`."""
 
         def stand_in(path: str) -> Callable[..., Any]:
             carried, returned = self.returns[path]
@@ -135,9 +136,9 @@ class Replay:
             return forward(self.model, tokens, mask, use_cache=False)
 
     def _what_blocks_return(self, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, tuple[int, int]]:
-        """How many tensors flow on from each block, and the length of the tuple that it returns, 0 if it is none.
+        """Return for each block how many tensors flow on and the length of its output tuple, 0 if it is not a tuple.
 
-        mamba_ssm's blocks pass (hidden states, residual) on; the others hidden states, some of them in a tuple.
+        mamba_ssm's blocks return (hidden states, residual); the others return hidden states, some of them in a tuple.
         """
         seen: dict[str, tuple[int, int]] = {}
 
@@ -158,10 +159,10 @@ class Replay:
 
     @torch.no_grad()
     def observe(self, block: str, paths: list[str], observer: Observer) -> None:
-        """Give `observer` the input of every module of `paths`, inside `block`, batch by batch.
+        """Call `observer` with the input of every module in `paths`, all inside `block`, batch by batch.
 
-        Nothing runs after the last of them has been called. What the linear layers inside a module are given is
-        captured in another run of the block, if the observer asks for it.
+        The forward pass stops after the last of them was called. If the observer asks for the inputs of the linear
+        layers inside a module, they are captured in another run of the block.
         """
         with self.on_device(block):
             for batch, mask in enumerate(self.masks):
@@ -169,7 +170,10 @@ class Replay:
                     observer(path, hidden, mask.to(hidden.device), partial(self._linear_inputs, block, path, batch))
 
     def _module_inputs(self, block: str, paths: list[str], batch: int) -> list[tuple[str, torch.Tensor]]:
-        """(path, input) in the order of the calls. A linear layer may stay out of it (another layer's adapter)."""
+        """Return (path, input) in the order of the calls.
+
+        A linear layer that is not called (another layer's adapter) is left out.
+        """
         seen: list[tuple[str, torch.Tensor]] = []
         modules = {path: self.model.get_submodule(path) for path in paths}
         linear = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
@@ -206,12 +210,12 @@ class Replay:
 
     @torch.no_grad()
     def _linear_inputs(self, block: str, path: str, batch: int) -> dict[str, torch.Tensor]:
-        """The input of every linear layer inside the module at `path`, by its path relative to that."""
+        """Return the input of every linear layer inside the module at `path`, by its path relative to the module."""
         outer = self.model.get_submodule(path)
         linear = {name: m for name, m in outer.named_modules() if isinstance(m, nn.Linear)}
         seen, _ = self.given(block, batch, {module.weight: name for name, module in linear.items()})
         missing = [name for name in linear if "." not in name and name not in seen]
-        if missing:  # scores of zero for what was never seen are a published fault
+        if missing:  # never score an unseen layer as zero, a known fault of published code
             raise ModelError(
                 f"{path}: the inputs of {', '.join(missing)} were not seen (a fused kernel?); use a scorer that does "
                 "not need them"
@@ -222,9 +226,9 @@ class Replay:
     def given(
         self, block: str, batch: int, weights: Mapping[torch.Tensor, str]
     ) -> tuple[dict[str, torch.Tensor], Flow]:
-        """What linear layers inside a block, weight -> name, are given, by name; and what leaves the block.
+        """Run a block and return the inputs of linear layers inside it, by name, and the block's output.
 
-        The block has to be on the device. A layer that the block does not call is not in it.
+        weights: weight -> name. The block has to be on the device. A layer that the block does not call is left out.
         """
         seen: dict[str, torch.Tensor] = {}
         with Products(weights, seen.__setitem__):
@@ -233,7 +237,7 @@ class Replay:
 
     @torch.no_grad()
     def outputs(self, block: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(input, output, mask) of a block as it is now, batch by batch: (b, T, D) twice and (b, T)."""
+        """Yield (input, output, mask) of a block in its current form, batch by batch: twice (b, T, D), and (b, T)."""
         with self.on_device(block):
             for batch, mask in enumerate(self.masks):
                 before, after = self._residual(batch), self.run(block, batch, self.hidden[batch])
@@ -241,21 +245,21 @@ class Replay:
                 yield before.to(out.device), out, mask.to(out.device)
 
     def _residual(self, batch: int) -> torch.Tensor:
-        """The residual stream that enters the next block: mamba_ssm carries it in two parts."""
+        """Return the residual stream that enters the next block. mamba_ssm passes it in two parts."""
         parts = [h for h in self.hidden[batch] if h is not None]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     @torch.no_grad()
     def advance(self, block: str) -> None:
-        """Run `block` as it is now: its outputs become the inputs of the next block."""
+        """Run `block` in its current form and make its outputs the inputs of the next block."""
         with self.on_device(block):
             for batch, hidden in enumerate(self.hidden):
                 self.hidden[batch] = tuple(h.cpu() for h in self.run(block, batch, hidden))
 
     def run(self, block: str, batch: int, flowing: Flow, *, wide: bool = False) -> Flow:
-        """What leaves a block, which is on the device, where `flowing` enters it, with the batch's other arguments.
+        """Run a block, which is on the device, on the inputs `flowing` with the batch's other arguments.
 
-        wide: narrow inputs as fp32, for a block whose weights are in fp32.
+        wide: convert bf16 and fp16 inputs to fp32, for a block whose weights are in fp32.
         """
         module = self.model.get_submodule(block)
         args, kwargs = self.inputs[batch][block]
@@ -266,7 +270,7 @@ class Replay:
 
     @contextmanager
     def on_device(self, block: str) -> Iterator[nn.Module]:
-        """One block on the device that it works on, and home after it: what is changed there is lost."""
+        """Context manager that moves a block to its compute device and back. Changes made on the device are lost."""
         module = self.model.get_submodule(block)
         with resident(self.model, block), working_on(module, works_on(self.model, block, self.device)):
             yield module
@@ -274,7 +278,7 @@ class Replay:
 
 @contextmanager
 def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Modules with other forwards inside the block."""
+    """Context manager that replaces the forward methods of modules."""
     for module, other in forwards.items():
         module.forward = other
     try:
@@ -286,6 +290,7 @@ def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Context manager that sets a module to eval mode."""
     training = module.training
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Text sampled from the model itself: calibration that runs anywhere, offline, on any model."""
+"""Sample calibration text from the model itself, so that calibration needs no data and no network."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def sample_from(
     seed: int,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> torch.Tensor:
-    """`count` sequences of `seq_len` tokens drawn from the model at temperature 1, after its BOS token: (count, T).
+    """Sample `count` sequences of `seq_len` tokens at temperature 1, starting from the BOS token: int64 (count, T).
 
-    The end-of-text token does not stop a sequence: what follows it is a new text, as in training data.
+    The end-of-text token does not stop a sequence: the tokens after it start a new text, as in training data.
     """
     config: Any = model.config
     if not hasattr(config, "bos_token_id"):  # mamba_ssm
@@ -37,10 +37,10 @@ def sample_from(
     cache: dict[str, Any] = {}
     with quick_on_cpu(model, device), accelerating(model):
         for done in range(1, seq_len):
-            # Positions are said, because some models do not count them from the cache (Bamba).
+            # Positions are explicit, because some models do not count them from the cache (Bamba).
             position = torch.full((count, 1), done - 1, device=device)
             out = forward(model, tokens[:, -1:], use_cache=True, position_ids=position, **cache)
-            # Families name their cache differently; what forward returned is what it takes.
+            # Families name their cache differently; forward takes it under the name it returns it.
             cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
             probabilities = out.logits[:, -1].float().softmax(-1)  # (count, vocabulary)
             tokens = torch.cat([tokens, probabilities.multinomial(1, generator=generator)], 1)

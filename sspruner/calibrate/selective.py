@@ -4,10 +4,10 @@
     y_t[p]   = sum_n h_t[p,n] C_t[n] + D[p] x_t[p]
 
 Source: Gu & Dao, arXiv 2312.00752, section 3, with dt B for the discretised B as in their code. The sum over p has no
-closed form in matrix products, as it has for Mamba2 in sspruner.calibrate.state. So the states are computed, Q steps
-at a time, summed up and forgotten: memory does not grow with T.
+closed form in matrix products, as it has for Mamba2 in sspruner.calibrate.state. So the states are computed Q steps
+at a time, summed and discarded: memory does not grow with T.
 
-What was measured: CPU time of the sum, one thread, fp32, T=256, G=1, P=384, N=16, at b=8 and at b=1.
+CPU time of the sum, one thread, fp32, T=256, G=1, P=384, N=16, at b=8 and at b=1:
 
     step by step, plain                                                    37 ms    12.7 ms
     in place                                                               26 ms     9.3 ms
@@ -19,7 +19,7 @@ What was measured: CPU time of the sum, one thread, fp32, T=256, G=1, P=384, N=1
     no loop over steps: log2 Q passes, each doubling the reach             42 ms     6.7 ms    Q = 8
     no loop over steps: exp(cum_t - cum_s) for s <= t, Q/2 times the exp   81 ms    14.1 ms    Q = 4
 
-So: chunks of 8. A GPU gets about 20 launches per chunk, and 80 from a loop over as many steps (counted, not timed).
+Hence chunks of 8. A GPU gets about 20 launches per chunk, and 80 from a loop over as many steps (counted, not timed).
 
 Letters: b batch, T tokens, G groups with one B and C each (1 in Mamba1, the heads in Zamba), P channels per group,
 N state, Q chunk length.
@@ -37,9 +37,9 @@ CHUNK = 8
 
 
 def chunks(p: SelectiveProjected, size: int = CHUNK) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Walk a batch `size` steps at a time: (the steps, their states (b, Q, G, N, P)); fp32, or fp64 if x is.
+    """Iterate over a batch `size` steps at a time: (steps, states (b, Q, G, N, P)); fp32, or fp64 if x is.
 
-    The last state is the entry of the next chunk: the states are read-only.
+    The last state is carried into the next chunk: the states are read-only.
     """
     b, T, G, P = p.x.shape
     dtype = _dtype(p)
@@ -56,10 +56,10 @@ def chunks(p: SelectiveProjected, size: int = CHUNK) -> Iterator[tuple[slice, to
 
 
 def ghost_sum(p: SelectiveProjected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
-    """sum over samples, tokens and channels of the group of h_t[p,n]^2 C_t[n]^2: fp64 (G, N).
+    """Sum h_t[p,n]^2 C_t[n]^2 over samples, tokens and channels of the group: fp64 (G, N).
 
     GHOST's joint sum: the product is taken inside the sum. Source: Menezes & Kyrillidis, arXiv 2602.11408, for Mamba2;
-    here it is the squared change of y when state n is zeroed, which is exact too (docs/methods.md).
+    here it is the squared change of y when state n is zeroed, which is exact, too (docs/methods.md).
     mask: bool (b, T), False where padding.
     """
     return _energy_sum(p, mask, size, observed=True)
@@ -68,15 +68,15 @@ def ghost_sum(p: SelectiveProjected, mask: torch.Tensor | None = None, size: int
 def weighted_ghost_sum(
     p: SelectiveProjected, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = CHUNK
 ) -> torch.Tensor:
-    """sum over samples, tokens and channels of the group of w_t[p] h_t[p,n]^2 C_t[n]^2: fp64 (G, N).
+    """Sum w_t[p] h_t[p,n]^2 C_t[n]^2 over samples, tokens and channels of the group: fp64 (G, N).
 
-    w: (b, T, G, P), not negative. As much work as ghost_sum. mask: as there.
+    w: (b, T, G, P), not negative. Costs as much as ghost_sum. mask: bool (b, T), False where padding.
     """
     return _energy_sum(p, mask, size, observed=True, w=w)
 
 
 def energy_sum(p: SelectiveProjected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
-    """sum over samples, tokens and channels of the group of h_t[p,n]^2: fp64 (G, N). mask: as in ghost_sum.
+    """Sum h_t[p,n]^2 over samples, tokens and channels of the group: fp64 (G, N). mask: bool (b, T).
 
     The diagonal of the controllability Gramian; source: Moore, IEEE TAC 26(1), 1981, as an empirical sum.
     """
@@ -99,7 +99,7 @@ def _energy_sum(
 
 
 def scan_output(p: SelectiveProjected, size: int = CHUNK) -> torch.Tensor:
-    """y_t = C_t . h_t + D x_t, what the scan returns, before the gate: (b, T, G, P); fp32, or fp64 if x is.
+    """Compute y_t = C_t . h_t + D x_t, the scan's output before the gate: (b, T, G, P); fp32, or fp64 if x is.
 
     Source: Gu & Dao, arXiv 2312.00752, equation 2b, with the skip D of their code.
     """
@@ -114,7 +114,7 @@ def _dtype(p: SelectiveProjected) -> torch.dtype:
 
 
 def energy_by_channel(p: SelectiveProjected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
-    """sum over samples and tokens of h_t[p,n]^2, for each channel: fp64 (G, P, N). mask: as in ghost_sum.
+    """Sum h_t[p,n]^2 over samples and tokens, for each channel: fp64 (G, P, N). mask: bool (b, T).
 
     Its sum over the channels is energy_sum. Source: Tuo & Wang, arXiv 2506.09613, who weigh A_log^2 by it.
     """

@@ -1,4 +1,4 @@
-"""One calibration for several processes: each observes its part, and sums over the parts are those over all of it."""
+"""Data-parallel calibration: each process observes a part of the sequences, and sums are taken over all processes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ Total = Callable[[Any], Any]  # a tensor, a number, or a dict of such -> the sum
 
 
 def part_of_this_process(data: Calibration) -> Calibration:
-    """Sequences rank, rank + world, ... of those that are observed. Raises InputError if a process would have none."""
+    """Return the sequences rank, rank + world, ... of the observed ones.
+
+    Raises InputError if a process would have none.
+    """
     if len(data.tokens) < world():
         raise InputError(
             f"calibration: {len(data.tokens)} sequences for {world()} processes; give each at least one with "
             "--samples, or start fewer"
         )
-    own = slice(rank(), None, world())
-    return replace(data, tokens=data.tokens[own], mask=data.mask[own])
+    part = slice(rank(), None, world())
+    return replace(data, tokens=data.tokens[part], mask=data.mask[part])
 
 
 def summed(value: Any) -> Any:
-    """The sum over processes of a tensor, a number, or a dict of such; all call it for the same things in one order.
+    """Sum a tensor, a number, or a dict of them over processes.
 
-    A process that saw nothing may have the number that it began with, and a dict may lack keys: that counts as a
-    tensor of that number, and as 0. Tensors are summed in their own dtype. Raises PluginError for shapes that differ.
+    All processes call it for the same things in the same order.
+
+    A process without data may pass the number it started with, and its dict may lack keys: they count as a tensor
+    filled with that number, and as 0. Tensors are summed in their own dtype. Raises PluginError for shapes that differ.
     """
     if isinstance(value, dict):
         keys = dict.fromkeys(key for keys in gathered([*value]) for key in keys)

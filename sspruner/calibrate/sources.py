@@ -1,4 +1,4 @@
-"""From a calibration source to token windows: the part that is observed and the part that is held out."""
+"""Make token windows from a calibration source, split into an observed and a held-out part."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ Progress = Callable[[str, int, int], None]  # (phase, done, total)
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token windows. `tokens` int64 (S, T) are observed; `held_out` (S', T) only serve to report damage.
+    """Token windows of a calibration source.
 
-    mask, held_out_mask: bool, False where padding. source, seed: where they come from.
-    `held_out_is_separate` is False only when the source holds a single sequence.
+    tokens, mask            int64 and bool (S, T): the observed windows; mask is False where padding
+    held_out, held_out_mask the same for windows (S', T) that only serve to report damage
+    source, seed            name of the source, and the seed of the draw
+    held_out_is_separate    False only when the source holds a single sequence
     """
 
     tokens: torch.Tensor
@@ -39,20 +41,20 @@ class Calibration:
     held_out_is_separate: bool
 
     def batches(self, size: int | None = None, *, logits: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(tokens, mask), both (b, T), in micro-batches of `size` sequences; without a size, `micro_batch_size`."""
+        """Yield (tokens, mask), both (b, T), in micro-batches of `size` sequences; by default of `micro_batch_size`."""
         yield from _batches(self.tokens, self.mask, size or micro_batch_size(self.tokens.shape[1], logits=logits))
 
     def held_out_batches(self, size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The held-out (tokens, mask), both (b, T), in micro-batches whose logits fit beside the dense model's."""
+        """Yield held-out (tokens, mask), both (b, T), in micro-batches small enough for the logits of two models."""
         yield from _batches(
             self.held_out, self.held_out_mask, size or micro_batch_size(self.held_out.shape[1], logits=True)
         )
 
 
 def micro_batch_size(seq_len: int, *, logits: bool = False) -> int:
-    """Sequences in one forward pass of one process.
+    """Return the micro-batch size per process, in sequences.
 
-    logits: half as many, since the logits of the dense and of the pruned model are in memory side by side.
+    logits: half the size, since the logits of the dense and of the pruned model are in memory at the same time.
     """
     return max(1, TOKENS_PER_BATCH // (2 if logits else 1) // seq_len)
 
@@ -109,7 +111,7 @@ def calibration(
 def _split(
     tokens: torch.Tensor, mask: torch.Tensor, samples: int, held_out: int, source: str, seed: int
 ) -> Calibration:
-    """The last windows are held out: `held_out` of them, or a quarter when there are too few."""
+    """Hold out the last `held_out` windows, or a quarter of all when there are too few."""
     n = len(tokens)
     if n < samples + held_out:
         held_out = min(held_out, max(1, n // 4))
@@ -126,7 +128,7 @@ def _required(tokenizer: Any) -> Any:
 
 
 def read_text(name: str, what: str = "calibration") -> str:
-    """The text of a UTF-8 file, or of a dataset's column `text`, joined; `what` it is for goes into errors."""
+    """Return the text of a UTF-8 file, or the joined column `text` of a dataset. `what` names its purpose in errors."""
     if not name.strip():
         raise InputError(f"{what}: the name is empty; give self, a text file or a dataset")
     path = Path(name).expanduser()
@@ -146,7 +148,7 @@ def read_text(name: str, what: str = "calibration") -> str:
 
 
 def read_dataset(name: str, what: str = "calibration", default_split: str = "train") -> list[str]:
-    """The `text` column of a `datasets` dataset: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT."""
+    """Return the `text` column of a `datasets` dataset: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT."""
     import datasets
 
     path, config, split = [*name.split(":"), "", ""][:3]
@@ -166,7 +168,7 @@ def read_dataset(name: str, what: str = "calibration", default_split: str = "tra
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep datasets' progress bars and log messages off standard error: what goes wrong is raised."""
+    """Context manager that silences datasets' progress bars and log messages. Errors are raised."""
     import datasets
 
     silent, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
@@ -187,7 +189,7 @@ def _encode_all(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _pad(sequences: list[list[int]], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, mask), truncated to seq_len and padded on the right with 0."""
+    """Return (tokens, mask), truncated to seq_len and padded on the right with 0."""
     if not sequences:
         raise InputError("calibration strings: every one is shorter than 2 tokens")
     width = min(seq_len, max(map(len, sequences)))
@@ -201,7 +203,7 @@ def _pad(sequences: list[list[int]], seq_len: int) -> tuple[torch.Tensor, torch.
 
 
 def _windows(text: str, tokenizer: Any, seq_len: int, count: int, seed: int, name: str) -> torch.Tensor:
-    """Up to `count` non-overlapping windows of a text, drawn with the seed: (S, seq_len)."""
+    """Draw up to `count` non-overlapping windows of a text: (S, seq_len)."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     if len(ids) < seq_len:
         raise InputError(f"calibration {name}: {len(ids)} tokens, shorter than one sequence of --seq-len {seq_len}")

@@ -6,8 +6,8 @@ cum_t = sum of dt*A from the chunk's first step to t, L[t,s] = exp(cum_t - cum_s
 
     h_t = sum_{s<=t} L[t,s] dt_s x_s (x) B_s  +  exp(cum_t) S0                                       (P, N)
 
-the products over P become the Q x Q matrix x x^T, and what is left are matrix products of size Q x Q x N. Memory
-is one chunk: it does not grow with T, and nothing of size P*N is kept but S0.
+the products over P become the Q x Q matrix x x^T, and the rest are matrix products of size Q x Q x N. Memory is
+one chunk: it does not grow with T, and only S0 has size P*N.
 
 Letters: b batch, T tokens, G groups, K heads per group (H = G*K), P head dim, N state, Q chunk length.
 """
@@ -23,12 +23,12 @@ from sspruner.graph.family import Projected
 
 CHUNK = 64
 WEIGHTED = 32  # chunk length where weights differ by channel: Q^2 P for each token
-EXPLICIT = 4  # steps whose states are held at once where a sum needs every state itself
+EXPLICIT = 4  # steps whose states are in memory at once where a sum needs the states themselves
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Q consecutive steps of one mixer and the state that enters them; fp32, or fp64 if the inputs are."""
+    """Q consecutive steps of one mixer, and the state before them; fp32, or fp64 if the inputs are."""
 
     x: torch.Tensor  # (b, G, K, Q, P)
     dt: torch.Tensor  # (b, G, K, Q)
@@ -41,7 +41,7 @@ class Chunk:
 
 
 def chunks(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> Iterator[Chunk]:
-    """Walk a batch chunk by chunk, carrying the state. mask: bool (b, T), False where padding."""
+    """Iterate over a batch chunk by chunk, carrying the state. mask: bool (b, T), False where padding."""
     b, T, H, P = p.x.shape
     G, N = p.B.shape[2:]
     dtype = torch.promote_types(p.x.dtype, torch.float32)
@@ -54,7 +54,7 @@ def chunks(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) ->
     state = x.new_zeros(b, G, H // G, P, N)
     for start in range(0, T, size):
         at = slice(start, start + size)
-        # cum in fp64: exp of a difference of two large sums loses what fp32 rounds away.
+        # cum in fp64: the exponential of a difference of two large fp32 sums would be inexact.
         cum = (dt[..., at].double() * A).cumsum(-1)  # (b, G, K, Q)
         Q = cum.shape[-1]
         past = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
@@ -76,7 +76,7 @@ def chunks(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) ->
 
 
 def state_energy(p: Projected, size: int = CHUNK) -> torch.Tensor:
-    """q[b,t,h,n] = sum_p h_t[p,n]^2, the energy of each state: (b, T, H, N)."""
+    """Compute q[b,t,h,n] = sum_p h_t[p,n]^2, the energy of each state: (b, T, H, N)."""
     energies = []
     for c in chunks(p, size=size):
         injected = c.L.square() @ _injection(c)  # (b, G, K, Q, N)
@@ -86,10 +86,10 @@ def state_energy(p: Projected, size: int = CHUNK) -> torch.Tensor:
 
 
 def weighted_energy(c: Chunk, w: torch.Tensor) -> torch.Tensor:
-    """sum over batch, steps and heads of w[b,g,t,n] * q[b,t,k,n] in one chunk: w (b, G, Q, N) -> (G, N).
+    """Sum w[b,g,t,n] * q[b,t,k,n] over batch, steps and heads of one chunk: w (b, G, Q, N) -> (G, N).
 
     sum_t w_t q_t = sum_s u_s (L^2)^T w: the transposed form needs one matrix product for all heads of a group, and
-    u = 2 dt B (r + dt |x|^2 B / 2) is multiplied out on the way to the sum, so that it takes few passes over memory.
+    u = 2 dt B (r + dt |x|^2 B / 2) is expanded inside the sum, which takes few passes over memory.
     """
     inner = _half_overlap(c)  # (b, G, K, Q, N)
     inner.mul_(_per_group(c.L.square().transpose(-1, -2), w))
@@ -99,7 +99,7 @@ def weighted_energy(c: Chunk, w: torch.Tensor) -> torch.Tensor:
 
 
 def ghost_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
-    """sum over samples, tokens, heads of the group and p of h_t[k,p,n]^2 C_t[g,n]^2: fp64 (G, N).
+    """Sum h_t[k,p,n]^2 C_t[g,n]^2 over samples, tokens, heads of the group and p: fp64 (G, N).
 
     GHOST's joint sum: the product is taken inside the sum. Source: Menezes & Kyrillidis, arXiv 2602.11408.
     """
@@ -109,11 +109,11 @@ def ghost_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK)
 def weighted_ghost_sum(
     p: Projected, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = EXPLICIT
 ) -> torch.Tensor:
-    """sum over samples, tokens, heads of the group and p of w_t[k,p] h_t[k,p,n]^2 C_t[g,n]^2: fp64 (G, N).
+    """Sum w_t[k,p] h_t[k,p,n]^2 C_t[g,n]^2 over samples, tokens, heads of the group and p: fp64 (G, N).
 
-    w: (b, T, H, P), not negative. It differs by p and t, so the products over P do not become x x^T. The states of
-    `size` steps are made, summed up and forgotten: a matrix product over the steps, Q P N multiplications per token
-    and head, and memory of b Q H P N numbers. What the weights are: docs/scorers/ghost.md.
+    w: (b, T, H, P), not negative. It differs by p and t, so the products over P do not become x x^T. The states are
+    computed for `size` steps at a time and summed by a matrix product over the steps: Q P N multiplications per token
+    and head, and memory of b Q H P N numbers. For the choice of the weights see docs/scorers/ghost.md.
     """
     b, T, H, P = p.x.shape
     G, N = p.B.shape[2:]
@@ -121,8 +121,8 @@ def weighted_ghost_sum(
     total, start = torch.zeros(G, N, dtype=torch.float64, device=p.x.device), 0
     for c in chunks(p, mask, size):
         Q = c.x.shape[-2]
-        made = (c.L * c.dt[..., None, :])[..., None, :] * c.x.transpose(-1, -2)[..., None, :, :]  # (b, G, K, Q, P, Q)
-        h = _per_group(made.flatten(3, 4), c.B).view(*made.shape[:-1], N)  # (b, G, K, Q, P, N)
+        coef = (c.L * c.dt[..., None, :])[..., None, :] * c.x.transpose(-1, -2)[..., None, :, :]  # (b, G, K, Q, P, Q)
+        h = _per_group(coef.flatten(3, 4), c.B).view(*coef.shape[:-1], N)  # (b, G, K, Q, P, N)
         h.addcmul_(c.decay[..., None, None], c.entry[:, :, :, None])
         counted = (w[..., start : start + Q, :] * c.weight[:, :, None, :, None]).to(h.dtype)  # (b, G, K, Q, P)
         q = (counted[..., None, :] @ h.square_()).squeeze(-2).sum(2)  # (b, G, Q, N)
@@ -132,7 +132,7 @@ def weighted_ghost_sum(
 
 
 def energy_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
-    """sum over samples, tokens, heads of the group and p of h_t[k,p,n]^2: fp64 (G, N). The Gramian's diagonal."""
+    """Sum h_t[k,p,n]^2 over samples, tokens, heads of the group and p: fp64 (G, N). The Gramian's diagonal."""
     return _energy_sum(p, mask, size, observed=False)
 
 
@@ -145,26 +145,26 @@ def _energy_sum(p: Projected, mask: torch.Tensor | None, size: int, observed: bo
 
 
 def gramian(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
-    """W_c = sum over samples, tokens, heads of the group and p of h_t h_t^T: (G, N, N), symmetric, fp64."""
+    """Compute W_c = sum over samples, tokens, heads of the group and p of h_t h_t^T: (G, N, N), symmetric, fp64."""
     total = _no_gramian(p)
     for c in chunks(p, mask, size):
-        made = c.L * c.dt[..., None, :]  # (b, G, K, Q, Q): h_t = sum_s made[t,s] x_s (x) B_s + decay_t S0
-        counted = c.weight[:, :, None, :, None]  # steps t that count
-        inside = (c.x @ c.x.transpose(-1, -2)) * (made.transpose(-1, -2) @ (made * counted))  # (b, G, K, Q, Q)
-        reach = made.transpose(-1, -2) @ (c.decay[..., None] * counted)  # (b, G, K, Q, 1)
+        coef = c.L * c.dt[..., None, :]  # (b, G, K, Q, Q): h_t = sum_s coef[t,s] x_s (x) B_s + decay_t S0
+        counted = c.weight[:, :, None, :, None]  # 1 for steps t that are not padding
+        inside = (c.x @ c.x.transpose(-1, -2)) * (coef.transpose(-1, -2) @ (coef * counted))  # (b, G, K, Q, Q)
+        reach = coef.transpose(-1, -2) @ (c.decay[..., None] * counted)  # (b, G, K, Q, 1)
         left = (c.decay.square()[..., None] * counted).sum(-2)  # (b, G, K, 1)
         total += _chunk_gramian(c, inside, reach, left)
-    return (total + total.transpose(-1, -2)) / 2  # symmetric up to rounding; made so exactly
+    return (total + total.transpose(-1, -2)) / 2  # symmetric up to rounding; now exactly
 
 
 def weighted_gramian(
     p: Projected, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = WEIGHTED
 ) -> torch.Tensor:
-    """sum over samples, tokens, heads of the group and p of w_t[k,p] h_t h_t^T: (G, N, N), symmetric, fp64.
+    """Sum w_t[k,p] h_t h_t^T over samples, tokens, heads of the group and p: (G, N, N), symmetric, fp64.
 
-    w: (b, T, H, P), not negative. In a chunk h_t[p] is a sum over steps s of numbers z_tp[s] times B_s, and of decay_t
-    S0[p]; the weights go into z, so that what is summed over t and p is one product z^T z of size Q x Q for each head:
-    Q^2 P multiplications per token and head, and memory of b H Q^2 P numbers. The states are never made.
+    w: (b, T, H, P), not negative. In a chunk h_t[p] is a sum over steps s of z_tp[s] B_s, plus decay_t S0[p]. With the
+    weights multiplied into z, the sum over t and p is one product z^T z of size Q x Q for each head: Q^2 P
+    multiplications per token and head, and memory of b H Q^2 P numbers. The states are never computed.
     """
     b, T, H, P = p.x.shape
     G = p.B.shape[2]
@@ -172,11 +172,11 @@ def weighted_gramian(
     total, start = _no_gramian(p), 0
     for c in chunks(p, mask, size):
         Q = c.x.shape[-2]
-        made = c.L * c.dt[..., None, :]  # (b, G, K, Q, Q)
-        counted = w[..., start : start + Q, :].to(made) * c.weight[:, :, None, :, None]  # (b, G, K, Q, P)
-        z = (made[..., None, :] * counted.sqrt()[..., None]).mul_(c.x.transpose(-1, -2)[..., None, :, :])
+        coef = c.L * c.dt[..., None, :]  # (b, G, K, Q, Q)
+        counted = w[..., start : start + Q, :].to(coef) * c.weight[:, :, None, :, None]  # (b, G, K, Q, P)
+        z = (coef[..., None, :] * counted.sqrt()[..., None]).mul_(c.x.transpose(-1, -2)[..., None, :, :])
         z = z.flatten(3, 4)  # (b, G, K, Q P, Q)
-        reach = made.transpose(-1, -2) @ (c.decay[..., None] * counted)  # (b, G, K, Q, P)
+        reach = coef.transpose(-1, -2) @ (c.decay[..., None] * counted)  # (b, G, K, Q, P)
         left = (c.decay.square()[..., None] * counted).sum(-2)  # (b, G, K, P)
         total += _chunk_gramian(c, z.transpose(-1, -2) @ z, reach, left)
         start += Q
@@ -184,7 +184,7 @@ def weighted_gramian(
 
 
 def observability(C: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """W_o = sum over samples and tokens of C_t C_t^T: (G, N, N), fp64. C: (b, T, G, N). What reads the state."""
+    """Compute W_o = sum over samples and tokens of C_t C_t^T: (G, N, N), fp64. C: (b, T, G, N)."""
     counted = C[mask].double()  # (tokens, G, N)
     return torch.einsum("tgn,tgm->gnm", counted, counted)
 
@@ -195,10 +195,11 @@ def _no_gramian(p: Projected) -> torch.Tensor:
 
 
 def _chunk_gramian(c: Chunk, inside: torch.Tensor, reach: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """B^T inside B + B^T cross + cross^T B + S0^T left S0, summed over the batch and the heads of a group: (G, N, N).
+    """Compute B^T inside B + B^T cross + cross^T B + S0^T left S0, summed over batch and heads of a group: (G, N, N).
 
-    inside: (b, G, K, Q, Q) between steps; reach: (b, G, K, Q, P) from a step to what entered, or (.., 1) for all p;
-    left: (b, G, K, P) or (b, G, K, 1), of what entered. Heads share B, so that they are summed before it.
+    inside: (b, G, K, Q, Q) between steps; reach: (b, G, K, Q, P) from a step to the entering state, or (.., 1) for all
+    p; left: (b, G, K, P) or (b, G, K, 1), of the entering state. Heads share B, so they are summed before the product
+    with B.
     """
     cross = ((reach * c.x) @ c.entry).sum(2)  # (b, G, Q, N)
     half = inside.sum(2) @ c.B / 2 + cross  # (b, G, Q, N)
@@ -208,7 +209,7 @@ def _chunk_gramian(c: Chunk, inside: torch.Tensor, reach: torch.Tensor, left: to
 
 
 def scan_output(p: Projected, size: int = CHUNK) -> torch.Tensor:
-    """y_t = C_t . h_t + D x_t, what the scan returns, before gate and norm: (b, T, H, P)."""
+    """Compute y_t = C_t . h_t + D x_t, the scan's output before gate and norm: (b, T, H, P)."""
     outputs = []
     for c in chunks(p, size=size):
         score = (c.C @ c.B.transpose(-1, -2))[:, :, None] * c.L * c.dt[..., None, :]  # (b, G, K, Q, Q)
@@ -219,7 +220,7 @@ def scan_output(p: Projected, size: int = CHUNK) -> torch.Tensor:
 
 
 def _injection(c: Chunk) -> torch.Tensor:
-    """u_t[n] = dB_t[n] (2 r_t[n] + dB_t[n] |x_t|^2), the energy that step t adds: (b, G, K, Q, N).
+    """Compute u_t[n] = dB_t[n] (2 r_t[n] + dB_t[n] |x_t|^2), the energy that step t adds: (b, G, K, Q, N).
 
     r_t[n] = x_t . (decayed h_{t-1})[:, n], so that |h_t|^2 = exp(2 dt A) |h_{t-1}|^2 + u_t.
     """
@@ -227,13 +228,13 @@ def _injection(c: Chunk) -> torch.Tensor:
 
 
 def _half_overlap(c: Chunk) -> torch.Tensor:
-    """r_t[n] + dB_t[n] |x_t|^2 / 2: (b, G, K, Q, N)."""
+    """Compute r_t[n] + dB_t[n] |x_t|^2 / 2: (b, G, K, Q, N)."""
     overlap = (c.x @ c.x.transpose(-1, -2)).mul_(c.L).mul_(c.dt[..., None, :])  # (b, G, K, Q, Q)
     overlap.diagonal(dim1=-2, dim2=-1).mul_(0.5)  # s < t whole, s = t by half: r and |x|^2 dt / 2 in one product
     return _per_group(overlap, c.B).addcmul_(c.decay[..., None], c.x @ c.entry)
 
 
 def _per_group(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left (b, G, K, R, Q) @ right (b, G, Q, N), one product per group: its heads are stacked -> (b, G, K, R, N)."""
+    """Compute left (b, G, K, R, Q) @ right (b, G, Q, N), one product per group, heads stacked -> (b, G, K, R, N)."""
     b, G, K, R, Q = left.shape
     return (left.reshape(b, G, K * R, Q) @ right).view(b, G, K, R, -1)

@@ -1,4 +1,4 @@
-"""Loops over tokens, as transformers' Mamba1 scans run on a CPU, made differentiable in linear time."""
+"""Linear-time autograd for loops over tokens, such as transformers' Mamba1 scan on the CPU."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-AT_ONCE = 4  # tensors that one loop steps through: decay, input, C
+AT_ONCE = 4  # number of tensors remembered: one loop indexes decay, input and C
 
 
 class TokenSteps(TorchFunctionMode):
-    """x[:, :, t] for t after t as parts of one `unbind`: the same views, and the same gradients.
+    """Torch function mode that computes x[:, :, t] for successive t from one `unbind`: same views, same gradients.
 
-    The gradient of an index is a tensor of zeros as large as x, with one part filled in: T of them for T steps, which
-    makes a scan over 256 tokens spend nearly all of its backward pass on zeros. That of `unbind` is one stack. A tensor
-    that is indexed once is left alone.
+    The gradient of an index operation is a tensor of zeros as large as x with one part filled in: T of them for T
+    steps, so that a scan over 256 tokens spends nearly all of its backward pass on zeros. The gradient of `unbind` is
+    one stack. A tensor that is indexed only once is not changed.
     """
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ class TokenSteps(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _parts(self, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-        """Of a tensor that was seen before and not written to since; of any other, nothing."""
+        """Return the unbound parts of a tensor that was indexed before and not written to since, else ()."""
         at = (id(x), dim)
         known, version, parts = self._seen.pop(at, (None, -1, ()))
-        seen = known is x and version == x._version  # an id is free again after its tensor is gone
+        seen = known is x and version == x._version  # an id may be reused after its tensor was freed
         parts = (parts or torch.unbind(x, dim)) if seen else ()
         self._seen[at] = (x, x._version, parts)
         if len(self._seen) > AT_ONCE:
@@ -45,7 +45,7 @@ class TokenSteps(TorchFunctionMode):
 
 
 def step_dimension(key: Any) -> int:
-    """The dimension, after the first, in which a key like [:, :, t] or [:, t] picks one index; 0 for any other key."""
+    """Return the dimension, after the first, in which a key like [:, :, t] or [:, t] picks one index; else 0."""
     if not isinstance(key, tuple):
         return 0
     picked = [d for d, k in enumerate(key) if type(k) is int]
@@ -55,6 +55,6 @@ def step_dimension(key: Any) -> int:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Autograd on, and loops over tokens linear in their number."""
+    """Context manager that enables autograd, with loops over tokens in linear time."""
     with torch.enable_grad(), TokenSteps():
         yield

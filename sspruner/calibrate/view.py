@@ -1,4 +1,4 @@
-"""SSMView: what a scorer sees of one module on one calibration batch. Computed on first use, shared by scorers."""
+"""SSMView: the tensors that a scorer reads of one module on one calibration batch, computed on first use and shared."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sspruner.graph.group import Block, DependencyGroup
 
 
 class Observation:
-    """One module on one batch, or its weights alone: what all scorers and dependency groups that look at it share.
+    """One module on one batch, or its weights alone; shared by all scorers and dependency groups that read it.
 
     layer    path of the module; inside a shared block the path of this call, where `site` is the first path
-    inputs   what the linear layers inside the module are given, by their paths relative to it: asked for when needed
+    inputs   function that returns the inputs of the linear layers inside the module, by their relative paths
     """
 
     def __init__(
@@ -40,18 +40,21 @@ class Observation:
 
     @property
     def hidden(self) -> torch.Tensor:
+        """Input of the module: (b, T, hidden size)."""
         if self._hidden is None:
             raise PluginError("a scorer that does not need activations read them; set needs='activations'")
         return self._hidden
 
     @property
     def output(self) -> torch.Tensor:
+        """Output of a whole block: (b, T, hidden size)."""
         if self._output is None:
             raise PluginError("only whole blocks have an output here (axis block, needs='activations')")
         return self._output
 
     @cached_property
     def tokens(self) -> int:
+        """Number of tokens that are not padding."""
         return int(self.mask.sum())
 
     @cached_property
@@ -66,7 +69,7 @@ class Observation:
         return {f"{self.site}{path}.weight": self._counted(value).float() for path, value in given.items()}
 
     def _counted(self, value: torch.Tensor) -> torch.Tensor:
-        """(tokens, features): the positions that are not padding; of tokens that a router has chosen, all."""
+        """Return (tokens, features) without padding. If a router has selected tokens, all of them are returned."""
         if value.shape[:-1] == self.mask.shape:
             return value[self.mask]
         flat = value.reshape(-1, value.shape[-1])
@@ -74,6 +77,7 @@ class Observation:
 
     @cached_property
     def projected(self) -> Projected | SelectiveProjected:
+        """Inputs of the mixer's scan."""
         hidden = self.hidden
         if self._family is None:
             raise PluginError(f"{self.layer} is not a mixer: it has no scan; use hidden and weights")
@@ -82,29 +86,35 @@ class Observation:
 
     @cached_property
     def y(self) -> torch.Tensor:
+        """Output of the scan, before gate and norm."""
         p = self.projected
         return state.scan_output(p) if isinstance(p, Projected) else selective.scan_output(p)
 
     @cached_property
     def ghost_sum(self) -> torch.Tensor:
+        """See SSMView.ghost_sum."""
         p = self.projected
         return state.ghost_sum(p, self.mask) if isinstance(p, Projected) else selective.ghost_sum(p, self.mask)
 
     @cached_property
     def energy_sum(self) -> torch.Tensor:
+        """See SSMView.energy_sum."""
         p = self.projected
         return state.energy_sum(p, self.mask) if isinstance(p, Projected) else selective.energy_sum(p, self.mask)
 
     @cached_property
     def output_energy(self) -> torch.Tensor:
+        """See SSMView.output_energy."""
         return (self.y.square() * self.mask[..., None, None]).sum((0, 1), dtype=torch.float64)
 
     @cached_property
     def gramian(self) -> torch.Tensor:
+        """See SSMView.gramian."""
         return state.gramian(self._one_decay(), self.mask)
 
     @cached_property
     def weighted_gramian(self) -> torch.Tensor:
+        """See SSMView.weighted_gramian."""
         return state.weighted_gramian(self._one_decay(), self.output_weights, self.mask)
 
     def _one_decay(self) -> Projected:
@@ -115,6 +125,7 @@ class Observation:
     @cached_property
     @torch.no_grad()
     def output_weights(self) -> torch.Tensor:
+        """See SSMView.output_weights."""
         channels = self.y.flatten(2).shape[-1]
         out_proj = _tensor(self.model, f"{self.site}.out_proj.weight").float()[:, -channels:]
         norm = getattr(getattr(self.model.get_submodule(self.site), "norm", None), "weight", None)
@@ -124,7 +135,7 @@ class Observation:
         return output_weights(self.y, self.projected.z, out_proj, norm.float(), self._given(channels), groups)
 
     def _given(self, channels: int) -> torch.Tensor:
-        """What out_proj is given of the scan's output: fp32 (b, T, D); zeros at padding."""
+        """Return the part of out_proj's input that comes from the scan: fp32 (b, T, D); zeros at padding."""
         assert self._family is not None
         known = self._family.readout(self.model.get_submodule(self.layer), self.y, self.projected.z)
         if known is not None:
@@ -135,23 +146,25 @@ class Observation:
 
 
 class SSMView:
-    """One dependency group on one batch. Everything is read-only and in the model's dtype unless it says fp32.
+    """One dependency group on one batch, as a scorer reads it.
+
+    Read-only, and in the model's dtype unless fp32 is stated.
 
     layer       module path: the mixer, attention or MLP that is observed; on the axis `block` the block, on the axis
                 `weight` the linear layer
     group       the dependency group that is scored (sspruner.graph.group): groups, units, members
-    unit        on the axes `block` and `mixer`: which unit this is; else None
+    unit        on the axes `block` and `mixer`: index of the observed unit; else None
     mask        bool (b, T): False where padding; padded positions must not enter statistics
     tokens      number of positions where mask is True
     hidden      (b, T, hidden size): the module's input
-    output      (b, T, hidden size): on the axis `block`, what the block made of it
-    inputs      `<tensor>` -> fp32 (tokens, in features): what each linear layer inside the module is given
+    output      (b, T, hidden size): on the axis `block`, the block's output
+    inputs      `<tensor>` -> fp32 (tokens, in features): the input of each linear layer inside the module
     weights     `<tensor>:<rows>` -> fp32 (groups, units, elements), the members of the scored group, e.g.
                 `in_proj.weight:B` (G, N, hidden size) on the axis `state`; of single elements `weight` (out, in, 1)
-    gradients   the same for the gradient of the mean calibration loss; with needs="gradients"
-    fisher      the same for the mean over sequences of the squared gradient; with needs="fisher"
-    norms       fp32 (groups, units): L2 norm of everything that each unit owns
-    x z dt A B C D   what a mixer feeds to its scan: see sspruner.graph.family, Projected and SelectiveProjected
+    gradients   gradient of the mean calibration loss, with the keys and shapes of weights; with needs="gradients"
+    fisher      mean over sequences of the squared gradient, with the keys and shapes of weights; with needs="fisher"
+    norms       fp32 (groups, units): L2 norm of all parameters of each unit
+    x z dt A B C D   inputs of the mixer's scan: see sspruner.graph.family, Projected and SelectiveProjected
     y           fp32 (b, T, H, P): the scan's output, before gate and norm
     """
 
@@ -184,21 +197,21 @@ class SSMView:
 
     @cached_property
     def unit(self) -> int | None:
-        """Which unit of the axes `block` and `mixer` is observed."""
+        """Index of the observed unit on the axes `block` and `mixer`, else None."""
         return next((i for i, block in enumerate(self.group.blocks) if block.path == self.layer), None)
 
     def loss(self, units: Sequence[int]) -> float:
-        """Mean loss, in nats per predicted token, with these units of the axis `block` or `mixer` masked."""
+        """Return the mean loss, in nats per predicted token, with these units of the axis `block` or `mixer` masked."""
         if self._loss is None:
             raise PluginError("the loss was not asked for; set needs='loss' (axes block and mixer)")
         return self._loss(units)
 
     def tensor(self, key: str) -> torch.Tensor:
-        """A whole parameter by its key, such as `out_proj.weight`: an fp32 copy."""
+        """Return a whole parameter by its key, such as `out_proj.weight`, as an fp32 copy."""
         return _tensor(self._model, f"{self.group.layer}.{key}").detach().float().clone()
 
     def has(self, key: str) -> bool:
-        """Whether there is such a parameter."""
+        """Return whether the module has a parameter with this key."""
         path, _, leaf = f"{self.group.layer}.{key}".rpartition(".")
         try:
             return getattr(self._model.get_submodule(path), leaf, None) is not None
@@ -230,32 +243,32 @@ class SSMView:
 
     @cached_property
     def norms(self) -> torch.Tensor:
-        """fp32 (groups, units): L2 norm of everything that each unit owns."""
+        """fp32 (groups, units): L2 norm of all parameters of each unit."""
         if self.group.blocks:
-            return torch.stack([self._own_energy(block) for block in self.group.blocks])[None].sqrt()
+            return torch.stack([self._block_energy(block) for block in self.group.blocks])[None].sqrt()
         energy = torch.stack([w.square().sum(-1) for w in self.weights.values()]).sum(0)
-        return (energy - self._counted_twice()).clamp_min(0).sqrt()
+        return (energy - self._overlap_energy()).clamp_min(0).sqrt()
 
-    def _own_energy(self, block: Block) -> torch.Tensor:
-        """Squares of what goes with a block: its parameters and extras, but not what other blocks share."""
+    def _block_energy(self, block: Block) -> torch.Tensor:
+        """Sum the squares of the parameters removed with a block, without those that other blocks share."""
         others = [b for b in self.group.blocks if b is not block]
         shared = {id(p) for b in others for p in self._model.get_submodule(b.path).parameters()}
-        own = {id(p): p for p in self._model.get_submodule(block.path).parameters() if id(p) not in shared}
-        own |= {id(p): p for path in block.extras for p in self._model.get_submodule(path).parameters()}
-        return torch.stack([p.detach().float().square().sum() for p in own.values()]).sum()
+        owned = {id(p): p for p in self._model.get_submodule(block.path).parameters() if id(p) not in shared}
+        owned |= {id(p): p for path in block.extras for p in self._model.get_submodule(path).parameters()}
+        return torch.stack([p.detach().float().square().sum() for p in owned.values()]).sum()
 
-    def _counted_twice(self) -> torch.Tensor | float:
-        """Squares of elements that a unit owns by row and by column: a square matrix of the residual stream."""
-        twice: torch.Tensor | float = 0.0
+    def _overlap_energy(self) -> torch.Tensor | float:
+        """Sum the squares of elements that a unit owns by row and by column (square matrices of the residual width)."""
+        overlap: torch.Tensor | float = 0.0
         for a, b in combinations([m for m in self.group.members if m.counted], 2):
             if a.tensor == b.tensor and a.dims < b.dims:
                 crossing = _tensor(self._model, a.tensor).detach().float()[a.index.squeeze(-1), b.index.squeeze(-1)]
-                twice = twice + crossing.square()
-        return twice
+                overlap = overlap + crossing.square()
+        return overlap
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that count."""
+        """Number of tokens that are not padding."""
         return self.observation.tokens
 
     @property
@@ -325,7 +338,7 @@ class SSMView:
 
     @property
     def weighted_gramian(self) -> torch.Tensor:
-        """fp64 (G, N, N): the same sum, of w h h^T with w = output_weights. Mamba2 only."""
+        """fp64 (G, N, N): sum over tokens, heads of the group and p of w h h^T with w = output_weights. Mamba2 only."""
         return self.observation.weighted_gramian
 
     @property
@@ -341,5 +354,5 @@ class SSMView:
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     owner, _, leaf = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(owner), leaf)
-    return found
+    value: torch.Tensor = getattr(model.get_submodule(owner), leaf)
+    return value

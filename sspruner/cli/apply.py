@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from sspruner.cli import options as o
-from sspruner.cli.console import prepare, reports_errors
+from sspruner.cli.console import prepare, reports_errors, say
+from sspruner.cli.machine import Folder, Model, ReadingText
+from sspruner.recipes.flags import METHOD, REMOVE
+from sspruner.recipes.parts import Mode
 
 NAME = "apply"
 
 
+@Parameter(name="*", group=REMOVE)
+@dataclass(frozen=True)
+class PlanFile:
+    """The plan that is carried out."""
+
+    plan: Annotated[Path, Parameter(metavar="FILE")] = Path("plan.json")
+    """What `sspruner plan` wrote."""
+
+
 @reports_errors
 def command(
-    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
-    model: o.Model = None,
-    plan: Annotated[Path, typer.Option(help="What `sspruner plan` wrote.")] = Path("plan.json"),
-    mode: o.Mode = "slice",
-    dtype: o.Dtype = "auto",
-    tokenizer: o.Tokenizer = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    plugin: o.Plugin = None,
-    overwrite: o.Overwrite = False,
+    model: Model = None,
+    /,
+    *,
+    folder: Folder,
+    file: PlanFile = PlanFile(),
+    how: Annotated[Mode, Parameter(group=METHOD)] = Mode(),
+    reading: ReadingText = ReadingText(),
 ) -> None:
-    """Cut a model as a plan says, prove the cut, and save the result."""
+    """Cut a model as a plan says, prove the cut, and save the result.
+
+    Examples:
+        sspruner apply path/to/model --plan plan.json --out smaller
+        sspruner apply path/to/model --mode mask --out masked --overwrite
+    """
     import sspruner
     from sspruner.files.output import check_output
 
-    check_output(out, overwrite)
-    made = sspruner.Plan.load(plan)
-    prepare(plugin)
-    loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
-    sspruner.apply(loaded, made, mode=mode)
-    sspruner.save(loaded, out, tokenizer, overwrite=overwrite)
-    typer.echo(f"{made}\napplied ({mode}), saved to {out}")
+    check_output(folder.out, folder.overwrite)
+    made = sspruner.Plan.load(file.plan)
+    prepare(reading.plugin)
+    loaded, tokenizer = sspruner.load(model, **reading.arguments)
+    sspruner.apply(loaded, made, mode=how.mode)
+    sspruner.save(loaded, folder.out, tokenizer, overwrite=folder.overwrite)
+    say(f"{made}\napplied ({how.mode}), saved to {folder.out}")

@@ -2,111 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-import typer
+from cyclopts import Group, Parameter
 
-from sspruner.cli import options as o
-from sspruner.cli.console import (
-    batches_from,
-    check_json,
-    command_line,
-    emit,
-    numbers_from,
-    prepare,
-    progress_bar,
-    reports_errors,
-    show,
-)
+from sspruner.cli.console import command_line, emit, prepare, reports_errors, show
+from sspruner.cli.machine import MODEL, Json, Timing
+from sspruner.recipes.flags import FromText, read_texts, text, texts
+from sspruner.recipes.lists import numbers_in
+from sspruner.recipes.measure import BenchOptions
+from sspruner.recipes.texts import several
 
 NAME = "bench"
+
+Models = Annotated[str, Parameter(group=MODEL, help="Folders or hub ids.", show_default="the reference model")]
+
+
+@Parameter(name="*", group=Group("Shapes", sort_key=0.5))
+@dataclass(frozen=True)
+class Shapes:
+    """Published shapes with random weights, beside models or instead of them."""
+
+    shape: Annotated[tuple[str, ...], texts("NAME"), FromText(several, "--shape")] = ()
+    """A published shape with random weights: mamba2-130m, 370m, 780m, 1.3b, 2.7b. Repeatable."""
+
+    keep: Annotated[tuple[int, ...], text("N,N"), FromText(numbers_in, "--keep")] = ()
+    """With --shape: also with these states, e.g. 64,32,16."""
+
+    balanced: Annotated[tuple[int, ...], text("N,N"), FromText(numbers_in, "--balanced")] = ()
+    """With --shape: also with this many directions of the state, e.g. 16."""
+
+    def __post_init__(self) -> None:
+        """Read texts such as `64,32`."""
+        read_texts(self)
 
 
 @reports_errors
 def command(
-    models: Annotated[
-        Optional[list[str]],
-        typer.Argument(
-            metavar="[MODEL]...", help="Model folders or hub ids. Default: the reference model.", show_default=False
-        ),
-    ] = None,
-    shape: Annotated[
-        Optional[list[str]],
-        typer.Option(help="A published shape with random weights: mamba2-130m, 370m, 780m, 1.3b, 2.7b. Repeatable."),
-    ] = None,
-    keep: Annotated[Optional[str], typer.Option(help="With --shape: also with these states, e.g. 64,32,16.")] = None,
-    balanced: Annotated[
-        Optional[str], typer.Option(help="With --shape: also with so many directions of the state, e.g. 16.")
-    ] = None,
-    batch: Annotated[str, typer.Option(help="Sequences that are decoded at once.")] = "1,16,64,256",
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
-    generate: Annotated[int, typer.Option(help="Decode steps.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Times that everything is measured, in turns.")] = 7,
-    accelerate: Annotated[
-        bool, typer.Option("--accelerate", help="Measure each model with sspruner.accelerate, too (on the CPU).")
-    ] = False,
-    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay the decode step as a CUDA graph.")] = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Show where the time of a decode step goes, by operation.")
-    ] = False,
-    bandwidth: Annotated[
-        Optional[str], typer.Option(help="The machine's, for the ceiling, e.g. 3.35TB/s.", show_default="measured")
-    ] = None,
-    flops: Annotated[
-        Optional[str], typer.Option(help="The machine's, for the ceiling, e.g. 989TFLOP/s.", show_default="measured")
-    ] = None,
-    device: o.Device = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto (as saved; of shapes bfloat16 on a GPU, else float32), float32, bfloat16 or float16."),
-    ] = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    plugin: o.Plugin = None,
-    json: o.Json = None,
+    *models: Models,
+    shapes: Shapes = Shapes(),
+    options: BenchOptions = BenchOptions(),
+    machine: Timing = Timing(),
+    output: Json = Json(),
 ) -> None:
-    """Measure prefill and decode of models, in turns, beside the most that this machine's rates allow."""
-    from dataclasses import replace
+    """Measure prefill and decode of models, in turns, beside the most that this machine's rates allow.
 
+    Examples:
+        sspruner bench path/to/model smaller --batch 1,16 --prompt 512
+        sspruner bench --shape mamba2-370m --keep 64,32 --batch 64 --json bench.json
+    """
     import sspruner
+    from sspruner.compute.progress import bars
     from sspruner.io.named import named_models
     from sspruner.reporting.bench import bench_table
-    from sspruner.units import parse_bandwidth, parse_flops
 
-    check_json(json)
-    batches = batches_from(batch)
-    states = numbers_from(keep, "--keep"), numbers_from(balanced, "--balanced")
-    rates = (
-        None if bandwidth is None else parse_bandwidth(bandwidth, "--bandwidth"),
-        None if flops is None else parse_flops(flops, "--flops"),
-    )
-    prepare(plugin)
+    output.check()
+    prepare(machine.plugin)
     found = named_models(
-        models or [],
-        shape or [],
-        *states,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
+        list(models),
+        shapes.shape,
+        shapes.keep,
+        shapes.balanced,
+        dtype=machine.dtype,
+        device=machine.device,
+        seed=options.load.seed,
+        trust_remote_code=machine.trust_remote_code,
     )
-    with progress_bar() as progress:
-        measured = sspruner.bench(
-            found,
-            batches=batches,
-            prompt=prompt,
-            generate=generate,
-            repeats=repeats,
-            accelerate=accelerate,
-            device=device,
-            bandwidth=rates[0],
-            flops=rates[1],
-            cuda_graph=cuda_graph,
-            profile=profile,
-            seed=seed,
-            progress=progress,
-        )
+    with bars() as progress:
+        measured = sspruner.bench(found, options, device=machine.device, progress=progress)
     measured = replace(measured, command=command_line())
-    emit(measured.to_json(), json)
-    if str(json) != "-":
+    emit(measured.to_json(), output.json)
+    if not output.only:
         show(bench_table(measured))

@@ -2,138 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from sspruner.cli import options as o
-from sspruner.cli.console import (
-    check_json,
-    command_line,
-    emit,
-    fractions_from,
-    live_table,
-    names_from,
-    options_from,
-    prepare,
-    ratios_from,
-    reports_errors,
-    show,
-)
+from sspruner.cli.console import command_line, emit, prepare, reports_errors, show
+from sspruner.cli.machine import OUTPUT, Json, Machine, Model, RecipeFile
+from sspruner.recipes.compare import CompareRecipe
 
 NAME = "compare"
-PASSAGES = 500  # of LAMBADA
+
+
+@Parameter(name="*", group=OUTPUT)
+@dataclass(frozen=True)
+class Tables(Json):
+    """Where the tables go."""
+
+    out: Annotated[Path | None, Parameter(metavar="DIR")] = None
+    """Folder for JSON, Markdown, CSV, scores and the recipe; what is finished there is not done again."""
+
+    def check(self) -> None:
+        """Raise InputError, before any work, if a file or the folder cannot be written."""
+        from sspruner.comparison.compare import MARKS
+        from sspruner.files.output import check_results
+
+        super().check()
+        if self.out is not None:
+            check_results(self.out, MARKS)
 
 
 @reports_errors
 def command(
-    model: o.Model = None,
-    scorer: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--scorer",
-            "--scorers",
-            help="Scorers, separated by commas. Repeatable.",
-            show_default="ghost, and all that need only weights",
-        ),
-    ] = None,
-    axis: Annotated[str, typer.Option(help="What to remove; one axis.")] = "state",
-    sparsity: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            help="Fractions to remove, separated by commas: a column each. Repeatable.",
-            show_default="0.25,0.5,0.75,0.9",
-        ),
-    ] = None,
-    metrics: Annotated[str, typer.Option(help="What to measure: any of ppl, kl, lambada, recall.")] = "ppl,kl",
-    lambada: Annotated[
-        Optional[str], typer.Option(help="For lambada: file of JSON lines with a text each, or a datasets name.")
-    ] = None,
-    baseline: Annotated[
-        Optional[str], typer.Option(help="A smaller dense model with the same tokenizer, to stand beside the cuts.")
-    ] = None,
-    allocation: o.Allocation = "uniform",
-    multiple_of: o.MultipleOf = 1,
-    ratio: o.Ratio = None,
-    ignore: o.Ignore = None,
-    normalise: o.Normalise = None,
-    calibration: o.Calibration = "self",
-    samples: o.Samples = 32,
-    seq_len: o.SeqLen = 256,
-    option: o.ScorerOption = None,
-    device: o.Device = None,
-    dtype: o.Dtype = "auto",
-    tokenizer: o.Tokenizer = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    no_cache: o.NoCache = False,
-    plugin: o.Plugin = None,
-    out: Annotated[
-        Optional[Path],
-        typer.Option(help="Folder for JSON, Markdown, CSV and scores; what is finished there is not done again."),
-    ] = None,
-    json: o.Json = None,
+    model: Model = None,
+    /,
+    *,
+    file: RecipeFile = None,
+    recipe: CompareRecipe = CompareRecipe(),
+    machine: Machine = Machine(),
+    output: Tables = Tables(),
 ) -> None:
-    """Score with several scorers in one pass, cut by each to several sizes, and show what every cut costs."""
+    """Score with several scorers in one pass, cut by each to several sizes, and show what every cut costs.
+
+    Examples:
+        sspruner compare path/to/model --scorers ghost,magnitude --sparsity 0.5,0.75 --calibration text.txt
+        sspruner compare path/to/model --recipe compared/recipe.yaml --axis head --out others
+    """
     import sspruner
-    from sspruner.budgets.asked import make_budget
-    from sspruner.comparison.compare import MARKS, SPARSITIES
-    from sspruner.evaluation.last_word import passages, read_passages
-    from sspruner.evaluation.measures import check_metrics
-    from sspruner.files.output import check_results
+    from sspruner.comparison.compare import check_recipe
+    from sspruner.compute.progress import live_table
     from sspruner.io.source import name_of
     from sspruner.reporting.table import comparison_table
-    from sspruner.scoring.choice import DEFAULT
-    from sspruner.scoring.known import find_scorer, installed_scorers
 
-    check_json(json)
-    if out is not None:
-        check_results(out, MARKS)
-    scorer_options, ratios = options_from(option), ratios_from(ratio)
-    prepare(plugin)
-    able = {name: cls for name, (cls, _) in sorted(installed_scorers().items()) if axis in cls.axes}
-    quick = [name for name, cls in able.items() if name == DEFAULT or cls.needs == "weights"]
-    scorers = names_from(scorer) or quick or [DEFAULT]
-    for name in scorers:
-        find_scorer(name)
-    sparsities = fractions_from(sparsity, "--sparsity") or SPARSITIES
-    for fraction in sparsities:
-        make_budget(axis, fraction, None, allocation, multiple_of, ratios, ignore or [], normalise=normalise)
-    measures = names_from([metrics])
-    check_metrics(measures, bool(lambada))
+    output.check()
+    prepare(machine.plugin)
+    recipe, baseline = check_recipe(recipe), recipe.cells.baseline
     with live_table(comparison_table) as (progress, on_row):
-        loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
-        small = baseline and sspruner.load(baseline, dtype=dtype, trust_remote_code=trust_remote_code)[0]
+        loaded, tokenizer = sspruner.load(model, **machine.arguments)
+        small = sspruner.load(baseline, **(machine.arguments | {"tokenizer": None}))[0] if baseline else None
         name = name_of(model)
         found = sspruner.compare(
             loaded,
-            scorers,
-            sparsities=sparsities,
-            metrics=measures,
-            axis=axis,
-            allocation=allocation,
-            multiple_of=multiple_of,
-            ratios=ratios,
-            ignore=ignore or [],
-            normalise=normalise,
-            calibration=calibration,
-            samples=samples,
-            seq_len=seq_len,
+            recipe,
             tokenizer=tokenizer,
-            passages=passages(tokenizer, read_passages(lambada), PASSAGES, seed) if lambada else (),
-            baseline=small or None,
-            options=scorer_options,
-            device=device,
-            seed=seed,
-            cache=not no_cache,
-            out=out,
+            device=machine.device,
+            cache=not machine.no_cache,
+            out=output.out,
             progress=progress,
+            baseline=small,
             on_row=lambda known: on_row(known.named(name, "", baseline)),
         )
     found = found.named(name, command_line(), baseline)
-    if out is not None:
-        found.save(out)
-    emit(found.to_json(), json)
-    if str(json) != "-":
+    if output.out is not None:
+        found.save(output.out)
+    emit(found.to_json(), output.json)
+    if not output.only:
         show(comparison_table(found))

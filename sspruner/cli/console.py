@@ -1,19 +1,16 @@
-"""What every command shares: one-line errors, a progress bar on standard error, quiet libraries."""
+"""What every command shares: one-line errors, output streams, quiet libraries."""
 
 from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-
-import typer
 
 from sspruner.errors import InputError, SSPrunerError
 
@@ -51,19 +48,19 @@ def _reporting(command: Command, shared: bool) -> Command:
                         command(*args, **kwargs)
                 else:
                     command(*args, **kwargs)
-            except (typer.Exit, BrokenPipeError):
+            except BrokenPipeError:
                 raise
             except (Exception, KeyboardInterrupt) as error:
-                known = _known(error)
+                known = known_error(error)
                 if known is None and not _together():
                     raise
                 code, line = known or (1, "".join(traceback.format_exception(error)))
-                raise typer.Exit(fail(code, line)) from None
+                raise SystemExit(fail(code, line)) from None
 
     return wrapper  # type: ignore[return-value]
 
 
-def _known(error: BaseException) -> tuple[int, str] | None:
+def known_error(error: BaseException) -> tuple[int, str] | None:
     """The exit code of an error and its one line, None for one that has to be seen with its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "sspruner: interrupted; nothing written"
@@ -88,11 +85,11 @@ def _together() -> bool:
 def fail(code: int, line: str) -> int:
     """Say on standard error why a run fails; of the processes of torchrun the first does. Returns their exit code."""
     if not _together():
-        typer.echo(line, err=True)
+        warn(line)
         return code
     from sspruner.compute.processes import fail as fail_together
 
-    return fail_together(code, lambda: typer.echo(line, err=True))
+    return fail_together(code, lambda: warn(line))
 
 
 @contextmanager
@@ -103,53 +100,8 @@ def kept_if_interrupted(working: Path | None) -> Iterator[None]:
     except KeyboardInterrupt:
         if working is None or not working.exists():
             raise
-        typer.echo(f"sspruner: interrupted; what is finished is kept in {working}: go on with --resume", err=True)
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A rich progress bar on standard error, if that is a terminal; of several processes the first has one.
-
-    Yields the callback that the Python API takes as `progress`.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from sspruner.compute.processes import rank
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=rank() > 0 or not console.is_terminal) as bar:
-        task = bar.add_task("working", total=None)
-
-        def report(phase: str, done: int, total: int) -> None:
-            bar.update(task, description=phase, completed=done, total=total)
-
-        yield report
-
-
-@contextmanager
-def live_table(draw: Callable[[Any], Any]) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Any], None]]]:
-    """A progress bar with a table above it that grows, on standard error, if that is a terminal.
-
-    Yields the callbacks that the Python API takes as `progress` and `on_row`; draw makes a table of what that one gets.
-    """
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    task = bar.add_task("working", total=None)
-    if not console.is_terminal:
-        yield lambda phase, done, total: None, lambda known: None
-        return
-    with Live(bar, console=console, transient=True) as live:
-        yield (
-            lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total),
-            lambda known: live.update(Group(draw(known), bar)),
-        )
+        warn(f"sspruner: interrupted; what is finished is kept in {working}: go on with --resume")
+        raise SystemExit(130) from None
 
 
 def names_from(given: list[str] | None) -> list[str]:
@@ -162,7 +114,7 @@ def fractions_from(given: list[str] | None, what: str) -> list[float]:
     return [_fraction(text, what) for text in names_from(given)]
 
 
-def prepare(plugins: list[Path] | None) -> None:
+def prepare(plugins: Sequence[Path] | None) -> None:
     """Before a command's work: load --plugin files, keep transformers from talking over our output.
 
     Characters that the output's encoding lacks become `?`: model output may hold any.
@@ -176,34 +128,8 @@ def prepare(plugins: list[Path] | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    for path in plugins or []:
+    for path in plugins or ():
         manager.load_file(path)
-
-
-def options_from(pairs: list[str] | None) -> dict[str, Any]:
-    """`--option name=value` as a dict; a value is read as JSON where it is JSON, else as a string."""
-    options: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise InputError(f"--option {pair!r}: expected name=value")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
-
-
-def axes_from(text: str) -> str | dict[str, float]:
-    """`state` as it is; `state=0.5,head=0.25` as a dict of fractions. Raises InputError for anything between."""
-    if "=" not in text and "," not in text:
-        return text
-    return {name: _fraction(value, f"--axis {text!r}") for name, value in _pairs(text, f"--axis {text!r}")}
-
-
-def scorers_from(text: str) -> str | dict[str, str]:
-    """`ghost` as it is; `state=ghost,mlp=magnitude` as a dict of names."""
-    return dict(_pairs(text, f"--scorer {text!r}")) if "=" in text else text
 
 
 def from_cache(scores: Any) -> str:
@@ -211,26 +137,11 @@ def from_cache(scores: Any) -> str:
     return " (from the cache: nothing has changed since; --no-cache scores again)" if scores.from_cache else ""
 
 
-def ratios_from(given: list[str] | None) -> dict[str, float]:
-    """`--ratio PATTERN=FRACTION`, each."""
-    pairs = [pair for text in given or [] for pair in _pairs(text, f"--ratio {text!r}")]
-    return {pattern: _fraction(value, f"--ratio {pattern}={value}") for pattern, value in pairs}
-
-
-def bounds_from(given: list[str] | None, what: str) -> dict[str, int]:
-    """`UNITS`, which means all, or `PATTERN=UNITS`, each."""
-    pairs = [pair for text in given or [] for pair in _pairs(text if "=" in text else f"*={text}", f"{what} {text!r}")]
-    try:
-        return {pattern: int(units) for pattern, units in pairs}
-    except ValueError:
-        raise InputError(f"{what} {given}: expected UNITS or PATTERN=UNITS, a whole number") from None
-
-
-def sizes_from(given: list[str] | None) -> dict[int | str, int] | None:
+def sizes_from(given: Sequence[str]) -> dict[int | str, int] | None:
     """`PLACE=SIZE`, each: a GPU by its number or another place, and the bytes that it may take."""
     from sspruner.units import parse_bytes
 
-    if given is None:
+    if not given:
         return None
     pairs = [pair for text in given for pair in _pairs(text, f"--max-memory {text!r}")]
     return {
@@ -272,6 +183,16 @@ def _fraction(text: str, what: str) -> float:
         raise InputError(f"{what}: {text!r} is not a number") from None
 
 
+def say(text: str) -> None:
+    """Print a line on standard output."""
+    print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def show(renderable: Any) -> None:
     """Print a rich renderable on standard output; when that is not a terminal, without colour and never cut off."""
     from rich.console import Console
@@ -303,7 +224,7 @@ def emit(text: str, path: Path | None) -> None:
     if path is None:
         return
     if str(path) == "-":
-        typer.echo(text, nl=not text.endswith("\n"))
+        say(text.removesuffix("\n"))
         return
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

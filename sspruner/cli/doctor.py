@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import typer
-
-from sspruner.cli import options as o
-from sspruner.cli.console import check_json, emit, prepare, reports_errors
+from sspruner.cli.console import emit, prepare, reports_errors, say
+from sspruner.cli.machine import Json, Plugins
 
 NAME = "doctor"
 
 
 @reports_errors
-def command(plugin: o.Plugin = None, json: o.Json = None) -> None:
-    """Check the installation: versions, known hazards, and every family's code on a tiny random model."""
+def command(*, plugins: Plugins = Plugins(), output: Json = Json()) -> None:
+    """Check the installation: versions, known hazards, and every family's code on a tiny random model.
+
+    Examples:
+        sspruner doctor
+        sspruner doctor --json doctor.json
+    """
     from dataclasses import asdict
-    from json import dumps
 
     from sspruner.doctor import diagnose
+    from sspruner.files.strict_json import dumps
 
-    check_json(json)
-    prepare(plugin)
+    output.check()
+    prepare(plugins.plugin)
     checks = []
     for check in diagnose():
         checks.append(check)
-        if str(json) != "-":
-            typer.echo(f"{'PASS' if check.ok else 'FAIL'}  {check.name}: {check.says}")
+        if not output.only:
+            say(f"{'PASS' if check.ok else 'FAIL'}  {check.name}: {check.says}")
     ok = all(check.ok for check in checks)
-    emit(dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2, ensure_ascii=False), json)
+    emit(dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2, ensure_ascii=False), output.json)
     if not ok:
-        raise typer.Exit(1)
+        raise SystemExit(1)

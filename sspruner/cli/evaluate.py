@@ -3,116 +3,83 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from sspruner.cli import options as o
-from sspruner.cli.console import (
-    check_json,
-    command_line,
-    emit,
-    names_from,
-    prepare,
-    progress_bar,
-    reports_errors,
-    show,
-)
+from sspruner.cli.console import command_line, emit, prepare, reports_errors, show, warn
+from sspruner.cli.machine import MODEL, Computing, Json, Model
 from sspruner.errors import InputError
+from sspruner.recipes.flags import text
+from sspruner.recipes.measure import EvaluateOptions, Gates
 
 NAME = "evaluate"
+
+Against = Annotated[
+    str | None,
+    text("MODEL"),
+    Parameter(group=MODEL, help="Folder or hub id of the dense model: all is measured of both, paired."),
+]
 
 
 @reports_errors
 def command(
-    model: o.Model = None,
-    against: Annotated[
-        Optional[str], typer.Option(help="Folder or hub id of the dense model: all is measured of both, paired.")
-    ] = None,
-    text: Annotated[
-        str, typer.Option(help="Text file, datasets name, or self: sampled from --against, or from the model.")
-    ] = "self",
-    tokens: Annotated[int, typer.Option(help="Tokens of the text that are measured: the first ones.")] = 8192,
-    max_length: Annotated[int, typer.Option(help="Tokens of the longest window.")] = 512,
-    stride: Annotated[
-        Optional[int], typer.Option(help="Tokens from one window to the next.", show_default="half of --max-length")
-    ] = None,
-    metrics: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Some of perplexity, position, length, recall, passkey, separated by commas; or none.",
-            show_default="all",
-        ),
-    ] = None,
-    lambada: Annotated[Optional[str], typer.Option(help="LAMBADA: a .jsonl with `text`, or a datasets name.")] = None,
-    tasks: Annotated[Optional[str], typer.Option(help="Tasks of lm-eval, separated by commas.")] = None,
-    include_path: Annotated[Optional[Path], typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
-    limit: Annotated[
-        Optional[int], typer.Option(help="Passages of LAMBADA, and items of each task.", show_default="all")
-    ] = None,
-    max_ppl_increase: Annotated[
-        Optional[str], typer.Option(help="Exit code 1 if perplexity rises by more over --against, e.g. 2%.")
-    ] = None,
-    max_lambada_drop: Annotated[
-        Optional[float],
-        typer.Option(help="Exit code 1 if LAMBADA's accuracy drops by more percentage points, e.g. 1."),
-    ] = None,
-    device: o.Device = None,
-    dtype: o.Dtype = "auto",
-    tokenizer: o.Tokenizer = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    plugin: o.Plugin = None,
-    json: o.Json = None,
+    model: Model = None,
+    /,
+    *,
+    against: Against = None,
+    options: EvaluateOptions = EvaluateOptions(),
+    gates: Gates = Gates(),
+    machine: Computing = Computing(),
+    output: Json = Json(),
 ) -> None:
-    """Measure perplexity, recall and tasks, with intervals, alone or against the dense model; gates for CI."""
+    """Measure perplexity, recall and tasks, with intervals, alone or against the dense model; gates for CI.
+
+    Examples:
+        sspruner evaluate smaller --against path/to/model --text held-out.txt --max-ppl-increase 2%
+        sspruner evaluate path/to/model --metrics recall,passkey --json recall.json
+    """
     import sspruner
-    from sspruner.evaluation.evaluate import METRICS
+    from sspruner.compute.progress import bars
     from sspruner.io.source import name_of
     from sspruner.reporting.evaluation import evaluation_table
-    from sspruner.units import parse_increase
 
-    check_json(json)
-    chosen = None if metrics is None else [name for name in names_from([metrics]) if name != "none"]
-    increase = None if max_ppl_increase is None else parse_increase(max_ppl_increase, "--max-ppl-increase")
-    if increase is not None and (against is None or "perplexity" not in (METRICS if chosen is None else chosen)):
-        raise InputError("--max-ppl-increase compares perplexity with the dense model's: give --against DENSE, and "
-                         "perplexity among --metrics")  # fmt: skip
-    if max_lambada_drop is not None and (against is None or lambada is None):
-        raise InputError("--max-lambada-drop compares LAMBADA's accuracy with the dense model's: give --against DENSE "
-                         "and --lambada")  # fmt: skip
-    prepare(plugin)
-    with progress_bar() as progress:
-        loaded, own = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
+    output.check()
+    check_gates(gates, options, against)
+    prepare(machine.plugin)
+    with bars() as progress:
+        loaded, tokenizer = sspruner.load(model, **machine.arguments)
         dense = None
         if against is not None:
-            dense, theirs = sspruner.load(against, dtype=dtype, trust_remote_code=trust_remote_code)
-            own = own or theirs
+            dense, theirs = sspruner.load(against, **(machine.arguments | {"tokenizer": None}))
+            tokenizer = tokenizer or theirs
         found = sspruner.evaluate(
-            loaded,
-            own,
-            against=dense,
-            text=text,
-            tokens=tokens,
-            max_length=max_length,
-            stride=stride,
-            metrics=chosen,
-            lambada=lambada,
-            tasks=names_from([tasks] if tasks else None),
-            include_path=include_path,
-            limit=limit,
-            device=device,
-            seed=seed,
-            progress=progress,
-        )
+            loaded, tokenizer, options, against=dense, device=machine.device, progress=progress
+        )  # fmt: skip
     named = None if against is None else name_of(against)
     found = replace(found, model=name_of(model), against=named, command=command_line())
-    emit(found.to_json(), json)
-    if str(json) != "-":
+    emit(found.to_json(), output.json)
+    if not output.only:
         show(evaluation_table(found))
-    failed = found.failed(increase, max_lambada_drop)
+    failed = found.failed(gates.max_ppl_increase, gates.max_lambada_drop)
     for line in failed:
-        typer.echo(f"sspruner: {line}", err=True)
+        warn(f"sspruner: {line}")
     if failed:
-        raise typer.Exit(1)
+        raise SystemExit(1)
+
+
+def check_gates(gates: Gates, options: EvaluateOptions, against: str | None) -> None:
+    """Raise InputError for a gate whose row is not measured."""
+    from sspruner.evaluation.evaluate import METRICS
+
+    measures = options.measures
+    metrics = METRICS if measures.metrics is None else measures.metrics
+    if gates.max_ppl_increase is not None and (against is None or "perplexity" not in metrics):
+        raise InputError(
+            "--max-ppl-increase compares perplexity with the dense model's: give --against DENSE, and perplexity among "
+            "--metrics"
+        )
+    if gates.max_lambada_drop is not None and (against is None or measures.lambada is None):
+        raise InputError(
+            "--max-lambada-drop compares LAMBADA's accuracy with the dense model's: give --against DENSE and --lambada"
+        )

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Optional
+from dataclasses import dataclass
+from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from sspruner.cli import options as o
-from sspruner.cli.console import prepare, reports_errors
+from sspruner.cli.console import prepare, reports_errors, say
+from sspruner.cli.machine import Folder, Model, ReadingText
+from sspruner.recipes.flags import TARGET, text
+from sspruner.recipes.parts import Target
 
 NAME = "export"
 
 
+@Parameter(name="*", group=TARGET)
+@dataclass(frozen=True)
+class Reader(Target):
+    """The program that will read the model."""
+
+    to: Annotated[str | None, text("NAME", default="hf, or what --target reads")] = None
+    """hf: stock transformers. hf-padded: stock, different sizes padded with zeros. hf-remote: transformers with
+    trust_remote_code. mamba-ssm: its own loader. sspruner: sspruner.load."""
+
+
 @reports_errors
 def command(
-    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
-    model: o.Model = None,
-    to: Annotated[
-        Optional[str],
-        typer.Option(
-            help="hf: stock transformers. hf-padded: stock, different sizes padded with zeros. hf-remote: transformers "
-            "with trust_remote_code. mamba-ssm: its own loader. sspruner: sspruner.load.",
-            show_default="hf, or what --target reads",
-        ),
-    ] = None,
-    target: o.Target = None,
-    tp: o.Tp = 1,
-    dtype: o.Dtype = "auto",
-    tokenizer: o.Tokenizer = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    plugin: o.Plugin = None,
-    overwrite: o.Overwrite = False,
+    model: Model = None,
+    /,
+    *,
+    folder: Folder,
+    reader: Reader = Reader(),
+    reading: ReadingText = ReadingText(),
 ) -> None:
-    """Write a cut model for another reader, or say why that cannot take it."""
+    """Write a cut model for another reader, or say why that cannot take it.
+
+    Examples:
+        sspruner export smaller --out for-transformers
+        sspruner export smaller --target vllm --tp 2 --out for-vllm
+    """
     import sspruner
     from sspruner.files.output import check_output
     from sspruner.formats.stock import padding
@@ -41,12 +47,13 @@ def command(
     from sspruner.io.skeleton import skeleton
     from sspruner.reporting.card import report_beside
 
-    writer = writer_of(to, target, tp)
-    check_output(out, overwrite)
-    prepare(plugin)
-    loaded, tokenizer = sspruner.load(model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=trust_remote_code)
+    wanted = {"to": reader.to, "target": reader.runtime, "tp": reader.tp}
+    writer = writer_of(reader.to, reader.runtime, reader.tp)
+    check_output(folder.out, folder.overwrite)
+    prepare(reading.plugin)
+    loaded, tokenizer = sspruner.load(model, **reading.arguments)
     report = report_beside(loaded, model) if model else None
-    sspruner.export(loaded, out, tokenizer, to=to, target=target, tp=tp, report=report, overwrite=overwrite)
-    typer.echo(f"exported to {out}: {reads(writer, out)}")
+    sspruner.export(loaded, folder.out, tokenizer, **wanted, report=report, overwrite=folder.overwrite)
+    say(f"exported to {folder.out}: {reads(writer, folder.out)}")
     if writer == "hf-padded":
-        typer.echo(padding(loaded, skeleton(out)))
+        say(padding(loaded, skeleton(folder.out)))

@@ -2,79 +2,111 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any
 
-import typer
+from cyclopts import Group, Parameter
 
-from sspruner.cli import options as o
-from sspruner.cli.console import batches_from, check_json, emit, prepare, reports_errors, show
+from sspruner.cli.console import batches_from, emit, prepare, reports_errors, show
+from sspruner.cli.machine import Json, Model, Trust
+from sspruner.errors import InputError
+from sspruner.recipes.flags import text, whole
+from sspruner.recipes.parts import Target
 
 NAME = "inspect"
 
 
+@Parameter(name="*", group=Group("What to show", sort_key=1))
+@dataclass(frozen=True)
+class View:
+    """What is shown beside the graph."""
+
+    plan: Annotated[Path | None, Parameter(metavar="FILE")] = None
+    """What `sspruner plan` wrote: show what it leaves, beside the model."""
+
+    memory: Annotated[str | None, text("BYTES")] = None
+    """Show how many sequences fit beside the weights, e.g. 24GB."""
+
+    context: Annotated[int, whole()] = 4096
+    """Tokens of a sequence, for the KV cache of hybrids."""
+
+    batch: Annotated[str, text("N,N")] = "1,16,64,256"
+    """Batches whose decode steps are shown."""
+
+    bandwidth: Annotated[str | None, text("BYTES/S")] = None
+    """Show tokens per second at most with this memory bandwidth, e.g. 3.35TB/s."""
+
+    plot: bool = False
+    """Draw each layer's size, and its scores where the folder has some."""
+
+    @property
+    def machine(self) -> tuple[tuple[int, ...], float | None, float | None]:
+        """Batches, bytes of memory, and bytes per second. Raises InputError for texts that are none."""
+        from sspruner.units import parse_bandwidth, parse_bytes
+
+        if self.context < 0:
+            raise InputError(f"--context {self.context}: must be at least 0")
+        room = None if self.memory is None else parse_bytes(self.memory, "--memory")
+        rate = None if self.bandwidth is None else parse_bandwidth(self.bandwidth, "--bandwidth")
+        return batches_from(self.batch), room, rate
+
+
 @reports_errors
 def command(
-    model: o.Model = None,
-    plan: Annotated[
-        Optional[Path], typer.Option(help="What `sspruner plan` wrote: show what it leaves, beside the model.")
-    ] = None,
-    memory: Annotated[
-        Optional[str], typer.Option(help="Show how many sequences fit beside the weights, e.g. 24GB.")
-    ] = None,
-    context: Annotated[int, typer.Option(min=0, help="Tokens of a sequence, for the KV cache of hybrids.")] = 4096,
-    batch: Annotated[str, typer.Option(help="Batches whose decode steps are shown.")] = "1,16,64,256",
-    bandwidth: Annotated[
-        Optional[str], typer.Option(help="Show tokens per second at most with this memory bandwidth, e.g. 3.35TB/s.")
-    ] = None,
-    target: o.Target = None,
-    tp: o.Tp = 1,
-    trust_remote_code: o.TrustRemoteCode = False,
-    plot: Annotated[
-        bool, typer.Option("--plot", help="Draw each layer's size, and its scores where the folder has some.")
-    ] = False,
-    plugin: o.Plugin = None,
-    json: o.Json = None,
+    model: Model = None,
+    /,
+    *,
+    view: View = View(),
+    target: Target = Target(),
+    trust: Trust = Trust(),
+    output: Json = Json(),
 ) -> None:
-    """Show a model's graph and what it takes, from its config alone: axes, bytes, sequences that fit, targets."""
-    from json import dumps
+    """Show a model's graph and what it takes, from its config alone: axes, bytes, sequences that fit, targets.
 
+    Examples:
+        sspruner inspect path/to/model
+        sspruner inspect path/to/model --plan plan.json --memory 24GB --target vllm
+    """
     import sspruner
     from sspruner.benchmarking.footprint import footprint
+    from sspruner.files.strict_json import dumps
     from sspruner.formats.fitting import after, offers
     from sspruner.formats.targets import chosen
     from sspruner.io.skeleton import skeleton
     from sspruner.plans.plan import check_plan
-    from sspruner.reporting.footprint import footprint_table
-    from sspruner.reporting.targets import targets_table
     from sspruner.reporting.terminal import plots
     from sspruner.surgery.apply import apply_sizes
-    from sspruner.units import parse_bandwidth, parse_bytes
 
-    check_json(json)
-    wanted = chosen(target, tp)
-    batches = batches_from(batch)
-    room = None if memory is None else parse_bytes(memory, "--memory")
-    rate = None if bandwidth is None else parse_bandwidth(bandwidth, "--bandwidth")
-    made = None if plan is None else sspruner.Plan.load(plan)
-    prepare(plugin)
-    loaded = skeleton(model, trust_remote_code=trust_remote_code)
+    output.check()
+    wanted, machine = chosen(target.runtime, target.tp), view.machine
+    made = None if view.plan is None else sspruner.Plan.load(view.plan)
+    prepare(trust.plugin)
+    loaded = skeleton(model, trust_remote_code=trust.trust_remote_code)
     graph = sspruner.trace(loaded)
-    found = footprint(loaded, graph, context)
+    found = footprint(loaded, graph, view.context)
     if made is not None:
         check_plan(made, graph, model=loaded)
     taken = offers(loaded if made is None else after(loaded, made, graph), wanted)
-    cut = None if made is None else footprint(loaded, apply_sizes(loaded, made), context)
-    data = graph.to_json() | {"footprint": found.to_json(batches, room, rate)}
+    cut = None if made is None else footprint(loaded, apply_sizes(loaded, made), view.context)
+    data = graph.to_json() | {"footprint": found.to_json(*machine)}
     if cut is not None:
-        data["with_plan"] = cut.to_json(batches, room, rate)
+        data["with_plan"] = cut.to_json(*machine)
     data["targets"] = {offer.target.name: offer.to_json() for offer in taken}
-    pictures = plots(loaded, model, made) if plot else []
-    emit(dumps(data, indent=2), json)
-    if str(json) != "-":
+    pictures = plots(loaded, model, made) if view.plot else []
+    emit(dumps(data, indent=2), output.json)
+    if not output.only:
         show(graph.tree())
-        assumed = loaded.config.dtype is None
-        show(footprint_table(found, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
-        show(targets_table(taken, with_plan=made is not None))
+        show_tables(found, cut, taken, machine, assumed=loaded.config.dtype is None)
         for picture in pictures:
             show(picture)
+
+
+def show_tables(found: Any, cut: Any, taken: Any, machine: Any, assumed: bool) -> None:
+    """Show what the model takes, before and after a cut, and which targets take it."""
+    from sspruner.reporting.footprint import footprint_table
+    from sspruner.reporting.targets import targets_table
+
+    batches, room, rate = machine
+    show(footprint_table(found, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
+    show(targets_table(taken, with_plan=cut is not None))

@@ -2,91 +2,103 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from sspruner.cli import options as o
-from sspruner.cli.console import axes_from, bounds_from, prepare, ratios_from, reports_errors
+from sspruner.cli.console import prepare, reports_errors, say, warn
+from sspruner.cli.machine import OUTPUT, Model, Reading
 from sspruner.errors import InputError
+from sspruner.recipes.flags import AMOUNT, REMOVE, FromText, text
+from sspruner.recipes.parts import Budget, Elements, Remove, Target
+from sspruner.recipes.recipe import Recipe
+from sspruner.recipes.texts import fractions_by_axis
 
 NAME = "plan"
 
 
+@Parameter(name="*", group=REMOVE)
+@dataclass(frozen=True)
+class Fractions(Remove):
+    """What to leave alone, and the fraction of each axis; the scores say which axes there are."""
+
+    axis: Annotated[dict[str, float] | str | None, text("AXIS=FRACTION"), FromText(fractions_by_axis, "--axis")] = None  # type: ignore[assignment]
+    """Fractions by axis: state=0.5,head=0.25."""
+
+    def __post_init__(self) -> None:
+        """Read the fractions."""
+        super().__post_init__()
+        if isinstance(self.axis, str):
+            raise InputError(
+                f"--axis {self.axis}: give a fraction for it, {self.axis}=0.5; the scores say which axes there are"
+            )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Files:
+    """What is read, and the plan that is written."""
+
+    scores: Annotated[Path, Parameter(metavar="FILE", group=REMOVE)] = Path("scores.safetensors")
+    """What `sspruner score` wrote."""
+
+    curves: Annotated[Path | None, Parameter(metavar="FILE", group=AMOUNT)] = None
+    """What `sspruner score --curves` wrote, for --allocation adaptive."""
+
+    out: Annotated[Path, Parameter(metavar="FILE", group=OUTPUT)] = Path("plan.json")
+    """File to write."""
+
+
 @reports_errors
 def command(
-    model: o.Model = None,
-    scores: Annotated[Path, typer.Option(help="What `sspruner score` wrote.")] = Path("scores.safetensors"),
-    axis: Annotated[Optional[str], typer.Option(help="Fractions by axis: state=0.5,head=0.25.")] = None,
-    sparsity: o.Sparsity = None,
-    keep: o.Keep = None,
-    allocation: o.Allocation = "uniform",
-    multiple_of: o.MultipleOf = 1,
-    ratio: o.Ratio = None,
-    ignore: o.Ignore = None,
-    pattern: o.Pattern = None,
-    granularity: o.Granularity = None,
-    rows: o.Rows = None,
-    normalise: o.Normalise = None,
-    floor: o.Floor = None,
-    cap: o.Cap = None,
-    curves: o.Curves = None,
-    target: o.Target = None,
-    tp: o.Tp = 1,
-    dtype: o.Dtype = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    plugin: o.Plugin = None,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("plan.json"),
+    model: Model = None,
+    /,
+    *,
+    files: Files = Files(),
+    remove: Fractions = Fractions(),
+    elements: Elements = Elements(),
+    budget: Budget = Budget(),
+    target: Target = Target(),
+    reading: Reading = Reading(),
 ) -> None:
-    """Decide what to keep: scores and a budget become plan.json."""
+    """Decide what to keep: scores and a budget become plan.json.
+
+    Examples:
+        sspruner plan path/to/model --scores scores.safetensors --sparsity 0.75
+        sspruner plan path/to/model --axis state=0.5,head=0.25 --ignore 'layers.0.*'
+    """
     import sspruner
     from sspruner.files.output import check_file
     from sspruner.formats.fitting import check_cut
     from sspruner.formats.targets import chosen
     from sspruner.plans.plan import check_plan
 
-    fractions = axes_from(axis) if axis else None
-    if isinstance(fractions, str):
-        raise InputError(f"--axis {axis}: give a fraction for it, {axis}=0.5; the scores say which axes there are")
-    if sparsity is None and keep is None and fractions is None and pattern is None:
-        sparsity = 0.5
-    if fractions is not None and (sparsity is not None or keep is not None):
+    if remove.axis is not None and (budget.sparsity is not None or budget.keep is not None):
         raise InputError("give fractions by axis or one sparsity or keep for all, not both")
-    check_file(out)
-    wanted = chosen(target, tp)
-    prepare(plugin)
-    loaded, _ = sspruner.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    recipe = Recipe(
+        remove=Remove(ignore=remove.ignore) if remove.axis is None else replace(remove),
+        elements=elements,
+        budget=budget,
+        target=target,
+    )
+    check_file(files.out)
+    wanted = chosen(target.runtime, target.tp)
+    prepare(reading.plugin)
+    loaded, _ = sspruner.load(model, **reading.arguments)
     graph = sspruner.trace(loaded)
-    read = sspruner.Scores.load(scores)
-    measured = sspruner.Sensitivity.load(curves) if curves else None
+    read = sspruner.Scores.load(files.scores)
+    measured = sspruner.Sensitivity.load(files.curves) if files.curves else None
     if measured:
         measured.check(read)
-    made = sspruner.plan(
-        graph,
-        read,
-        sparsity=fractions if fractions is not None else sparsity,
-        keep=keep,
-        allocation=allocation,
-        multiple_of=multiple_of,
-        ratios=ratios_from(ratio),
-        ignore=ignore or [],
-        pattern=pattern,
-        granularity=granularity,
-        rows=rows or [],
-        normalise=normalise,
-        floor=bounds_from(floor, "--floor"),
-        cap=bounds_from(cap, "--cap"),
-        curves=measured.curves if measured else None,
-        target=target,
-        tp=tp,
-    )
+    made = sspruner.plan(graph, read, recipe, curves=measured.curves if measured else None)
     check_plan(made, graph, sspruner.fingerprint(loaded))
     if wanted:
         check_cut(loaded, made, graph, wanted)
-    made.save(out)
+    made.save(files.out)
     if changes := read.metadata.get("changes_weights"):
-        typer.echo(f"{changes} changes weights, too: only `sspruner prune` does that; this plan selects", err=True)
+        warn(f"{changes} changes weights, too: only `sspruner prune` does that; this plan selects")
     for line in made.made_by["target"]["rounded"] if wanted else ():
-        typer.echo(f"rounded for {wanted}: {line}")
-    typer.echo(f"{made}\nin {out}")
+        say(f"rounded for {wanted}: {line}")
+    say(f"{made}\nin {files.out}")

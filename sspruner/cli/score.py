@@ -2,121 +2,136 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
-from sspruner.cli import options as o
-from sspruner.cli.console import (
-    from_cache,
-    options_from,
-    prepare,
-    progress_bar,
-    reports_errors_of_all,
-    scorers_from,
-    sizes_from,
-)
+from sspruner.cli.console import from_cache, prepare, reports_errors_of_all, say
+from sspruner.cli.machine import OUTPUT, Machine, Model, Places
 from sspruner.errors import InputError
+from sspruner.recipes.flags import METHOD, REMOVE, text, texts
+from sspruner.recipes.parts import CalibrationText, Scoring
+from sspruner.recipes.texts import names_by_axis
 
 NAME = "score"
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Scored(Scoring):
+    """What is scored, and by which scorers."""
+
+    axis: Annotated[str, text("AXIS"), Parameter(group=REMOVE)] = "state"
+    """What to score; several separated by commas."""
+
+    scorer: Annotated[tuple[str, ...], texts("NAME"), Parameter(group=METHOD, show_default="ghost")] = ()
+    """Scorer, or one per axis: state=ghost,mlp=magnitude. Repeatable: one pass serves all."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The scorers as they were given."""
+        return self.scorer or ("ghost",)
+
+
+@Parameter(name="*", group=OUTPUT)
+@dataclass(frozen=True)
+class Files:
+    """Where scores and curves go."""
+
+    curves: Annotated[Path | None, Parameter(metavar="FILE")] = None
+    """Also measure what cutting each layer alone costs, for `plan --allocation adaptive`."""
+
+    out: Annotated[Path | None, Parameter(metavar="FILE", show_default="scores.safetensors, or scores")] = None
+    """File to write; of several scorers a folder, for a file each."""
+
+    def of(self, names: Sequence[str]) -> list[Path]:
+        """Return the file of each scorer. Raises InputError where one cannot be written."""
+        from sspruner.files.output import check_file
+
+        out = self.out or Path("scores.safetensors" if len(names) == 1 else "scores")
+        if self.curves:
+            check_file(self.curves)
+            if len(names) > 1:
+                raise InputError("--curves measures the layers of one scorer; name one")
+        if len(names) == 1:
+            check_file(out)
+            return [out]
+        if out.exists() and not out.is_dir():
+            raise InputError(f"output {out}: is a file; of several scorers give a folder")
+        check_file(out.parent / f"{out.name}.safetensors")
+        return [out / f"{_file_name(name)}.safetensors" for name in names]
+
+
 @reports_errors_of_all
 def command(
-    model: o.Model = None,
-    scorer: o.Scorers = None,
-    axis: o.ScoredAxes = "state",
-    calibration: o.Calibration = "self",
-    samples: o.Samples = 32,
-    seq_len: o.SeqLen = 256,
-    option: o.ScorerOption = None,
-    device: o.Device = None,
-    dtype: o.Dtype = "auto",
-    tokenizer: o.Tokenizer = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    device_map: o.DeviceMap = None,
-    max_memory: o.MaxMemory = None,
-    no_cache: o.NoCache = False,
-    plugin: o.Plugin = None,
-    curves: Annotated[
-        Optional[Path],
-        typer.Option(help="Also measure what cutting each layer alone costs, for `plan --allocation adaptive`."),
-    ] = None,
-    out: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="File to write; of several scorers a folder, for a file each.",
-            show_default="scores.safetensors, or scores",
-        ),
-    ] = None,
+    model: Model = None,
+    /,
+    *,
+    scored: Scored = Scored(),
+    text: CalibrationText = CalibrationText(),
+    machine: Machine = Machine(),
+    places: Places = Places(),
+    files: Files = Files(),
 ) -> None:
-    """Score every unit of an axis on the dense model and write scores.safetensors, or one file for each scorer."""
+    """Score every unit of an axis on the dense model and write scores.safetensors, or one file for each scorer.
+
+    Examples:
+        sspruner score path/to/model --axis state,head --out scores.safetensors
+        sspruner score path/to/model --scorer ghost --scorer taylor --out scores
+    """
     import sspruner
     from sspruner.compute.processes import barrier, rank
-    from sspruner.files.output import check_file
-    from sspruner.scoring.known import find_scorer
+    from sspruner.compute.progress import bars
 
-    names = scorer or ["ghost"]
-    if out is None:
-        out = Path("scores.safetensors" if len(names) == 1 else "scores")
-    files = [out] if len(names) == 1 else [out / f"{_file_name(name)}.safetensors" for name in names]
-    scorer_options = options_from(option)
-    if curves:
-        check_file(curves)
-        if len(names) > 1:
-            raise InputError("--curves measures the layers of one scorer; name one")
-    if len(files) > 1 and out.exists() and not out.is_dir():
-        raise InputError(f"output {out}: is a file; of several scorers give a folder")
-    check_file(out if len(files) == 1 else out.parent / f"{out.name}.safetensors")
-    prepare(plugin)
-    scorers = [scorers_from(name) for name in names]
-    for each in scorers:
-        for name in each.values() if isinstance(each, dict) else [each]:
-            find_scorer(name)
-    with progress_bar() as progress:
-        loaded, tokenizer = sspruner.load(
-            model,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device_map=device_map,
-            max_memory=sizes_from(max_memory),
-            trust_remote_code=trust_remote_code,
-        )
-        source: str | sspruner.Calibration = calibration
-        if curves:  # scored and measured on the same text
-            source = sspruner.calibration(
-                calibration, loaded, tokenizer, samples=samples, seq_len=seq_len, seed=seed, progress=progress
-            )
+    outs = files.of(scored.names)
+    prepare(machine.plugin)
+    scorers = known_scorers(scored.names)
+    with bars() as progress:
+        loaded, tokenizer = sspruner.load(model, **machine.arguments, **places.arguments)
+        source: Any = text.source
+        size = {"samples": text.samples, "seq_len": text.seq_len, "seed": scored.seed}
+        if files.curves:  # scored and measured on the same text
+            source = sspruner.calibration(text.source, loaded, tokenizer, **size, progress=progress)
         found = sspruner.score(
             loaded,
             scorers,
-            axis=[part.strip() for part in axis.split(",")],
+            axis=[part.strip() for part in scored.axis.split(",")],
             calibration=source,
-            samples=samples,
-            seq_len=seq_len,
             tokenizer=tokenizer,
-            options=scorer_options,
-            device=device,
-            seed=seed,
-            cache=not no_cache,
+            device=machine.device,
+            cache=not machine.no_cache,
             progress=progress,
+            options=scored.options,
+            **size,
         )
-        if curves and isinstance(source, sspruner.Calibration):
+        if files.curves:
             (only,) = found.values()
-            measured = sspruner.sensitivity(loaded, only, source, device=device, progress=progress)
+            measured = sspruner.sensitivity(loaded, only, source, device=machine.device, progress=progress)
     if rank() == 0:
-        if curves:
-            measured.save(curves)
-        if len(files) > 1:
-            out.mkdir(exist_ok=True)
-        for file, name, scores in zip(files, names, found.values(), strict=True):
+        if files.curves:
+            measured.save(files.curves)
+        if len(outs) > 1:
+            outs[0].parent.mkdir(exist_ok=True)
+        for file, name, scores in zip(outs, scored.names, found.values(), strict=True):
             scores.save(file)
-            typer.echo(f"{len(scores.importance)} dependency groups scored by {name} in {file}{from_cache(scores)}")
-        if curves:
-            typer.echo(f"damage of cutting each layer alone, on {measured.tokens:,} tokens, in {curves}")
+            say(f"{len(scores.importance)} dependency groups scored by {name} in {file}{from_cache(scores)}")
+        if files.curves:
+            say(f"damage of cutting each layer alone, on {measured.tokens:,} tokens, in {files.curves}")
     barrier()
+
+
+def known_scorers(names: Sequence[str]) -> list[Any]:
+    """Read scorers, or those of each axis. Raises InputError for one that is not installed."""
+    from sspruner.scoring.known import find_scorer
+
+    scorers = [names_by_axis(name, "--scorer") for name in names]
+    for each in scorers:
+        for name in each.values() if isinstance(each, dict) else [each]:
+            find_scorer(name)
+    return scorers
 
 
 def _file_name(scorer: str) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from sspruner.cli import options as o
 from sspruner.cli.console import prepare, reports_errors, show
+from sspruner.cli.machine import Plugins
 
 NAME = "scorers"
 
 
 @reports_errors
-def command(plugin: o.Plugin = None) -> None:
-    """List the installed scorers: axes, needs, origin."""
+def command(*, plugins: Plugins = Plugins()) -> None:
+    """List the installed scorers: axes, needs, origin.
+
+    Examples:
+        sspruner scorers
+        sspruner scorers --plugin my_scorer.py
+    """
     from rich.table import Table
 
     from sspruner.scoring.known import installed_scorers
 
-    prepare(plugin)
+    prepare(plugins.plugin)
     table = Table("scorer", "axes", "needs")
     table.add_column("plugin", overflow="fold")  # a path is of use only whole
     for name, (cls, origin) in sorted(installed_scorers().items()):

@@ -4,50 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
-import typer
+from cyclopts import App, Parameter
 
-from sspruner.cli import options as o
-from sspruner.cli.console import check_json, emit, names_from, prepare, progress_bar, reports_errors_of_all
+from sspruner.cli.console import emit, prepare, reports_errors_of_all, say
+from sspruner.cli.help import examples
+from sspruner.cli.machine import MACHINE, MODEL, OUTPUT, Device, Json, RecipeFile, RunsCode, Tokenizer
 from sspruner.errors import InputError
+from sspruner.recipes.train import DistilRecipe, GradualRecipe, TrainText, TwistRecipe
 
 NAME = "train"
-MODEL, WHOLE = "model", "whole"  # in the folder of a run: what came of it; of twist, all that was trained
+MODEL_FOLDER, WHOLE = "model", "whole"  # in the folder of a run: the result; of twist, all that was trained
 
-app = typer.Typer(
-    name=NAME, help="Train what was cut, or while it is cut; start it with torchrun for several processes."
-)
+Pruned = Annotated[str, Parameter(group=MODEL, help="Pruned model: folder or hub id.")]
+Trained = Annotated[str, Parameter(group=MODEL, help="Model: folder or hub id.")]
 
-Text = Annotated[
-    Optional[list[str]],
-    typer.Option(
-        help="Text to train on: a UTF-8 file, .jsonl with `text`, or a datasets name (NAME[:CONFIG[:SPLIT]]). "
-        "Repeatable: blocks of all in equal parts."
-    ),
-]
-HeldOut = Annotated[int, typer.Option(help="Blocks at the beginning of each text that are never trained on.")]
-MaxTokens = Annotated[int, typer.Option(help="Tokens to train on; the learning rate falls over them.")]
-MaxMinutes = Annotated[Optional[float], typer.Option(help="Stop after so many minutes, with what there is.")]
-Batch = Annotated[int, typer.Option(help="Sequences in a step, of all processes together.")]
-AtOnce = Annotated[int, typer.Option(help="Sequences in one forward of one process.")]
-BlockLen = Annotated[int, typer.Option("--seq-len", help="Tokens in a sequence.")]
-Rate = Annotated[float, typer.Option("--learning-rate", help="The largest learning rate.")]
-WeightDecay = Annotated[float, typer.Option(help="Of matrices; none of vectors.")]
-Every = Annotated[int, typer.Option(help="Steps between checkpoints, each with the held-out perplexity.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bf16; weights and moments stay in fp32.")]
-Recompute = Annotated[bool, typer.Option("--recompute", help="Compute activations twice and keep none: less memory.")]
-RunFolder = Annotated[Optional[Path], typer.Option("--out", help="Folder of the run; the model is in its `model`.")]
+
+@Parameter(name="*", group=MACHINE)
+@dataclass(frozen=True)
+class Machine:
+    """Where the training runs, and how models are read."""
+
+    device: Device = None
+    tokenizer: Tokenizer = None
+    trust_remote_code: RunsCode = False
+
+    def load(self, model: str | None) -> tuple[Any, Any]:
+        """Read a model and its tokenizer."""
+        import sspruner
+
+        return sspruner.load(model, tokenizer=self.tokenizer, trust_remote_code=self.trust_remote_code)
+
+    def teacher(self, model: str | None) -> Any:
+        """Read a model alone."""
+        import sspruner
+
+        return sspruner.load(model, trust_remote_code=self.trust_remote_code)[0]
+
+
+@Parameter(name="*", group=OUTPUT)
+@dataclass(frozen=True)
+class Run(Json):
+    """The folder of the run."""
+
+    out: Annotated[Path | None, Parameter(metavar="DIR")] = None
+    """Folder of the run; the model is in its `model`."""
+
+    def folder(self, text: TrainText) -> Path:
+        """Check what is written, and return the folder. Raises InputError where --text or --out is missing."""
+        self.check()
+        if not text.text or self.out is None:
+            raise InputError(f"{'--out' if text.text else '--text'} is missing")
+        return self.out
 
 
 @contextmanager
-def running(device: Optional[str]) -> Iterator[tuple[Any, Callable[[dict[str, float], int, int], None]]]:
+def running(device: str | None) -> Iterator[tuple[Any, Callable[[dict[str, float], int, int], None]]]:
     """With quiet libraries: the device, and a progress bar for the metrics of steps."""
     from sspruner.compute.device import resolve_device
+    from sspruner.compute.progress import bars
 
     prepare(None)
-    with progress_bar() as report:
+    with bars() as report:
         yield (
             resolve_device(device),
             lambda metrics, step, steps: report(
@@ -56,178 +77,89 @@ def running(device: Optional[str]) -> Iterator[tuple[Any, Callable[[dict[str, fl
         )
 
 
-def asked(text: Optional[list[str]], out: Optional[Path], *values: Any) -> tuple[Path, Any]:
-    """The run's folder and the loop's settings. Raises InputError where --text or --out is missing."""
-    from sspruner.training.loop import Settings
-
-    if not text or out is None:
-        raise InputError(f"{'--out' if text else '--text'} is missing")
-    names = ("max_tokens", "max_minutes", "batch", "at_once", "seq_len", "learning_rate", "weight_decay", "bf16")
-    return out, Settings(**dict(zip((*names, "recompute", "every", "seed"), values, strict=True)))
-
-
-def source(text: Any, tokenizer: Any, seq_len: int, held_out: int, seed: int) -> Any:
-    """The training text. Raises InputError for a model without a tokenizer."""
-    from sspruner.training.text import Text as Source
-
-    if tokenizer is None:
-        raise InputError("training text needs a tokenizer, and this model has none: give --tokenizer")
-    return Source(tuple(text), tokenizer, seq_len, held_out, seed)
-
-
-@app.command("distil")
 @reports_errors_of_all
 def distil(
-    model: Annotated[str, typer.Argument(help="Pruned model: folder or hub id.", show_default=False)],
-    teacher: Annotated[
-        Optional[str], typer.Option(help="Dense model: folder or hub id.", show_default="the reference model")
-    ] = None,
-    text: Text = None,
-    alpha: Annotated[float, typer.Option(help="Share of the teacher in the loss; the rest is the text's.")] = 0.5,
-    temperature: Annotated[float, typer.Option(help="Of both models' probabilities in the teacher's part.")] = 1.0,
-    hidden: Annotated[float, typer.Option(help="Weight of the error of hidden states after each block.")] = 0.0,
-    lora: Annotated[int, typer.Option(help="Train narrow matrices of this rank instead; merged at the end.")] = 0,
-    held_out: HeldOut = 16,
-    max_tokens: MaxTokens = 1_000_000,
-    max_minutes: MaxMinutes = None,
-    batch: Batch = 16,
-    at_once: AtOnce = 8,
-    seq_len: BlockLen = 256,
-    learning_rate: Rate = 1e-4,
-    weight_decay: WeightDecay = 0.01,
-    every: Every = 100,
-    bf16: Bf16 = False,
-    recompute: Recompute = False,
-    device: o.Device = None,
-    tokenizer: o.Tokenizer = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    out: RunFolder = None,
-    json: o.Json = None,
+    model: Pruned,
+    /,
+    *,
+    file: RecipeFile = None,
+    recipe: DistilRecipe = DistilRecipe(),
+    machine: Machine = Machine(),
+    run: Run = Run(),
 ) -> None:
-    """Let a pruned model learn from text and from its dense model; goes on where the same command was interrupted."""
-    import sspruner
+    """Let a pruned model learn from text and from its dense model; goes on where the same command was interrupted.
+
+    Examples:
+        sspruner train distil smaller --teacher path/to/model --text train.txt --out recovered
+        torchrun --nproc-per-node 2 -m sspruner train distil smaller --text train.txt --bf16 --out recovered
+    """
     from sspruner.training.distil import distil as train
+    from sspruner.training.text import Text
 
-    check_json(json)
-    folder, settings = asked(
-        text, out, max_tokens, max_minutes, batch, at_once, seq_len, learning_rate, weight_decay, bf16, recompute,
-        every, seed,
-    )  # fmt: skip
-    with running(device) as (where, progress):
-        student, words = sspruner.load(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-        dense, _ = sspruner.load(teacher, trust_remote_code=trust_remote_code)
-        student, found = train(
-            student.to(where), dense.to(where), source(text, words, seq_len, held_out, seed), folder, settings=settings,
-            alpha=alpha, temperature=temperature, hidden=hidden, lora=lora, progress=progress,
-        )  # fmt: skip
-        finish(student.cpu(), words, found, folder, json)
+    folder = run.folder(recipe.text)
+    with running(machine.device) as (where, progress):
+        student, tokenizer = machine.load(model)
+        dense = machine.teacher(recipe.method.teacher)
+        text = Text.of(recipe.text, recipe.settings, tokenizer)
+        student, found = train(student.to(where), dense.to(where), text, folder, recipe, progress=progress)
+        finish(student.cpu(), tokenizer, found, folder, run)
 
 
-@app.command("gradual")
 @reports_errors_of_all
 def gradual(
-    model: Annotated[str, typer.Argument(help="Model: folder or hub id.", show_default=False)],
-    text: Text = None,
-    axis: Annotated[
-        str, typer.Option(help="What to remove: weight for single elements, or an axis of units.")
-    ] = "weight",
-    sparsity: Annotated[float, typer.Option(help="The fraction that is gone at the end.")] = 0.5,
-    alpha: Annotated[float, typer.Option(help="Exponent of the gradient in |w| |g|^alpha; 0: magnitude.")] = 1.0,
-    mask_every: Annotated[int, typer.Option(help="Steps between masks.")] = 10,
-    begin: Annotated[float, typer.Option(help="Fraction of the steps after which something goes.")] = 0.0,
-    end: Annotated[float, typer.Option(help="Fraction of the steps after which all of it is gone.")] = 0.7,
-    allocation: Annotated[
-        str, typer.Option(help="Of units: uniform, the same fraction of every layer, or global, one threshold.")
-    ] = "uniform",
-    teacher: Annotated[
-        Optional[str], typer.Option(help="Learn from this model, too: folder or hub id.", show_default="the text alone")
-    ] = None,
-    held_out: HeldOut = 16,
-    max_tokens: MaxTokens = 1_000_000,
-    max_minutes: MaxMinutes = None,
-    batch: Batch = 16,
-    at_once: AtOnce = 8,
-    seq_len: BlockLen = 256,
-    learning_rate: Rate = 1e-4,
-    weight_decay: WeightDecay = 0.01,
-    every: Every = 100,
-    bf16: Bf16 = False,
-    recompute: Recompute = False,
-    device: o.Device = None,
-    tokenizer: o.Tokenizer = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    out: RunFolder = None,
-    json: o.Json = None,
+    model: Trained,
+    /,
+    *,
+    file: RecipeFile = None,
+    recipe: GradualRecipe = GradualRecipe(),
+    machine: Machine = Machine(),
+    run: Run = Run(),
 ) -> None:
-    """Prune by weight and gradient while the model trains; goes on where the same command was interrupted."""
-    import sspruner
+    """Prune by weight and gradient while the model trains; goes on where the same command was interrupted.
+
+    Examples:
+        sspruner train gradual path/to/model --text train.txt --sparsity 0.7 --out sparse
+        sspruner train gradual path/to/model --axis head --sparsity 0.25 --text train.txt --out fewer-heads
+    """
     from sspruner.training.gradual import gradual as train
+    from sspruner.training.text import Text
 
-    check_json(json)
-    folder, settings = asked(
-        text, out, max_tokens, max_minutes, batch, at_once, seq_len, learning_rate, weight_decay, bf16, recompute,
-        every, seed,
-    )  # fmt: skip
-    with running(device) as (where, progress):
-        loaded, words = sspruner.load(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-        dense = sspruner.load(teacher, trust_remote_code=trust_remote_code)[0].to(where) if teacher else None
-        loaded, _, found = train(
-            loaded.to(where), source(text, words, seq_len, held_out, seed), folder, axis=axis, sparsity=sparsity,
-            alpha=alpha, every=mask_every, begin=begin, end=end, allocation=allocation, teacher=dense,
-            settings=settings, progress=progress,
-        )  # fmt: skip
-        finish(loaded.cpu(), words, found, folder, json)
+    folder = run.folder(recipe.text)
+    with running(machine.device) as (where, progress):
+        loaded, tokenizer = machine.load(model)
+        dense = machine.teacher(recipe.method.teacher).to(where) if recipe.method.teacher else None
+        text = Text.of(recipe.text, recipe.settings, tokenizer)
+        loaded, _, found = train(loaded.to(where), text, folder, recipe, teacher=dense, progress=progress)
+        finish(loaded.cpu(), tokenizer, found, folder, run)
 
 
-@app.command("twist")
 @reports_errors_of_all
 def twist(
-    model: Annotated[str, typer.Argument(help="Model: folder or hub id.", show_default=False)],
-    text: Text = None,
-    axis: Annotated[
-        str, typer.Option(help="What is dealt to the workers: an axis, or several separated by commas.")
-    ] = "head",
-    keep: Annotated[float, typer.Option(help="The fraction of the units that every sub-network has.")] = 0.5,
-    deal_every: Annotated[int, typer.Option(help="Steps after which workers are averaged and units dealt anew.")] = 15,
-    ends: Annotated[int, typer.Option(help="Blocks at each end that every sub-network has whole.")] = 2,
-    draws: Annotated[int, typer.Option(help="Sub-networks that are drawn at the end; the best is kept.")] = 8,
-    held_out: HeldOut = 16,
-    max_tokens: MaxTokens = 1_000_000,
-    max_minutes: MaxMinutes = None,
-    batch: Batch = 16,
-    at_once: AtOnce = 8,
-    seq_len: BlockLen = 256,
-    learning_rate: Rate = 1e-4,
-    weight_decay: WeightDecay = 0.01,
-    every: Every = 100,
-    bf16: Bf16 = False,
-    recompute: Recompute = False,
-    device: o.Device = None,
-    tokenizer: o.Tokenizer = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    out: RunFolder = None,
-    json: o.Json = None,
+    model: Trained,
+    /,
+    *,
+    file: RecipeFile = None,
+    recipe: TwistRecipe = TwistRecipe(),
+    machine: Machine = Machine(),
+    run: Run = Run(),
 ) -> None:
-    """Train random sub-networks, one in each process of torchrun, so that any of them can be kept at the end."""
+    """Train random sub-networks, one in each process of torchrun, so that any of them can be kept at the end.
+
+    Examples:
+        torchrun --nproc-per-node 4 -m sspruner train twist path/to/model --text train.txt --keep 0.5 --out drawn
+        torchrun --nproc-per-node 2 -m sspruner train twist path/to/model --axis head,mlp --text train.txt --out drawn
+    """
     import sspruner
+    from sspruner.training.text import Text
     from sspruner.training.twist import twist as train
 
-    check_json(json)
-    folder, settings = asked(
-        text, out, max_tokens, max_minutes, batch, at_once, seq_len, learning_rate, weight_decay, bf16, recompute,
-        every, seed,
-    )  # fmt: skip
-    with running(device) as (where, progress):
-        loaded, words = sspruner.load(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-        loaded, drawn, found = train(
-            loaded.to(where), source(text, words, seq_len, held_out, seed), folder, axis=names_from([axis]), keep=keep,
-            every=deal_every, ends=ends, draws=draws, settings=settings, progress=progress,
-        )  # fmt: skip
-        keep_draws(loaded.cpu(), words, drawn, folder)
-        finish(sspruner.apply(loaded, drawn.plans[drawn.best]), words, found, folder, json, drawn.to_json())
+    folder = run.folder(recipe.text)
+    with running(machine.device) as (where, progress):
+        loaded, tokenizer = machine.load(model)
+        text = Text.of(recipe.text, recipe.settings, tokenizer)
+        loaded, drawn, found = train(loaded.to(where), text, folder, recipe, progress=progress)
+        keep_draws(loaded.cpu(), tokenizer, drawn, folder)
+        finish(sspruner.apply(loaded, drawn.plans[drawn.best]), tokenizer, found, folder, run, drawn.to_json())
 
 
 def keep_draws(model: Any, tokenizer: Any, drawn: Any, out: Path) -> None:
@@ -241,25 +173,34 @@ def keep_draws(model: Any, tokenizer: Any, drawn: Any, out: Path) -> None:
             plan.save(out / f"draw-{number}.json")
 
 
-def finish(
-    model: Any, tokenizer: Any, found: Any, out: Path, json: Optional[Path], more: Optional[dict[str, Any]] = None
-) -> None:
-    """Save what came of it, and say what the run came to, and `more` of it; the first process does."""
+def finish(model: Any, tokenizer: Any, found: Any, out: Path, run: Run, more: dict[str, Any] | None = None) -> None:
+    """Save the result, and print what the run came to, and `more` of it; the first process does."""
     import dataclasses
-    import json as to
+    import json
 
     import sspruner
     from sspruner.compute.processes import barrier, rank
 
-    where = out / MODEL
+    where = out / MODEL_FOLDER
     if rank() == 0:
         sspruner.save(model, where, tokenizer, overwrite=True)
-        emit(to.dumps(dataclasses.asdict(found) | {"model": str(where)} | (more or {}), indent=2) + "\n", json)
-        if str(json) != "-":
+        emit(json.dumps(dataclasses.asdict(found) | {"model": str(where)} | (more or {}), indent=2) + "\n", run.json)
+        if not run.only:
             before, after = found.perplexity
-            typer.echo(
+            say(
                 f"{found.steps:,} steps, {found.tokens:,} tokens, {found.seconds / 60:.1f} minutes"
                 f"{'' if found.finished else ' (stopped early by --max-minutes)'}: held-out perplexity "
                 f"{before:.3f} -> {after:.3f}\n{where}"
             )
     barrier()
+
+
+app = App(
+    name=NAME,
+    sort_key=99,  # the last one in the list of commands
+    help="Recover quality by distilling from the dense model, or prune during training. Start it with torchrun for "
+    "several processes.",
+)  # fmt: skip
+METHODS: tuple[Any, ...] = (distil, gradual, twist)
+for place, method in enumerate(METHODS):
+    app.command(method, sort_key=place, help_epilogue=examples(method))

@@ -3,152 +3,121 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from torch import nn
 
 from sspruner.budgets.decide import plan
 from sspruner.budgets.resolve import resolve_budget
-from sspruner.calibrate.sources import Progress
+from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.comparison.record import Comparison, Cut, row_from_json, row_to_json
 from sspruner.compute.device import on_device, resolve_device
 from sspruner.compute.forward import embedding
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError, PlanError
-from sspruner.evaluation.last_word import Passage
+from sspruner.evaluation.last_word import Passage, passages, read_passages
 from sspruner.evaluation.measures import Asked, Values, check_metrics, measure, questions, summary
 from sspruner.evaluation.paired import Interval
+from sspruner.files import strict_json
 from sspruner.files.output import atomic_file, check_results
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_plan
-from sspruner.recipes.parts import CalibrationText
+from sspruner.recipes.common import FILE, recipe_or_short
+from sspruner.recipes.compare import CompareRecipe
+from sspruner.recipes.parts import Budget
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.cache import cache_key
-from sspruner.scoring.job import OneScorer
+from sspruner.scoring.choice import DEFAULT
+from sspruner.scoring.known import find_scorer, installed_scorers
 from sspruner.scoring.score import Source, calibrated, score
 from sspruner.scoring.scores import Scores
 from sspruner.surgery.mask import masked
 from sspruner.surgery.sizes import sizes
 
-SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 ROWS = ".rows"  # in the folder of a comparison: the rows that are finished
 MARKS = ("compare.json", ROWS)  # a folder with one of these is one
+PASSAGES = 500  # of LAMBADA, where a recipe names a file
 
-Row = dict[float, Cut | str]
+Cells = dict[float, Cut | str]  # of one scorer: sparsity -> the cut, or why it cannot be made
+
+
+@dataclass(frozen=True)
+class Given:
+    """What stands in Python for what a recipe can only name, and the callback of rows.
+
+    calibration: anything that `sspruner.calibration` takes, or its result, instead of the recipe's source. baseline: a
+    smaller dense model with the same vocabulary. passages: of LAMBADA (last_word.passages). on_row: called with what is
+    known after every row.
+    """
+
+    calibration: Source | None = None
+    baseline: nn.Module | None = None
+    passages: Sequence[Passage] = ()
+    on_row: Callable[[Comparison], None] | None = None
 
 
 def compare(
     model: nn.Module,
-    scorers: Sequence[OneScorer],
+    recipe: Any = None,
     *,
-    sparsities: Sequence[float] = SPARSITIES,
-    metrics: Sequence[str] = ("ppl", "kl"),
-    axis: str = "state",
-    allocation: str = "uniform",
-    multiple_of: int = 1,
-    ratios: Mapping[str, float] | None = None,
-    ignore: Sequence[str] = (),
-    normalise: str | None = None,
-    calibration: Source = "self",
-    samples: int = 32,
-    seq_len: int = 256,
     tokenizer: Any = None,
-    passages: Sequence[Passage] = (),
-    baseline: nn.Module | None = None,
-    options: dict[str, Any] | None = None,
     device: str | None = None,
-    seed: int = 0,
     cache: bool = False,
     out: str | Path | None = None,
     progress: Progress | None = None,
-    on_row: Callable[[Comparison], None] | None = None,
+    **short: Any,
 ) -> Comparison:
     """Score with all scorers in one pass over the dense model, plan every cut of each, and measure them all, masked, on
     the held-out text. The model is left as it was, and is in memory once.
 
-    metrics: "ppl" and "kl", which come together, of the held-out text; "lambada", of passages (last_word.passages);
-    "recall", of sequences made with the seed. Every other argument is one of `score` and `plan`.
-    baseline: a smaller dense model with the same vocabulary, measured on the same tokens.
-    out: a folder for each scorer's scores and finished row: a later call there takes the rows of which nothing has
-    changed since. The result's `save` writes its tables there. on_row: called with what is known after every row.
-    Scorers that also change weights are compared by their selection alone. Raises InputError for bad arguments; a cut
-    that a scorer cannot make is a cell with the reason.
+    Args:
+        recipe: a `CompareRecipe`. Or scorers, with the fields of the recipe's parts as `short` arguments:
+            `compare(model, ["ghost", "magnitude"], sparsities=(0.5,), axis="head")`. The metrics "ppl" and "kl" come
+            together; "lambada" needs passages; "recall" is of sequences that are made with the seed.
+        tokenizer: to read text.
+        device: the compute device; CUDA if there is one, else the CPU.
+        cache: take scores that were made before (docs/calibration.md).
+        out: a folder for the recipe, each scorer's scores and finished row: a later call there takes the rows of which
+            nothing has changed since. The result's `save` writes its tables there.
+        progress: called with (phase, done, total).
+        short: also the fields of `Given` (`calibration`, `baseline`, `passages`, `on_row`), also with a recipe.
+
+    Raises:
+        InputError: for bad arguments. A cut that a scorer cannot make is a cell with the reason.
+
+    Scorers that also change weights are compared by their selection alone.
     """
-    if not scorers or not sparsities:
-        raise InputError("compare: name at least one scorer and one sparsity")
-    if allocation == "adaptive":
-        raise InputError("compare: allocation adaptive measures the layers of one scorer; use prune for each")
-    for sparsity in sparsities:  # what makes no sense fails before any work
-        resolve_budget(
-            Recipe.of(
-                axis=axis,
-                sparsity=sparsity,
-                allocation=allocation,
-                multiple_of=multiple_of,
-                ratios=ratios,
-                ignore=ignore,
-                normalise=normalise,
-            )
-        )
-    check_metrics(metrics, bool(passages))
-    _check_baseline(model, baseline)
+    recipe, given = _asked(recipe, short)
+    given, seed = _prepared(model, recipe, given, tokenizer), recipe.method.seed
     folder = None if out is None else check_results(out, MARKS)
-    if folder is not None:
-        for part in (ROWS, "scores"):
-            (folder / part).mkdir(exist_ok=True)
     compute = resolve_device(device)
     with on_device(model, compute):
-        data = calibrated(
-            calibration, model, tokenizer, CalibrationText(samples=samples, seq_len=seq_len), seed, progress
-        )
+        data = _calibrated(model, recipe, given, tokenizer, progress)
+    if given.calibration is not None:
+        recipe = replace(recipe, calibration=replace(recipe.calibration, source=data.source))
+    if folder is not None:
+        _prepare_folder(folder, recipe)
     scores = score(
-        model, list(scorers), calibration=data, axis=axis, options=options, device=device, seed=seed, cache=cache,
-        progress=progress,
+        model, list(recipe.cells.scorers or ()), calibration=data, axis=recipe.axis,
+        options=dict(recipe.method.options), device=device, seed=seed, cache=cache, progress=progress,
     )  # fmt: skip
     graph = trace(model)
-    budget: dict[str, Any] = {
-        "allocation": allocation,
-        "multiple_of": multiple_of,
-        "ratios": ratios,
-        "ignore": ignore,
-        "normalise": normalise,
-    }
-    plans = _planned(model, graph, scores, sparsities, budget)
-    asked = questions(model, list(data.held_out_batches()), metrics, passages, seed)
-    key = cache_key(
-        model, [type(site.family) for site in graph.layers],
-        {"metrics": sorted(metrics), "passages": [asdict(p) for p in passages], "seed": seed, "device": compute.type,
-         "axis": axis, "sparsities": list(sparsities), **budget},
-        data.held_out, data.held_out_mask,
-    )  # fmt: skip
+    plans = _planned(model, graph, scores, recipe)
+    asked = questions(model, list(data.held_out_batches()), recipe.cells.metrics, given.passages, seed)
+    key = _key(model, graph, recipe, given, data, compute)
     with on_device(model, compute), quick_on_cpu(model, compute):
         (dense,) = measure(model, [lambda: nullcontext(model)], asked)
-        found = Comparison(
-            axis=axis,
-            sparsities=tuple(sparsities),
-            dense=_cut(model, graph, None, summary(dense, dense, seed)),
-            cells={},
-            from_cache=tuple(label for label, scored in scores.items() if scored.from_cache),
-            calibration={
-                "source": data.source,
-                "tokens": int(data.mask.sum()),
-                "held_out_tokens": int(data.held_out_mask.sum()),
-                "held_out_is_separate": data.held_out_is_separate,
-            },
-            seed=seed,
-        )
-        if baseline is not None:
-            with on_device(baseline, compute), quick_on_cpu(baseline, compute):
-                (values,) = measure(model, [lambda: nullcontext(baseline)], asked)
-            found = replace(found, baseline=_cut(baseline, trace(baseline), None, summary(values, dense, seed)))
+        found = _without_rows(recipe, data, scores, _cut(model, graph, None, summary(dense, dense, asked.seed)))
+        if given.baseline is not None:
+            found = replace(found, baseline=_measured_baseline(model, given.baseline, asked, dense, compute))
         for label, row in plans.items():
             file, row_key = _kept_row(folder, label, scores[label], key)
             cells = file and _read(file, row_key)
@@ -157,22 +126,129 @@ def compare(
                 cells = _measured(model, graph, row, asked, dense, named)
                 if file:
                     with atomic_file(file) as temporary:
-                        temporary.write_text(json.dumps({"key": row_key, "cells": row_to_json(cells)}))
+                        temporary.write_text(strict_json.dumps({"key": row_key, "cells": row_to_json(cells)}))
             found = replace(found, cells=found.cells | {label: cells})
-            if on_row:
-                on_row(found)
+            if given.on_row:
+                given.on_row(found)
     return found
 
 
+def check_recipe(recipe: CompareRecipe, has_passages: bool = False) -> CompareRecipe:
+    """Return a recipe that names its scorers, after all checks that need no model.
+
+    Raises InputError for a recipe that makes no sense.
+    """
+    cells, budget = recipe.cells, recipe.budget
+    scorers = _default_scorers(recipe.axis) if cells.scorers is None else cells.scorers
+    if not scorers or not cells.sparsities:
+        raise InputError("compare: name at least one scorer and one sparsity")
+    if budget.allocation == "adaptive":
+        raise InputError("compare: allocation adaptive measures the layers of one scorer; use prune for each")
+    for name in scorers:
+        if isinstance(name, str):
+            find_scorer(name)
+    shared = {f.name: getattr(budget, f.name) for f in fields(budget)}
+    for sparsity in map(float, cells.sparsities):
+        resolve_budget(Recipe(remove=recipe.remove, budget=Budget(**shared, sparsity=sparsity)))
+    check_metrics(cells.metrics, has_passages or bool(cells.lambada))
+    return replace(recipe, cells=replace(cells, scorers=tuple(scorers)))
+
+
+def _asked(recipe: Any, short: dict[str, Any]) -> tuple[CompareRecipe, Given]:
+    """Return the recipe, or the one that scorers and short arguments make, and what is given beside it."""
+    names = {f.name for f in fields(Given)}
+    beside = {name: short.pop(name) for name in list(short) if name in names}
+    given = Given(**{name: value for name, value in beside.items() if value is not None})
+    if not isinstance(recipe, CompareRecipe):
+        scorers = short.pop("scorers", None) if recipe is None else recipe
+        return check_recipe(CompareRecipe.of(scorers, **short), bool(given.passages)), given
+    return check_recipe(recipe_or_short(CompareRecipe, recipe, short), bool(given.passages)), given
+
+
+def _default_scorers(axis: str) -> list[str]:
+    """Return ghost, where it scores this axis, and all installed scorers that need only weights."""
+    able = {name: cls for name, (cls, _) in sorted(installed_scorers().items()) if axis in cls.axes}
+    return [name for name, cls in able.items() if name == DEFAULT or cls.needs == "weights"] or [DEFAULT]
+
+
+def _prepared(model: nn.Module, recipe: CompareRecipe, given: Given, tokenizer: Any) -> Given:
+    """Check the baseline, and read the passages that the recipe names."""
+    if recipe.cells.baseline is not None and given.baseline is None:
+        raise InputError(f"baseline {recipe.cells.baseline}: load it, and give the model as baseline=")
+    _check_baseline(model, given.baseline)
+    if recipe.cells.lambada is None or given.passages:
+        return given
+    texts = read_passages(recipe.cells.lambada)
+    return replace(given, passages=tuple(passages(tokenizer, texts, PASSAGES, recipe.method.seed)))
+
+
+def _calibrated(
+    model: nn.Module, recipe: CompareRecipe, given: Given, tokenizer: Any, progress: Progress | None
+) -> Calibration:
+    text = recipe.calibration
+    source = text.source if given.calibration is None else given.calibration
+    return calibrated(source, model, tokenizer, text, recipe.method.seed, progress)
+
+
+def _prepare_folder(folder: Path, recipe: CompareRecipe) -> None:
+    for part in (ROWS, "scores"):
+        (folder / part).mkdir(exist_ok=True)
+    recipe.save(folder / FILE)
+
+
+def _key(
+    model: nn.Module, graph: SSMGraph, recipe: CompareRecipe, given: Given, data: Calibration, device: torch.device
+) -> str | None:
+    """Return what a row has to be of, beside its scores: model, code, cuts, metrics and held-out text."""
+    decided = recipe.to_json()
+    of_cuts = {key: decided.get(key) for key in ("remove", "budget")}
+    of_metrics = {
+        "metrics": sorted(recipe.cells.metrics),
+        "passages": [asdict(passage) for passage in given.passages],
+        "seed": recipe.method.seed,
+        "device": device.type,
+        "sparsities": list(recipe.cells.sparsities),
+    }
+    code = [type(site.family) for site in graph.layers]
+    return cache_key(model, code, of_metrics | of_cuts, data.held_out, data.held_out_mask)
+
+
+def _without_rows(recipe: CompareRecipe, data: Calibration, scores: Mapping[str, Scores], dense: Cut) -> Comparison:
+    """Return the comparison before the first row."""
+    return Comparison(
+        axis=recipe.axis,
+        sparsities=tuple(map(float, recipe.cells.sparsities)),
+        dense=dense,
+        cells={},
+        from_cache=tuple(label for label, scored in scores.items() if scored.from_cache),
+        calibration={
+            "source": data.source,
+            "tokens": int(data.mask.sum()),
+            "held_out_tokens": int(data.held_out_mask.sum()),
+            "held_out_is_separate": data.held_out_is_separate,
+        },
+        seed=recipe.method.seed,
+        recipe=recipe,
+    )
+
+
+def _measured_baseline(model: nn.Module, baseline: nn.Module, asked: Asked, dense: Values, device: torch.device) -> Cut:
+    """Measure a smaller dense model on the same tokens, against the model."""
+    with on_device(baseline, device), quick_on_cpu(baseline, device):
+        (values,) = measure(model, [lambda: nullcontext(baseline)], asked)
+    return _cut(baseline, trace(baseline), None, summary(values, dense, asked.seed))
+
+
 def _planned(
-    model: nn.Module, graph: SSMGraph, scores: Mapping[str, Scores], sparsities: Sequence[float], budget: dict[str, Any]
+    model: nn.Module, graph: SSMGraph, scores: Mapping[str, Scores], recipe: CompareRecipe
 ) -> dict[str, dict[float, Plan | str]]:
     """Every scorer's plan for every fraction, or why there is none. Raises InputError if there is none at all."""
+    budget = {f.name: getattr(recipe.budget, f.name) for f in fields(recipe.budget)}
     plans: dict[str, dict[float, Plan | str]] = {label: {} for label in scores}
     for label, scored in scores.items():
-        for sparsity in sparsities:
+        for sparsity in map(float, recipe.cells.sparsities):
             try:
-                made = plan(graph, scored, sparsity=sparsity, **budget)
+                made = plan(graph, scored, sparsity=sparsity, ignore=recipe.remove.ignore, **budget)
                 check_plan(made, graph, model=model)
                 plans[label][sparsity] = made
             except (InputError, PlanError) as error:  # PlanError: whole modules that have to stay
@@ -196,7 +272,7 @@ def _kept_row(folder: Path | None, label: str, scores: Scores, key: str | None) 
 def _measured(
     model: nn.Module, graph: SSMGraph, row: dict[float, Plan | str], asked: Asked, dense: Values,
     progress: Progress | None,
-) -> Row:  # fmt: skip
+) -> Cells:  # fmt: skip
     """One scorer's cuts, measured together; what could not be planned stays the reason."""
     plans = {sparsity: made for sparsity, made in row.items() if isinstance(made, Plan)}
     values = measure(model, [partial(masked, model, made, graph) for made in plans.values()], asked, progress)
@@ -230,10 +306,10 @@ def _digest(scores: Scores) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path, key: str) -> Row | None:
+def _read(file: Path, key: str) -> Cells | None:
     """A finished row, if it is of the same model, scores, text and arguments. What cannot be read is made again."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = strict_json.loads(file.read_text(encoding="utf-8"))
         return row_from_json(data["cells"]) if data["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sspruner.evaluation.paired import Interval
+from sspruner.files import strict_json
+from sspruner.files.fields import flag, integer, items, number, table, text, versioned
 from sspruner.files.output import atomic_file
 from sspruner.files.provenance import versions
+from sspruner.recipes.common import FILE
+from sspruner.recipes.compare import CompareRecipe
+from sspruner.recipes.yaml import from_data
 from sspruner.units import as_bytes
 
 SAME_STATE = 0.05  # a smaller dense model stands beside cuts whose state bytes differ from its own by less than this
 
 # What a table shows: its title, a measure, what stands behind that in brackets, the digits of both.
+NAMED = {"state_bytes", "parameters", "kept", "model"}  # keys of a cut that are no measures
 TABLES = (
     ("perplexity (KL to dense, nats/token)", "perplexity", "kl_to_dense", 3, 4),
     ("LAMBADA, nats per last word (accuracy)", "lambada_nll", "lambada_accuracy", 3, 3),
@@ -50,12 +55,18 @@ class Cut:
         return data | ({"model": self.model} if self.model else {})
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Cut:
+    def from_json(cls, data: Any) -> Cut:
         """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
-        named = {("perplexity" if name == "perplexity_interval" else name): value for name, value in data.items()}
-        measures = {name: Interval.from_json(value) for name, value in named.items() if isinstance(value, list)}
+        fields = table(data)
+        measures = {name: value for name, value in fields.items() if name not in NAMED}
+        if "perplexity_interval" in measures:
+            measures["perplexity"] = measures.pop("perplexity_interval")
         return cls(
-            measures, int(data["state_bytes"]), int(data["parameters"]), dict(data["kept"]), data.get("model", "")
+            measures={name: Interval.from_json(value) for name, value in measures.items()},
+            state_bytes=integer(fields["state_bytes"]),
+            parameters=integer(fields["parameters"]),
+            kept={name: integer(units) for name, units in table(fields["kept"]).items()},
+            model=text(fields.get("model", "")),
         )
 
 
@@ -77,6 +88,8 @@ class Comparison:
     baseline: Cut | None = None
     model: str = ""
     command: str = ""
+    versions: dict[str, str] = field(default_factory=versions)
+    recipe: CompareRecipe | None = None
 
     def named(self, model: str, command: str, baseline: str | None = None) -> Comparison:
         """The same comparison; it says how the models were called and the command that ran."""
@@ -96,10 +109,40 @@ class Comparison:
             "from_cache": self.from_cache,
             "calibration": self.calibration,
             "seed": self.seed,
-            "versions": versions(),
+            "versions": self.versions,
             "command": self.command,
+            "recipe": self.recipe.to_json() if self.recipe else None,
         }
-        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return strict_json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, data: Any) -> Comparison:
+        """Inverse of `to_json`, from its text or what `strict_json.loads` makes of it; other keys are passed over.
+
+        Raises KeyError, TypeError or ValueError for what that did not write.
+        """
+        fields = versioned(strict_json.loads(data) if isinstance(data, str) else data)
+        calibration = table(fields["calibration"])
+        checked = {"source": text, "tokens": integer, "held_out_tokens": integer, "held_out_is_separate": flag}
+        return cls(
+            axis=text(fields["axis"]),
+            sparsities=tuple(map(number, items(fields["sparsities"]))),
+            dense=Cut.from_json(fields["dense"]),
+            cells={label: row_from_json(row) for label, row in table(fields["cells"]).items()},
+            from_cache=tuple(map(text, items(fields["from_cache"]))),
+            calibration=calibration | {name: check(calibration[name]) for name, check in checked.items()},
+            seed=integer(fields["seed"]),
+            baseline=Cut.from_json(fields["baseline"]) if fields["baseline"] else None,
+            model=text(fields["model"]),
+            command=text(fields["command"]),
+            versions=table(fields["versions"]),
+            recipe=from_data(CompareRecipe, fields["recipe"]) if fields.get("recipe") else None,
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """Read compare.json in a folder. Raises InputError for one that `save` did not write."""
+        return strict_json.load("comparison", Path(folder) / "compare.json", cls.from_json)
 
     def to_markdown(self) -> str:
         """The tables that `sspruner compare` prints, as Markdown."""
@@ -125,10 +168,12 @@ class Comparison:
         return text.getvalue()
 
     def save(self, folder: str | Path) -> None:
-        """Write compare.json, compare.md and compare.csv, each atomically."""
-        for suffix, text in (("json", self.to_json()), ("md", self.to_markdown()), ("csv", self.to_csv())):
+        """Write compare.json, compare.md, compare.csv and the recipe that made them, each atomically."""
+        if self.recipe:
+            self.recipe.save(Path(folder) / FILE)
+        for suffix, content in (("json", self.to_json()), ("md", self.to_markdown()), ("csv", self.to_csv())):
             with atomic_file(Path(folder) / f"compare.{suffix}") as temporary:
-                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+                temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
 
     def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         """(title, header, rows) for every measure that was taken: a row for each scorer, a column for each cut."""
@@ -174,13 +219,16 @@ class Comparison:
 
 
 def row_to_json(row: dict[float, Cut | str]) -> dict[str, Any]:
-    """One scorer's cuts, by sparsity."""
+    """Return one scorer's cuts, by sparsity."""
     return {f"{s:g}": {"error": cut} if isinstance(cut, str) else cut.to_json() for s, cut in row.items()}
 
 
-def row_from_json(data: dict[str, Any]) -> dict[float, Cut | str]:
+def row_from_json(data: Any) -> dict[float, Cut | str]:
     """Inverse of `row_to_json`."""
-    return {float(s): cut["error"] if "error" in cut else Cut.from_json(cut) for s, cut in data.items()}
+    return {
+        float(sparsity): text(cut["error"]) if "error" in table(cut) else Cut.from_json(cut)
+        for sparsity, cut in table(data).items()
+    }
 
 
 def _shown(cut: Cut | str, measure: str, beside: str, digits: Sequence[int]) -> str:

@@ -1,1 +1,1 @@
-"""Where and how a model runs: devices, forwards, precision, several processes."""
+"""Run models: devices, forward passes, precision, several processes."""

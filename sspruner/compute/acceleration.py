@@ -1,4 +1,4 @@
-"""`accelerate`: the faster decode step (runtime.decode_step) for all mixers of a model that can have it."""
+"""Install the faster CPU decode step (runtime.decode_step) in all mixers of a model that support it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ Model = TypeVar("Model")
 
 
 def accelerate(model: Model) -> Model:
-    """Decode faster on the CPU, with the same numbers up to rounding; the model is changed in place and returned.
+    """Speed up decoding on the CPU; results differ by rounding only. The model is changed in place and returned.
 
     Only steps of one token with a cache and without gradients change; prefill, training, other devices and compiled
-    models run the code that they ran before. Weights, config and what `save` writes stay as they are. A projection
-    that is made later brings its own forward: call this again after it. Raises ModelError for a model without
-    Mamba2-type mixers of transformers.
+    models run their usual code. Weights, config and saved files are unchanged. A projection made later replaces the
+    step: call this again after it. Raises ModelError for a model without Mamba2-type mixers of transformers.
     """
     mixers = [module for module in _modules(model) if can_step(module)]
     if not mixers:
@@ -29,7 +28,7 @@ def accelerate(model: Model) -> Model:
 
 
 def decelerate(model: Model) -> Model:
-    """Undo `accelerate`; a model that was not accelerated stays as it is."""
+    """Undo `accelerate`. Does nothing on a model that was not accelerated."""
     for module in _modules(model):
         remove_step(module)
     return model
@@ -37,7 +36,7 @@ def decelerate(model: Model) -> Model:
 
 @contextmanager
 def accelerating(model: Any) -> Iterator[None]:
-    """The faster step inside the block, for those mixers that can have it; afterwards all is as it was."""
+    """Context manager that installs the faster step in all mixers that support it."""
     mixers = [module for module in _modules(model) if can_step(module) and not has_step(module)]
     try:
         for mixer in mixers:
@@ -49,7 +48,7 @@ def accelerating(model: Any) -> Iterator[None]:
 
 
 def accelerated(model: Any) -> bool:
-    """Whether all mixers of a model that can have the faster step have it, and there are some."""
+    """Return whether all mixers that support the faster step have it, and there is at least one."""
     mixers = [module for module in _modules(model) if can_step(module)]
     return bool(mixers) and all(map(has_step, mixers))
 

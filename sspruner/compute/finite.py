@@ -8,11 +8,11 @@ from torch import nn
 from sspruner.compute.device import in_turn
 from sspruner.errors import ModelError
 
-CHUNK = 2**24  # values that are looked at at once
+CHUNK = 2**24  # number of values checked at once
 
 
 def check_finite(model: nn.Module, where: str = "") -> None:
-    """Raise ModelError that names the first parameter with a NaN or infinite value, and the model's path if given."""
+    """Raise ModelError that names the first parameter with a NaN or infinite value. where: path of the model."""
     prefix = f"model {where}: " if where else ""
     for name, p in in_turn(model):
         bad = sum(int((~part.isfinite()).sum()) for part in torch.split(p.detach().flatten(), CHUNK))

@@ -1,4 +1,4 @@
-"""Running a model: on its own device, in eval mode, with the arguments that its forward takes and no others."""
+"""Run a model's forward on its own device, in eval mode, with only the arguments that it accepts."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from sspruner.errors import ModelError
 
 
 def forward(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> Any:
-    """model(input_ids=tokens, attention_mask=mask, **options); mamba_ssm's models take neither mask nor use_cache.
+    """Call model(input_ids=tokens, attention_mask=mask, **options), without arguments that it does not accept.
 
-    tokens: int64 (b, T). mask: bool (b, T), False where padding.
+    tokens: int64 (b, T). mask: bool (b, T), False where padding. mamba_ssm's models accept neither mask nor use_cache.
     """
     device = next(model.parameters(), tokens).device
     if mask is not None:
         options["attention_mask"] = mask.to(device).long()
-    taken = accepted(model)
+    accepted_names = accepted(model)
     training = model.training
     model.eval()
     try:
-        return model(input_ids=tokens.to(device), **{k: v for k, v in options.items() if k in taken})
+        return model(input_ids=tokens.to(device), **{k: v for k, v in options.items() if k in accepted_names})
     finally:
         model.train(training)
 
 
 def accepted(model: Any) -> set[str]:
-    """The names of the arguments that a model's forward takes, of those that this package gives."""
+    """Return the names of the arguments of this package that a model's forward accepts."""
     parameters = inspect.signature(model.forward).parameters
-    taken = {*parameters, "cache_params", "past_key_values"}
-    native = hasattr(model, "allocate_inference_cache")  # hands keywords that it does not know on to its mixers
+    names = {*parameters, "cache_params", "past_key_values"}
+    native = hasattr(model, "allocate_inference_cache")  # passes unknown keywords on to its mixers
     if not native and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        taken |= {"attention_mask", "use_cache"}  # some models of transformers only hand these on
-    return taken
+        names |= {"attention_mask", "use_cache"}  # some models of transformers only pass these on
+    return names
 
 
 def embedding(model: Any) -> nn.Embedding:
-    """The module that embeds tokens. Raises ModelError if there is none."""
-    found: nn.Embedding | None = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    found = found or next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    if found is None:
+    """Return the module that embeds tokens. Raises ModelError if there is none."""
+    table: nn.Embedding | None = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = table or next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if table is None:
         raise ModelError(f"{type(model).__name__}: no embedding found; it cannot be run on tokens")
-    return found
+    return table

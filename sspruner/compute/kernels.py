@@ -1,3 +1,3 @@
-"""The packages whose fused kernels transformers binds where they are importable, whatever the device."""
+"""Packages with fused kernels that transformers uses whenever they can be imported, whatever the device."""
 
 KERNELS = ("mamba_ssm", "causal_conv1d")

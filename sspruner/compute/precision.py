@@ -1,4 +1,4 @@
-"""Narrow parameters as fp32 for a while: exact both ways, so that comparisons and statistics are sharp."""
+"""Temporary fp32 parameters: exact in both directions, for precise comparisons and statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def in_fp32(model: nn.Module) -> Iterator[None]:
-    """bf16 and fp16 parameters as fp32 inside the block, and back after it, also where the block replaced them."""
+    """Context manager that converts bf16 and fp16 parameters, also those replaced in the block, to fp32 and back."""
     narrow = [
         (module, leaf, p.dtype)
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""The processes of one run: as many as torchrun started, or this one alone."""
+"""Processes of one run: those that torchrun started, or this one alone."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sspruner.errors import InputError, ProcessError, SSPrunerError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)  # others may wait while one works; that one is gone is noticed at once
+PATIENCE = timedelta(days=1)  # timeout: others may wait while one works; a lost process is noticed at once
 FAILED, CODE = "sspruner/failed", "sspruner/code"  # keys: how many processes failed; the exit code of the first one
 
 
 def started_together() -> bool:
-    """Whether torchrun started other processes, too."""
+    """Return whether torchrun started several processes."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the other processes that torchrun started, inside the block: gloo, and nccl for what is on GPUs.
+    """Context manager that joins the processes that torchrun started: gloo on the CPU, and nccl on GPUs.
 
-    "cuda" is this process's own GPU from here on. Raises InputError where they cannot meet.
+    "cuda" is this process's own GPU from here on. Raises InputError if the processes cannot connect.
     """
     if not started_together() or distributed.is_initialized():
         yield
@@ -50,22 +50,22 @@ def processes() -> Iterator[None]:
 
 
 def rank() -> int:
-    """The number of this process; 0 where it is alone."""
+    """Return the number of this process; 0 if it is alone."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Wait for all."""
+    """Wait for all processes."""
     gathered(None)
 
 
 def total(value: torch.Tensor) -> torch.Tensor:
-    """The sum over processes, in place; of the same shape in all of them."""
+    """Sum a tensor over processes, in place. It has the same shape in all of them."""
     if world() > 1:
         with lost_peers():
             distributed.all_reduce(value)
@@ -73,36 +73,36 @@ def total(value: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(value: T) -> list[T]:
-    """What every process has, in their order."""
+    """Return the values of all processes, in the order of their ranks."""
     if world() == 1:
         return [value]
-    found: list[Any] = [None] * world()
+    values: list[Any] = [None] * world()
     with lost_peers():
-        distributed.all_gather_object(found, value)
-    return found
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def from_one(make: Callable[[], T], source: int = 0) -> T:
-    """What `make` returns, or the SSPrunerError that it raises, in one process: in all of them, to the bit."""
+    """Call `make` in one process and return its result, or raise its SSPrunerError, in all of them."""
     if world() == 1:
         return make()
-    found: list[Any] = [None, None]
+    result: list[Any] = [None, None]
     if rank() == source:
         try:
-            found[0] = make()
+            result[0] = make()
         except SSPrunerError as error:
-            found[1] = error
+            result[1] = error
     with lost_peers():
-        distributed.broadcast_object_list(found, src=source)
-    if found[1] is not None:
-        raise found[1]
-    made: T = found[0]
-    return made
+        distributed.broadcast_object_list(result, src=source)
+    if result[1] is not None:
+        raise result[1]
+    value: T = result[0]
+    return value
 
 
 @contextmanager
 def lost_peers() -> Iterator[None]:
-    """Raise a ProcessError where torch says that another process does not answer any more."""
+    """Context manager that raises ProcessError if another process does not answer any more."""
     try:
         yield
     except RuntimeError as error:
@@ -115,10 +115,10 @@ def lost_peers() -> Iterator[None]:
 
 
 def fail(code: int, say: Callable[[], None]) -> int:
-    """Say why this run fails, unless another of its processes has; returns the exit code of all.
+    """Print why this run fails, unless another of its processes has. Returns the exit code of all.
 
-    A process that fails has to call this while it is still joined: the others take a lost connection to one that has
-    not for a process that was killed.
+    A failing process has to call this while it is still connected: the others take a lost connection without it for a
+    process that was killed.
     """
     try:
         store = _meeting()[0] if started_together() else None
@@ -132,15 +132,15 @@ def fail(code: int, say: Callable[[], None]) -> int:
             say()
             store.set(CODE, str(code))
             return code
-        store.wait([CODE], timedelta(seconds=30))  # torchrun ends all when one has ended: not before it was said
+        store.wait([CODE], timedelta(seconds=30))  # torchrun ends all processes with the first: wait for its message
         return int(store.get(CODE))
-    except RuntimeError:  # the store went with the process that kept it
+    except RuntimeError:  # the process with the store has ended
         return code
 
 
 @cache
 def _meeting() -> tuple[Any, int, int]:
-    """The store that all processes can write to, the number of this one, and how many there are."""
+    """Return the store shared by all processes, the rank of this one, and their number."""
     try:
         store, number, count = next(iter(rendezvous("env://", timeout=PATIENCE)))
     except (ValueError, RuntimeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
 
@@ -41,3 +42,28 @@ def bars() -> Iterator[Progress]:
             bar.update(task, description=phase, completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def live_table(draw: Callable[[Any], Any]) -> Iterator[tuple[Progress, Callable[[Any], None]]]:
+    """Show a progress bar below a table that grows, on standard error, if that is a terminal.
+
+    Yields the callbacks that the Python API takes as `progress` and `on_row`; `draw` makes a rich renderable of what
+    `on_row` gets.
+    """
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    bar = Bar(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    task = bar.add_task("working", total=None)
+    if not console.is_terminal:
+        yield lambda phase, done, total: None, lambda rows: None
+        return
+    with Live(bar, console=console, transient=True) as live:
+        yield (
+            lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total),
+            lambda rows: live.update(Group(draw(rows), bar)),
+        )

@@ -1,4 +1,4 @@
-"""What makes a model's own code quick on a CPU, while it is open: other roundings, the same function."""
+"""Context manager that speeds up a model's own code on the CPU. Results differ by rounding only."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.overrides import TorchFunctionMode
 
 from sspruner.compute.products import MATMUL
 
-CHUNK = 64  # steps of a chunk scan that one matrix product takes: work grows with it, the number of products falls
-ROWS = 16  # of an input: below it, widening the weight costs more than it saves
+CHUNK = 64  # chunk length of a scan: larger chunks need more work, smaller ones more matrix products
+ROWS = 16  # smallest number of input rows for which converting the weight to fp32 pays off
 NARROW = (torch.bfloat16, torch.float16)
-SLOW = ("DEFAULT", "AVX2")  # processors, in torch's words, that multiply bf16 and fp16 number by number
+SLOW = ("DEFAULT", "AVX2")  # CPU capabilities, as torch names them, without instructions for bf16 and fp16
 
 
 @contextmanager
 def quick_on_cpu(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Chunk scans in chunks of at most CHUNK steps and products as `Wide`, inside the block, if `device` is a CPU.
+    """Context manager for a CPU: scans in chunks of at most CHUNK steps, and products in fp32 (`Wide`).
 
-    The size of a chunk is set on the modules that have one, never in the config, and is restored in any case.
+    The chunk size is set on the modules that have one, never in the config, and is always restored.
     """
     if device.type != "cpu":
         yield
@@ -44,11 +44,11 @@ def quick_on_cpu(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class Wide(TorchFunctionMode):
-    """While it is open, products of bf16 or fp16 tensors on a CPU are taken in fp32 and rounded once.
+    """Torch function mode that computes products of bf16 or fp16 tensors on a CPU in fp32 and rounds once.
 
-    That is what such a product is by definition; a processor without instructions for it takes seven times as long.
-    Open it outside `Products`, which knows weights by identity. Nothing is changed where gradients are recorded: they
-    would keep the wide copies.
+    The result is the product's definition; a processor without instructions for it takes seven times as long. Open it
+    outside `Products`, which identifies weights by identity. Nothing is changed where gradients are recorded: autograd
+    would keep the fp32 copies.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

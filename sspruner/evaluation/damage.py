@@ -13,7 +13,7 @@ from sspruner.calibrate.sources import Progress
 from sspruner.compute.forward import forward
 from sspruner.compute.processes import gathered
 from sspruner.compute.quick import quick_on_cpu
-from sspruner.evaluation.windows import Sums, log_softmax, next_tokens, sums
+from sspruner.evaluation.windows import Logits, Sums, Windows, alone, logits_of, losses_by_batch, watched
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan
 from sspruner.surgery.mask import masked
@@ -55,25 +55,28 @@ def damages(
     progress: Progress | None = None,
 ) -> list[Damage]:
     """The same for several plans; the dense model runs once on each batch."""
-    batches = list(batches)
-    dense: list[Sums] = []
-    pruned: list[list[Sums]] = [[] for _ in plans]
+    windows = [alone(tokens, mask) for tokens, mask in batches]
+    run = logits_of(model)
+
+    def cut(plan: Plan) -> Logits:
+        def logits(batch: Windows) -> torch.Tensor:
+            with masked(model, plan, graph):
+                return run(batch)
+
+        return logits
+
     with quick_on_cpu(model, next(model.parameters()).device):
-        for done, (tokens, mask) in enumerate(batches):
-            targets, counted = next_tokens(tokens, mask)  # (b, T-1)
-            logits = forward(model, tokens, mask, use_cache=False).logits[:, :-1]  # (b, T-1, V)
-            dense.append(sums(logits, targets, counted))
-            logp = log_softmax(logits)
-            for own, plan in zip(pruned, plans, strict=True):
-                if progress:
-                    progress("measuring", done, len(batches))
-                with masked(model, plan, graph):
-                    logits = forward(model, tokens, mask, use_cache=False).logits[:, :-1]
-                own.append(sums(logits, targets, counted, logp))
-    return [damage_of(dense, own) for own in pruned]
+        return damages_of(watched(windows, progress, "measuring", len(windows)), run, [cut(plan) for plan in plans])
 
 
-def damage_of(dense: Sequence[Sums], pruned: Sequence[Sums]) -> Damage:
+def damages_of(batches: Iterable[Windows], dense: Logits, pruned: Sequence[Logits]) -> list[Damage]:
+    """The damage of each pruned version of a dense model, both given as what they say of a batch."""
+    found = list(losses_by_batch(batches, pruned, dense))
+    own = [part for part, _ in found if part is not None]
+    return [_damage(own, [versions[i] for _, versions in found]) for i in range(len(pruned))]
+
+
+def _damage(dense: Sequence[Sums], pruned: Sequence[Sums]) -> Damage:
     """From the sums of every batch: of the dense model, and of the pruned one against it."""
     count = sum(int(part.tokens.sum()) for part in dense)
     nlls = [sum(float(part.nll.sum()) for part in parts) for parts in (dense, pruned)]
@@ -89,12 +92,11 @@ def mean_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tens
     Several processes give their own batches each, and get the mean of all, the same to the bit.
     """
     total, count = 0.0, 0
-    for tokens, mask in batches:
-        logp = log_probabilities(model, tokens, mask)  # (b, T-1, V)
-        targets, counted = (part.to(logp.device) for part in next_tokens(tokens, mask))  # (b, T-1)
-        nll = -logp.gather(-1, targets[..., None]).squeeze(-1)
-        total += float(nll[counted].double().sum())
-        count += int(counted.sum())
+    windows = [alone(tokens, mask) for tokens, mask in batches]
+    for batch, (_, (own,)) in zip(windows, losses_by_batch(windows, [logits_of(model)]), strict=True):
+        assert own.each is not None
+        total += float(own.each[batch.counted.cpu()].sum())
+        count += int(batch.counted.sum())
     every = gathered((total, count))
     return sum(nll for nll, _ in every) / max(sum(tokens for _, tokens in every), 1)
 

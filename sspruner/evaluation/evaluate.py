@@ -25,6 +25,8 @@ from sspruner.evaluation.passkey import passkeys
 from sspruner.evaluation.recall import recall, tasks_for
 from sspruner.evaluation.result import Evaluation, Row
 from sspruner.evaluation.windows import losses, measure, windows
+from sspruner.recipes.common import recipe_or_short
+from sspruner.recipes.measure import EvaluateOptions, Measures, TextWindows
 
 METRICS = ("perplexity", "position", "length", "recall", "passkey")
 SHORTEST = 128  # tokens: the first length, and the end of the first bucket of positions
@@ -32,98 +34,100 @@ RECALL_SEQUENCES = 64
 PASSKEY_SHORTEST = 256
 
 
+Both = tuple[nn.Module, nn.Module | None]
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     tokenizer: Any = None,
+    options: EvaluateOptions | None = None,
     *,
     against: nn.Module | None = None,
-    text: str | Path | torch.Tensor = "self",
-    tokens: int = 8192,
-    max_length: int = 512,
-    stride: int | None = None,
-    metrics: Sequence[str] | None = None,
-    lambada: str | Path | None = None,
-    tasks: Sequence[str] = (),
-    include_path: str | Path | None = None,
-    limit: int | None = None,
     device: str | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
+    **short: Any,
 ) -> Evaluation:
     """Measure a model, and beside it `against`, a model of the same vocabulary. Both are left as they were.
 
-    text: "self" (sampled from `against`, or from the model without one), a UTF-8 text file, a `datasets` name, or
-    tokens, int64 (texts, T); of all of them the first `tokens` tokens. max_length: tokens of the longest window;
-    stride: default: half of it. metrics: some of METRICS; default: all that can be measured here. lambada: a .jsonl or
-    a `datasets` name. tasks: of lm-eval, with include_path for tasks of one's own. limit: passages of LAMBADA, drawn
-    with the seed, and items of each task. Raises InputError for arguments that make no sense and texts that are too
-    short.
+    Args:
+        tokenizer: to read text, and for passkeys and tasks.
+        options: `EvaluateOptions`; or its fields as `short` arguments: `evaluate(model, tokenizer, text="t.txt",
+            tokens=4096)`. `text` may also be tokens, int64 (texts, T); of all texts the first `tokens` tokens are
+            measured. `limit` passages of LAMBADA are drawn with the seed. Default metrics: all that can be measured.
+        against: the model to compare with, usually the dense one; "self" text is sampled from it.
+        device: the compute device; CUDA if there is one, else the CPU.
+        progress: called with (phase, done, total).
+
+    Raises:
+        InputError: for arguments that make no sense, and for texts that are too short.
     """
-    chosen = METRICS if metrics is None else tuple(metrics)
-    stride = max(1, max_length // 2) if stride is None else stride
-    _check(model, against, chosen, tokens, max_length, stride, limit, tokenizer, lambada, tasks)
-    rows: list[Row] = []
+    options = recipe_or_short(EvaluateOptions, options, short)
+    measures, text, seed = options.measures, options.windows, options.measures.seed
+    chosen = METRICS if measures.metrics is None else measures.metrics
     notes: list[str] = []
+    _check(model, against, tokenizer, measures)
+    both: Both = (model, against)
+    lambada = measures.lambada
+    asked = [] if lambada is None else passages(tokenizer, read_passages(str(lambada)), measures.limit, seed)
+    hidden = _passkeys(tokenizer, chosen, text.max_length, seed, measures.metrics is not None, notes)
+    compute = resolve_device(device)
+    rows: list[Row] = []
     by_position: dict[str, Row] = {}
     by_length: dict[str, Row] = {}
-    asked = [] if lambada is None else passages(tokenizer, read_passages(str(lambada)), limit, seed)
-    hidden = _passkeys(tokenizer, chosen, max_length, seed, metrics is not None, notes)
-    compute = resolve_device(device)
+    pairs = 0
     with ExitStack() as stack:
         for each in (model, against):
             if each is not None:
                 stack.enter_context(on_device(each, compute))
                 stack.enter_context(quick_on_cpu(each, compute))
-        both: Both = (model, against)
         if {"perplexity", "position", "length"} & set(chosen):
-            texts = _texts(text, both, tokenizer, tokens, max_length, seed, progress)
+            texts = _texts(text, both, tokenizer, seed, progress)
             if "perplexity" in chosen:
-                rows += _perplexity(both, texts, max_length, stride, seed, progress)
+                rows += _perplexity(both, texts, text.max_length, text.step, seed, progress)
             if {"position", "length"} & set(chosen):
-                positions, lengths = _by_length(both, texts, max_length, "length" in chosen, seed, progress)
+                positions, lengths = _by_length(both, texts, text.max_length, "length" in chosen, seed, progress)
                 by_position = positions if "position" in chosen else {}
                 by_length = lengths if "length" in chosen else {}
         if asked:
             rows += _passages(both, "lambada", asked, seed, progress)
-        pairs = 0
         if "recall" in chosen:
             queries = tasks_for(model, RECALL_SEQUENCES, seed)
             pairs = queries.shape[1] // 4
             rows += _recall(both, queries, seed, progress)
         if hidden:
             rows += _passages(both, "passkey", hidden, seed, progress)
-        if tasks:
-            rows += _tasks(both, tokenizer, tasks, limit, include_path, seed, progress)
-    return Evaluation(
-        model="",
-        against=None if against is None else "",
-        protocol={
-            "text": "tokens" if isinstance(text, torch.Tensor) else str(text),
-            "text_from": ("dense" if against is not None else "model") if str(text) == "self" else None,
-            "tokens": tokens,
-            "window": max_length,
-            "stride": stride,
-            "first_token_of_a_text": "context only",
-            "special_tokens_added": False,
-            "lambada": None if lambada is None else str(lambada),
-            "limit": limit,
-            "tasks": list(tasks),
-            "recall": {"sequences": RECALL_SEQUENCES, "pairs": pairs} if pairs else None,
-            "passkey": {"passages": len(hidden)} if hidden else None,
-            "interval": f"95 %, bootstrap of {paired.RESAMPLES} over windows or items; shares of items: Wilson",
-            "seed": seed,
-            "device": str(compute),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        },
-        rows=tuple(rows),
-        by_position=by_position,
-        by_length=by_length,
-        notes=tuple(notes),
-    )
+        if measures.tasks:
+            rows += _tasks(both, tokenizer, measures, progress)
+    protocol = _protocol(both, options, pairs, len(hidden), compute)
+    named = None if against is None else ""
+    return Evaluation("", named, protocol, tuple(rows), by_position, by_length, tuple(notes))
 
 
-Both = tuple[nn.Module, nn.Module | None]
+def _protocol(both: Both, options: EvaluateOptions, pairs: int, passkeys: int, device: torch.device) -> dict[str, Any]:
+    """Say how everything was measured. pairs: in a sequence of recall; passkeys: how many passages."""
+    model, against = both
+    measures, text = options.measures, options.windows
+    return {
+        "text": "tokens" if isinstance(text.text, torch.Tensor) else str(text.text),
+        "text_from": ("dense" if against is not None else "model") if str(text.text) == "self" else None,
+        "tokens": text.tokens,
+        "window": text.max_length,
+        "stride": text.step,
+        "first_token_of_a_text": "context only",
+        "special_tokens_added": False,
+        "lambada": None if measures.lambada is None else str(measures.lambada),
+        "limit": measures.limit,
+        "tasks": list(measures.tasks),
+        "recall": {"sequences": RECALL_SEQUENCES, "pairs": pairs} if pairs else None,
+        "passkey": {"passages": passkeys} if passkeys else None,
+        "interval": f"95 %, bootstrap of {paired.RESAMPLES} over windows or items; shares of items: Wilson",
+        "seed": measures.seed,
+        "device": str(device),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
 Made = Callable[[Any], Interval]
 
 
@@ -239,19 +243,16 @@ def _passkeys(
         return []
 
 
-def _tasks(
-    both: Both, tokenizer: Any, tasks: Sequence[str], limit: int | None, include_path: str | Path | None, seed: int,
-    progress: Progress | None,
-) -> list[Row]:  # fmt: skip
+def _tasks(both: Both, tokenizer: Any, measures: Measures, progress: Progress | None) -> list[Row]:
     found: list[list[TaskMetric] | None] = []
+    how: dict[str, Any] = {"limit": measures.limit, "include_path": measures.include_path}
     for each in both:
         if progress:
             progress("lm-eval", len(found), 2)
-        how: dict[str, Any] = {"limit": limit, "include_path": include_path}
-        found.append(None if each is None else run_tasks(each, tokenizer, tasks, **how))
+        found.append(None if each is None else run_tasks(each, tokenizer, measures.tasks, **how))
     own, theirs = found
     assert own is not None
-    return [_task_row(m, None if theirs is None else theirs[i], seed) for i, m in enumerate(own)]
+    return [_task_row(m, None if theirs is None else theirs[i], measures.seed) for i, m in enumerate(own)]
 
 
 def _task_row(own: TaskMetric, theirs: TaskMetric | None, seed: int) -> Row:
@@ -271,12 +272,10 @@ def _normal(metric: TaskMetric) -> Interval:
     return Interval(metric.value, metric.value - half, metric.value + half)
 
 
-def _texts(
-    source: str | Path | torch.Tensor, both: Both, tokenizer: Any, tokens: int, length: int, seed: int,
-    progress: Progress | None,
-) -> list[torch.Tensor]:  # fmt: skip
-    """Texts as tokens, int64 (T,) each, `tokens` of them in all."""
+def _texts(text: TextWindows, both: Both, tokenizer: Any, seed: int, progress: Progress | None) -> list[torch.Tensor]:
+    """Texts as tokens, int64 (T,) each, `text.tokens` of them in all."""
     model, against = both
+    source, tokens, length = text.text, text.tokens, text.max_length
     if isinstance(source, torch.Tensor):
         if source.ndim != 2 or source.shape[1] < 2 or not len(source):
             raise InputError(f"text: tokens of shape {tuple(source.shape)}; expected (texts, tokens >= 2)")
@@ -291,11 +290,11 @@ def _texts(
             raise InputError(f"text {source}: needs a tokenizer, and this model has none; give tokens or 'self'")
         texts = [torch.tensor(tokenizer(read_text(str(source), "text"), add_special_tokens=False)["input_ids"])]
     taken = []
-    for text in texts:
-        text = text[: max(0, tokens)]
-        tokens -= len(text)
-        if len(text) > 1:
-            taken.append(text)
+    for ids in texts:
+        ids = ids[: max(0, tokens)]
+        tokens -= len(ids)
+        if len(ids) > 1:
+            taken.append(ids)
     if not taken:
         raise InputError(f"text {source if isinstance(source, (str, Path)) else 'tokens'}: shorter than two tokens")
     low, high = (int(getattr(torch.cat(taken), end)()) for end in ("min", "max"))
@@ -315,27 +314,20 @@ def _batch(length: int) -> int:
     return micro_batch_size(length, logits=True)
 
 
-def _check(
-    model: nn.Module, against: nn.Module | None, metrics: Sequence[str], tokens: int, max_length: int, stride: int,
-    limit: int | None, tokenizer: Any, lambada: Any, tasks: Sequence[str],
-) -> None:  # fmt: skip
+def _check(model: nn.Module, against: nn.Module | None, tokenizer: Any, asked: Measures) -> None:
     """Raise InputError for arguments that make no sense: before any work."""
+    metrics = METRICS if asked.metrics is None else asked.metrics
     if wrong := [name for name in metrics if name not in METRICS]:
         raise InputError(f"metric {wrong[0]!r}: must be one of {', '.join(METRICS)}")
-    if max_length < 1 or tokens < 2:
-        raise InputError(f"max-length {max_length}, tokens {tokens}: must be at least 1 and 2")
-    if not 1 <= stride <= max_length:
-        raise InputError(f"stride {stride}: must be at least 1 and at most the window, {max_length}")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit {limit}: must be at least 1")
-    if tokenizer is None and (lambada is not None or tasks):
-        raise InputError(f"{'lambada' if lambada is not None else 'tasks'}: needs a tokenizer, and this model has none")
-    if not (metrics or lambada is not None or tasks):
+    if tokenizer is None and (asked.lambada is not None or asked.tasks):
+        what = "lambada" if asked.lambada is not None else "tasks"
+        raise InputError(f"{what}: needs a tokenizer, and this model has none")
+    if not (metrics or asked.lambada is not None or asked.tasks):
         raise InputError(f"nothing to measure: name metrics ({', '.join(METRICS)}), lambada or tasks")
     for each in (model, against):
         if each is not None:
             check_whole(each, "evaluate")
-    if tasks:
+    if asked.tasks:
         check_harness()
     if against is not None:
         sizes = [embedding(each).num_embeddings for each in (model, against)]

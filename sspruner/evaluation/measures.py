@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.sources import Progress
-from sspruner.compute.forward import forward
 from sspruner.errors import InputError
 from sspruner.evaluation.last_word import Passage, last_words
 from sspruner.evaluation.paired import Interval, difference, mean, perplexity, perplexity_ratio, rate, share
 from sspruner.evaluation.recall import recall, tasks_for
-from sspruner.evaluation.windows import Sums, joined, log_softmax, next_tokens, sums
+from sspruner.evaluation.windows import Logits, Sums, Windows, alone, joined, logits_of, losses_by_batch, watched
 
 METRICS = ("ppl", "kl", "lambada", "recall")
 RECALL_SEQUENCES = 128
@@ -72,24 +71,25 @@ def measure(
     dense: nn.Module, versions: Sequence[Version], asked: Asked, progress: Progress | None = None
 ) -> list[Values]:
     """Every version's values, in order; the dense model runs once on each batch of text."""
-    text: list[list[Sums]] = [[] for _ in versions]
     steps = len(asked.batches) + len(versions) * bool(asked.passages or asked.recall is not None)
-    for done, (tokens, mask) in enumerate(asked.batches):
-        targets, counted = next_tokens(tokens, mask)  # (b, T-1)
-        logp = log_softmax(forward(dense, tokens, mask, use_cache=False).logits[:, :-1])  # b times (T-1, V)
-        for own, version in zip(text, versions, strict=True):
-            if progress:
-                progress("measuring", done, steps)
-            with version() as model:
-                found = forward(model, tokens, mask, use_cache=False).logits[:, :-1]
-            own.append(sums(found, targets, counted, logp))
+    batches = watched((alone(*batch) for batch in asked.batches), progress, "measuring", steps)
+    said = [_logits(version) for version in versions]
+    text = [own for _, own in losses_by_batch(batches, said, logits_of(dense), of_dense=False)]
     values = []
-    for done, (own, version) in enumerate(zip(text, versions, strict=True), len(asked.batches)):
+    for i, version in enumerate(versions):
         if progress:
-            progress("measuring", done, steps)
+            progress("measuring", len(asked.batches) + i, steps)
         with version() as model:
-            values.append(Values(joined(own) if own else None, _items(model, asked)))
+            values.append(Values(joined([own[i] for own in text]) if text else None, _items(model, asked)))
     return values
+
+
+def _logits(version: Version) -> Logits:
+    def logits(batch: Windows) -> torch.Tensor:
+        with version() as model:
+            return logits_of(model)(batch)
+
+    return logits
 
 
 def _items(model: nn.Module, asked: Asked) -> dict[str, torch.Tensor]:

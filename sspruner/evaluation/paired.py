@@ -14,11 +14,12 @@ A bootstrap of equal items, or of a single one, has no width: it has seen no spr
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from sspruner.errors import InputError
+from sspruner.files.fields import number
 
 RESAMPLES = 2000
 CHUNK = 2**22  # numbers that are drawn at once
@@ -32,14 +33,25 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def to_json(self) -> list[float | None]:
-        """[value, low, high]; JSON has no word for what is not finite, so that is null."""
-        return [x if math.isfinite(x) else None for x in self]
+    def to_json(self) -> list[float]:
+        """Return [value, low, high]."""
+        return [*self]
 
     @classmethod
-    def from_json(cls, data: list[float | None]) -> Interval:
-        """Inverse of `to_json`, but for infinity: null is no number."""
-        return cls(*(math.nan if x is None else float(x) for x in data))
+    def exactly(cls, value: float) -> Interval:
+        """Make the interval without width at a value."""
+        return cls(value, value, value)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Interval:
+        """Inverse of `to_json`; a number alone is an interval without width, and null reads as NaN.
+
+        Raises TypeError or ValueError for anything else.
+        """
+        if not isinstance(data, list):
+            return cls.exactly(number(data))
+        value, low, high = map(number, data)
+        return cls(value, low, high)
 
 
 def perplexity(nll: torch.Tensor, tokens: torch.Tensor, seed: int = 0) -> Interval:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sspruner.errors import InputError
 from sspruner.evaluation.paired import Interval
+from sspruner.files import strict_json
+from sspruner.files.fields import integer, items, table, text, versioned
+from sspruner.files.output import atomic_file
 from sspruner.files.provenance import versions
 
 
@@ -23,11 +26,23 @@ class Row:
     kind: str
     items: int
 
-    def as_json(self) -> dict[str, Any]:
-        """The change is under the name of its kind."""
-        change = {"ratio": None, "difference": None, self.kind: _list(self.change)}
-        return {"metric": self.metric, "value": _list(self.value), "against": _list(self.against), **change,
-                "items": self.items}  # fmt: skip
+    def to_json(self) -> dict[str, Any]:
+        """Return its fields; the change is under the name of its kind."""
+        against, change = (None if i is None else i.to_json() for i in (self.against, self.change))
+        return {"metric": self.metric, "value": self.value.to_json(), "against": against,
+                "ratio": None, "difference": None, self.kind: change, "items": self.items}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Any) -> Row:
+        """Inverse of `to_json`, but for the kind of a change that is not there: it reads as a difference.
+
+        Raises KeyError, TypeError or ValueError for what that did not write.
+        """
+        fields = table(data)
+        kind = "difference" if fields["ratio"] is None else "ratio"
+        against, change = (None if i is None else Interval.from_json(i) for i in (fields["against"], fields[kind]))
+        value = Interval.from_json(fields["value"])
+        return cls(text(fields["metric"]), value, against, change, kind, integer(fields["items"]))
 
 
 @dataclass(frozen=True)
@@ -43,25 +58,57 @@ class Evaluation:
     by_length: dict[str, Row]
     notes: tuple[str, ...]
     command: str = ""
+    versions: dict[str, str] = field(default_factory=versions)
 
     def __getitem__(self, metric: str) -> Row:
         return next(row for row in self.rows if row.metric == metric)
 
     def to_json(self) -> str:
-        """As JSON: every interval is [value, low, high]; numbers that are not finite are null."""
+        """Return the content of evaluation.json: every interval is [value, low, high]."""
         data = {
             "version": 1,
             "model": self.model,
             "against": self.against,
             "protocol": self.protocol,
-            "rows": [row.as_json() for row in self.rows],
-            "perplexity_by_position": {where: row.as_json() for where, row in self.by_position.items()},
-            "perplexity_by_length": {length: row.as_json() for length, row in self.by_length.items()},
+            "rows": [row.to_json() for row in self.rows],
+            "perplexity_by_position": {where: row.to_json() for where, row in self.by_position.items()},
+            "perplexity_by_length": {length: row.to_json() for length, row in self.by_length.items()},
             "notes": self.notes,
-            "versions": versions(),
+            "versions": self.versions,
             "command": self.command,
         }
-        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+        return strict_json.dumps(data, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, data: Any) -> Evaluation:
+        """Inverse of `to_json`, from its text or what `strict_json.loads` makes of it; other keys are passed over.
+
+        Raises KeyError, TypeError or ValueError for what that did not write.
+        """
+        fields = versioned(strict_json.loads(data) if isinstance(data, str) else data)
+        buckets = [table(fields[f"perplexity_by_{what}"]) for what in ("position", "length")]
+        by_position, by_length = ({where: Row.from_json(row) for where, row in rows.items()} for rows in buckets)
+        return cls(
+            model=text(fields["model"]),
+            against=None if fields["against"] is None else text(fields["against"]),
+            protocol=table(fields["protocol"]),
+            rows=tuple(map(Row.from_json, items(fields["rows"]))),
+            by_position=by_position,
+            by_length=by_length,
+            notes=tuple(map(text, items(fields["notes"]))),
+            command=text(fields["command"]),
+            versions=table(fields["versions"]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write evaluation.json, atomically."""
+        with atomic_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Inverse of `save`. Raises InputError for a file that `save` did not write."""
+        return strict_json.load("evaluation", path, cls.from_json)
 
     def failed(self, max_ppl_increase: float | None = None, max_lambada_drop: float | None = None) -> list[str]:
         """Why this is worse than it may be, one line for each row that is; [] if it is not.
@@ -83,7 +130,3 @@ class Evaluation:
                 word = "rises by" if is_ratio else "drops by"
                 lines.append(f"{metric} {word} {worse:.3f} {unit}; at most {allowed:g} {unit} are allowed")
         return lines
-
-
-def _list(interval: Interval | None) -> list[float | None] | None:
-    return None if interval is None else interval.to_json()

@@ -9,7 +9,7 @@ shorter; windows of one batch are padded on the right, and padding is neither co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from sspruner.errors import InputError
 @dataclass(frozen=True)
 class Windows:
     """All (n, T): tokens that the model reads, int64; those it should say next, int64; which of the first are no
-    padding, bool; which of the second count, bool."""
+    padding, bool; which of the second count, bool. Windows that are scored alone have one target less than tokens."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -41,12 +41,19 @@ class Windows:
 @dataclass(frozen=True)
 class Sums:
     """Of each window, fp64 (n,): nll in nats, summed over the tokens that count, and their number; and, against a
-    dense model, the sum of KL(dense || model) and the number of tokens of which both find the same one likeliest."""
+    dense model, the sum of KL(dense || model) and the number of tokens of which both find the same one likeliest.
+
+    each: nll of every target of one batch, 0 where it does not count, fp64 (n, T); None for several batches together.
+    """
 
     nll: torch.Tensor
     tokens: torch.Tensor
     kl: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
+    each: torch.Tensor | None = None
+
+
+Logits = Callable[[Windows], torch.Tensor]  # what a model says after every token of a batch: (b, T, V)
 
 
 def windows(texts: Sequence[torch.Tensor], window: int, stride: int | None = None) -> Windows:
@@ -92,9 +99,37 @@ def log_softmax(logits: torch.Tensor) -> list[torch.Tensor]:
     return [row.float().log_softmax(-1) for row in logits]
 
 
-def next_tokens(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Targets, and which count, of windows that are scored alone: (b, T) -> (b, T-1). Padding predicts nothing."""
-    return tokens[:, 1:], mask[:, 1:] & mask[:, :-1]
+def alone(tokens: torch.Tensor, mask: torch.Tensor) -> Windows:
+    """Windows that are scored alone: each token is the target of the one before it. Padding predicts nothing.
+
+    tokens int64, mask bool, both (b, T); the targets are (b, T-1).
+    """
+    return Windows(tokens, tokens[:, 1:], mask, mask[:, 1:] & mask[:, :-1])
+
+
+def logits_of(model: nn.Module) -> Logits:
+    """What a model says of a batch."""
+    return lambda batch: forward(model, batch.tokens, batch.mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def losses_by_batch(
+    batches: Iterable[Windows], versions: Sequence[Logits], dense: Logits | None = None, *, of_dense: bool = True
+) -> Iterator[tuple[Sums | None, list[Sums]]]:
+    """Compute the losses of a dense model and of versions of it, batch by batch: the only place that does.
+
+    Yields, for each batch, the sums of the dense model (None without one, or without `of_dense`) and those of every
+    version, against the dense model where there is one. The dense model runs once on each batch, before the versions.
+    """
+    for batch in batches:
+        width = batch.targets.shape[1]
+        own = logp = None
+        if dense is not None:
+            logits = dense(batch)[:, :width]
+            own = sums(logits, batch.targets, batch.counted) if of_dense else None
+            logp = log_softmax(logits)
+            del logits
+        yield own, [sums(version(batch)[:, :width], batch.targets, batch.counted, logp) for version in versions]
 
 
 def sums(
@@ -105,16 +140,17 @@ def sums(
     dense: `log_softmax` of another model's logits for the same windows. Window by window, for fp32 logits are wide.
     """
     where = counted.cpu()
-    nll = token_nll(logits, targets).where(where, 0.0).sum(1)
+    each = token_nll(logits, targets).where(where, 0.0)
+    nll = each.sum(1)
     if dense is None:
-        return Sums(nll, where.sum(1).double())
+        return Sums(nll, where.sum(1).double(), each=each)
     found = []
     for own, theirs, row in zip(logits, dense, counted.to(logits.device), strict=True):
         q, p = own[row].float().log_softmax(-1), theirs[row]  # (tokens that count, V)
         same = q.argmax(-1) == p.argmax(-1)
         found.append(torch.stack([(p.exp() * (p - q)).sum(-1).double().sum(), same.double().sum()]).cpu())
     kl, agreement = torch.stack(found, 1)
-    return Sums(nll, where.sum(1).double(), kl, agreement)
+    return Sums(nll, where.sum(1).double(), kl, agreement, each)
 
 
 def joined(parts: Sequence[Sums]) -> Sums:
@@ -129,7 +165,16 @@ def joined(parts: Sequence[Sums]) -> Sums:
     )
 
 
-@torch.no_grad()
+def watched(
+    batches: Iterable[Windows], progress: Progress | None, phase: str, total: int, step: int = 1
+) -> Iterator[Windows]:
+    """The batches; before each, `progress` is told how many steps are done."""
+    for number, batch in enumerate(batches):
+        if progress:
+            progress(phase, number * step, total)
+        yield batch
+
+
 def measure(
     model: nn.Module,
     data: Windows,
@@ -140,32 +185,26 @@ def measure(
 ) -> tuple[Sums, Sums | None]:
     """Sums of a model, and of the model that it is compared with (None without): both see the same batches."""
     own, theirs = [], []
-    total = len(data.tokens)
-    for number, batch in enumerate(data.batches(batch_size)):
-        if progress:
-            progress(phase, number * batch_size, total)
-        dense = None
-        if against is not None:
-            logits = forward(against, batch.tokens, batch.mask, use_cache=False).logits
-            theirs.append(sums(logits, batch.targets, batch.counted))
-            dense = log_softmax(logits)
-        logits = forward(model, batch.tokens, batch.mask, use_cache=False).logits
-        own.append(sums(logits, batch.targets, batch.counted, dense))
+    batches = watched(data.batches(batch_size), progress, phase, len(data.tokens), batch_size)
+    for dense, (found,) in losses_by_batch(
+        batches, [logits_of(model)], None if against is None else logits_of(against)
+    ):
+        own.append(found)
+        if dense is not None:
+            theirs.append(dense)
     return joined(own), joined(theirs) if theirs else None
 
 
-@torch.no_grad()
 def losses(
     model: nn.Module, data: Windows, batch_size: int, progress: Progress | None = None, phase: str = "perplexity"
 ) -> torch.Tensor:
     """The nll of every target, 0 where it does not count: fp64 (n, T), on the CPU."""
     found = torch.zeros(data.targets.shape, dtype=torch.float64)
+    batches = watched(data.batches(batch_size), progress, phase, len(found), batch_size)
     done = 0
-    for batch in data.batches(batch_size):
-        if progress:
-            progress(phase, done, len(found))
-        logits = forward(model, batch.tokens, batch.mask, use_cache=False).logits
-        size, width = batch.targets.shape
-        found[done : done + size, :width] = token_nll(logits, batch.targets).where(batch.counted, 0.0)
+    for _, (own,) in losses_by_batch(batches, [logits_of(model)]):
+        assert own.each is not None
+        size, width = own.each.shape
+        found[done : done + size, :width] = own.each
         done += size
     return found

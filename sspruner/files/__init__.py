@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, the journal of a long run, and provenance."""
+"""Atomic output files and folders, the journal of a long run, and provenance."""

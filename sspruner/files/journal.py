@@ -1,8 +1,7 @@
-"""What a long run has finished so far, in a folder, so that another run goes on from there and ends the same."""
+"""Journal of a long run: finished phases in a folder, from which an interrupted run resumes with the same result."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,17 +9,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sspruner.errors import InputError
+from sspruner.files import strict_json
 
 NAME = "run.json"
 
 
 class Journal:
-    """Tensors by phase, each phase with the number of steps that they are the result of. Files appear whole."""
+    """Tensors by phase, each with the number of finished steps. Files are written atomically."""
 
     def __init__(self, folder: Path, key: str, *, resume: bool) -> None:
-        """key: of all that the run depends on. Without resume, or if nothing was finished, the folder is emptied.
+        """Open or create a journal. Without resume, or if no phase was finished, the folder is emptied.
 
-        Raises InputError for resuming what was another run, and for a folder with files that are not a run's.
+        key: digest of everything that the run depends on. Raises InputError for resuming a different run, and for a
+        folder with files that are not a run's.
         """
         self.folder = folder
         if resume and (folder / NAME).is_file():
@@ -37,14 +38,14 @@ class Journal:
         for file in files:
             if file.suffix in (".safetensors", ".part") and file.is_file():
                 file.unlink()
-        (folder / NAME).write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+        (folder / NAME).write_text(strict_json.dumps({"key": key}) + "\n", encoding="utf-8")
 
     def write(self, phase: str, done: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Note that a phase has finished `done` steps, and what it needs to go on."""
+        """Record that a phase has finished `done` steps, with the tensors to resume from."""
         write_tensors(self.folder / f"{phase}.safetensors", tensors, {"done": str(done)})
 
     def read(self, phase: str) -> tuple[int, dict[str, torch.Tensor]]:
-        """Steps that a phase has finished, and what it needs to go on: 0 and nothing if it was never begun."""
+        """Return the finished steps of a phase and the tensors to resume from; 0 and {} if it was never begun."""
         file = self.folder / f"{phase}.safetensors"
         if not file.is_file():
             return 0, {}
@@ -56,7 +57,7 @@ class Journal:
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a file of tensors: it appears whole or not at all. Raises InputError if it cannot be written."""
+    """Write a file of tensors atomically. Raises InputError if it cannot be written."""
     temporary = file.with_name(f"{file.name}.part")
     try:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, metadata)
@@ -68,6 +69,6 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 def _key(file: Path) -> str:
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["key"])
+        return str(strict_json.loads(file.read_text(encoding="utf-8"))["key"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

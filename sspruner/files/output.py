@@ -1,4 +1,4 @@
-"""Nothing half-written: files and folders are made beside their place and renamed into it when they are whole."""
+"""Atomic output: files and folders are written beside their place and renamed when they are complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from sspruner.errors import InputError
 
 
 def check_output(out: str | Path, overwrite: bool = False) -> Path:
-    """The output folder as a path. Raises InputError if it is taken or cannot be made; call before long work."""
+    """Return the output folder as a path. Call before long work.
+
+    Raises InputError if it is not empty or cannot be created.
+    """
     out = Path(out).expanduser().absolute()
     if out.exists() and not out.is_dir():
         raise InputError(f"output {out}: is a file; give a folder")
@@ -29,7 +32,10 @@ def check_output(out: str | Path, overwrite: bool = False) -> Path:
 
 
 def check_file(path: str | Path) -> Path:
-    """The output file as a path, links followed. Raises InputError if it cannot be made; call before long work."""
+    """Return the output file as a path, links resolved. Call before long work.
+
+    Raises InputError if it cannot be written.
+    """
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_file():
         raise InputError(f"output {path}: is not a regular file; give a file")
@@ -40,9 +46,9 @@ def check_file(path: str | Path) -> Path:
 
 
 def check_results(out: str | Path, marks: Sequence[str]) -> Path:
-    """A folder that is written file by file over several runs, made if it is not there.
+    """Return a folder that is written file by file over several runs; it is created if missing.
 
-    marks: files, at least one of which lies in such a folder. Raises InputError for a folder that holds other things.
+    marks: files, at least one of which is in such a folder. Raises InputError for a folder with other content.
     """
     out = Path(out).expanduser().absolute()
     if out.exists() and not out.is_dir():
@@ -56,13 +62,13 @@ def check_results(out: str | Path, marks: Sequence[str]) -> Path:
 
 
 def working_folder(out: str | Path) -> Path:
-    """Where a long run keeps what it has finished, beside its output folder."""
+    """Return the folder beside the output folder in which a long run keeps finished parts."""
     out = Path(out).expanduser().absolute()
     return out.parent / f".{out.name}.working"
 
 
 def remove_working(folder: Path) -> None:
-    """Remove a working folder once its run is through."""
+    """Remove a working folder after its run is complete."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -74,24 +80,24 @@ def _check_parent(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` if the block succeeds and vanishes if it does not.
+    """Yield a temporary folder beside `out` that is renamed to `out` if the block succeeds and removed if it does not.
 
-    Whatever interrupts it, `out` is afterwards what it was before or whole. Raises InputError if it cannot be written.
+    After any interruption `out` is either unchanged or complete. Raises InputError if it cannot be written.
     """
     out = check_output(out, overwrite)
     absent = [parent for parent in out.parents if not parent.exists()]
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        made, old = work / "new", work / "old"
+        new, old = work / "new", work / "old"
         try:
-            made.mkdir()
-            yield made
-            _readable(*(file for file in made.rglob("*") if file.is_file()))
+            new.mkdir()
+            yield new
+            _readable(*(file for file in new.rglob("*") if file.is_file()))
             check_output(out, overwrite)  # again: another run may have been faster
             if out.exists():
                 out.rename(old)
-            made.rename(out)
+            new.rename(out)
         finally:
             if old.exists() and not out.exists():
                 old.rename(out)
@@ -117,7 +123,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def _readable(*files: Path) -> None:
-    """Give files the mode that the user's umask asks for: safetensors writes them readable by their owner alone."""
+    """Set the file mode that the user's umask defines: safetensors writes files readable by their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     for file in files:
@@ -126,7 +132,7 @@ def _readable(*files: Path) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """A full disk or a missing right, inside the block, as one line."""
+    """Context manager that turns a full disk or missing permission into an InputError."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Provenance: versions, peak memory, and the hub name of a model."""
+"""Provenance of a result: versions, peak memory, and the hub name of a model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Return the versions of Python and of the packages that a result depends on."""
     packages = {name: version(name) for name in ("sspruner", "torch", "transformers", "safetensors")}
     return {"python": platform.python_version(), **packages}
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, plus the peak that torch allocated on the GPU if there is one."""
+    """Return the peak resident memory of this process, plus the peak that torch allocated on the GPU, if any."""
     scale = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
     return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
 def hub_name(model: Any) -> str:
-    """The name that a model has on the hub that it was loaded from; "" if it came from elsewhere."""
+    """Return the hub name that a model was loaded from, "" if it came from elsewhere."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -35,5 +35,5 @@ def hub_name(model: Any) -> str:
         return ""
     try:
         return name if isinstance(try_to_load_from_cache(name, "config.json"), str) else ""
-    except HFValidationError:  # a path that is gone
+    except HFValidationError:  # a path that no longer exists
         return ""

@@ -1,1 +1,4 @@
-"""Checkpoint formats and the rules of the runtimes that read them."""
+"""Checkpoint formats, and the sizes that runtimes (targets) support.
+
+Main names: `native` (mamba_ssm), `stock` and `remote` (transformers), `targets.Target`, `fitting.check_cut`.
+"""

@@ -1,4 +1,4 @@
-"""Weights as they lie in a folder: one file or shards with an index, safetensors or pickled tensors."""
+"""Read and write weights in a folder: one file, or shards with an index, as safetensors or pickled tensors."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from safetensors.torch import load_file
 
 from sspruner.errors import ModelError
 
-NAMES = ("model.safetensors", "pytorch_model.bin")  # what a folder's weights are called, the first one found is read
+NAMES = ("model.safetensors", "pytorch_model.bin")  # names of a folder's weights; the first that exists is read
 INDEX = ".index.json"
-MAX_SHARD = "5GB"  # of one file that is written; transformers 5 makes files of 50 GB
+MAX_SHARD = "5GB"  # largest size of a written file; the default of transformers 5 is 50 GB
 
 
 def write_model(model: Any, folder: Path, **options: Any) -> None:
-    """`model.save_pretrained`: config, generation config, and safetensors, in shards of MAX_SHARD with an index."""
+    """Call `model.save_pretrained`: config, generation config, and safetensors in shards of MAX_SHARD with an index."""
     model.save_pretrained(folder, max_shard_size=MAX_SHARD, **options)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by its name, on the CPU. Pickles are read with weights_only=True.
+    """Read every tensor of a checkpoint by its name, on the CPU. Pickles are read with weights_only=True.
 
-    Raises ModelError if there are no weights, if a file is missing or damaged, or if a pickle holds more than tensors.
+    Raises ModelError if there are no weights, if a file is missing or damaged, or if a pickle contains other objects.
     """
     weights: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
@@ -46,7 +46,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights. Raises ModelError if there are none, or if one is missing."""
+    """Return the files with a checkpoint's weights. Raises ModelError if there are none, or if one is missing."""
     for name in NAMES:
         index = folder / (name + INDEX)
         if index.is_file():
@@ -57,9 +57,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shards(index: Path) -> list[str]:
-    """The files that an index of shards names, in order.
+    """Return the files that an index of shards names, in order.
 
-    Raises ModelError if it is no index, if it names a file outside its folder, or one that is not there.
+    Raises ModelError if it is not an index, or if it names a file that is missing or outside its folder.
     """
     where = f"model {index.parent}: {index.name}"
     try:
@@ -79,5 +79,5 @@ def shards(index: Path) -> list[str]:
 
 
 def unpickled(file: Path) -> Any:
-    """What a pickle holds, tensors alone, mapped where it can be. Raises what torch.load does."""
+    """Load the tensors of a pickle, memory-mapped if possible. Raises what torch.load raises."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

@@ -1,4 +1,7 @@
-"""Whether a model, or what a plan makes of it, fits a runtime target: its sizes, and that a stock config can say it."""
+"""Check whether a model, or the result of a plan, fits a runtime target.
+
+Its sizes must obey the target's rules, and a stock config must be able to describe it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its graph, and where it differs from what its stock class makes of its config, "" if nowhere."""
+    """A model, its graph, and where it differs from what its stock class builds from its config, "" if nowhere."""
 
     model: Any
     graph: SSMGraph
@@ -37,34 +40,34 @@ class Subject:
 
     @classmethod
     def of(cls, model: Any) -> Subject:
-        """model: sizes alone count, so that it may be on the meta device."""
+        """Describe a model, which may be on the meta device, since only sizes count."""
         graph = trace(model)
         return cls(model, graph, stock_difference(model) if graph.family else "")
 
 
-def check_fits(model: Any, wanted: Target) -> None:
-    """Raise ModelError, with the reason and the nearest cut, unless the target takes the model as it is."""
-    if why := unfit(Subject.of(model), wanted):
+def check_fits(model: Any, runtime: Target) -> None:
+    """Raise ModelError, with the reason and the nearest cut, unless the target supports the model as it is."""
+    if why := unfit(Subject.of(model), runtime):
         raise ModelError(why)
 
 
-def unfit(subject: Subject, wanted: Target) -> str:
-    """Why a target does not take a model as it is, and the nearest cut; "" if it does."""
-    if why := wanted.serves(subject.graph):
-        return f"{wanted.name} cannot take this model: {why}"
-    if why := _unsayable(subject, wanted):
+def unfit(subject: Subject, runtime: Target) -> str:
+    """Return why a target does not support a model, and the nearest cut that it supports; "" if it does."""
+    if why := runtime.serves(subject.graph):
+        return f"{runtime.name} cannot take this model: {why}"
+    if why := _unsayable(subject, runtime):
         return why
-    if broken := wanted.refuses(subject.graph):
-        return f"{wanted} cannot take these sizes: {'; '.join(broken)}. {_next_cut(subject.graph, wanted)}"
+    if broken := runtime.refuses(subject.graph):
+        return f"{runtime} cannot take these sizes: {'; '.join(broken)}. {_next_cut(subject.graph, runtime)}"
     return ""
 
 
-def _unsayable(subject: Subject, wanted: Target) -> str:
-    """Why the config that a target reads cannot say a model, whatever its sizes; "" if it can."""
+def _unsayable(subject: Subject, runtime: Target) -> str:
+    """Return why the config that a target reads cannot describe a model, whatever its sizes; "" if it can."""
     if subject.unlike:
-        pad = padded_fits(subject.graph, wanted) if wanted.writer == "hf" else ""
-        return f"{wanted} cannot take this cut: {subject.unlike}. {nearest_stock(subject.model)}{pad or WAYS}"
-    if wanted.writer == "mamba-ssm":
+        pad = padded_fits(subject.graph, runtime) if runtime.writer == "hf" else ""
+        return f"{runtime} cannot take this cut: {subject.unlike}. {nearest_stock(subject.model)}{pad or WAYS}"
+    if runtime.writer == "mamba-ssm":
         try:
             native_fields(subject.model)
         except ModelError as error:
@@ -72,14 +75,14 @@ def _unsayable(subject: Subject, wanted: Target) -> str:
     return ""
 
 
-def check_cut(model: Any, plan: Plan, graph: SSMGraph, wanted: Target) -> None:
-    """Raise ModelError unless the target takes what `plan` makes of `model`, whose graph it is. Nothing is changed."""
-    check_fits(after(model, plan, graph), wanted)
+def check_cut(model: Any, plan: Plan, graph: SSMGraph, runtime: Target) -> None:
+    """Raise ModelError unless the target supports the result of applying `plan` to `model`. Nothing is changed."""
+    check_fits(after(model, plan, graph), runtime)
 
 
 @torch.no_grad()
 def after(model: Any, plan: Plan, graph: SSMGraph) -> Any:
-    """A copy of `model` on the meta device, cut as `plan` says, with the cut in its config. graph: that of `model`."""
+    """Return a copy of `model` on the meta device, cut by `plan`, with the cut in its config. graph: the model's."""
     small, biases = blueprint(model), new_biases(model, plan.updates)
     before = fields(small.config)
     for name in biases:
@@ -92,7 +95,7 @@ def after(model: Any, plan: Plan, graph: SSMGraph) -> Any:
 
 
 def blueprint(model: Any) -> Any:
-    """A copy of a model on the meta device: its modules and its config, none of its values."""
+    """Return a copy of a model on the meta device: its modules and its config without values."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
@@ -102,26 +105,26 @@ def blueprint(model: Any) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def check_asked(wanted: Target, budget: ResolvedBudget, refit: str, has_basis: bool) -> None:
-    """Raise InputError for what no stock config can say, whatever the scores."""
+def check_asked(runtime: Target, budget: ResolvedBudget, refit: str, has_basis: bool) -> None:
+    """Raise InputError for settings that no stock config can express, whatever the scores."""
     if has_basis:
         raise InputError(
-            f"target {wanted.name}: a state in a basis of its own has tensors that it does not know; use --basis "
+            f"target {runtime.name}: a state in a basis of its own has tensors that it does not know; use --basis "
             "select. export --to hf-remote writes such a model with the code that it needs"
         )
     if budget.allocation != "uniform":
         raise InputError(
-            f"target {wanted.name}: takes one size for all layers, which allocation {budget.allocation} does not give; "
-            "use uniform, or uniform-best with a limit of damage"
+            f"target {runtime.name}: takes one size for all layers, which allocation {budget.allocation} does not "
+            "give; use uniform, or uniform-best with a limit of damage"
         )
     if refit == "bias":
-        raise InputError(f"target {wanted.name}: refit bias adds biases that its config cannot say; use refit output")
+        raise InputError(f"target {runtime.name}: refit bias adds biases that its config cannot say; use refit output")
 
 
 def trial(graph: SSMGraph, counts: Mapping[str, int]) -> Plan:
-    """A plan of these counts, the first units of every set: what can be tried before there are scores.
+    """Return a plan with these counts that keeps the first units of every set, to be tried before there are scores.
 
-    Blocks are left out: whether a config can say what is left depends on which go.
+    Blocks are left out: whether a config can describe the result depends on which are removed.
     """
     cut = {name: graph.groups[name] for name, n in counts.items() if n < graph.groups[name].units}
     return Plan(
@@ -133,8 +136,8 @@ def trial(graph: SSMGraph, counts: Mapping[str, int]) -> Plan:
     )
 
 
-def padded_fits(graph: SSMGraph, wanted: Target) -> str:
-    """What hf-padded would make of a model whose layers differ, in words, by the target's rules; "" where they do not.
+def padded_fits(graph: SSMGraph, runtime: Target) -> str:
+    """Describe what hf-padded would make of a model whose layers differ, by the target's rules; else "".
 
     Only an export proves it.
     """
@@ -143,25 +146,28 @@ def padded_fits(graph: SSMGraph, wanted: Target) -> str:
     if any(layout.is_projected for layout in layouts) or all(layout.sizes == layouts[0].sizes for layout in layouts):
         return ""
     largest = {dim: max(layout.sizes[dim] for layout in layouts) for dim in layouts[0].sizes}
-    broken = wanted.broken(graph.family.name, layouts[0].resized(largest))
+    broken = runtime.broken(graph.family.name, layouts[0].resized(largest))
     if broken:
         return f"Padded to the largest layer it would not fit either: {broken[0].why}"
-    return f"export --to hf-padded --target {wanted.name} pads all layers to the largest with zeros, which may fit"
+    return f"export --to hf-padded --target {runtime.name} pads all layers to the largest with zeros, which may fit"
 
 
-def _next_cut(graph: SSMGraph, wanted: Target) -> str:
-    """The mildest further cut of one axis to sizes that fit, in words."""
-    fit = Fit(wanted, graph)
-    able = {axis: fit.takes(axis) for axis in graph.axes if axis != "block"}
-    cuts = [f"--axis {axis} --keep {sizes[-1]}" for axis, sizes in able.items() if sizes]
+def _next_cut(graph: SSMGraph, runtime: Target) -> str:
+    """Describe the smallest further cut of one axis to sizes that fit."""
+    fit = Fit(runtime, graph)
+    sizes_of = {axis: fit.takes(axis) for axis in graph.axes if axis != "block"}
+    cuts = [f"--axis {axis} --keep {sizes[-1]}" for axis, sizes in sizes_of.items() if sizes]
     return f"The nearest cut that it takes: {' or '.join(cuts)}" if cuts else "No cut of one axis makes it fit"
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What one target takes of one model. reason: why not the model as it is, "" if it fits.
+    """Cuts of one model that a target supports.
 
-    axes: the sizes to which one axis alone can be cut; refused: why it cannot be, by axis.
+    reason   why the target does not support the model in its current form, "" if it does
+    notes    remarks on slower paths
+    axes     for each axis, the sizes to which it alone can be cut
+    refused  for each axis that cannot be cut, the reason
     """
 
     target: Target
@@ -171,7 +177,7 @@ class Offer:
     refused: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; sizes as runs of [first, last, step]."""
+        """Return a JSON object, with sizes as runs of [first, last, step]."""
         return {
             "tp": self.target.tp,
             "ran_here": self.target.ran,
@@ -184,37 +190,37 @@ class Offer:
 
 
 def offers(model: Any, only: Target | None = None) -> list[Offer]:
-    """What each target, or one alone, takes of a model, which may be on the meta device.
+    """Return what each target, or `only` one, supports of a model, which may be on the meta device.
 
-    Of the sizes of an axis the mildest is tried; the rules say the others. Of the blocks the last is tried.
+    On each axis only the smallest cut is tried; the rules decide on the others. Of the blocks the last is tried.
     """
     subject = Subject.of(model)
     tried: dict[tuple[str, int], Subject | str] = {}
     return [_offer(subject, one, tried) for one in ([only] if only else map(target, names()))]
 
 
-def _offer(subject: Subject, wanted: Target, tried: dict[tuple[str, int], Subject | str]) -> Offer:
-    why, fit = unfit(subject, wanted), Fit(wanted, subject.graph)
-    if wanted.serves(subject.graph):
-        return Offer(wanted, why, (), {}, {})
+def _offer(subject: Subject, runtime: Target, tried: dict[tuple[str, int], Subject | str]) -> Offer:
+    why, fit = unfit(subject, runtime), Fit(runtime, subject.graph)
+    if runtime.serves(subject.graph):
+        return Offer(runtime, why, (), {}, {})
     axes, refused = {}, {}
     for axis in subject.graph.axes:
         sizes = fit.takes(axis)
         if not sizes:
             continue
-        key = axis, sizes[-1] if wanted.writer == "mamba-ssm" else 0  # of stock classes one size stands for all
+        key = axis, sizes[-1] if runtime.writer == "mamba-ssm" else 0  # for stock classes one size represents all
         if key not in tried:
             tried[key] = _cut_axis(subject, axis, sizes[-1])
         small = tried[key]
-        if because := small if isinstance(small, str) else _unsayable(small, wanted):
+        if because := small if isinstance(small, str) else _unsayable(small, runtime):
             refused[axis] = f"depends on which go; the last: {because}" if axis == "block" else because
         else:
             axes[axis] = tuple(sizes)
-    return Offer(wanted, why, tuple(wanted.notes(subject.graph)), axes, refused)
+    return Offer(runtime, why, tuple(runtime.notes(subject.graph)), axes, refused)
 
 
 def _cut_axis(subject: Subject, axis: str, n: int) -> Subject | str:
-    """The model with one axis cut to n units in every layer; or why that cannot be."""
+    """Return the model with one axis cut to n units in every layer, or the reason why it cannot be."""
     groups = subject.graph.on_axis(axis).items()
     plan = Plan({name: Selection(g.units, (tuple(range(n)),) * g.groups) for name, g in groups if n < g.units})
     try:
@@ -224,12 +230,12 @@ def _cut_axis(subject: Subject, axis: str, n: int) -> Subject | str:
 
 
 def runs(sizes: tuple[int, ...]) -> list[list[int]]:
-    """Sizes, in order, as runs of [first, last, step]."""
-    found: list[list[int]] = []
+    """Compress increasing sizes into runs of [first, last, step]."""
+    compressed: list[list[int]] = []
     for n in sizes:
-        last = found[-1] if found else None
+        last = compressed[-1] if compressed else None
         if last and (last[0] == last[1] or n - last[1] == last[2]):
             last[1], last[2] = n, n - last[1]
         else:
-            found.append([n, n, 1])
-    return found
+            compressed.append([n, n, 1])
+    return compressed

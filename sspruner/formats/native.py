@@ -1,7 +1,7 @@
 """Checkpoints of the package mamba_ssm: read as transformers' Mamba2 or Mamba, and written for its own loader.
 
-config.json is a `MambaConfig` of mamba_ssm 2.x (d_model, n_layer, ssm_cfg, ...); tensors have transformers' names, but
-for the embedding. The package is not needed.
+config.json is a `MambaConfig` of mamba_ssm 2.x (d_model, n_layer, ssm_cfg, ...). Tensors have transformers' names,
+except for the embedding. The package itself is not needed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from sspruner.errors import ModelError
 from sspruner.formats.checkpoint import read_weights
 
-EMBEDDING = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # their name -> transformers'
-EPSILON = 1e-5  # of every norm: mamba_ssm has no field for it
+EMBEDDING = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # mamba_ssm's name -> transformers'
+EPSILON = 1e-5  # epsilon of every norm: mamba_ssm has no field for it
+LARGEST = 3.4028234663852886e38  # of fp32: stands for "no upper limit", since JSON has no infinity
 
-MODEL: dict[str, Any] = {  # fields of their config and the values that they have where they are left out
+MODEL: dict[str, Any] = {  # fields of mamba_ssm's config with their defaults
     "d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "attn_layer_idx": [],
     "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8,
     "tie_embeddings": True,
@@ -31,48 +32,49 @@ MAMBA2: dict[str, Any] = {
     "rmsnorm": True, "norm_before_gate": False, "dt_limit": (0.0, math.inf), "bias": False, "conv_bias": True,
     "chunk_size": 256,
 }  # fmt: skip
-NO_MATTER = {  # what only initialises, or says how the same numbers are computed
+NO_MATTER = {  # fields that affect only initialisation, or how the same numbers are computed
     "A_init_range", "conv_init", "dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale", "layer",
     "sequence_parallel", "use_fast_path", "use_mem_eff_path",
 }  # fmt: skip
 
 
 def is_native(config: dict[str, Any]) -> bool:
-    """Whether this config.json is of mamba_ssm."""
+    """Return whether this config.json is of mamba_ssm."""
     return "model_type" not in config and "d_model" in config and "n_layer" in config
 
 
 def read_native(folder: Path, config: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """(transformers' config, weights under transformers' names) of a native checkpoint.
+    """Read a native checkpoint. Returns transformers' config, and weights under transformers' names.
 
-    The vocabulary is as large as the embedding, padding included. Raises ModelError for what transformers' modules do
-    not compute (attention, MLPs, a scan on a part of the channels, other norms), and for weights that do not fit.
+    The vocabulary is as large as the embedding, padding included. Raises ModelError for variants that transformers'
+    modules do not compute (attention, MLPs, a scan on a part of the channels, other norms), and for weights that do not
+    fit.
     """
     weights = {EMBEDDING.get(name, name): tensor for name, tensor in read_weights(folder).items()}
     embedding = weights.get(EMBEDDING["backbone.embedding.weight"])
     if embedding is None or embedding.ndim != 2:
         raise ModelError(f"model {folder}: its weights lack backbone.embedding.weight")
-    found = native_config(config, f"model {folder}")
-    padded = found.vocab_size
+    hf_config = native_config(config, f"model {folder}")
+    padded = hf_config.vocab_size
     if len(embedding) != padded:
         raise ModelError(
             f"model {folder}: its embedding has {len(embedding)} rows; a vocabulary of {config.get('vocab_size')} is "
             f"padded to {padded}"
         )
-    found.dtype = embedding.dtype
-    if found.tie_word_embeddings:
+    hf_config.dtype = embedding.dtype
+    if hf_config.tie_word_embeddings:
         head = weights.pop("lm_head.weight", embedding)
         if not torch.equal(head, embedding):
             raise ModelError(f"model {folder}: lm_head is tied to the embedding, but its weights are others")
-    return found, weights
+    return hf_config, weights
 
 
 def native_config(config: dict[str, Any], where: str) -> Any:
-    """transformers' config for a `MambaConfig` as JSON. `where` begins the ModelError for what it cannot be."""
+    """Convert a `MambaConfig` in JSON to transformers' config. Raises ModelError, prefixed by `where`."""
     from transformers import Mamba2Config, MambaConfig
 
-    given = MODEL | config
-    mixer = given["ssm_cfg"] or {}
+    fields = MODEL | config
+    mixer = fields["ssm_cfg"] or {}
     if not isinstance(mixer, dict):
         raise ModelError(f"{where}: ssm_cfg is not a table")
     layer = mixer.get("layer", "Mamba1")
@@ -85,25 +87,25 @@ def native_config(config: dict[str, Any], where: str) -> Any:
     try:
         if not isinstance(m["expand"], int | float):
             raise ValueError(f"expand is {m['expand']!r}, not a number")
-        inner = int(m["expand"] * _whole(given["d_model"]))
-        _refuse_variants(given, m, inner, where)
+        inner = int(m["expand"] * _whole(fields["d_model"]))
+        _refuse_variants(fields, m, inner, where)
         common = {
-            "hidden_size": _whole(given["d_model"]),
-            "num_hidden_layers": _whole(given["n_layer"]),
-            "vocab_size": _padded(_whole(given["vocab_size"]), _whole(given["pad_vocab_size_multiple"])),
+            "hidden_size": _whole(fields["d_model"]),
+            "num_hidden_layers": _whole(fields["n_layer"]),
+            "vocab_size": _padded(_whole(fields["vocab_size"]), _whole(fields["pad_vocab_size_multiple"])),
             "state_size": _whole(m["d_state"]),
             "conv_kernel": _whole(m["d_conv"]),
             "expand": m["expand"],
             "use_bias": bool(m["bias"]),
             "use_conv_bias": bool(m["conv_bias"]),
             "layer_norm_epsilon": EPSILON,
-            "residual_in_fp32": bool(given["residual_in_fp32"]),
-            "tie_word_embeddings": bool(given["tie_embeddings"]),
-            # The tokenizer says which ids these are; the library's defaults are of other models.
+            "residual_in_fp32": bool(fields["residual_in_fp32"]),
+            "tie_word_embeddings": bool(fields["tie_embeddings"]),
+            # The tokenizer defines these ids; the library's defaults belong to other models.
             "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
         }  # fmt: skip
         if layer == "Mamba1":
-            rank = math.ceil(given["d_model"] / 16) if m["dt_rank"] == "auto" else _whole(m["dt_rank"])
+            rank = math.ceil(fields["d_model"] / 16) if m["dt_rank"] == "auto" else _whole(m["dt_rank"])
             return MambaConfig(**common, time_step_rank=rank)
         return Mamba2Config(
             **common,
@@ -117,12 +119,12 @@ def native_config(config: dict[str, Any], where: str) -> Any:
         raise ModelError(f"{where}: config.json: {' '.join(str(error).split())[:200]}") from error
 
 
-def _refuse_variants(given: dict[str, Any], m: dict[str, Any], inner: int, where: str) -> None:
-    """Raise ModelError for what transformers' modules do not compute."""
+def _refuse_variants(fields: dict[str, Any], m: dict[str, Any], inner: int, where: str) -> None:
+    """Raise ModelError for variants that transformers' modules do not compute."""
     variants = {
-        "attention layers (attn_layer_idx)": given["attn_layer_idx"],
-        "MLPs between the mixers (d_intermediate)": given["d_intermediate"],
-        "LayerNorm (rms_norm false)": not given["rms_norm"],
+        "attention layers (attn_layer_idx)": fields["attn_layer_idx"],
+        "MLPs between the mixers (d_intermediate)": fields["d_intermediate"],
+        "LayerNorm (rms_norm false)": not fields["rms_norm"],
         f"a scan on {m.get('d_ssm')} of {inner} channels (d_ssm)": m.get("d_ssm") not in (None, inner),
         "a D for every channel (D_has_hdim)": m.get("D_has_hdim"),
         "mixers without a norm (rmsnorm false)": not m.get("rmsnorm", True),
@@ -136,23 +138,23 @@ def _refuse_variants(given: dict[str, Any], m: dict[str, Any], inner: int, where
 
 
 def write_native(model: Any, folder: Path) -> None:
-    """Write `config.json`, `generation_config.json`, and the one file of weights that their loader reads.
+    """Write `config.json`, `generation_config.json` and the single weights file that mamba_ssm's loader reads.
 
-    model: a stock Mamba2 or Mamba of transformers, by `native_fields`. Shared weights are stored once.
+    model: a stock Mamba2 or Mamba of transformers, see `native_fields`. Shared weights are stored once.
     """
     fields = native_fields(model)
     names = {theirs: name for name, theirs in EMBEDDING.items()}
     weights = {names.get(name, name): tensor for name, tensor in model.state_dict().items()}
     try:
         torch.save(weights, folder / "pytorch_model.bin")
-    except RuntimeError as error:  # what its writer makes of a full disk
+    except RuntimeError as error:  # raised for a full disk
         raise OSError(f"pytorch_model.bin: {error}") from error
-    (folder / "config.json").write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
-    model.generation_config.save_pretrained(folder)  # theirs does not read it, `sspruner.load` does
+    (folder / "config.json").write_text(json.dumps(fields, indent=4, allow_nan=False) + "\n", encoding="utf-8")
+    model.generation_config.save_pretrained(folder)  # read by `sspruner.load`, not by mamba_ssm
 
 
 def native_fields(model: Any) -> dict[str, Any]:
-    """The `MambaConfig` of a model that transformers' stock classes can build. Raises ModelError if there is none."""
+    """Return the `MambaConfig` of a stock transformers model. Raises ModelError if there is none."""
     c = model.config
     if c.model_type not in ("mamba", "mamba2"):
         raise ModelError(f"mamba-ssm has no model of type {c.model_type!r}: only mamba and mamba2")
@@ -163,7 +165,7 @@ def native_fields(model: Any) -> dict[str, Any]:
         )
     m = {"d_state": c.state_size, "d_conv": c.conv_kernel, "conv_bias": c.use_conv_bias, "bias": c.use_bias}
     inner = c.intermediate_size if c.model_type == "mamba" else c.num_heads * c.head_dim
-    if inner % c.hidden_size:  # its caches have d_model * expand channels, so that a fraction will not do
+    if inner % c.hidden_size:  # mamba_ssm's caches have d_model * expand channels, so expand must be an integer
         raise ModelError(f"mamba-ssm wants a multiple of the hidden size {c.hidden_size} as channels; here are {inner}")
     m["expand"] = inner // c.hidden_size
     if c.model_type == "mamba":
@@ -171,7 +173,7 @@ def native_fields(model: Any) -> dict[str, Any]:
     else:
         m |= {"layer": "Mamba2", "headdim": c.head_dim, "ngroups": c.n_groups, "chunk_size": c.chunk_size}
         if tuple(c.time_step_limit) != MAMBA2["dt_limit"]:
-            m["dt_limit"] = list(c.time_step_limit)
+            m["dt_limit"] = [min(limit, LARGEST) for limit in c.time_step_limit]
     return copy.deepcopy(MODEL) | {
         "d_model": c.hidden_size,
         "n_layer": c.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""The export hf-remote: transformers alone loads it, with the little code that its sizes need beside the weights."""
+"""Export hf-remote: a folder that transformers alone loads, with the code that its sizes need beside the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sspruner.runtime.sizes import sizes_of
 from sspruner.surgery.record import RECORD, restore_stock
 
 CODE = "modeling_pruned"  # the file of code beside the weights, without its suffix
-PARTS = ("projected_state.py", "sizes.py")  # of sspruner.runtime: what that file is made of
+PARTS = ("projected_state.py", "sizes.py")  # files of sspruner.runtime that the file of code consists of
 
 CLASSES = '''
 
@@ -51,8 +51,8 @@ class Pruned{model}({model}):
 def write_remote(model: Any, folder: Path) -> None:
     """Write `model` so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it.
 
-    It expresses whatever sizes a cut made, and projected states; not mixers or blocks that were dropped from the middle
-    of the config's lists. Raises ModelError for a model that it cannot express.
+    Supports any sizes that a cut made, and projected states; not mixers or blocks that were dropped from the middle of
+    the config's lists. Raises ModelError for a model that it cannot express.
     """
     config, stock = built_from_config(model)
     name, of = type(model).__name__, type(config).__name__
@@ -63,16 +63,18 @@ def write_remote(model: Any, folder: Path) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "pruned": sizes_of(model, stock),
     }
-    # In the names of the modules: older ones are translated by the model's type, which is another now.
+    # Save under the modules' names: older names are translated by the model type, which has changed.
     write_model(model, folder, save_original_format=False)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+    )
     (folder / f"{CODE}.py").write_text(_code(model), encoding="utf-8")
 
 
 def built_from_config(model: Any) -> tuple[Any, nn.Module]:
-    """The config from which stock code builds the modules of `model`, and what it builds, on the meta device.
+    """Return the config from which stock code builds the modules of `model`, and the built model on the meta device.
 
-    The model's own config where that will do, else that of the model before it was cut.
+    Tries the model's own config first, then that of the model before it was cut.
     """
     why = "its class refuses its config"
     for restored in (False, True):
@@ -93,7 +95,7 @@ def built_from_config(model: Any) -> tuple[Any, nn.Module]:
 
 
 def _difference(model: nn.Module, stock: nn.Module) -> str:
-    """What is in one of two models and not in the other, bases of states and biases apart; "" if nothing is."""
+    """Describe a module or tensor that only one of two models has, except state bases and biases; "" if none."""
     ours, theirs = ({n for n, _ in m.named_modules()} for m in (model, stock))
     if ours != theirs:
         return f"module {sorted(ours ^ theirs)[0]} is in {'the built' if theirs - ours else 'the cut'} model alone"
@@ -101,12 +103,12 @@ def _difference(model: nn.Module, stock: nn.Module) -> str:
     other = [name for name, shape in shapes[0].items() if shapes[1].get(name) != shape]
     if other:
         return f"the buffer {other[0]} was cut, and is not among the weights"
-    gone = sorted({n for n, _ in stock.named_parameters()} - {n for n, _ in model.named_parameters()})
-    return f"parameter {gone[0]} is gone" if gone else ""
+    removed = sorted({n for n, _ in stock.named_parameters()} - {n for n, _ in model.named_parameters()})
+    return f"parameter {removed[0]} is gone" if removed else ""
 
 
 def _code(model: Any) -> str:
-    """The file of code: complete in itself, from sspruner's own."""
+    """Return the self-contained file of code, made from sspruner's own files."""
     parts = [(resources.files("sspruner.runtime") / part).read_text(encoding="utf-8") for part in PARTS]
     first, *others = (part.rstrip() for part in parts)
     rest = (part.replace("from __future__ import annotations\n", "") for part in others)

@@ -1,4 +1,4 @@
-"""Sizes that no model has: refused before a config makes lists of them, and before a tensor of them is allocated."""
+"""Refuse absurd sizes in a config before lists or tensors of that size are created."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import nn
 
 from sspruner.errors import ModelError
 
-LAYERS = 1000  # more than any model has; a config that says more is wrong, and would take forever to build
-COUNTS = 10_000  # of heads, experts, labels, ...: likewise
-ROWS = 10_000_000  # of one tensor: likewise, and index maps have an entry for each
-PER_BYTE = 4  # parameters in a byte of a file of weights: more than any format packs
+LAYERS = 1000  # more than any model has; a config with more is wrong, and would take forever to build
+COUNTS = 10_000  # limit for numbers of heads, experts, labels, ...
+ROWS = 10_000_000  # limit for the rows of one tensor; index maps have an entry for each
+PER_BYTE = 4  # parameters per byte of a weights file: more than any format packs
 
 
 def check_counts(config: Any) -> None:
-    """Raise ModelError for numbers of things that would take forever to make, wherever in a config they stand."""
+    """Raise ModelError for absurdly large counts anywhere in a config."""
     values = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
     for value in values:
         check_counts(value)
@@ -26,8 +26,10 @@ def check_counts(config: Any) -> None:
 
 
 def check_sizes(model: nn.Module, where: str, weight_bytes: int | None = None) -> None:
-    """Raise ModelError for a model, still on the meta device, with a tensor larger than any that there is, or with far
-    more parameters than its files of weights can hold, where their bytes are given."""
+    """Raise ModelError for a model on the meta device with an absurdly large tensor, or too large for its files.
+
+    weight_bytes: size of the weights files, if known.
+    """
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         if not all(rows <= ROWS for rows in p.shape):
             raise ModelError(f"{where}: config.json makes {name} {tuple(p.shape)}; no model has such a size")
@@ -40,5 +42,5 @@ def check_sizes(model: nn.Module, where: str, weight_bytes: int | None = None) -
 
 
 def brief_number(value: int) -> str:
-    """A number that may have more digits than a line."""
+    """Format a number, or the number of its bits if it is too long."""
     return f"{value:,}" if abs(value) < 10**30 else f"a number of {value.bit_length()} bits"

@@ -1,4 +1,4 @@
-"""The exports hf and hf-padded: what the stock classes of transformers load from a config and weights alone."""
+"""Exports hf and hf-padded: models that stock classes of transformers load from a config and weights alone."""
 
 from __future__ import annotations
 
@@ -27,29 +27,32 @@ REFUSALS = (
     RuntimeError,
     ZeroDivisionError,
     AttributeError,
-)  # of a config or class, for its sizes
+)  # errors that configs and classes raise for sizes they do not support
 
 
 def write_stock(model: Any, folder: Path) -> None:
-    """Write `model` for its stock class. Raises ModelError, with the nearest cut, if that does not build its sizes."""
+    """Write `model` for its stock class.
+
+    Raises ModelError, with the nearest cut, if that class does not build its sizes.
+    """
     check_stock(model, "hf")
     with without_record(model):
         write_model(model, folder)
 
 
 def check_stock(model: Any, target: str) -> None:
-    """Raise ModelError unless the stock class makes of the config alone what the model is: names, shapes, epsilons."""
+    """Raise ModelError unless the stock class builds the same names, shapes and epsilons from the config alone."""
     why = stock_difference(model)
     if why:
         raise ModelError(f"{target} cannot express this cut: {why}. {nearest(model)}")
 
 
 def padded(model: Any) -> Any:
-    """A model of stock sizes that computes the same: rows of zeros where layers are smaller than the config's size.
+    """Return a model of stock sizes that computes the same, with zeros where layers are smaller than the config's size.
 
-    Sizes with a field of their own are padded to the largest layer's, others to those before the cut. It is proved to
-    have the same logits. Raises ModelError for what zeros cannot fill: states in a basis of their own, modules that are
-    gone, new biases. What a norm's weight is scaled by is rounded to the model's dtype, after the proof.
+    Sizes with a config field are padded to the largest layer's, others to those before the cut. The logits are proved
+    to be equal. Raises ModelError for what zeros cannot fill: projected states, removed modules, new biases. The
+    scaling of norm weights is rounded to the model's dtype after the proof.
     """
     graph = trace(model)
     why = "it has no sizes of its own" if graph.family is None else ""
@@ -72,7 +75,7 @@ def padded(model: Any) -> Any:
 
 
 def padding(model: Any, large: Any) -> str:
-    """What padding costs, in words."""
+    """Describe the cost of padding."""
     before, after = trace(model), trace(large)
     return (
         f"padded with zeros: {after.parameters - before.parameters:,} of {after.parameters:,} parameters are padding, "
@@ -82,7 +85,7 @@ def padding(model: Any, large: Any) -> str:
 
 @contextmanager
 def without_record(model: Any) -> Iterator[None]:
-    """While open, the config does not say that the model was cut: it is a stock one."""
+    """Context manager that hides the record of cuts from the config, so that it is a stock one."""
     record = model.config.__dict__.pop(RECORD, None)
     try:
         yield
@@ -92,13 +95,13 @@ def without_record(model: Any) -> Iterator[None]:
 
 
 def nearest(model: Any) -> str:
-    """The cut nearest to a model's that its stock config could say, and what says more, in words."""
-    said = nearest_stock(model)
-    return f"{said}{'hf-padded, ' if said or trace(model).family else ''}hf-remote and sspruner express more"
+    """Describe the nearest cut that the model's stock config can express, and the formats that express more."""
+    advice = nearest_stock(model)
+    return f"{advice}{'hf-padded, ' if advice or trace(model).family else ''}hf-remote and sspruner express more"
 
 
 def nearest_stock(model: Any) -> str:
-    """The cut nearest to a model's that its stock config could say, in words that end with a blank; "" if unknown."""
+    """Describe the nearest cut that the model's stock config can express, with a trailing space; "" if unknown."""
     graph, original = trace(model), _original(model)
     if graph.family is None or original is None:
         return ""
@@ -114,12 +117,12 @@ def nearest_stock(model: Any) -> str:
             advice.append(f"--axis {axis} --keep {round(sum(units) / len(units))}, one size for all layers")
         elif axis not in fields:
             advice.append(f"{axis} uncut, at {', '.join(map(str, sorted(whole)))}")
-    said = "; ".join(advice)
-    return f"The nearest that it builds: {said}. " if said else ""
+    text = "; ".join(advice)
+    return f"The nearest that it builds: {text}. " if text else ""
 
 
 def stock_difference(model: Any) -> str:
-    """Where a model differs from what its stock class makes of its config; "" if nowhere."""
+    """Describe where a model differs from what its stock class builds from its config; "" if nowhere."""
     stock = _built(_plain(model))
     if stock is None:
         return f"{type(model).__name__} refuses the sizes of its config"
@@ -139,7 +142,7 @@ def stock_difference(model: Any) -> str:
 
 
 def _larger(model: Any, graph: SSMGraph) -> Iterator[Any]:
-    """Configs that may hold the model: with the largest layer's sizes; with the sizes that it had before it was cut."""
+    """Yield configs that may fit the model: with the largest layer's sizes, and with the sizes before it was cut."""
     assert graph.family is not None
     family, stock = graph.family, (getattr(model.config, RECORD, None) or {}).get("stock", {})
     largest, before = _plain(model), _plain(model)
@@ -152,7 +155,7 @@ def _larger(model: Any, graph: SSMGraph) -> Iterator[Any]:
 
 
 def _as(model: nn.Module, large: nn.Module) -> None:
-    """Give a model the dtypes of another, tensor by tensor."""
+    """Convert a model's tensors to the dtypes of another model's."""
     values = model.state_dict()
     for name, tensor in large.state_dict(keep_vars=True).items():
         if name in values:
@@ -166,7 +169,7 @@ def _plain(model: Any) -> Any:
 
 
 def _original(model: Any) -> nn.Module | None:
-    """The model before it was cut, on the meta device."""
+    """Return the model before it was cut, on the meta device."""
     config = copy.deepcopy(model.config)
     restore_stock(config)
     config.__dict__.pop(RECORD, None)

@@ -1,6 +1,6 @@
-"""Runtime targets: which sizes a runtime takes, from the table in targets.toml, and the nearest that it does.
+"""Runtime targets: which sizes a runtime supports, from the table in targets.toml, and the nearest supported sizes.
 
-Arithmetic on sizes alone. Whether a stock config can say a whole model is for `sspruner.formats.fitting` to try.
+Arithmetic on sizes only. `sspruner.formats.fitting` checks whether a stock config can describe the whole model.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from sspruner.graph.layout import Layout, Size
 from sspruner.graph.ssm_graph import SSMGraph
 
 TABLE = Path(__file__).with_name("targets.toml")
-MOST_TRIES = 200_000  # combinations of sizes on several axes that are looked at
+MOST_TRIES = 200_000  # largest number of combinations of sizes that are tried
 WAYS = "export --to hf-remote and --to sspruner write any cut"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One condition on one quantity of every mixer; targets.toml says what the fields mean."""
+    """One condition on one quantity of every mixer. targets.toml documents the fields."""
 
     of: str
     why: str
@@ -38,7 +38,7 @@ class Rule:
     shards: str = ""
 
     def holds(self, layout: Layout, tp: int) -> bool:
-        """Whether the mixer meets the condition; it does if it lacks a quantity."""
+        """Return whether the mixer meets the condition, which is also the case if it lacks a quantity."""
         n, other = quantity(self.of, layout), self.twice or self.multiple
         beside = quantity(other, layout) if isinstance(other, str) else other
         if n is None or beside is None:
@@ -52,15 +52,19 @@ class Rule:
         )
 
     def touches(self, axes: Sequence[str]) -> bool:
-        """Whether a cut of these axes changes the quantity."""
+        """Return whether a cut of these axes changes the quantity."""
         return any(dim in axes for term in _quantities()[self.of][0] for dim in term)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime. models: types of config that it serves. writer: the export that it reads. tp: GPUs that share a model.
+    """A runtime with the sizes that it supports.
 
-    ran: whether what the table says was tried here, or read in the runtime's sources only.
+    models  config types that it serves
+    writer  name of the export format that it reads
+    shards  True if it can split a mixer over GPUs
+    ran     True if its rules were tested by running it; False if they were read in its sources
+    tp      number of GPUs that share a model
     """
 
     name: str
@@ -75,12 +79,12 @@ class Target:
         return f"{self.name} on {self.tp} GPUs" if self.tp > 1 else self.name
 
     def broken(self, model: str, layout: Layout, levels: Sequence[str] = ("must",)) -> list[Rule]:
-        """The rules of some levels that a mixer of this size breaks. model: the type of its config."""
+        """Return the rules of some levels that a mixer of this size breaks. model: the type of its config."""
         rules = [r for r in self.rules if r.level in levels and (not r.models or model in r.models)]
         return [rule for rule in rules if not rule.holds(layout, self.tp)]
 
     def serves(self, graph: SSMGraph) -> str:
-        """Why it serves no such model at all; "" if it does."""
+        """Return the reason why the target does not serve models of this kind, "" if it does."""
         if graph.family is None:
             return f"{self.name} reads models of transformers' families; {graph.model_class} is not known as one"
         if graph.family.name not in self.models:
@@ -88,18 +92,18 @@ class Target:
         return ""
 
     def refuses(self, graph: SSMGraph) -> list[str]:
-        """Which musts the mixers break, in words; each once."""
+        """Describe the mandatory rules that the mixers break, without duplicates."""
         assert graph.family is not None
         name = graph.family.name
-        found = {said(r, site.layout): None for site in graph.layers for r in self.broken(name, site.layout)}
-        return list(found)
+        messages = {said(r, site.layout): None for site in graph.layers for r in self.broken(name, site.layout)}
+        return list(messages)
 
     def notes(self, graph: SSMGraph) -> list[str]:
-        """What it does with these sizes that is worth a word: slower paths, kernels that want others; each once."""
+        """Describe slower paths and other effects of these sizes in the target, without duplicates."""
         assert graph.family is not None
         name, levels = graph.family.name, ("fast", "note")
-        found = {said(r, site.layout): None for site in graph.layers for r in self.broken(name, site.layout, levels)}
-        return list(found)
+        messages = {said(r, site.layout): None for site in graph.layers for r in self.broken(name, site.layout, levels)}
+        return list(messages)
 
 
 @cache
@@ -109,18 +113,18 @@ def _table() -> dict[str, Any]:
 
 @cache
 def _quantities() -> dict[str, tuple[Size, str]]:
-    """name -> (a sum of products of dimensions, in words)."""
+    """Return name -> (a sum of products of dimensions, description)."""
     return {name: (tuple(map(tuple, q["sizes"])), q["says"]) for name, q in _table()["quantities"].items()}
 
 
 def quantity(name: str, layout: Layout) -> int | None:
-    """A quantity of a mixer; None if it lacks one of the dimensions."""
+    """Return a quantity of a mixer; None if it lacks one of the dimensions."""
     size, _ = _quantities()[name]
     return layout.stock_total(size) if all(dim in layout.sizes for term in size for dim in term) else None
 
 
 def said(rule: Rule, layout: Layout) -> str:
-    """A rule that a mixer breaks, in words."""
+    """Describe a rule that a mixer breaks."""
     return f"{_quantities()[rule.of][1]} {quantity(rule.of, layout)}: {rule.why}"
 
 
@@ -131,12 +135,15 @@ def _splits(n: int, tp: int, shards: str) -> bool:
 
 
 def names() -> tuple[str, ...]:
-    """The targets of the table."""
+    """Return the names of all targets in the table."""
     return tuple(name for name in _table() if name != "quantities")
 
 
 def target(name: str, tp: int = 1) -> Target:
-    """A target of the table. Raises InputError for an unknown one, and for tp where it means nothing."""
+    """Return a target of the table.
+
+    Raises InputError for an unknown name, and for tp > 1 if the target cannot split a mixer.
+    """
     if name not in names():
         raise InputError(f"target {name!r}: unknown; known: {', '.join(names())}")
     row = _table()[name]
@@ -145,44 +152,46 @@ def target(name: str, tp: int = 1) -> Target:
     if tp > 1 and not row["shards"]:
         sharing = [other for other in names() if _table()[other]["shards"]]
         raise InputError(f"tp {tp}: {name} does not split a mixer over GPUs; tp is for {', '.join(sharing)}")
-    given: list[dict[str, Any]] = [
+    rules_data: list[dict[str, Any]] = [
         {key: tuple(value) if isinstance(value, list) else value for key, value in rule.items()}
         for rule in row["rules"]
     ]
-    rules = tuple(Rule(**fields) for fields in given)
+    rules = tuple(Rule(**fields) for fields in rules_data)
     return Target(name, tuple(row["models"]), row["writer"], row["shards"], row["ran"], rules, tp)
 
 
 def chosen(name: str | None, tp: int) -> Target | None:
-    """The target that was named, None if none was. Raises InputError for a tp without one."""
+    """Return the named target, None if no name is given. Raises InputError for tp without a target."""
     if name is None and tp != 1:
         raise InputError(f"tp {tp}: says over how many GPUs a target splits the model; name the target, too")
     return None if name is None else target(name, tp)
 
 
 def expressible(graph: SSMGraph) -> set[str]:
-    """The axes of which the model's stock config holds a size, and `block`, which every config counts."""
+    """Return the axes whose size is a field of the model's stock config, and `block`, which every config counts."""
     sizes = graph.family.config_sizes.values() if graph.family else ()
     return {dim for size in sizes for term in size for dim in term} | {"block"}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Rounds the counts of an allocation to sizes that a target takes, one size for all layers."""
+    """Rounding of an allocation's counts to sizes that a target supports, the same size in all layers."""
 
     target: Target
     graph: SSMGraph
 
     def to_json(self) -> dict[str, Any]:
-        """As a budget records it."""
+        """Return the target's name and tp, as a budget records them."""
         return {"name": self.target.name, "tp": self.target.tp}
 
     def counts(self, counts: Mapping[str, int], options: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """The nearest counts that the target takes and that still cut every axis that was cut; of two the larger.
+        """Return the nearest supported counts that still cut every axis that `counts` cuts; of two the larger.
 
-        counts: dependency group -> units that stay; options: the counts that everything else allows. Raises ModelError
-        for a model that the target does not serve and axes that its config cannot say, InputError for layers that
-        would differ and for a cut with no allowed size.
+        counts   dependency group -> number of units kept
+        options  dependency group -> the counts that all other settings allow
+
+        Raises ModelError for a model that the target does not serve and for axes that its config cannot express,
+        InputError for layers that would differ and for a cut without a supported size.
         """
         groups, t = self.graph.groups, self.target
         if why := t.serves(self.graph):
@@ -191,12 +200,12 @@ class Fit:
         for name in counts:
             by_axis.setdefault(groups[name].axis, []).append(name)
         cut = {axis: n for axis, n in by_axis.items() if any(counts[name] < groups[name].units for name in n)}
-        able = expressible(self.graph)
+        can_cut = expressible(self.graph)
         for axis, named in cut.items():
-            if axis not in able:
+            if axis not in can_cut:
                 raise ModelError(
                     f"target {t.name}: no field of the config holds the size of axis {axis}, so that it cannot load "
-                    f"such a cut; axes that it may: {', '.join(a for a in self.graph.axes if a in able)}. {WAYS}"
+                    f"such a cut; axes that it may: {', '.join(a for a in self.graph.axes if a in can_cut)}. {WAYS}"
                 )
             sizes = {counts[name] for name in named}
             if len(sizes) > 1:
@@ -205,24 +214,26 @@ class Fit:
                     "give --keep, or leave out ratios, ignore, floor and cap that set layers apart"
                 )
         sized = [axis for axis in cut if axis != "block"]
-        wanted = {axis: counts[cut[axis][0]] for axis in sized}
+        requested = {axis: counts[cut[axis][0]] for axis in sized}
         choices = {
             axis: sorted(
                 set.intersection(*({n for n in options[name] if n < groups[name].units} for name in cut[axis]))
             )
             for axis in sized
         }
-        found = nearest(choices, wanted, lambda sizes: not any(True for _ in self._broken(sizes)))
-        if found is None:
-            why = "; ".join(dict.fromkeys(self._broken(wanted))) or "no such size obeys the other options"
-            if not wanted:
+        rounded = nearest(choices, requested, lambda sizes: not any(True for _ in self._broken(sizes)))
+        if rounded is None:
+            why = "; ".join(dict.fromkeys(self._broken(requested))) or "no such size obeys the other options"
+            if not requested:
                 raise InputError(f"target {t}: does not take the sizes of this model: {why}. {WAYS}")
-            asked = ", ".join(f"{axis} {n}" for axis, n in wanted.items())
-            raise InputError(f"target {t}: takes no cut like {asked}. {why}; nothing that it takes lies below. {WAYS}")
-        return dict(counts) | {name: n for axis, n in found.items() for name in cut[axis]}
+            described = ", ".join(f"{axis} {n}" for axis, n in requested.items())
+            raise InputError(
+                f"target {t}: takes no cut like {described}. {why}; nothing that it takes lies below. {WAYS}"
+            )
+        return dict(counts) | {name: n for axis, n in rounded.items() for name in cut[axis]}
 
     def _broken(self, sizes: Mapping[str, int]) -> Iterator[str]:
-        """What mixers with these sizes break, in words: the musts, and the fast paths of what is cut."""
+        """Describe the rules that these sizes break: mandatory rules, and fast paths of the axes that are cut."""
         assert self.graph.family is not None
         name = self.graph.family.name
         for layout in self._layouts():
@@ -235,7 +246,7 @@ class Fit:
         return list({tuple(site.layout.sizes.items()): site.layout for site in self.graph.layers}.values())
 
     def changes(self, asked: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
-        """What was rounded, in words: one line per axis."""
+        """Describe what was rounded: one line per axis."""
         lines = {}
         for name, n in counts.items():
             group = self.graph.groups[name]
@@ -246,27 +257,27 @@ class Fit:
         return list(lines.values())
 
     def takes(self, axis: str) -> list[int]:
-        """The sizes to which the target lets one axis alone be cut in every layer, from the model as it is."""
+        """Return the supported sizes of one axis if only this axis is cut, equally in every layer."""
         groups = [group for group in self.graph.groups.values() if group.axis == axis]
         step = max(group.multiple_of for group in groups)
-        able = range(step, min(group.units for group in groups), step)
+        candidates = range(step, min(group.units for group in groups), step)
         if axis not in expressible(self.graph):
             return []
-        return [n for n in able if axis == "block" or not any(True for _ in self._broken({axis: n}))]
+        return [n for n in candidates if axis == "block" or not any(True for _ in self._broken({axis: n}))]
 
 
 def fit_to(graph: SSMGraph, name: str | None, tp: int) -> Fit | None:
-    """The rounding for a target that was named, None if none was."""
-    found = chosen(name, tp)
-    return None if found is None else Fit(found, graph)
+    """Return the rounding for the named target, None if no name is given."""
+    runtime = chosen(name, tp)
+    return None if runtime is None else Fit(runtime, graph)
 
 
 def nearest(
     choices: Mapping[str, Sequence[int]], wanted: Mapping[str, int], fits: Callable[[dict[str, int]], bool]
 ) -> dict[str, int] | None:
-    """The sizes, one for each axis, that fit and are nearest to those wanted; of equally near ones the larger.
+    """Return the sizes, one per axis, that fit and are nearest to those wanted; of equally near ones the larger.
 
-    The distance is the sum over the axes of |size - wanted| / wanted. None if there are none among the choices.
+    The distance is the sum over the axes of |size - wanted| / wanted. None if no combination of the choices fits.
     """
     axes = list(choices)
     order = {a: sorted(choices[a], key=lambda n, a=a: (abs(n - wanted[a]), -n)) for a in axes}  # type: ignore[misc]
@@ -275,8 +286,8 @@ def nearest(
 
     def rank(at: tuple[int, ...]) -> tuple[float, float, tuple[int, ...]]:
         sizes = {a: order[a][i] for a, i in zip(axes, at, strict=True)}
-        away = sum(abs(n - wanted[a]) / wanted[a] for a, n in sizes.items())
-        return round(away, 12), -sum(n / wanted[a] for a, n in sizes.items()), at
+        distance = sum(abs(n - wanted[a]) / wanted[a] for a, n in sizes.items())
+        return round(distance, 12), -sum(n / wanted[a] for a, n in sizes.items()), at
 
     start = (0,) * len(axes)
     heap, seen = [rank(start)], {start}

@@ -1,1 +1,4 @@
-"""Axes, members, dependency groups: what can be removed from a model. Knows tensors and modules, nothing else."""
+"""Describe which parts of a model can be pruned together: dependency groups, module layouts, model families.
+
+Main names: `trace.trace`, `ssm_graph.SSMGraph`, `group.DependencyGroup`, `family.Family`.
+"""

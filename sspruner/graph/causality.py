@@ -1,7 +1,7 @@
-"""A self-test of the installed model code: a token in the future must not change the past.
+"""Check that the installed model code is causal: a token must not change the outputs of earlier tokens.
 
-transformers before 5.14 computed some mixers wrongly without their kernels: across chunks they looked ahead. Scores
-measured on such a forward would be of another model.
+Without their kernels, some mixers of transformers before 5.14 read later tokens across chunk boundaries. Scores
+measured on such a forward pass would describe a different model.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import torch
 
 from sspruner.errors import ModelError
 
-CHUNK, TOKENS = 8, 19  # more than two chunks, and not a multiple of one
+CHUNK, TOKENS = 8, 19  # more than two chunks, and not a multiple of the chunk length
 
-_passed: set[type] = set()  # mixer classes that were found causal in this process
+_passed: set[type] = set()  # mixer classes that passed the check in this process
 
 
 @torch.no_grad()
 def check_causal(mixer: Any, path: str) -> None:
-    """Raise ModelError if the last token changes the mixer's output for earlier ones. Once per class; not on meta."""
+    """Raise ModelError if the last token changes the mixer's output for earlier tokens.
+
+    Runs once per mixer class and process; skipped for mixers on the meta device.
+    """
     weight = next((p for p in mixer.parameters() if p.ndim == 2 and p.is_floating_point()), None)
     if weight is None or type(mixer) in _passed or any(p.is_meta for p in mixer.parameters()):
         return
@@ -42,7 +45,7 @@ def check_causal(mixer: Any, path: str) -> None:
             mixer.chunk_size = chunk
     if not before.isfinite().all():  # damaged weights are reported where they are loaded
         return
-    # The same sums in the same order: equal to the bit where causal, but a kernel may round differently.
+    # A causal mixer computes the same sums in the same order, so outputs agree up to the rounding of a kernel.
     limit = 1e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
     if not (after - before).abs().max() <= limit * before.abs().max():
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What a family of state-space models has to provide. One family = one short file that subclasses Family."""
+"""Interface of a model family. Each family is one short file with a subclass of Family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sspruner.graph.layout import Layout, Size
 
 @dataclass(frozen=True)
 class Projected:
-    """What a Mamba2-type mixer feeds to its scan, exactly as its forward computes it.
+    """Inputs of a Mamba2-type mixer's scan, exactly as its forward pass computes them.
 
     x (b, T, H, P), z (b, T, H*P), dt (b, T, H) after softplus and clamp, A (H,) negative, B and C (b, T, G, N),
     D (H,). b batch, T tokens, H heads, P head dim, G groups, N state.
@@ -32,7 +32,7 @@ class Projected:
 
 @dataclass(frozen=True)
 class SelectiveProjected:
-    """What a Mamba1-type mixer feeds to its scan: the decay differs by channel and state.
+    """Inputs of a Mamba1-type mixer's scan, whose decay differs by channel and state.
 
     x (b, T, G, P), z (b, T, G*P), dt (b, T, G, P) after softplus, A (G, P, N) negative, B and C (b, T, G, N),
     D (G, P). G independent scans (1 in Mamba1, the heads of Zamba) of P channels each.
@@ -48,17 +48,17 @@ class SelectiveProjected:
 
 
 class Family(ABC):
-    """Describes one kind of mixer. Registered through the hook `sspruner_families`.
+    """Base class that describes one kind of mixer. Registered through the hook `sspruner_families`.
 
-    name           as shown by `sspruner inspect`. Where it is the config's `model_type`, the engine also describes the
-                   rest of the model (attention, MLP, hidden size, blocks); a mixer in another model is traced alone
-    mixer_class    class name of the mixer module: recognised by name, so that nothing has to be imported
-    config_sizes   stock config fields that hold one value for all layers: field -> a sum of products of dimensions
+    name           name printed by `sspruner inspect`. If it equals the config's `model_type`, the rest of the model
+                   (attention, MLP, hidden size, blocks) is described, too; otherwise only the mixers are
+    mixer_class    class name of the mixer module; recognised by name, so that nothing has to be imported
+    config_sizes   stock config fields with one value for all layers: field -> a sum of products of dimensions
     config_epsilon config field of the epsilon of the norms over the residual stream, if nothing else reads it
     config_lists   config fields with one entry per block, cut with the blocks
-    basis_refused  why the state cannot have another basis, "" if it can (needs `state_encode` and `state_decode` in
-                   layout and project, see mamba2_type.py)
-    mixer_axis     whether the rest of a block still does something without its mixer (axis `mixer`)
+    basis_refused  reason why the state cannot be projected to another basis, "" if it can (then layout and project
+                   must support `state_encode` and `state_decode`, see mamba2_type.py)
+    mixer_axis     True if a block without its mixer still has another module (axis `mixer`)
     """
 
     name: str
@@ -70,33 +70,34 @@ class Family(ABC):
     mixer_axis: bool = False
 
     def recognises(self, module: nn.Module) -> bool:
-        """Whether `module` is a mixer of this family."""
+        """Return whether `module` is a mixer of this family."""
         return type(module).__name__ == self.mixer_class
 
     @abstractmethod
     def layout(self, mixer: nn.Module) -> Layout:
-        """Where the rows of this mixer live. Must not touch values: the mixer may be on the meta device."""
+        """Return the layout of this mixer. Must not read values: the mixer may be on the meta device."""
 
     @abstractmethod
     def project(self, mixer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor) -> Projected | SelectiveProjected:
-        """Recompute what `mixer` feeds to its scan from its input.
+        """Recompute the inputs of the mixer's scan from the mixer's input.
 
         hidden: (b, T, hidden size), the mixer's input. mask: bool (b, T), False where padding.
         """
 
     def readout(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:
-        """What `mixer` gives its out_proj, from the scan's output y, fp32 (b, T, H, P), and the gate z, (b, T, H*P).
+        """Compute the input of `mixer`'s out_proj from the scan's output y, fp32 (b, T, H, P), and gate z, (b, T, H*P).
 
-        fp32 (b, T, H*P); None if the family does not say: then it is observed, in one more run of the block.
+        Returns fp32 (b, T, H*P), or None if the family does not implement it: then out_proj's input is observed in
+        another run of the block.
         """
         return None
 
     def belongings(self, model: nn.Module, block: str) -> tuple[str, ...]:
-        """Paths of modules outside `block` that only this block uses."""
+        """Return the paths of modules outside `block` that only this block uses."""
         return ()
 
     def keep_blocks(self, model: Any, keep: Sequence[int]) -> None:
-        """Repair what counts blocks, once only the blocks `keep` (old indices) are left: config and lookup tables."""
+        """Update the config and lookup tables that count blocks, after all but `keep` (old indices) were removed."""
         config = model.config
         config.num_hidden_layers = len(keep)
         for name in self.config_lists:

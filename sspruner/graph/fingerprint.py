@@ -1,4 +1,4 @@
-"""A short name for a model's weights, so that a plan or a score file is never used on another model."""
+"""Fingerprint of a model's weights, so that a plan or a score file is never applied to another model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SAMPLES_PER_TENSOR = 4096
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 (16 hex digits) of every parameter's name, shape, and up to 4096 evenly spaced values.
+    """Return a SHA-256 hash (16 hex digits) of every parameter's name, shape and up to 4096 evenly spaced values.
 
-    Values are rounded to bf16 first, so that a checkpoint has one fingerprint whether it is read as fp32 or bf16.
+    Values are rounded to bf16 first, so that a checkpoint has the same fingerprint whether it is read as fp32 or bf16.
     """
     digest = hashlib.sha256()
     for name, p in in_turn(model):

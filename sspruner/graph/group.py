@@ -1,4 +1,4 @@
-"""Dependency groups: all the tensor slices that must be cut together along one axis, or the blocks that may go."""
+"""Dependency groups: tensor slices that must be cut together along one axis, or modules that can be removed whole."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 
 @dataclass(frozen=True)
 class Member:
-    """A tensor slice that the units of a group own.
+    """Slice of one tensor that belongs to the units of a group.
 
-    index: int64 (groups, units, rows per unit) on the CPU: rows of `tensor` along `dims` (several are seen as one).
-    row_size: number of elements in one such row. counted: whether it is a parameter (buffers are cut, not counted).
+    index     int64 (groups, units, rows per unit) on the CPU: rows of `tensor` along `dims` (flattened, if several)
+    row_size  number of elements in one such row
+    counted   True for a parameter; buffers are cut, but not counted
     """
 
     tensor: str
@@ -24,7 +25,7 @@ class Member:
     counted: bool = True
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The member's values, unit by unit: (groups, units, elements per unit), fp32."""
+        """Return the member's values for each unit: (groups, units, elements per unit), fp32."""
         groups, units, _ = self.index.shape
         rows = as_rows(tensor.detach(), self.dims).index_select(0, self.index.flatten().to(tensor.device))
         return rows.reshape(groups, units, -1).float()
@@ -32,11 +33,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Block:
-    """One unit of the axes `block` and `mixer`: a module that adds to the residual stream and may go as a whole.
+    """Unit of the axes `block` and `mixer`: a module that adds to the residual stream and can be removed whole.
 
-    path     the module
-    writers  the parameters that write its contribution: with them at zero the module adds nothing (its mask)
-    extras   modules elsewhere that only this one uses, and that go with it (Zamba2's adapters)
+    path     path of the module
+    writers  parameters that write to the residual stream: the module adds nothing when they are zero (its mask)
+    extras   modules elsewhere that only this one uses and that are removed with it (Zamba2's adapters)
     """
 
     path: str
@@ -46,14 +47,14 @@ class Block:
 
 @dataclass(frozen=True)
 class DependencyGroup:
-    """One layer x one axis: `groups` sets of `units` units, cut together in every member.
+    """Units of one layer on one axis that are cut together in every member: `groups` sets of `units` units.
 
-    Constraint: every set keeps the same number of units (`keep` index sets may differ between sets, counts may
-    not), because the model's forward reshapes a flat dimension by them; and a multiple of `multiple_of`, where the
-    model's code asks for one. A group of whole modules has `blocks`, one for each unit, and no members.
+    Every set keeps the same number of units, since the model's forward reshapes a flat dimension by them; which units
+    are kept may differ between sets. The number is a multiple of `multiple_of`. A group of whole modules has `blocks`,
+    one for each unit, and no members.
 
-    On the axes of single elements `tensor` names a parameter of two dimensions, rows and columns: these are the sets
-    and the units, there are no members, and any number of elements may go. `runs` names some of the rows.
+    On the axes of single elements `tensor` names a two-dimensional parameter: sets are its rows, units its columns,
+    there are no members, and any number of elements may be zeroed. `runs` names ranges of its rows.
     """
 
     layer: str
@@ -74,17 +75,18 @@ class DependencyGroup:
 
     @property
     def parameters_per_unit(self) -> int:
-        """Number of parameters that leave the model with one unit, if nothing else is cut."""
+        """Number of parameters removed with one unit, if nothing else is cut."""
         return sum(m.index.shape[2] * m.row_size for m in self.members if m.counted)
 
     def key(self, tensor: str) -> str:
-        """How scorers call a parameter: its name relative to the layer."""
+        """Return a parameter's name relative to the layer, as scorers use it."""
         return tensor.removeprefix(f"{self.layer}.")
 
     def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The units' elements of tensors in the shapes of the parameters, by key: `<key>:<rows>` -> (groups, units, e).
+        """Select the units' elements from tensors in the shapes of the parameters, which are given by key.
 
-        What is not given is left out. On the axes of single elements the result has the tensor's own key.
+        Returns `<key>:<rows>` -> (groups, units, elements); members whose tensor is not given are left out. On the axes
+        of single elements the result has the tensor's own key and shape (rows, columns, 1).
         """
         if self.tensor:
             return {key: t.float()[..., None] for key, t in tensors.items() if key == self.key(self.tensor)}
@@ -96,12 +98,12 @@ class DependencyGroup:
 
 
 def as_rows(tensor: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """`tensor` with `dims` in front, seen as one dimension: (rows, ...). Shares memory where it can."""
+    """Move `dims` to the front and flatten them: (rows, ...). Shares memory where possible."""
     return tensor.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
 
 
 def drop_rows(tensor: torch.Tensor, dims: tuple[int, ...], rows: torch.Tensor) -> torch.Tensor:
-    """`tensor` without `rows` along `dims`; of several dimensions the last one shrinks, by as much everywhere."""
+    """Return `tensor` without `rows` along `dims`. Of several dims the last one shrinks, equally at every index."""
     flat = as_rows(tensor, dims)
     keep = torch.ones(len(flat), dtype=torch.bool, device="cpu")
     keep[rows] = False

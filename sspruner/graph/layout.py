@@ -1,12 +1,12 @@
-"""Where the rows of one module live, as data: every axis of a family follows from its Layout.
+"""Layout: for each tensor of a module, which rows belong to which dimension, as data.
 
-A layout gives names to dimensions (`group`, `head`, `head_dim`, `state`) and says, for each tensor, which runs
-of rows are a row-major product of which dimensions. For a Mamba2 mixer with one group of two heads:
+A layout names the dimensions of a module (`group`, `head`, `head_dim`, `state`) and describes each tensor as runs of
+rows, each a row-major product of dimensions. For a Mamba2 mixer with one group of two heads:
 
     in_proj.weight, dim 0:  z (group, head, head_dim) | x (group, head, head_dim) | B (group, state) | ...
 
-To cut the axis `state` is to drop index n of the dimension `state` wherever it occurs; the index maps, the
-number of parameters and the attributes to correct are all computed from the layout, here, once.
+Cutting the axis `state` drops index n of the dimension `state` wherever it occurs. Index maps, parameter counts and
+the attributes to correct are all computed from the layout, in this file.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import nn
 
 from sspruner.graph.group import DependencyGroup, Member
 
-ENCODE, DECODE = "state_encode", "state_decode"  # of a mixer whose state has coordinates of its own
+ENCODE, DECODE = "state_encode", "state_decode"  # parameters of a mixer with a projected state
 Dims = tuple[str, ...]
 Size = tuple[Dims, ...]  # a sum of products of dimensions
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A run of consecutive rows of a tensor: the row-major product of the dimensions `dims`."""
+    """Run of consecutive rows of a tensor: the row-major product of the dimensions `dims`."""
 
     name: str
     dims: Dims
@@ -35,11 +35,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a module: `tensor` (a parameter or buffer, relative to the module) is made of `rows` along `dim`.
+    """Tensor of a module (parameter or buffer, named relative to the module) that consists of `rows` along `dim`.
 
-    dim     a dimension of the tensor; or several, seen as one in that order, where rows differ by head in a tensor
-            (head, rows, ...). The leading ones are then only indices: they have a slot of their own to be cut in
-    outer   dimensions around the runs: for each index of `outer` all the runs follow one another (interleaved rows)
+    dim     dimension of the tensor; or several, flattened in that order, where rows differ by head in a tensor
+            (head, rows, ...). Then the leading ones are only indices, and another slot cuts them
+    outer   dimensions around the runs: all runs are repeated for each index of `outer` (interleaved rows)
     """
 
     tensor: str
@@ -53,17 +53,17 @@ class Slot:
         return (self.dim,) if isinstance(self.dim, int) else self.dim
 
     def cuts(self, axis: str, rows: Rows) -> bool:
-        """Whether dropping units of `axis` drops rows of this run here."""
+        """Return whether dropping units of `axis` drops rows of this run."""
         return axis in rows.dims or (axis in self.outer and len(self.tensor_dims) == 1)
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What a slice must do to the values that stay, so that sliced = masked.
+    """Correction of the values that stay after a slice, so that the sliced model equals the masked one.
 
-    A norm over the cut units divides by fewer of them after the cut. With f = before / after of the dimensions
-    `over`, `target` is multiplied by f ** power: a tensor (only its run `rows`, if given) or a float attribute.
-    An RMS norm with its own weight needs weight *= sqrt(f), eps *= f.
+    After the cut, a norm divides by fewer units. With f = before / after of the dimensions `over`, `target` is
+    multiplied by f ** power. `target` is a tensor (only its run `rows`, if set) or a float attribute.
+    An RMS norm with a weight of its own needs weight *= sqrt(f), eps *= f.
     """
 
     target: str
@@ -74,14 +74,14 @@ class Fold:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that has to be said about one module.
+    """Description of one module: its dimensions, tensors, axes and the attributes that depend on them.
 
     sizes       size of each named dimension
-    slots       the tensors that have such dimensions; a slot whose tensor the module lacks is skipped
-    axes        the dimensions that may be cut, each with the dimensions it is nested in: its groups
-    state       the dimensions of the recurrent state of one sequence
-    attributes  integers that the module's forward reads: attribute path -> a sum of products of dimensions; one that
-                the module lacks is skipped
+    slots       tensors with such dimensions; a slot whose tensor the module lacks is skipped
+    axes        dimensions that may be cut, each with the dimensions it is nested in (its groups)
+    state       dimensions of the recurrent state of one sequence
+    attributes  integers that the module's forward reads: attribute path -> a sum of products of dimensions; attributes
+                that the module lacks are skipped
     folds       corrections of the values that stay
     """
 
@@ -93,22 +93,22 @@ class Layout:
     folds: tuple[Fold, ...] = ()
 
     def count(self, dims: Dims) -> int:
-        """Product of the sizes of `dims`."""
+        """Return the product of the sizes of `dims`."""
         return prod(self.sizes[d] for d in dims)
 
     def total(self, size: Size) -> int:
-        """A sum of products of dimensions as a number."""
+        """Evaluate a sum of products of dimensions."""
         return sum(self.count(term) for term in size)
 
     def resized(self, sizes: Mapping[str, int]) -> Layout:
-        """The same layout after a cut: `sizes` replaces the sizes of the dimensions it names."""
+        """Return this layout with the sizes of some dimensions replaced."""
         return replace(self, sizes={**self.sizes, **sizes})
 
     def projected(self, size: int) -> Layout:
-        """The same layout with a recurrent state of `size` coordinates of its own, a basis, beside rows that stay.
+        """Return this layout for a state projected to `size` coordinates.
 
-        What was `state` is then `row`: the rows that make B and C. encode (group, state, row) reads them into the
-        state, decode (group, row, state) reads the state out.
+        The dimension `state` of B and C is renamed to `row` and keeps its size. encode (group, state, row) maps B into
+        the projected state, decode (group, row, state) maps it back for C.
         """
         if self.is_projected:
             return self.resized({"state": size})
@@ -128,29 +128,29 @@ class Layout:
 
     @property
     def is_projected(self) -> bool:
-        """Whether the state has coordinates of its own."""
+        """True if the state is projected to another basis."""
         return "row" in self.sizes
 
     def stock_total(self, size: Size) -> int:
-        """The value of a config's field: where the state has coordinates of its own, its `state` is the rows."""
+        """Return the value of a config field. If the state is projected, `state` means the rows of B and C."""
         return self.total(tuple(map(self.row_dims, size)) if self.is_projected else size)
 
     @staticmethod
     def row_dims(dims: Dims) -> Dims:
-        """Dimensions in a projected layout, of what is sized by the rows of B and C, not by the state."""
+        """Replace `state` by `row`, for dimensions sized by the rows of B and C in a projected layout."""
         return tuple("row" if d == "state" else d for d in dims)
 
     def rows_of(self, slot: Slot, rows: Rows) -> torch.Tensor:
-        """Row numbers of one run, in the shape of its dimensions: int64 (*outer, *rows.dims), on the CPU."""
+        """Return the row numbers of one run in the shape of its dimensions: int64 (*outer, *rows.dims), on the CPU."""
         before = sum(self.count(r.dims) for r in slot.rows[: slot.rows.index(rows)])
         width = sum(self.count(r.dims) for r in slot.rows)
-        # The device is named because the loader cuts inside `torch.device("meta")`.
+        # The device is explicit because the loader cuts inside `torch.device("meta")`.
         outer = torch.arange(self.count(slot.outer), device="cpu") * width + before
         inner = torch.arange(self.count(rows.dims), device="cpu")
         return (outer[:, None] + inner).reshape([self.sizes[d] for d in slot.outer + rows.dims])
 
     def index_map(self, slot: Slot, rows: Rows, axis: str, groups: Dims) -> torch.Tensor:
-        """Rows of `slot` that each unit of `axis` owns: int64 (groups, units, rows per unit)."""
+        """Return the rows of `slot` that belong to each unit of `axis`: int64 (groups, units, rows per unit)."""
         dims = slot.outer + rows.dims
         order = [*groups, axis, *[d for d in dims if d != axis and d not in groups]]
         index = self.rows_of(slot, rows).permute([dims.index(d) for d in order])
@@ -163,15 +163,15 @@ STATE_ITEMSIZE = 4
 
 
 def state_bytes(layout: Layout) -> int:
-    """Bytes of recurrent state that one sequence keeps in this mixer at decode."""
+    """Return the bytes of recurrent state that one sequence keeps in this mixer during decoding."""
     return layout.count(layout.state) * STATE_ITEMSIZE if layout.state else 0
 
 
 def members(layout: Layout, module: nn.Module, path: str, axis: str, groups: Dims) -> list[Member]:
-    """Every tensor slice of the module at `path` that the units of `axis` own."""
+    """Return every tensor slice of the module at `path` that belongs to the units of `axis`."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     tensors: dict[str, torch.Tensor] = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
-    found = []
+    slices = []
     for slot in layout.slots:
         if slot.tensor not in tensors:
             continue
@@ -179,7 +179,7 @@ def members(layout: Layout, module: nn.Module, path: str, axis: str, groups: Dim
         for rows in slot.rows:
             if slot.cuts(axis, rows):
                 extent = prod([int(tensor.shape[d]) for d in slot.tensor_dims])
-                found.append(
+                slices.append(
                     Member(
                         tensor=f"{path}.{slot.tensor}",
                         dims=slot.tensor_dims,
@@ -189,11 +189,11 @@ def members(layout: Layout, module: nn.Module, path: str, axis: str, groups: Dim
                         counted=slot.tensor in parameters,
                     )
                 )
-    return found
+    return slices
 
 
 def dependency_group(layout: Layout, module: nn.Module, path: str, axis: str) -> DependencyGroup:
-    """The dependency group of `axis` in the module at `path`: every member that one unit owns."""
+    """Return the dependency group of `axis` in the module at `path`."""
     groups = layout.axes[axis]
     sets, units = layout.count(groups), layout.sizes[axis]
     return DependencyGroup(

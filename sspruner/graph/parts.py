@@ -1,7 +1,7 @@
-"""The modules around the mixers, recognised by what they hold: attention, MLP, experts, norms, embeddings.
+"""Layouts of the modules around the mixers: attention, MLP, experts, norms, embeddings.
 
-Only used in models whose family is known by `model_type`. `hidden` is the width of the residual stream, which every
-one of them reads or writes.
+Modules are recognised by their attributes, and only in models whose family is known by `model_type`. Every layout
+has the dimension `hidden`, the width of the residual stream.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ PACKED = (Rows("gate", MLP), Rows("up", MLP))
 
 
 def attention(module: Any, hidden: int) -> Layout | None:
-    """q, k, v and o projections. A unit is one key/value head with its query heads, so that their ratio stays.
+    """Return the layout of an attention module with q, k, v and o projections, or None for other modules.
 
-    Zamba2 reads two copies of the hidden size side by side, and adds low-rank adapters to q, k and v.
+    A unit is one key/value head with its query heads, so that the number of query heads per key/value head is
+    unchanged. Zamba2's attention reads two copies of the hidden size side by side and has low-rank adapters on q, k and
+    v.
     """
     if not _has(module, "q_proj", "k_proj", "v_proj", "o_proj"):
         return None
@@ -31,9 +33,9 @@ def attention(module: Any, hidden: int) -> Layout | None:
     read = (Rows("hidden", ("copy", "hidden")),)
     rows = {"q": (Rows("q", HEADS),), "k": (Rows("k", KV),), "v": (Rows("v", KV),)}
     adapters: list[Slot] = []
-    for letter, made in rows.items():
+    for letter, out_rows in rows.items():
         for name in _adapters(module, f"linear_{letter}_adapter_list"):
-            adapters += [Slot(f"{name}.0.weight", 1, read), Slot(f"{name}.1.weight", 0, made)]
+            adapters += [Slot(f"{name}.0.weight", 1, read), Slot(f"{name}.1.weight", 0, out_rows)]
     return Layout(
         sizes={
             "attn_head": kv,
@@ -43,8 +45,8 @@ def attention(module: Any, hidden: int) -> Layout | None:
             "copy": module.q_proj.weight.shape[1] // hidden,
         },
         slots=(
-            *(Slot(f"{letter}_proj.weight", 0, made) for letter, made in rows.items()),
-            *(Slot(f"{letter}_proj.bias", 0, made) for letter, made in rows.items()),
+            *(Slot(f"{letter}_proj.weight", 0, out_rows) for letter, out_rows in rows.items()),
+            *(Slot(f"{letter}_proj.bias", 0, out_rows) for letter, out_rows in rows.items()),
             *(Slot(f"{letter}_proj.weight", 1, read) for letter in rows),
             *adapters,
             Slot("o_proj.weight", 1, (Rows("heads", HEADS),)),
@@ -60,7 +62,11 @@ def attention(module: Any, hidden: int) -> Layout | None:
 
 
 def mlp(module: Any, hidden: int) -> Layout | None:
-    """gate, up and down projections, in each of the four ways in which they are stored."""
+    """Return the layout of an MLP, or None for other modules.
+
+    Recognises four ways to store gate, up and down projections: packed `gate_up_proj`, packed `input_linear`, separate
+    `gate_proj` and `up_proj`, and `up_proj` without a gate.
+    """
     if _has(module, "gate_up_proj", "down_proj"):
         first: dict[str, tuple[Rows, ...]] = {"gate_up_proj": PACKED}
         last = "down_proj"
@@ -88,7 +94,10 @@ def mlp(module: Any, hidden: int) -> Layout | None:
 
 
 def experts(module: Any, hidden: int) -> Layout | None:
-    """A mixture of experts: its router, and weights (experts, out, in) of which the hidden side can be cut."""
+    """Return the layout of a mixture of experts, or None for other modules. Only its hidden size can be cut.
+
+    Expert weights have shape (experts, out, in); the router and, where present, the latent projections are included.
+    """
     weights = {name: p for name, p in module.named_parameters() if p.ndim == 3}
     if not weights or not any(name.startswith("experts.") for name in weights):
         return None
@@ -109,7 +118,7 @@ def experts(module: Any, hidden: int) -> Layout | None:
 
 
 def norm(module: Any, hidden: int) -> Layout | None:
-    """An RMS norm over the residual stream, or over copies of it side by side."""
+    """Return the layout of an RMS norm over the residual stream, or over copies of it; None for other modules."""
     weight, eps = getattr(module, "weight", None), "variance_epsilon"
     if "RMSNorm" not in type(module).__name__ or weight is None or weight.numel() % hidden or not hasattr(module, eps):
         return None
@@ -121,18 +130,18 @@ def norm(module: Any, hidden: int) -> Layout | None:
 
 
 def ends(module: Any, hidden: int) -> Layout | None:
-    """Embeddings, and Zamba's linear between a shared block and its mixer."""
+    """Return the layout of an embedding, or of Zamba's linear layer between a shared block and its mixer; else None."""
     rows = (Rows("hidden", HIDDEN),)
     if isinstance(module, nn.Embedding):
         return Layout(sizes={"hidden": hidden}, slots=(Slot("weight", 1, rows),))
     if isinstance(module, nn.Linear) and tuple(module.weight.shape) == (hidden, hidden):
-        made = (Rows("made", HIDDEN),)  # not "out": this adds nothing to the residual stream itself
-        return Layout(sizes={"hidden": hidden}, slots=(Slot("weight", 0, made), Slot("weight", 1, rows)))
+        out_rows = (Rows("made", HIDDEN),)  # not "out": its output is not added to the residual stream
+        return Layout(sizes={"hidden": hidden}, slots=(Slot("weight", 0, out_rows), Slot("weight", 1, rows)))
     return None
 
 
 def output_head(hidden: int) -> Layout:
-    """The output head: only its columns are hidden units, even if there are as many tokens."""
+    """Return the layout of the output head. Only its columns are hidden units, whatever the vocabulary size."""
     return Layout(sizes={"hidden": hidden}, slots=(Slot("weight", 1, (Rows("hidden", HIDDEN),)),))
 
 
@@ -150,7 +159,7 @@ def _has(module: nn.Module, *names: str) -> bool:
 
 
 def _writes(name: str) -> tuple[Slot, Slot]:
-    """The rows of a Linear that adds to the residual stream."""
+    """Return the slots of a linear layer whose output is added to the residual stream."""
     out = (Rows("out", HIDDEN),)
     return Slot(f"{name}.weight", 0, out), Slot(f"{name}.bias", 0, out)
 

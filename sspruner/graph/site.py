@@ -10,10 +10,11 @@ from sspruner.graph.layout import Layout, state_bytes
 
 @dataclass(frozen=True)
 class Site:
-    """One module that the graph describes: where it is, what kind it is, how its rows lie.
+    """Path, kind and layout of one module that the graph describes.
 
-    family    the family of a mixer; None for the parts around the mixers
-    aliases   other paths that hold the same parameters (Zamba's shared blocks): cut once, corrected everywhere
+    family    the family of a mixer; None for other modules
+    aliases   other paths that share the same parameters (Zamba's shared blocks): parameters are cut once, attributes
+              are corrected at every path
     """
 
     path: str
@@ -30,5 +31,5 @@ class Site:
 
 
 def within(path: str, outer: str) -> bool:
-    """Whether the module or parameter at `path` is `outer` or lies inside it."""
+    """Return whether the module or parameter at `path` is `outer` or lies inside it."""
     return path == outer or path.startswith(f"{outer}.")

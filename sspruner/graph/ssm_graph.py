@@ -1,4 +1,4 @@
-"""SSMGraph: the dependency groups of one model, as data that prints as a tree. `trace` makes it."""
+"""SSMGraph: the dependency groups of one model, as data that prints as a tree. Created by `trace`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sspruner.graph.site import Site
 
 @dataclass(frozen=True)
 class SSMGraph:
-    """What can be removed from a model. `groups` maps `<module path>:<axis>` to its dependency group.
+    """Prunable structure of a model. `groups` maps `<module path>:<axis>` to its dependency group.
 
-    sites      every module that is described, in the model's order; `layers` are the mixers among them
+    sites      every described module, in the model's order; `layers` are the mixers among them
     blocks     path of the list of repeated blocks, "" if there is none
-    family     the family of the whole model, None if it is not a known one: then only its mixers are described
-    elements   the same as `groups` for the axes of single elements, `weight` and `decay`
+    family     family of the whole model; None if unknown, then only its mixers are described
+    elements   dependency groups of the axes of single elements, `weight` and `decay`
     """
 
     model_class: str
@@ -48,23 +48,23 @@ class SSMGraph:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of recurrent state per sequence at decode (fp32), all layers."""
+        """Bytes of recurrent state per sequence during decoding (fp32), over all layers."""
         return sum(site.state_bytes for site in self.layers)
 
     def groups_of(self, site: Site) -> list[DependencyGroup]:
-        """The dependency groups of one module."""
+        """Return the dependency groups of one module."""
         return [self.groups[f"{site.path}:{axis}"] for axis in site.layout.axes]
 
     def on_axis(self, axis: str) -> dict[str, DependencyGroup]:
-        """The dependency groups of one axis. Raises InputError if the model has no such axis."""
-        found = {name: g for name, g in {**self.groups, **self.elements}.items() if g.axis == axis}
-        if not found:
-            have = dict.fromkeys([*self.axes, *(g.axis for g in self.elements.values())])
-            raise InputError(f"axis {axis!r}: {self.model_class} has none; it has {', '.join(have)}")
-        return found
+        """Return the dependency groups of one axis. Raises InputError if the model has no such axis."""
+        groups = {name: g for name, g in {**self.groups, **self.elements}.items() if g.axis == axis}
+        if not groups:
+            available = dict.fromkeys([*self.axes, *(g.axis for g in self.elements.values())])
+            raise InputError(f"axis {axis!r}: {self.model_class} has none; it has {', '.join(available)}")
+        return groups
 
     def to_json(self) -> dict[str, Any]:
-        """The graph's numbers, for programs."""
+        """Return the sizes in the graph as a JSON object."""
         return {
             "model_class": self.model_class,
             "parameters": self.parameters,
@@ -98,7 +98,7 @@ class SSMGraph:
         }
 
     def tree(self) -> Tree:
-        """The graph as a rich tree: a line per layer, a line per axis, and what one unit owns."""
+        """Return the graph as a rich tree: one line per layer and axis, with the size of one unit."""
         root = Tree(
             f"{self.model_class}: {self.parameters:,} parameters, {self.weight_bytes:,} bytes of weights, "
             f"{self.state_bytes:,} bytes of state per sequence"
@@ -119,7 +119,7 @@ class SSMGraph:
                     + (", same count in every group" if group.groups > 1 else "")
                 )
                 lines = _members_by_tensor(group, {f.target for f in site.layout.folds if group.axis in f.over})
-                if lines not in shown:  # the same in every layer of a family: said once
+                if lines not in shown:  # identical in every layer of a family: printed once
                     shown.add(lines)
                     for line in lines:
                         leaf.add(line)
@@ -137,7 +137,7 @@ class SSMGraph:
 
 
 def _members_by_tensor(group: DependencyGroup, folded: set[str]) -> tuple[str, ...]:
-    """`in_proj.weight dim 0: B, C`: one line per tensor, relative to the layer; and what is scaled by a cut."""
+    """Return one line per tensor, such as `in_proj.weight dim 0: rows of B, C`, and the tensors that a cut rescales."""
     lines: dict[str, list[str]] = {}
     for m in group.members:
         key = f"{m.tensor.removeprefix(group.layer + '.')} dim {', '.join(map(str, m.dims))}"

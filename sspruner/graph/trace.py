@@ -1,4 +1,4 @@
-"""Trace: find what can be removed from a model, and describe it as an SSMGraph."""
+"""Build the SSMGraph of a model: find its prunable modules and the dependency groups between their tensors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sspruner.graph.ssm_graph import SSMGraph
 
 
 def trace(model: nn.Module) -> SSMGraph:
-    """Describe what can be removed from `model`, layer by layer. The model is not changed and may be on meta.
+    """Return the SSMGraph of `model`, which is not changed and may be on the meta device.
 
-    Raises ModelError if the model has no layer of a known family or one without size, or if the installed code of a
-    mixer is not causal.
+    Raises ModelError if the model has no layer of a known family, a layer of size 0, or a mixer whose installed code is
+    not causal.
     """
     families = installed_families()
     family = families.get(getattr(getattr(model, "config", None), "model_type", None) or "")
@@ -32,15 +32,15 @@ def trace(model: nn.Module) -> SSMGraph:
     mixers = [site for site in sites if site.family]
     if not mixers:
         common = Counter(type(m).__name__ for m in model.modules() if not isinstance(m, nn.ModuleList))
-        found = ", ".join(f"{n} {name}" for name, n in common.most_common(4))
+        common_names = ", ".join(f"{n} {name}" for name, n in common.most_common(4))
         raise ModelError(
-            f"{type(model).__name__}: no state-space layer found (it has {found}); "
+            f"{type(model).__name__}: no state-space layer found (it has {common_names}); "
             f"known mixers: {', '.join(sorted(f.mixer_class for f in families.values()))}"
         )
-    for site in sites:  # a dimension that is no axis may be absent: the MLP rows of mamba_ssm's mixers
+    for site in sites:  # only axes are checked: other dimensions may be 0, such as the MLP rows of mamba_ssm's mixers
         sizes = {name: size for name, size in site.layout.sizes.items() if name in site.layout.axes}
-        if none := [f"{name} {size}" for name, size in sizes.items() if size < 1]:
-            raise ModelError(f"{site.path}: has {', '.join(none)}; every size must be at least 1")
+        if empty := [f"{name} {size}" for name, size in sizes.items() if size < 1]:
+            raise ModelError(f"{site.path}: has {', '.join(empty)}; every size must be at least 1")
     for site in mixers:
         check_causal(model.get_submodule(site.path), site.path)
     groups = [
@@ -65,10 +65,13 @@ def trace(model: nn.Module) -> SSMGraph:
 
 
 def _sites(model: nn.Module, families: dict[str, Family], known: bool) -> list[Site]:
-    """Every module that a family or, in a known model, a part describes; one site for all that share parameters."""
+    """Return the sites of all modules that a family or, in a known model, a part describes.
+
+    Modules that share their parameters give one site with aliases.
+    """
     head = model.get_output_embeddings() if known else None  # type: ignore[operator]
     hidden = model.get_input_embeddings().weight.shape[1] if known else 0  # type: ignore[operator]
-    found: dict[tuple[object, ...], Site] = {}
+    sites: dict[tuple[object, ...], Site] = {}
     closed: list[str] = []
     open_: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
@@ -81,48 +84,51 @@ def _sites(model: nn.Module, families: dict[str, Family], known: bool) -> list[S
             kind, layout = "head", output_head(hidden)
         else:
             inside_experts = any(path.startswith(f"{inside}.") for inside in open_)
-            # Beside the experts there may be an MLP that every token passes; the rest is theirs.
-            able = {"mlp": PARTS["mlp"]} if inside_experts else PARTS if known else {}
-            parts = ((kind, part(module, hidden)) for kind, part in able.items())
-            kind, found_layout = next(((k, made) for k, made in parts if made is not None), ("", None))
-            if found_layout is None:
+            # Inside a mixture of experts only a shared MLP is described separately.
+            candidates = {"mlp": PARTS["mlp"]} if inside_experts else PARTS if known else {}
+            parts = ((kind, part(module, hidden)) for kind, part in candidates.items())
+            kind, part_layout = next(((k, candidate) for k, candidate in parts if candidate is not None), ("", None))
+            if part_layout is None:
                 continue
-            layout = found_layout
+            layout = part_layout
         (open_ if kind == "experts" else closed).append(path)
         key = (kind, *(id(p) for p in module.parameters()))
-        if key in found:
-            found[key] = replace(found[key], aliases=(*found[key].aliases, path))
+        if key in sites:
+            sites[key] = replace(sites[key], aliases=(*sites[key].aliases, path))
         else:
             parameters = sum(p.numel() for p in module.parameters())
-            found[key] = Site(path, kind, layout, parameters, family)
-    return list(found.values())
+            sites[key] = Site(path, kind, layout, parameters, family)
+    return list(sites.values())
 
 
 def _hidden_group(model: nn.Module, sites: list[Site]) -> list[DependencyGroup]:
-    """The residual stream's width: one group over all sites; none if a parameter of the model is not described."""
+    """Return the dependency group of the residual stream's width, over all sites.
+
+    Empty if some parameter of the model is not described by a site: it could not be cut.
+    """
     described = [path for site in sites for path in (site.path, *site.aliases)]
     for name, _ in model.named_parameters(remove_duplicate=False):
         if not any(name.startswith(f"{path}.") for path in described):
             return []
-    found: list[Member] = []
+    hidden_members: list[Member] = []
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for site in sites:
         if "hidden" not in site.layout.sizes:
             return []
         for member in members(site.layout, model.get_submodule(site.path), site.path, "hidden", ()):
             key = (id(_tensor(model, member.tensor)), member.dims)
-            if key not in seen:  # a tied head is the embedding
+            if key not in seen:  # a tied output head shares the embedding's weight
                 seen.add(key)
-                found.append(member)
+                hidden_members.append(member)
     units = sites[0].layout.sizes["hidden"]
     prefix = str(getattr(model, "base_model_prefix", "") or "model")
-    # Experts run as one grouped matrix product, which takes rows of a multiple of 16 bytes: 8 units in bf16.
+    # Experts run as one grouped matrix product, whose rows must be a multiple of 16 bytes: 8 units in bf16.
     multiple = 8 if any(site.kind == "experts" for site in sites) else 1
-    return [DependencyGroup(prefix, "hidden", 1, units, tuple(found), multiple_of=multiple)]
+    return [DependencyGroup(prefix, "hidden", 1, units, tuple(hidden_members), multiple_of=multiple)]
 
 
 def _block_groups(model: nn.Module, sites: list[Site], blocks: str, family: Family) -> list[DependencyGroup]:
-    """The axes `block` and, where the rest of a block does something without its mixer, `mixer`."""
+    """Return the groups of the axes `block` and `mixer`; `mixer` only if blocks hold more than their mixer."""
     count = len(model.get_submodule(blocks))  # type: ignore[arg-type]
     paths = [f"{blocks}.{i}" for i in range(count)]
     owners = Counter(
@@ -131,7 +137,7 @@ def _block_groups(model: nn.Module, sites: list[Site], blocks: str, family: Fami
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def writers(path: str) -> tuple[str, ...]:
-        """What writes to the residual stream inside `path` and is not shared with another block."""
+        """Return the parameters inside `path` that write to the residual stream and belong to one block alone."""
         names = [
             f"{site.path}.{slot.tensor}"
             for site in sites
@@ -150,7 +156,7 @@ def _block_groups(model: nn.Module, sites: list[Site], blocks: str, family: Fami
 
 
 def _block_list(model: nn.Module, mixer: str) -> str:
-    """Path of the outermost ModuleList around a mixer, "" if there is none."""
+    """Return the path of the outermost ModuleList around a mixer, "" if there is none."""
     parts = mixer.split(".")
     for depth in range(1, len(parts)):
         path = ".".join(parts[:depth])

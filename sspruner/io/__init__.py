@@ -1,1 +1,4 @@
-"""Loading and saving models."""
+"""Load, save and export models.
+
+Main names: `load.load`, `save.save`, `export.export`, `skeleton.skeleton`.
+"""

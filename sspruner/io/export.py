@@ -1,4 +1,4 @@
-"""Export: a model as a folder that other readers than sspruner open. Each of them has a file that writes for it."""
+"""Export a model to a folder for readers other than sspruner. One module per format writes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sspruner.pruning.report import Report
 from sspruner.reporting.card import write_card
 from sspruner.surgery.mask import is_masked
 
-WRITERS = {  # and how what was written is read
+WRITERS = {  # format -> the call that loads it
     "hf": "AutoModelForCausalLM.from_pretrained({out!r})",
     "hf-remote": "AutoModelForCausalLM.from_pretrained({out!r}, trust_remote_code=True)",
     "hf-padded": "AutoModelForCausalLM.from_pretrained({out!r})",
@@ -28,30 +28,30 @@ WRITERS = {  # and how what was written is read
 
 
 def check_writer(to: str) -> None:
-    """Raise InputError unless something writes for this reader."""
+    """Raise InputError for an unknown export format."""
     if to not in WRITERS:
         raise InputError(f"--to {to}: unknown target; known: {', '.join(WRITERS)}")
 
 
 def reads(to: str, out: str | Path) -> str:
-    """The call that reads what was exported."""
+    """Return the call that loads the exported folder."""
     return WRITERS[to].format(out=str(out))
 
 
 def writer_of(to: str | None, target: str | None, tp: int = 1) -> str:
-    """What writes for a reader: `to`, or the writer of a runtime target; "hf" where neither is named.
+    """Return the export format: `to`, or that of a runtime target; "hf" if neither is given.
 
-    Raises InputError for an unknown one, and for a writer whose files the target does not read.
+    Raises InputError for an unknown one, and for a format that the target does not read.
     """
-    wanted = chosen(target, tp)
+    runtime = chosen(target, tp)
     if to is not None:
         check_writer(to)
-    if wanted is None:
+    if runtime is None:
         return to or "hf"
-    able = {"hf": ("hf", "hf-padded")}.get(wanted.writer, (wanted.writer,))
-    if to is not None and to not in able:
-        raise InputError(f"--to {to}: {wanted.name} does not read that; it reads --to {' or '.join(able)}")
-    return to or wanted.writer
+    readable = {"hf": ("hf", "hf-padded")}.get(runtime.writer, (runtime.writer,))
+    if to is not None and to not in readable:
+        raise InputError(f"--to {to}: {runtime.name} does not read that; it reads --to {' or '.join(readable)}")
+    return to or runtime.writer
 
 
 def export(
@@ -65,26 +65,28 @@ def export(
     report: Report | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write `model` to the folder `out` for a reader, and return its path. The folder appears whole or not at all.
+    """Write `model` to the folder `out` in a format, and return its path. The folder appears complete or not at all.
 
     to: hf         stock classes of transformers; refused, with the nearest cut, if they cannot build its sizes
-        hf-remote  transformers with trust_remote_code=True: one file of code lies beside the weights; any sizes
-        hf-padded  stock classes: layers are padded with zeros to one size; the same logits, the memory of that size
+        hf-remote  transformers with trust_remote_code=True: one file of code beside the weights; any sizes
+        hf-padded  stock classes: layers are padded with zeros to one size; same logits, memory of that size
         mamba-ssm  the loader of the package mamba_ssm: Mamba2 and Mamba of one size in all layers
-        sspruner   `sspruner.load`: whatever a cut made
-    target, tp: a runtime, and over how many GPUs it splits the model: what it reads is written, if it takes the sizes
+        sspruner   `sspruner.load`: any cut
+    target, tp: a runtime, and the number of GPUs over which it splits the model: selects the format that it reads, and
+        checks the sizes
+    report: of the prune that made the model; the model card in the folder then includes what the cut cost
 
-    A model card lies in the folder; with `report`, that of the prune which made the model, it says what the cut cost.
-    Raises InputError for another target or a folder that is taken, ModelError for a model that it cannot express.
+    Raises InputError for an unknown format or a folder that is not empty, ModelError for a model that cannot be
+    expressed.
     """
-    to, wanted = writer_of(to, target, tp), chosen(target, tp)
+    to, runtime = writer_of(to, target, tp), chosen(target, tp)
     if to != "sspruner" and offloaded(model):
         raise ModelError("export reads the whole model: save an offloaded one with sspruner.save, and load that")
     if to != "sspruner" and is_masked(model):
         raise ModelError("the model is masked; cut it with mode slice, or call sspruner.unmask(model) first")
     written = padded(model) if to == "hf-padded" else model
-    if wanted:
-        check_fits(written, wanted)
+    if runtime:
+        check_fits(written, runtime)
     with atomic_folder(out, overwrite) as folder:
         if to == "sspruner":
             write_folder(model, folder, tokenizer, report)

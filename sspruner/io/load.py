@@ -40,15 +40,21 @@ def load(
     max_memory: Mapping[int | str, int | str] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder, a hub id, or a reference model that ships: by its name, or with no argument.
+    """Load (model, tokenizer) from a folder, a hub id, or a reference model: by its name, or without an argument.
 
-    The model is on the CPU in eval mode; a native checkpoint of mamba_ssm becomes transformers' model of the same
-    numbers. The tokenizer is the model's own, or that of another folder or hub id, `tokenizer`; None if there is none.
-    dtype: "auto" (as saved), "float32", "bfloat16" or "float16". offload: a folder for working files; the weights of
-    the model's blocks then stay on disk, and are read one block at a time (docs/offload.md). device_map: blocks stay on
-    GPUs, in memory or on disk, each in one place: "auto", as accelerate fills them up to max_memory, bytes by place; or
-    a map, module -> place. A model that fits in one place is loaded as without it. Raises InputError for a path or a
-    place that is wrong, ModelError for a model that is incomplete, corrupt, or holds NaN or infinite weights.
+    The model is on the CPU in eval mode. A native checkpoint of mamba_ssm is loaded as transformers' model with the
+    same numbers. The tokenizer is None if there is none. A model that fits in one place is loaded as without a device
+    map.
+
+    tokenizer   folder or hub id of a tokenizer; by default the model's own
+    dtype       "auto" (as saved), "float32", "bfloat16" or "float16"
+    offload     folder for working files; the weights of the model's blocks then stay on disk, and are read one block
+                at a time (docs/offload.md)
+    device_map  "auto" distributes blocks over GPUs, memory and disk, up to max_memory (bytes by place), like
+                accelerate; or a mapping from modules to places
+
+    Raises InputError for a wrong path or place, ModelError for a model that is incomplete, corrupt, or has NaN or
+    infinite weights.
     """
     where = str(reference_folder(model) or model)
     native = None
@@ -68,14 +74,16 @@ def load(
     if loaded is None:
         loaded = _native(where, native, dtype) if native else _transformers(where, dtype, trust_remote_code)
         check_finite(loaded, where)
-    found = _tokenizer(str((tokenizer and reference_folder(tokenizer)) or tokenizer or where), trust_remote_code)
-    if tokenizer and found is None:
+    loaded_tokenizer = _tokenizer(
+        str((tokenizer and reference_folder(tokenizer)) or tokenizer or where), trust_remote_code
+    )
+    if tokenizer and loaded_tokenizer is None:
         raise InputError(f"tokenizer {tokenizer}: there is none in this folder")
-    return loaded.eval(), found
+    return loaded.eval(), loaded_tokenizer
 
 
 def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
-    """A checkpoint of mamba_ssm, in transformers' classes."""
+    """Load a checkpoint of mamba_ssm into transformers' classes."""
     from transformers import AutoModelForCausalLM
 
     check_counts(data)
@@ -96,7 +104,7 @@ def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
     except Exception as error:  # as below
         raise ModelError(f"model {where}: cannot be loaded: {brief(error)}") from error
     _check_complete(where, info, cut=True)
-    if (Path(where) / GENERATION).is_file():  # their own loader writes none, an export does
+    if (Path(where) / GENERATION).is_file():  # written by our export, not by mamba_ssm
         loaded.generation_config = _generation(where)
     return loaded
 
@@ -111,7 +119,7 @@ def _generation(where: str) -> Any:
 
 
 def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
-    """A model that transformers knows, with the cuts that its config records."""
+    """Load a model that transformers knows, with the cuts that its config records."""
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
     try:
@@ -133,7 +141,7 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they come back in `info`, with their shapes
+                ignore_mismatched_sizes=True,  # reported in `info`, with their shapes
             )
     except (InputError, ModelError):
         raise
@@ -153,8 +161,10 @@ def _apart(
     max_memory: Mapping[int | str, int | str] | None,
     trust_remote_code: bool,
 ) -> Any:
-    """A model whose blocks lie on disk or on several devices; None if it fits in one place. Values are checked when
-    they are used."""
+    """Load a model whose blocks are on disk or on several devices; None if it fits in one place.
+
+    Values are checked when they are used.
+    """
     from sspruner.io.offload import offload, saved_dtype
     from sspruner.io.skeleton import skeleton
 
@@ -167,14 +177,16 @@ def _apart(
             raise ModelError(f"model {where}: cannot be fetched: {brief(error)}") from error
     built = skeleton(where, trust_remote_code=trust_remote_code)
     weights = Path(where) / weights_subfolder(built.config)
-    wanted = getattr(torch, dtype) if dtype != "auto" else built.config.dtype or saved_dtype(weights)
-    built = skeleton(where, dtype=wanted, buffers=True, trust_remote_code=trust_remote_code)
+    resolved_dtype = getattr(torch, dtype) if dtype != "auto" else built.config.dtype or saved_dtype(weights)
+    built = skeleton(where, dtype=resolved_dtype, buffers=True, trust_remote_code=trust_remote_code)
     return offload(built, where, weights, folder, device_map, max_memory)
 
 
 def _check_complete(where: str, info: dict[str, Any], cut: bool) -> None:
-    """Raise ModelError for parameters that transformers would have filled with random values; in a cut model, which is
-    built to measure, for weights that nothing reads, too."""
+    """Raise ModelError for parameters that transformers would have filled with random values.
+
+    cut: also raise it for weights that nothing reads, since a cut model is built to the exact sizes.
+    """
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         raise ModelError(f"model {where}: its weights lack {len(missing)} parameters, e.g. {missing[0]}")

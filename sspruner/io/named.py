@@ -1,4 +1,4 @@
-"""The models that a benchmark names: folders, hub ids, and published shapes with random weights."""
+"""Load the models that a benchmark names: folders, hub ids, and published shapes with random weights."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def named_models(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """What the command line names: loaded models, then shapes; the reference model if there is neither.
+    """Return the models that the command line names, then its shapes; the reference model if there is none.
 
     dtype "auto" is bfloat16 for shapes on a GPU, float32 on the CPU. Raises InputError for sizes without a shape, and
-    for a model that is named twice.
+    for duplicates.
     """
     if (keep or balanced) and not shapes:
         raise InputError("--keep and --balanced are for --shape; prune a model, and name its folder, to measure it")
     if len(set(models)) < len(models) or len(set(shapes)) < len(shapes):
         raise InputError("a model is named twice; once is enough, for all are measured in turns")
-    where = resolve_device(device)
+    target_device = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
     for shape in shapes:
         for size in (STATE, *keep, *balanced):
             shape_config(shape, size)
     loaded = {}
-    wanted_models: list[str | None] = [*models] or ([] if shapes else [None])
-    for model in wanted_models:
-        found, _ = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    names: list[str | None] = [*models] or ([] if shapes else [None])
+    for model in names:
+        loaded_model, _ = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
         label = name_of(model)
-        loaded[str(model) if label in loaded else label] = found
-    precision = "bfloat16" if where.type == "cuda" else "float32"
-    wanted = DTYPES[precision if dtype == "auto" else dtype]
-    return loaded | shape_models(shapes, keep, balanced, dtype=wanted, device=where, seed=seed)
+        loaded[str(model) if label in loaded else label] = loaded_model
+    precision = "bfloat16" if target_device.type == "cuda" else "float32"
+    chosen_dtype = DTYPES[precision if dtype == "auto" else dtype]
+    return loaded | shape_models(shapes, keep, balanced, dtype=chosen_dtype, device=target_device, seed=seed)

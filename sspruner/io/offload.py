@@ -1,9 +1,8 @@
-"""A model that is larger than one device: its blocks lie on disk or on several devices, and each works in its turn."""
+"""Offloading for models larger than one device: blocks are on disk or on several devices, and run one after another."""
 
 from __future__ import annotations
 
 import ctypes
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +16,7 @@ from torch import nn
 
 from sspruner.compute.device import OFFLOADED, moved, offloaded, working_on
 from sspruner.errors import ModelError
+from sspruner.files import strict_json
 from sspruner.files.journal import write_tensors
 from sspruner.formats.checkpoint import INDEX, unpickled, weight_files
 from sspruner.formats.native import EMBEDDING
@@ -27,18 +27,18 @@ from sspruner.graph.trace import trace
 from sspruner.io.placement import DISK, Place, device_of, places
 from sspruner.surgery.record import RECORD
 
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt: blocks above it are mapped, and unmapped when they are freed
+M_MMAP_THRESHOLD = -3  # option of glibc's mallopt: larger blocks are mapped, and unmapped when they are freed
 CPU = torch.device("cpu")
-REST = ""  # what is called like a block: all that is in no block, or in several
+REST = ""  # stands for a block: all parameters in no block, or in several
 
 
 class Blocks:
-    """The weights of a model's blocks, on disk. The model, on the meta device, has those of one block at a time.
+    """Weights of a model's blocks, on disk. The model, on the meta device, has those of one block at a time.
 
-    What is in no block stays in memory: embeddings, the last norm, the head; and so do parameters that several blocks
-    share, and blocks that have a home, a device. A block that was changed goes to a file of its own in `folder`
-    (`keep`), and is read from there from then on. A forward of the whole model works, too: each block is read when it
-    is called, and what one on an accelerator is given is brought there and back.
+    Parameters outside the blocks (embeddings, last norm, head), parameters that several blocks share, and blocks with a
+    home device stay in memory. A changed block is written to a file of its own in `folder` (`keep`), and read from
+    there afterwards. A forward of the whole model works, too: each block is read when it is called, and for a block on
+    an accelerator inputs and outputs are moved.
     """
 
     def __init__(
@@ -50,7 +50,10 @@ class Blocks:
         folder: Path | None,
         homes: Mapping[str, torch.device],
     ) -> None:
-        """sources: name of a tensor in the checkpoint -> its file. Raises ModelError if they do not fit the model."""
+        """Index the checkpoint and install the hooks. Raises ModelError if the tensors do not fit the model.
+
+        sources: name of a tensor in the checkpoint -> its file. homes: block -> device on which it stays.
+        """
         self.model, self.where, self.folder, self.homes = model, where, folder, homes
         self.mixers = [site.path for site in graph.layers]
         count = len(model.get_submodule(graph.blocks))
@@ -62,25 +65,28 @@ class Blocks:
         self._conversions = _conversions(model)
         self._raw: dict[str, list[str]] = {}  # block -> the checkpoint's names of its tensors
         self._index()
-        self._calls: dict[str, tuple[torch.device, ExitStack]] = {}  # where the input came from, what ends the call
+        self._calls: dict[str, tuple[torch.device, ExitStack]] = {}  # device of the input, clean-up of the call
         self._load(REST)
         for block in self.blocks:
             module = model.get_submodule(block)
             module.register_forward_pre_hook(self._enters(block), with_kwargs=True)
             module.register_forward_hook(self._leaves(block), always_call=True)
             if block in homes:
-                self._enter(block)  # and never leaves
+                self._enter(block)  # stays in memory
         setattr(model, OFFLOADED, self)
 
     def block_of(self, path: str) -> str:
-        """The block that holds the module or parameter at `path` alone; "" for what is always in memory."""
+        """Return the block that alone has the module or parameter at `path`; "" for what is always in memory."""
         if path in self._shared:
             return REST
         return next((block for block in self.blocks if within(path, block)), REST)
 
     @contextmanager
     def resident(self, path: str) -> Iterator[None]:
-        """The block around `path` in memory inside the block; what is changed there is lost after it, unless kept."""
+        """Context manager that keeps the block around `path` in memory.
+
+        Changes are lost afterwards unless `keep` was called.
+        """
         block = self.block_of(path)
         self._enter(block)
         try:
@@ -89,24 +95,24 @@ class Blocks:
             self._leave(block)
 
     def keep(self, block: str) -> None:
-        """Write a block, as it is now, to its file in the folder: complete, or not at all."""
+        """Write a block in its current form to its file in the folder, atomically."""
         write_tensors(self._file(block), self.tensors(block))
         self.kept.add(block)
 
     def take_kept(self, block: str) -> None:
-        """Read a block from its file in the folder from now on, which an earlier run wrote. The model has its sizes."""
+        """Read a block from now on from its file in the folder, written by an earlier run. The model has its sizes."""
         if not self._file(block).is_file():
             raise ModelError(f"{self._file(block)} is missing: start without --resume")
         self.kept.add(block)
 
     def tensors(self, block: str) -> dict[str, torch.Tensor]:
-        """A block's own parameters, and the buffers that are saved with them, by their names in the model."""
+        """Return a block's own parameters, and the buffers that are saved with them, by their names in the model."""
         module = self.model.get_submodule(block)
         values = module.state_dict(prefix=f"{block}.", keep_vars=True)
         return {name: value for name, value in values.items() if self.block_of(name) == block}
 
     def rest(self) -> dict[str, torch.Tensor]:
-        """The tensors that are always in memory, by their names in the model."""
+        """Return the tensors that are always in memory, by their names in the model."""
         return {n: v for n, v in self.model.state_dict(keep_vars=True).items() if self.block_of(n) == REST}
 
     def _file(self, block: str) -> Path:
@@ -126,11 +132,11 @@ class Blocks:
 
     def _enters(self, block: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-            if "forward" in vars(module):  # another stands in for it (calibrate.replay)
+            if "forward" in vars(module):  # its forward is replaced (calibrate.replay)
                 return None
             self._enter(block)
             home = self.homes.get(block, CPU)
-            if home.type == "cpu":  # it works where it has been brought to
+            if home.type == "cpu":  # the caller decides on the device
                 return None
             stack = ExitStack()
             stack.enter_context(working_on(module, home))
@@ -153,14 +159,14 @@ class Blocks:
         return hook
 
     def _load(self, block: str) -> None:
-        """Give a block its values."""
+        """Load a block's values."""
         if block in self.kept:
-            held = self.model.state_dict(keep_vars=True)
+            names = self.model.state_dict(keep_vars=True)
             for name, value in load_file(self._file(block)).items():
-                _set(self.model, name, value.to(self.homes.get(block, CPU)), held[name])
+                _set(self.model, name, value.to(self.homes.get(block, CPU)), names[name])
             return
         with _opened({self.sources[raw] for raw in self._raw[block]}) as tensors:
-            # Read here: transformers would do so in threads, whose heaps keep what they have freed.
+            # Read here, since transformers reads in threads, whose heaps keep freed memory.
             self._convert({EMBEDDING.get(raw, raw): tensors[raw][...] for raw in self._raw[block]})
         if missing := [name for name, value in self._own(block).items() if value.is_meta]:
             raise ModelError(f"model {self.where}: its weights lack {missing[0]}, or have it in another shape")
@@ -174,24 +180,24 @@ class Blocks:
         return self.rest() if block == REST else self.tensors(block)
 
     def _convert(self, tensors: dict[str, Any]) -> None:
-        """Put tensors of the checkpoint into the model: under the names, in the form and dtype that it wants them."""
+        """Write tensors of the checkpoint into the model, converted to its names, form and dtype."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
         from sspruner.io.source import tie
 
         dtype = self.model.config.dtype
-        wanted = LoadStateDictConfig(
+        settings = LoadStateDictConfig(
             dtype=dtype, dtype_plan=self.model._get_dtype_plan(dtype), weight_mapping=self._conversions
         )
         with _silent():
-            convert_and_load_state_dict_in_model(self.model, tensors, wanted)
+            convert_and_load_state_dict_in_model(self.model, tensors, settings)
         tie(self.model)
 
     def _index(self) -> None:
-        """Find out which of the checkpoint's tensors belong to which block.
+        """Determine which of the checkpoint's tensors belong to which block.
 
-        Raises ModelError for one that nothing reads in a model that was cut, which is built to measure.
+        Raises ModelError for an unused tensor in a cut model, which is built to the exact sizes.
         """
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -216,10 +222,13 @@ def offload(
     device_map: str | Mapping[str, Place] | None = None,
     max_memory: Mapping[Place, int | str] | None = None,
 ) -> Any:
-    """Give a model on the meta device (`io.skeleton`) its weights: those of its blocks one by one, when they are used.
+    """Load the weights of a model on the meta device (`io.skeleton`), its blocks one by one when they are used.
 
-    weights: the folder of the checkpoint. folder: where changed blocks go. device_map: which blocks are on a device
-    instead (`io.placement`). Returns the model; None if the map has one place for all of it, in memory.
+    weights     folder of the checkpoint
+    folder      folder for changed blocks
+    device_map  which blocks stay on a device instead (`io.placement`)
+
+    Returns the model; None if the map puts all of it in one place in memory.
     """
     graph = trace(model)
     if not graph.blocks:
@@ -227,8 +236,8 @@ def offload(
     homes: dict[str, torch.device] = {}
     if device_map is not None:
         blocks = [f"{graph.blocks}.{i}" for i in range(len(model.get_submodule(graph.blocks)))]
-        found = places(model, blocks, _outside(model, blocks), device_map, max_memory)
-        homes = {block: device_of(place) for block, place in found.items() if place != DISK}
+        block_places = places(model, blocks, _outside(model, blocks), device_map, max_memory)
+        homes = {block: device_of(place) for block, place in block_places.items() if place != DISK}
         if len(homes) == len(blocks) and len({*homes.values()}) == 1:
             return None
     _return_what_is_freed()
@@ -237,61 +246,61 @@ def offload(
 
 
 def _return_what_is_freed() -> None:
-    """Make glibc give the memory of every tensor back when it is freed: its heap would keep pieces of each block."""
+    """Make glibc return the memory of every freed tensor to the system: its heap would keep pieces of each block."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Every tensor of a checkpoint, by its name there, with the file that holds it."""
-    found: dict[str, Path] = {}
+    """Return the file of every tensor of a checkpoint, by the tensor's name there."""
+    files: dict[str, Path] = {}
     for file in weight_files(folder):
         with _opened({file}) as tensors:
-            found |= dict.fromkeys(tensors, file)
-    return found
+            files |= dict.fromkeys(tensors, file)
+    return files
 
 
 def saved_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a checkpoint's first tensor, as transformers takes it where the config names none."""
+    """Return the dtype of a checkpoint's first tensor, as transformers uses it if the config names none."""
     with _opened({weight_files(folder)[0]}) as tensors:
         return next(iter(tensors.values()))[...].dtype  # type: ignore[no-any-return]
 
 
 def write_weights(model: Any, folder: Path) -> None:
-    """What `model.save_pretrained(folder)` writes, of a model whose blocks lie on disk: one file for each block."""
+    """Write the weights of a model whose blocks are on disk, like `model.save_pretrained`: one file per block."""
     blocks: Blocks = offloaded(model)
     parts = [REST, *blocks.blocks]
     weight_map: dict[str, str] = {}
     size = 0
-    one = folder / "part"  # of its own: save_pretrained removes the shards that it finds
+    part_folder = folder / "part"  # a separate folder, since save_pretrained removes existing shards
     for number, block in enumerate(parts, start=1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         with blocks.resident(block), _silent():
-            own = blocks.rest() if block == REST else blocks.tensors(block)
-            model.save_pretrained(one, state_dict={n: value.detach().cpu() for n, value in own.items()})
-        (one / "model.safetensors").rename(folder / name)
+            tensors = blocks.rest() if block == REST else blocks.tensors(block)
+            model.save_pretrained(part_folder, state_dict={n: value.detach().cpu() for n, value in tensors.items()})
+        (part_folder / "model.safetensors").rename(folder / name)
         with safe_open(folder / name, framework="pt") as written:
             weight_map |= dict.fromkeys(written.keys(), name)
         size += (folder / name).stat().st_size
-    for file in one.iterdir():
+    for file in part_folder.iterdir():
         file.rename(folder / file.name)
-    one.rmdir()
+    part_folder.rmdir()
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / f"model.safetensors{INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / f"model.safetensors{INDEX}").write_text(strict_json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shared(model: nn.Module, blocks: list[str]) -> set[str]:
-    """The names, inside blocks, of parameters that other modules hold, too."""
-    held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    """Return the names, inside blocks, of parameters that other modules share."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {
         name
         for name, p in model.named_parameters(remove_duplicate=False)
-        if held[id(p)] > 1 and any(within(name, block) for block in blocks)
+        if uses[id(p)] > 1 and any(within(name, block) for block in blocks)
     }
 
 
 def _outside(model: nn.Module, blocks: list[str]) -> int:
-    """The bytes of the parameters that are in no block."""
+    """Return the bytes of the parameters outside all blocks."""
     return sum(
         p.numel() * p.element_size()
         for name, p in model.named_parameters()
@@ -300,14 +309,14 @@ def _outside(model: nn.Module, blocks: list[str]) -> int:
 
 
 def _conversions(model: Any) -> list[Any]:
-    """How transformers translates the tensors of checkpoints to those of this model."""
+    """Return transformers' conversions from the checkpoint's tensors to those of this model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return list(get_model_conversion_mapping(model) or [])
 
 
 def _set(model: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
-    """Give a parameter or buffer another value, as it is."""
+    """Replace a parameter or buffer by `value` without conversion."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._buffers:
@@ -318,7 +327,7 @@ def _set(model: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor) -
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without transformers' progress bars: there would be one for every block."""
+    """Context manager that hides transformers' progress bars, of which there would be one per block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -332,7 +341,7 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _opened(files: set[Path]) -> Iterator[dict[str, Any]]:
-    """The tensors of files by name, none of them read yet."""
+    """Context manager that returns the tensors of files by name, without reading them."""
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for file in files:

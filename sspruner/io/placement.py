@@ -1,4 +1,4 @@
-"""Where each block of a model stays: on a device, in memory, or on disk, as accelerate's device map says."""
+"""Placement of a model's blocks on devices, in memory, or on disk, by accelerate's device map."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sspruner.errors import InputError
 from sspruner.graph.site import within
 
 AUTO, DISK = "auto", "disk"
-USED = 0.8  # of the memory that is free: the rest is for activations, one more block, and its copy in fp32
+USED = 0.8  # fraction of the free memory to fill: the rest is for activations, one more block, and its fp32 copy
 
 Place = int | str  # as in accelerate's maps: the number of a GPU, "cpu", "disk", or a device's name
 
 
 def check_device_map(device_map: Any, max_memory: Any) -> None:
-    """Raise InputError for a device map that is no map, and for limits of memory that nothing is placed by."""
+    """Raise InputError for an invalid device map, and for memory limits without device_map="auto"."""
     if device_map is not None and device_map != AUTO and not isinstance(device_map, Mapping):
         raise InputError(f"device_map {device_map!r}: must be {AUTO}, or in Python a mapping from module to place")
     if max_memory is not None and device_map != AUTO:
@@ -33,11 +33,14 @@ def places(
     device_map: str | Mapping[str, Place],
     max_memory: Mapping[Place, int | str] | None,
 ) -> dict[str, Place]:
-    """Block -> where it stays. `auto` fills GPUs evenly, then memory, then the disk, as transformers does.
+    """Return the place of each block. `auto` fills GPUs evenly, then memory, then the disk, like transformers.
 
-    model: on the meta device, in its dtype. shared: bytes that are in memory in any case. max_memory: bytes by place,
-    such as {0: "20GiB", "cpu": "60GiB"}; places that it leaves out are not used. By default four fifths of what is
-    free. Raises InputError for places that are not there.
+    model       on the meta device, in its dtype
+    shared      bytes that are in memory in any case
+    max_memory  bytes by place, such as {0: "20GiB", "cpu": "60GiB"}; places that it leaves out are not used. By default
+                four fifths of the free memory
+
+    Raises InputError for places that do not exist.
     """
     where = _auto(model, blocks, shared, max_memory) if isinstance(device_map, str) else _given(blocks, device_map)
     for place in {*where.values()} - {DISK}:
@@ -46,7 +49,7 @@ def places(
 
 
 def device_of(place: Place) -> torch.device:
-    """The device that a place is. Raises InputError if it is not there."""
+    """Return the device of a place. Raises InputError if it does not exist."""
     try:
         name = str(torch.device(place))
     except RuntimeError as error:
@@ -55,7 +58,7 @@ def device_of(place: Place) -> torch.device:
 
 
 def _given(blocks: list[str], device_map: Mapping[str, Place]) -> dict[str, Place]:
-    """A user's own map, from modules to places: of the entries around a block the innermost counts."""
+    """Resolve a user's map from modules to places: the innermost entry around a block decides."""
     for name in device_map:
         if inside := next((block for block in blocks if name != block and within(name, block)), None):
             raise InputError(f"device map: {name} is a part of {inside}; a block is in one place")
@@ -87,7 +90,7 @@ def _auto(
         if "cpu" in limits:
             limits["cpu"] = max(0, limits["cpu"] - shared)
         limits = get_balanced_memory(modules, limits, no_split_module_classes=whole)
-        found = infer_auto_device_map(modules, limits, no_split_module_classes=whole)
+        block_places = infer_auto_device_map(modules, limits, no_split_module_classes=whole)
     except ValueError as error:
         raise InputError(f"max_memory: {' '.join(str(error).split())}") from error
-    return _given(blocks, {f"{path}.{name}" if name else path: place for name, place in found.items()})
+    return _given(blocks, {f"{path}.{name}" if name else path: place for name, place in block_places.items()})

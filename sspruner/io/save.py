@@ -35,8 +35,8 @@ def save(
 
     With `result` (what `sspruner.prune` returned) also plan.json, report.json, recipe.yaml and, in the subfolder
     `sspruner`, scores.safetensors and the plan's tensors, if it has some; the card then says what the cut cost, too.
-    The folder appears whole or not at all. Weights that stock classes cannot load lie in its subfolder `weights`. Raises
-    InputError if the folder exists and is not empty, unless `overwrite` is given and it holds an earlier model.
+    The folder appears whole or not at all. Weights that stock classes cannot load lie in its subfolder `weights`.
+    Raises InputError if the folder exists and is not empty, unless `overwrite` is given and it holds an earlier model.
     """
     with atomic_folder(out, overwrite) as folder:
         write_folder(model, folder, tokenizer, result.report if result else None)

@@ -1,4 +1,4 @@
-"""A model without its weights: built on the meta device from config.json alone, of any size, in seconds."""
+"""Build a model without its weights, on the meta device from config.json alone, of any size, in seconds."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ def skeleton(
     buffers: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model that `load` would read, on the meta device, in eval mode, in its sizes after the cuts that it records.
+    """Build the model that `load` would read, on the meta device, in eval mode, with the recorded cuts.
 
-    Needs config.json alone; of a hub id nothing else is fetched. dtype: the config's if it is None, float32 if that
-    names none: then `model.config.dtype` stays None. buffers: make those that no checkpoint holds, on the CPU. Raises
-    InputError for a path that is wrong, ModelError for a config that cannot be read, makes no model, or describes one
-    larger than any that there is.
+    Needs config.json alone; of a hub id nothing else is downloaded.
+
+    dtype    by default the config's; float32 if it has none, then `model.config.dtype` stays None
+    buffers  create the buffers that no checkpoint has, on the CPU
+
+    Raises InputError for a wrong path, ModelError for a config that cannot be read, makes no model, or describes an
+    absurdly large one.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -64,9 +67,9 @@ def skeleton(
 
 
 def _make_buffers(model: Any) -> None:
-    """Give the buffers that no checkpoint holds their values, as `from_pretrained` does; before any cut of them."""
+    """Fill the buffers that no checkpoint has, like `from_pretrained`, before any cut of them."""
     for module in model.modules():
         for leaf in module._non_persistent_buffers_set:
             module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device="cpu")
     for module in model.modules():
-        model._init_weights(module)  # nothing comes of what is on the meta device
+        model._init_weights(module)  # has no effect on meta tensors

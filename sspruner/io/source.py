@@ -1,4 +1,4 @@
-"""Source: what a name of a model means, and what building a model from a config takes."""
+"""Resolve the name of a model, and build a model from a config with checked sizes and recorded cuts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sspruner.surgery.record import WEIGHTS, Cut, check_recorded, fields
 from sspruner.surgery.slice import cut_buffer, slice_model
 from sspruner.surgery.tensors import add_bias
 
-REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each reference model that ships
+REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each built-in reference model
 
 
 DEFAULT = "mamba2-books-4m"
@@ -27,15 +27,14 @@ DEFAULT = "mamba2-books-4m"
 
 @contextmanager
 def watched_init(config_class: type, cuts: list[Cut], where: str, weight_bytes: int | None = None) -> Iterator[None]:
-    """While open, models built from this config class are checked for absurd sizes right after their `__init__`, and
-    then get the recorded cuts.
+    """Context manager that checks models of a config class for absurd sizes after `__init__`, and cuts them.
 
     from_pretrained builds modules on the meta device and then loads weights by name: modules that have their
     final sizes by then are filled exactly, by stock code, conversions included.
     """
     from transformers import AutoModelForCausalLM
 
-    if config_class not in AutoModelForCausalLM._model_mapping:  # of code that the user trusts
+    if config_class not in AutoModelForCausalLM._model_mapping:  # custom code that the user trusts
         yield
         return
     model_class: Any = AutoModelForCausalLM._model_mapping[config_class]
@@ -47,7 +46,7 @@ def watched_init(config_class: type, cuts: list[Cut], where: str, weight_bytes: 
         if not cuts:
             return
         tie(self)  # so that shared parameters are cut once
-        # Buffers that are not in the checkpoint are made anew after this, in their full size: they are cut at the end.
+        # Buffers that are not in the checkpoint are created again later, in their full size: they are cut at the end.
         self._sspruner_buffers = []
         for cut in cuts:
             for name in cut.biases:
@@ -65,37 +64,40 @@ def watched_init(config_class: type, cuts: list[Cut], where: str, weight_bytes: 
 
 
 def weight_bytes_in(folder: Path) -> int:
-    """The bytes of the files in a folder that can be weights."""
+    """Return the bytes of the files in a folder that may be weights."""
     return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
 
 
 def tie(model: Any) -> None:
-    """What `model.tie_weights()` does; from_pretrained switches that off until the weights are there."""
+    """Tie weights like `model.tie_weights()`, which from_pretrained disables until the weights are loaded."""
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         owner, _, leaf = target.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
 
 
 def finish_cut(model: Any, cut: Any) -> None:
-    """Cut the buffers that transformers made in their full size, and give the model the config that was saved."""
+    """Cut the buffers that transformers created in full size, and restore the saved config."""
     for buffer in model._sspruner_buffers:
         cut_buffer(*buffer)
     del model._sspruner_buffers
     for name, value in fields(cut).items():
         if getattr(model.config, name, None) != value:
-            with suppress(AttributeError):  # a property of what the blocks have set already
+            with suppress(AttributeError):  # a read-only property that the blocks have set already
                 setattr(model.config, name, value)
 
 
 def reference_folder(model: str | Path | None) -> Path | None:
-    """The folder of a reference model, if that is meant. A folder of that name in the working directory goes first."""
+    """Return the folder of a reference model, if that is meant.
+
+    A folder of that name in the working directory takes precedence.
+    """
     folder = REFERENCES / str(DEFAULT if model is None else model)
     named = str(model).replace("-", "").isalnum() and not Path(str(model)).exists()
     return folder if model is None or (named and folder.is_dir()) else None
 
 
 def is_local(name: str) -> bool:
-    """A folder, or what can only be meant as one: hub ids are `name` or `owner/name`."""
+    """Return whether a name is a folder, or can only be meant as one: hub ids are `name` or `owner/name`."""
     return (
         Path(name).expanduser().exists()
         or name.startswith((".", "/", "~"))
@@ -105,7 +107,10 @@ def is_local(name: str) -> bool:
 
 
 def check_folder(path: Path) -> dict[str, Any] | None:
-    """Raise for a folder that is no model; the content of config.json if it is mamba_ssm's, else None."""
+    """Raise InputError or ModelError for a folder that is not a model.
+
+    Returns the content of config.json if it is mamba_ssm's, else None.
+    """
     if not path.exists():
         raise InputError(f"model {path}: no such path")
     if not path.is_dir():
@@ -126,7 +131,7 @@ def check_folder(path: Path) -> dict[str, Any] | None:
         shards(index)
     for file in sorted([*path.glob("*.safetensors"), *path.glob(f"{WEIGHTS}/*.safetensors")]):
         try:
-            file.open("rb").close()  # safetensors takes a file that may not be read for one that is not there
+            file.open("rb").close()  # safetensors reports a file without read permission as missing
             with safe_open(str(file), framework="pt") as f:
                 f.keys()
         except (SafetensorError, OSError) as error:
@@ -135,7 +140,7 @@ def check_folder(path: Path) -> dict[str, Any] | None:
 
 
 def cannot(error: Exception, what: str, trust_remote_code: bool) -> ModelError:
-    """The error for what transformers could not do; where it asks for code to be trusted, with our option's name."""
+    """Return a ModelError for a failure of transformers. If code must be trusted, it names our option."""
     if "trust_remote_code=True" in str(error) and not trust_remote_code:
         return ModelError(
             f"{what}: it needs code of its own, which is not run; read that code, and add --trust-remote-code "
@@ -145,11 +150,12 @@ def cannot(error: Exception, what: str, trust_remote_code: bool) -> ModelError:
 
 
 def brief(error: Exception) -> str:
+    """Return the type of an error and its message, on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def name_of(model: str | Path | None) -> str:
-    """How reports call the model that `load` would read."""
+    """Return the name of a model for reports."""
     reference = reference_folder(model)
     return f"{reference.name} (reference)" if reference else str(model)

@@ -1,1 +1,4 @@
-"""Plans: the decision what to remove, as data."""
+"""Plans: which units and elements to remove, as data.
+
+Main names: `plan.Plan`, `reduction.Selection`, `reduction.Projection`.
+"""

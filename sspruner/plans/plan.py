@@ -1,4 +1,4 @@
-"""Plan: one reduction per dependency group, as frozen data with a JSON form. All that surgery ever sees."""
+"""Plan: one reduction per dependency group, as frozen data with a JSON form. Surgery takes nothing else."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from torch import nn
 
 from sspruner.axes import WHOLE_MODEL
 from sspruner.errors import PlanError
+from sspruner.files import strict_json
+from sspruner.files.fields import integer, table, versioned
 from sspruner.files.output import atomic_file
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.site import within
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.plans.reduction import Projection, Reduction, check_fits, check_reduction, from_json, integer, tensors_of
+from sspruner.plans.reduction import Projection, Reduction, check_fits, check_reduction, from_json, tensors_of
 from sspruner.plans.tensors import digest, pack, read_tensors, unpack
 
 VERSION = 1
@@ -28,13 +30,15 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays of each dependency group, on one axis or on several; what stays of single tensors; and new values.
+    """Units that stay in each dependency group, elements that stay in single tensors, and new values of parameters.
 
-    groups: `<module path>:<axis>` -> Selection or Projection. `model` identifies the model; `made_by` says how the
-    plan was made.
-    elements: `<module path>:<axis>` of single elements -> bool (rows, cols), True for what stays.
-    updates: full name of a parameter -> its new value, in the size that it has before anything is cut; of a bias that
-    a linear layer lacks, too. New values are written first, then units and elements go.
+    groups    `<module path>:<axis>` -> Selection or Projection
+    model     identifies the model, by its fingerprint among others
+    made_by   records how the plan was made
+    elements  `<module path>:<axis>` of single elements -> bool (rows, cols), True for elements that stay
+    updates   full name of a parameter -> its new value in the size before the cut; may add a bias to a linear layer
+
+    New values are written first, then units and elements are removed.
     """
 
     groups: dict[str, Reduction]
@@ -45,12 +49,12 @@ class Plan:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes that the plan cuts, in its own order."""
+        """Axes that the plan cuts, in order of first appearance."""
         return tuple(dict.fromkeys(axis_of(name) for name in (*self.groups, *self.elements)))
 
     @property
     def drops(self) -> bool:
-        """Whether the plan removes anything at all."""
+        """True if the plan removes any unit or element."""
         units = any(s.after < s.before for s in self.groups.values())
         return units or not all(bool(keep.all()) for keep in self.elements.values())
 
@@ -61,14 +65,14 @@ class Plan:
         return same and _same(self.elements, other.elements) and _same(self.updates, other.updates)
 
     def to_json(self, digest: bool = True) -> dict[str, Any]:
-        """The content of plan.json. Masks, new values and projections are not in it, but their shapes and a digest.
+        """Return the content of plan.json. Tensors are represented by their shapes and a digest.
 
-        digest=False leaves that out: a config's record has the values among the weights.
+        digest=False omits the digest: a config's record has the values among the weights.
         """
         return self._json(self._packed() if digest else {})
 
     def _packed(self) -> dict[str, torch.Tensor]:
-        """What the file beside plan.json holds."""
+        """Return the tensors for the file beside plan.json."""
         return pack(self.elements, {**self.updates, **tensors_of(self.groups)})
 
     def _json(self, packed: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -81,10 +85,10 @@ class Plan:
         }
         if packed:
             data["tensors"] = digest(packed)
-        return data | {key: shapes for key, shapes in self._shapes().items() if shapes}
+        return data | {key: recorded for key, recorded in self._shapes().items() if recorded}
 
     def _shapes(self) -> dict[str, dict[str, Any]]:
-        """What plan.json says of the tensors beside it."""
+        """Return the shapes of masks and new values, as plan.json records them."""
         return {
             "elements": {n: {"shape": list(k.shape), "kept": int(k.sum())} for n, k in self.elements.items()},
             "updates": {name: list(value.shape) for name, value in self.updates.items()},
@@ -92,7 +96,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any, where: str = "plan", tensors: Mapping[str, torch.Tensor] | None = None) -> Plan:
-        """Inverse of `to_json`; tensors: the content of the file beside plan.json.
+        """Parse the content of plan.json. tensors: the content of the file beside it.
 
         Raises PlanError that names the first malformed field.
         """
@@ -120,19 +124,19 @@ class Plan:
         return plan
 
     def save(self, path: str | Path, tensors: str | Path | None = None) -> None:
-        """Write plan.json, atomically: one line per dependency group, so that plans can be compared with diff.
+        """Write plan.json atomically, with one line per dependency group, so that plans can be compared with diff.
 
-        Masks of elements, new values and projections go to the file of the same name with the suffix .safetensors
-        beside it, or to `tensors`.
+        Element masks, new values and projections go to `tensors`, by default the file of the same name with the suffix
+        .safetensors.
         """
         packed = self._packed()
         data = self._json(packed)
         parts = {key: data.pop(key) for key in ("groups", "elements", "updates") if key in data}
-        text = json.dumps(data, indent=2).removesuffix("\n}")
+        text = strict_json.dumps(data, indent=2).removesuffix("\n}")
         for key, part in parts.items():
-            lines = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in part.items()]
+            lines = [f"    {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in part.items()]
             text += f',\n  "{key}": {{\n' + ",\n".join(lines) + "\n  }"
-        with ExitStack() as files:  # both are written before either takes its place
+        with ExitStack() as files:  # both are written before either is renamed into place
             if packed:
                 beside = tensors or Path(path).with_suffix(".safetensors")
                 files.enter_context(atomic_file(beside)).write_bytes(to_bytes(packed))
@@ -140,9 +144,9 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read plan.json, and the file with its tensors if it has some. Raises PlanError if one is missing or wrong."""
+        """Read plan.json and, if it has tensors, the file with them. Raises PlanError if one is missing or wrong."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = strict_json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"plan {path}: cannot be read ({type(error).__name__}: {error})") from error
         tensors = read_tensors(Path(path)) if _has_tensors(data) else None
@@ -160,8 +164,27 @@ class Plan:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class PlanSummary:
+    """What plan.json says without the tensors beside it: units before and after by dependency group, and its origin."""
+
+    layers: dict[str, dict[str, int]]
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Any) -> PlanSummary:
+        """Read the parsed content of plan.json. Raises KeyError, TypeError or ValueError if it is malformed."""
+        fields = versioned(data, VERSION)
+        sizes = {name: table(group) for name, group in table(fields["groups"]).items()}
+        layers = {name: {when: integer(size[when]) for when in ("before", "after")} for name, size in sizes.items()}
+        return cls(layers, table(fields.get("made_by", {})))
+
+
 def part_of(plan: Plan, graph: SSMGraph, block: str) -> Plan:
-    """The part of a plan that changes one block, or the whole model: the rest need not be applied while that runs."""
+    """Return the part of a plan that changes one block, plus its cuts of axes of the whole model.
+
+    The rest of the plan need not be applied while only this block runs.
+    """
     sites = {path: site for site in graph.sites for path in (site.path, *site.aliases) if within(path, block)}
     here = {site.path for site in sites.values()}
     groups = {n: r for n, r in plan.groups.items() if n.rpartition(":")[0] in here or axis_of(n) in WHOLE_MODEL}
@@ -178,15 +201,15 @@ def part_of(plan: Plan, graph: SSMGraph, block: str) -> Plan:
 
 
 def axis_of(name: str) -> str:
-    """The axis of the dependency group `<module path>:<axis>`."""
+    """Return the axis of the dependency group `<module path>:<axis>`."""
     return name.rpartition(":")[2]
 
 
 def check_plan(plan: Plan, graph: SSMGraph, fingerprint: str | None = None, model: nn.Module | None = None) -> None:
-    """Raise PlanError unless every reduction of `plan` fits `graph` and, where both are known, the fingerprint.
+    """Raise PlanError unless every reduction of `plan` fits `graph` and, if both are known, the fingerprints agree.
 
-    A plan that removes nothing is an error too: whoever applies it expects a smaller model. New values are held
-    against the model's own, where it is given.
+    A plan that removes nothing is an error, too, since the caller expects a smaller model. New values are compared with
+    the parameters of `model`, if given.
     """
     made_for = plan.model.get("fingerprint")
     if made_for and fingerprint and made_for != fingerprint:
@@ -215,7 +238,7 @@ def check_plan(plan: Plan, graph: SSMGraph, fingerprint: str | None = None, mode
 
 
 def basis_refused(group: DependencyGroup, graph: SSMGraph) -> str:
-    """Why the units of a dependency group cannot be directions of another basis; "" if they can."""
+    """Return the reason why a dependency group cannot be projected to another basis, "" if it can."""
     if group.axis != "state":
         return "only the state of Mamba2-type mixers can have another basis"
     return next(site.family.basis_refused for site in graph.layers if site.path == group.layer and site.family)
@@ -235,7 +258,7 @@ def check_mask(keep: torch.Tensor, group: DependencyGroup) -> None:
 def check_updates(updates: Mapping[str, torch.Tensor], model: nn.Module | None, graph: SSMGraph) -> None:
     """Raise PlanError unless every new value fits its parameter, or a bias that a described linear layer lacks."""
     parameters = dict(model.named_parameters(remove_duplicate=False)) if model is not None and updates else {}
-    taken: dict[tuple[int, bool], str] = {}
+    name_of: dict[tuple[int, bool], str] = {}
     for name, value in updates.items():
         dtype = value.dtype
         if model is not None:
@@ -244,7 +267,7 @@ def check_updates(updates: Mapping[str, torch.Tensor], model: nn.Module | None, 
             shape, dtype = like.shape[:1] if new else like.shape, like.dtype
             if value.shape != shape:
                 raise PlanError(f"{name}: its new value is {tuple(value.shape)}, the parameter {tuple(shape)}")
-            first = taken.setdefault((id(like), new), name)
+            first = name_of.setdefault((id(like), new), name)
             if first != name:
                 raise PlanError(f"{name}: is the same parameter as {first}; give one new value")
         if not value.is_floating_point() or not bool(value.to(dtype).isfinite().all()):
@@ -252,8 +275,10 @@ def check_updates(updates: Mapping[str, torch.Tensor], model: nn.Module | None, 
 
 
 def _weight_beside(name: str, model: nn.Module, graph: SSMGraph) -> torch.Tensor:
-    """The weight beside a bias that the model lacks. Only one that the graph describes can be added: others could not
-    be cut with their rows, and some kernels do not read them."""
+    """Return the weight of the linear layer to which a bias would be added.
+
+    The graph must describe the bias: another one could not be cut with its rows, and some kernels do not read it.
+    """
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)
@@ -277,19 +302,23 @@ def _find(name: str, groups: Mapping[str, DependencyGroup], what: str) -> Depend
 
 
 def _check_modules(plan: Plan, graph: SSMGraph) -> None:
-    """Whole modules: a mixer has to stay, or it is no state-space model; and attention where there was some, because
-    the caches of hybrids count tokens in an attention layer."""
-    gone = [
+    """Raise PlanError if whole-module axes remove every mixer or every attention layer.
+
+    Without mixers it is no state-space model, and the caches of hybrids count tokens in an attention layer.
+    """
+    removed = [
         graph.groups[name].blocks[unit].path
         for name, selection in plan.groups.items()
         for unit in (selection.dropped(0) if graph.groups[name].blocks else ())
     ]
     kinds = {"mixer": graph.layers, "attention layer": [s for s in graph.sites if s.kind == "attention"]}
-    for kind, sites in kinds.items() if gone else ():
+    for kind, sites in kinds.items() if removed else ():
         paths = [path for site in sites for path in (site.path, *site.aliases)]
-        around = [next((g for g in gone if path == g or path.startswith(f"{g}.")), None) for path in paths]
-        if paths and all(around):
-            raise PlanError(f"the plan drops every {kind}; one has to stay: leave it alone with ignore {around[-1]!r}")
+        removed_around = [next((g for g in removed if path == g or path.startswith(f"{g}.")), None) for path in paths]
+        if paths and all(removed_around):
+            raise PlanError(
+                f"the plan drops every {kind}; one has to stay: leave it alone with ignore {removed_around[-1]!r}"
+            )
 
 
 def _has_tensors(data: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What happens to one dependency group: a selection of its units, or a projection of its state on a few directions."""
+"""Reduction of one dependency group: a selection of its units, or a projection of its state to fewer directions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from sspruner.errors import PlanError
+from sspruner.files.fields import integer
 from sspruner.graph.group import DependencyGroup
 
-INVERSE = 1e-3  # how far encode @ decode may be from the identity: in fp32, a well-made one stays far below
+INVERSE = 1e-3  # largest allowed |encode @ decode - I|; correct fp32 matrices are far below
 PARTS = ("encode", "decode")
 
 Basis = tuple[torch.Tensor, torch.Tensor]  # encode (G, units, N), decode (G, N, units): unit i is row i and column i
@@ -20,37 +21,40 @@ Basis = tuple[torch.Tensor, torch.Tensor]  # encode (G, units, N), decode (G, N,
 
 @dataclass(frozen=True)
 class Selection:
-    """Keep these units of a dependency group: `keep` holds, per set, increasing indices below `before`."""
+    """Reduction that keeps some units of a dependency group.
+
+    keep: for each set, the kept indices, increasing and below `before`.
+    """
 
     before: int
     keep: tuple[tuple[int, ...], ...]
 
     @property
     def after(self) -> int:
-        """Units kept in every set."""
+        """Number of units kept in every set."""
         return len(self.keep[0])
 
     @property
     def sets(self) -> int:
-        """How many sets of units there are."""
+        """Number of sets of units."""
         return len(self.keep)
 
     def dropped(self, group: int) -> list[int]:
-        """The units of one set that go, in increasing order."""
+        """Return the removed units of one set, in increasing order."""
         kept = set(self.keep[group])
         return [unit for unit in range(self.before) if unit not in kept]
 
     def to_json(self) -> dict[str, Any]:
-        """Its line in plan.json."""
+        """Return the group's line in plan.json."""
         return {"before": self.before, "after": self.after, "keep": [list(k) for k in self.keep]}
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """Keep `after` directions of a state of `before` coordinates, in every B/C group (axis state, Mamba2-type mixers).
+    """Reduction of a state of `before` coordinates to `after` directions, in every B/C group of a Mamba2-type mixer.
 
     encode: fp32 (G, k, N), decode: fp32 (G, N, k), with encode @ decode = I. The state becomes encode h, of size k;
-    decode @ encode is the projector of rank k that a mask applies. No row of a tensor goes.
+    decode @ encode is the projector of rank k that a mask applies. No row of a tensor is removed.
     """
 
     encode: torch.Tensor
@@ -58,25 +62,25 @@ class Projection:
 
     @property
     def before(self) -> int:
-        """N, the coordinates of the state."""
+        """N, number of coordinates of the state."""
         return self.encode.shape[2]
 
     @property
     def after(self) -> int:
-        """k, the directions that stay."""
+        """k, number of directions that are kept."""
         return self.encode.shape[1]
 
     @property
     def sets(self) -> int:
-        """G, the B/C groups."""
+        """G, number of B/C groups."""
         return self.encode.shape[0]
 
     def dropped(self, group: int) -> list[int]:
-        """No unit's rows go."""
+        """Return an empty list: a projection removes no rows."""
         return []
 
     def to_json(self) -> dict[str, Any]:
-        """Its line in plan.json; the matrices are in the file beside it."""
+        """Return the group's line in plan.json. The matrices are stored in the file beside it."""
         return {"before": self.before, "after": self.after, "sets": self.sets}
 
     def __eq__(self, other: object) -> bool:
@@ -90,7 +94,7 @@ Reduction = Selection | Projection
 
 
 def reduction(keep: torch.Tensor, basis: Basis | None = None) -> Reduction:
-    """What stays, bool (groups, units), as a reduction: of the units themselves, or of the directions that they are."""
+    """Return the reduction for `keep`, bool (groups, units): of units, or of the directions of `basis`, if given."""
     if basis is None:
         return Selection(keep.shape[1], tuple(tuple(row.nonzero().flatten().tolist()) for row in keep))
     encode, decode = basis
@@ -101,8 +105,9 @@ def reduction(keep: torch.Tensor, basis: Basis | None = None) -> Reduction:
 
 
 def from_json(name: str, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Reduction:
-    """Inverse of `to_json`. tensors: what lies beside plan.json; a projection that is not in it gets sizes alone, on
-    the meta device. Raises KeyError, TypeError or ValueError for malformed data.
+    """Parse a group's line in plan.json. Raises KeyError, TypeError or ValueError for malformed data.
+
+    tensors: content of the file beside plan.json. A projection that is missing there gets matrices on the meta device.
     """
     before = integer(data["before"])
     if "keep" in data:
@@ -115,25 +120,25 @@ def from_json(name: str, data: Mapping[str, Any], tensors: Mapping[str, torch.Te
         raise ValueError(f"a projection of {shapes['encode']}")
     parts = {}
     for part, shape in shapes.items():
-        found = tensors.get(f"{name}.{part}")
-        parts[part] = torch.empty(shape, device="meta") if found is None else found
+        matrix = tensors.get(f"{name}.{part}")
+        parts[part] = torch.empty(shape, device="meta") if matrix is None else matrix
         if parts[part].shape != shape:
             raise ValueError(f"{part} is {tuple(parts[part].shape)}, not {shape}")
     return Projection(**parts)
 
 
 def projections(groups: Mapping[str, Reduction]) -> dict[str, Projection]:
-    """The projections among the reductions of a plan."""
+    """Return the projections among the reductions of a plan."""
     return {name: r for name, r in groups.items() if isinstance(r, Projection)}
 
 
 def tensors_of(groups: Mapping[str, Reduction]) -> dict[str, torch.Tensor]:
-    """The matrices of all projections, as the file beside plan.json names them."""
+    """Return the matrices of all projections by their names in the file beside plan.json."""
     return {f"{name}.{part}": getattr(r, part) for name, r in projections(groups).items() for part in PARTS}
 
 
 def check_reduction(where: str, reduction: Reduction) -> None:
-    """Raise PlanError unless a reduction makes sense by itself."""
+    """Raise PlanError unless a reduction is consistent in itself."""
     if isinstance(reduction, Projection):
         _check_projection(where, reduction)
         return
@@ -152,14 +157,14 @@ def _check_projection(where: str, projection: Projection) -> None:
         return
     if {projection.encode.dtype, projection.decode.dtype} != {torch.float32}:
         raise PlanError(f"{where}: encode and decode of a projection are fp32")
-    inside = projection.encode.double() @ projection.decode.double()  # (G, k, k)
-    error = float((inside - torch.eye(projection.after, dtype=torch.float64, device=inside.device)).abs().max())
+    product = projection.encode.double() @ projection.decode.double()  # (G, k, k)
+    error = float((product - torch.eye(projection.after, dtype=torch.float64, device=product.device)).abs().max())
     if not error <= INVERSE:  # also catches NaN
         raise PlanError(f"{where}: encode @ decode is not the identity (off by {error:.1e}): no projection")
 
 
 def check_fits(name: str, reduction: Reduction, group: DependencyGroup) -> None:
-    """Raise PlanError unless a reduction starts from what the model has."""
+    """Raise PlanError unless a reduction starts from the sizes of the model's group."""
     if (reduction.before, reduction.sets) != (group.units, group.groups):
         raise PlanError(
             f"{name}: the plan starts from {reduction.sets} x {reduction.before} units, the model has "
@@ -167,10 +172,3 @@ def check_fits(name: str, reduction: Reduction, group: DependencyGroup) -> None:
         )
     if isinstance(reduction, Projection) and reduction.encode.is_meta:
         raise PlanError(f"{name}: the matrices of its projection are missing")
-
-
-def integer(value: Any) -> int:
-    """An integer of JSON. Raises ValueError for anything else."""
-    if type(value) is not int:
-        raise ValueError(f"{value!r} is not an integer")
-    return value

@@ -1,4 +1,4 @@
-"""The tensors of a plan, in a file beside plan.json: masks of elements packed to bits, all others as they are."""
+"""File with a plan's tensors beside plan.json: element masks packed to bits, all others unchanged."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 
 from sspruner.errors import PlanError
 
-FOLDER = "sspruner"  # of a saved model: there the file lies in this subfolder, away from the weights
+FOLDER = "sspruner"  # subfolder of a saved model that holds the tensors file, apart from the weights
 
 
 def pack(elements: Mapping[str, torch.Tensor], updates: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the file holds: name -> uint8 (ceil(rows * cols / 8),) for a mask, else the new value."""
+    """Return the content of the tensors file: name -> uint8 (ceil(rows * cols / 8),) for a mask, or the new value."""
     masks = {name: torch.from_numpy(np.packbits(keep.cpu().numpy())) for name, keep in elements.items()}
     return masks | {name: value.detach().cpu().contiguous().clone() for name, value in updates.items()}
 
 
 def unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A mask again: bool `shape`. Raises ValueError if the bits are not those of such a mask."""
+    """Unpack a mask: bool `shape`. Raises ValueError if the bytes do not have the size of such a mask."""
     if packed.dtype != torch.uint8 or packed.shape != (-(-prod(shape) // 8),):
         raise ValueError(f"{tuple(packed.shape)} bytes of {packed.dtype} are no mask of {shape}")
     bits = np.unpackbits(packed.numpy(), count=prod(shape)).astype(bool)
@@ -32,7 +32,7 @@ def unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def digest(packed: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of every name, dtype, shape and bit: the same for the same tensors, in whatever order."""
+    """Return the SHA-256 of every tensor's name, dtype, shape and bytes, independent of their order."""
     total = hashlib.sha256()
     for name, tensor in sorted(packed.items()):
         total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -41,7 +41,7 @@ def digest(packed: Mapping[str, torch.Tensor]) -> str:
 
 
 def tensors_file(plan: Path) -> Path:
-    """The file that belongs to a plan's: of the same name with another suffix, beside it or in a saved model's folder.
+    """Return the path of a plan's tensors file: same name with the suffix .safetensors, or in a saved model's folder.
 
     Raises PlanError if there is none.
     """
@@ -53,7 +53,7 @@ def tensors_file(plan: Path) -> Path:
 
 
 def read_tensors(plan: Path) -> dict[str, torch.Tensor]:
-    """The content of that file. Raises PlanError if it is missing or cannot be read."""
+    """Read a plan's tensors file. Raises PlanError if it is missing or cannot be read."""
     path = tensors_file(plan)
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)

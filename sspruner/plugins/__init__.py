@@ -1,1 +1,1 @@
-"""Hook signatures, the plugin manager and the scorer contract."""
+"""Plugins: hook signatures (`hookspecs`) and the manager that finds and loads plugins."""

@@ -1,4 +1,4 @@
-"""The hooks a plugin may implement. A hook is a signature and a sentence; everything else is in docs/plugins.md."""
+"""Hooks that a plugin may implement. A hook is a signature and a sentence; docs/plugins.md has the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds plugins: entry points of the group `sspruner`, and files given with --plugin. Built-ins come the same way."""
+"""Find plugins: entry points of the group `sspruner`, built-ins included, and files given with --plugin."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @cache
 def plugin_manager() -> pluggy.PluginManager:
-    """The process's plugin manager, with every installed plugin registered under its entry point's name."""
+    """Return the process's plugin manager, with every installed plugin registered under its entry point's name."""
     manager = pluggy.PluginManager("sspruner")
     manager.add_hookspecs(hookspecs)
     for entry in sorted(entry_points(group="sspruner"), key=lambda e: e.name):
         try:
             module = entry.load()
-        except (Exception, SystemExit) as error:  # a plugin may fail in any way; whatever it is, it is named
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way; the error names it
             raise PluginError(
                 f"plugin {entry.name!r} ({entry.value}): import failed: {_brief(error)}; fix or uninstall it"
             ) from error
@@ -37,7 +37,7 @@ def plugin_manager() -> pluggy.PluginManager:
 
 
 def load_file(path: str | Path) -> str:
-    """Register the plugin in a Python file and return its name, the path. Loading it twice is harmless.
+    """Register the plugin in a Python file and return its name, the path. Loading it again does nothing.
 
     Raises InputError for a missing file, PluginError if it cannot be imported or implements no hook.
     """
@@ -47,8 +47,8 @@ def load_file(path: str | Path) -> str:
     manager, name = plugin_manager(), str(path)
     if manager.has_plugin(name):
         return name
-    own = hashlib.sha256(name.encode()).hexdigest()[:8]  # two files may have one name
-    spec = importlib.util.spec_from_file_location(f"sspruner_plugin_{path.stem}_{own}", path)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]  # two files may have one name
+    spec = importlib.util.spec_from_file_location(f"sspruner_plugin_{path.stem}_{digest}", path)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin {name}: not a Python file")
     module = importlib.util.module_from_spec(spec)
@@ -79,19 +79,19 @@ def _register(manager: pluggy.PluginManager, module: Any, name: str) -> None:
 
 
 def collect(hook_name: str) -> list[tuple[Any, str]]:
-    """(object, plugin name) for everything that the plugins return from one hook."""
-    found = []
+    """Return (object, plugin name) for everything that the plugins return from one hook."""
+    collected = []
     for impl in getattr(plugin_manager().hook, hook_name).get_hookimpls():
         try:
-            offered = list(impl.function())
+            items = list(impl.function())
         except Exception as error:
             raise PluginError(f"plugin {impl.plugin_name!r}: {hook_name} failed: {_brief(error)}") from error
-        found += [(item, impl.plugin_name) for item in offered]
-    return found
+        collected += [(item, impl.plugin_name) for item in items]
+    return collected
 
 
 def _brief(error: BaseException) -> str:
-    """One line: the type of an error and its message."""
+    """Return the type of an error and its message, on one line."""
     text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

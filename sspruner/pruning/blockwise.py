@@ -25,8 +25,8 @@ from sspruner.compute.device import offloaded, resident
 from sspruner.compute.forward import embedding
 from sspruner.compute.precision import in_fp32
 from sspruner.errors import InputError, ProofError
-from sspruner.evaluation.damage import Damage, damage_of
-from sspruner.evaluation.windows import log_softmax, next_tokens, sums
+from sspruner.evaluation.damage import Damage, damages_of
+from sspruner.evaluation.windows import Logits, alone
 from sspruner.files.journal import Journal
 from sspruner.files.provenance import versions
 from sspruner.graph.fingerprint import fingerprint
@@ -203,14 +203,16 @@ def _logits(replay: Replay) -> Iterator[torch.Tensor]:
 
 
 def _damage(streams: Mapping[str, Replay]) -> Damage:
+    """What the cut costs, from where both streams are behind the last block."""
+
+    def said(name: str) -> Logits:
+        batches = _logits(streams[name])
+        return lambda _batch: next(batches)
+
     replay = streams["dense"]
-    both = zip(replay.tokens, replay.masks, _logits(replay), _logits(streams["cut"]), strict=True)
-    dense, cut = [], []
-    for tokens, mask, theirs, own in both:
-        targets, counted = next_tokens(tokens, mask)  # (b, T-1)
-        dense.append(sums(theirs[:, :-1], targets, counted))
-        cut.append(sums(own[:, :-1], targets, counted, log_softmax(theirs[:, :-1])))
-    return damage_of(dense, cut)
+    windows = map(alone, replay.tokens, replay.masks)
+    (cost,) = damages_of(windows, said("dense"), [said("cut")])
+    return cost
 
 
 def _error(model: nn.Module, streams: Mapping[str, Replay]) -> tuple[float, float]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sspruner.errors import InputError
 from sspruner.evaluation.damage import Damage
+from sspruner.files import strict_json
+from sspruner.files.fields import flag, integer, number, table, text, versioned
 from sspruner.files.output import atomic_file
 from sspruner.files.provenance import hub_name, peak_memory_bytes, versions
 from sspruner.graph.ssm_graph import SSMGraph
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from sspruner.pruning.cutter import Outcome
     from sspruner.pruning.decision import Decision
     from sspruner.pruning.job import PruneJob
+
+# How a field of a report is checked, by the beginning of its type.
+CHECKS: dict[str, Callable[[Any], Any]] = {"str": text, "bool": flag, "int": integer, "dict": table}
+MEASURED = ("perplexity", "kl_to_dense")  # of what `dense` and `pruned` say: the other numbers are whole
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,36 @@ class Report:
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """Inverse of `save`. Raises InputError for a file that `save` did not write."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data.pop("version") != 1:
-                raise ValueError("its version is not 1")
-            return cls(**data | {"proof": Proof(**data["proof"]) if data["proof"] else None})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            why = f"{type(error).__name__}: {error}"[:200]
-            raise InputError(f"report {path}: not a report that sspruner wrote ({why})") from error
+        return strict_json.load("report", path, cls.from_json)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Report:
+        """Inverse of `to_json`, from its text or what `strict_json.loads` makes of it.
+
+        Fields that have a default may be missing. Raises KeyError, TypeError or ValueError for what `to_json` did not
+        write, other keys among it.
+        """
+        given = versioned(strict_json.loads(data) if isinstance(data, str) else data)
+        checked = given | {f.name: _checked(str(f.type), given[f.name]) for f in fields(cls) if f.name in given}
+        sizes = {
+            when: given[when]
+            | {name: number(given[when][name]) for name in MEASURED if name in given[when]}
+            | {name: integer(given[when][name]) for name in ("parameters", "weight_bytes", "state_bytes")}
+            for when in ("dense", "pruned")
+        }
+        return cls(
+            **checked
+            | sizes
+            | {
+                "layers": {name: layer_from_json(size) for name, size in given["layers"].items()},
+                "proof": None if given["proof"] is None else Proof.from_json(given["proof"]),
+            }
+        )
 
     def to_json(self) -> str:
-        """The content of report.json."""
-        return json.dumps({"version": 1, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        """Return the content of report.json."""
+        data = asdict(self) | {"proof": None if self.proof is None else self.proof.to_json()}
+        return strict_json.dumps({"version": 1, **data}, indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write report.json, atomically."""
@@ -135,6 +157,19 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
         base_model=hub_name(job.model),
         recipe=job.recipe.to_json(),
     )
+
+
+def _checked(kind: str, value: Any) -> Any:
+    """A field's value, if it is of the field's type."""
+    if value is None and kind.endswith("| None"):
+        return None
+    check = CHECKS.get(kind.partition("[")[0])
+    return check(value) if check else value
+
+
+def layer_from_json(data: Any) -> dict[str, int]:
+    """Check what a report says of one dependency group: its units before and after."""
+    return {when: integer(table(data)[when]) for when in ("before", "after")}
 
 
 def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:

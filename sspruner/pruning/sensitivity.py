@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import on_device, resolve_device
 from sspruner.errors import InputError
 from sspruner.evaluation.damage import damages
+from sspruner.files import strict_json
 from sspruner.files.output import atomic_file
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.trace import trace
@@ -52,13 +52,13 @@ class Sensitivity:
         data = {"version": 1, "tokens": self.tokens, "made_with": dict(self.made_with)}
         data |= {"curves": {name: dict(curve) for name, curve in self.curves.items()}}
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(strict_json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
         """Read what `save` wrote. Raises InputError if it is missing or malformed."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = strict_json.loads(Path(path).read_text(encoding="utf-8"))
             curves = {str(n): {int(k): float(v) for k, v in curve.items()} for n, curve in data["curves"].items()}
             found = cls(curves, int(data["tokens"]), {str(k): str(v) for k, v in data["made_with"].items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """The parts of recipes. Each field is an option of the command line, and a key in a YAML file."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: classes of other modules inherit these fields, and annotations that are text
+# would be looked up there.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,8 +10,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from sspruner.errors import InputError
-from sspruner.recipes.texts import fractions_by_name, names_by_axis, units_by_pattern, values_by_name
-from sspruner.units import parse_bytes, parse_increase, parse_parameters
+from sspruner.recipes.flags import (
+    AMOUNT,
+    CALIBRATION,
+    METHOD,
+    REMOVE,
+    TARGET,
+    FromText,
+    number,
+    read_texts,
+    text,
+    texts,
+    whole,
+)
+from sspruner.recipes.texts import (
+    bytes_of,
+    fractions_by_axis,
+    fractions_by_pattern,
+    increase_of,
+    names_by_axis,
+    parameters_of,
+    pattern_of,
+    several,
+    units_by_pattern,
+    values_by_name,
+)
 
 if TYPE_CHECKING:
     Quantity = float | None
@@ -21,7 +44,7 @@ else:  # a text such as 25MB is read when the part is made: after that it is a n
 REPEATED = Parameter(negative=(), consume_multiple=False)
 
 
-@Parameter(name="*", group="What to remove")
+@Parameter(name="*", group=REMOVE)
 @dataclass(frozen=True)
 class Remove:
     """What to remove, and what to leave alone.
@@ -30,17 +53,15 @@ class Remove:
     `layers.0.*`, `*.mixer:head`. On the axes `block` and `mixer` it is matched against the modules, too.
     """
 
-    axis: str | Mapping[str, float] = "state"
+    axis: Annotated[str | Mapping[str, float], text("AXIS"), FromText(fractions_by_axis, "--axis")] = "state"
     """Axis to prune; several with the fraction of each: state=0.5,head=0.25."""
 
-    ignore: Annotated[tuple[str, ...], REPEATED] = ()
+    ignore: Annotated[tuple[str, ...], texts("PATTERN"), FromText(several, "--ignore")] = ()
     """Pattern of layers to leave alone, e.g. 'layers.0.*'. Repeatable."""
 
     def __post_init__(self) -> None:
         """Read `state=0.5,head=0.25` as a mapping."""
-        if isinstance(self.axis, str):
-            object.__setattr__(self, "axis", fractions_by_name(self.axis, "axis"))
-        object.__setattr__(self, "ignore", tuple(self.ignore))
+        read_texts(self)
 
     @property
     def axes(self) -> list[str]:
@@ -48,68 +69,73 @@ class Remove:
         return [self.axis] if isinstance(self.axis, str) else list(self.axis)
 
 
-@Parameter(name="*", group="What to remove")
+@Parameter(name="*", group=REMOVE)
 @dataclass(frozen=True)
 class Elements:
     """On the axes of single elements (weight, decay): which elements compete."""
 
-    pattern: str | None = None
+    pattern: Annotated[str | None, text("N:M"), FromText(pattern_of, "--pattern")] = None
     """Single elements: keep N of every M of a row, e.g. 2:4."""
 
-    granularity: str | None = None
-    """Single elements: which compete: row, tensor or global. Default: the scorer's own."""
+    granularity: Annotated[str | None, text("NAME", default="the scorer's own")] = None
+    """Single elements: which compete: row, tensor or global."""
 
-    rows: Annotated[tuple[str, ...], REPEATED] = ()
+    rows: Annotated[tuple[str, ...], texts("NAME"), FromText(several, "--rows")] = ()
     """Single elements: prune only these named runs of rows, e.g. B. Repeatable."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", tuple(self.rows))
+        """Read one name as a tuple of one."""
+        read_texts(self)
 
 
-@Parameter(name="*", group="How much")
+@Parameter(name="*", group=AMOUNT)
 @dataclass(frozen=True)
 class Allocation:
     """How the budget is shared between layers."""
 
-    allocation: str = "uniform"
+    allocation: Annotated[str, text("NAME")] = "uniform"
     """uniform: the same fraction of every layer. global: layers compete by their scores. adaptive: the best split by
     measured damage. uniform-best: the smallest one size within --max-ppl-increase or --max-kl."""
 
-    normalise: str | None = None
-    """How --allocation global makes scores of layers comparable: energy, last or none. Default: the scorer's own."""
+    normalise: Annotated[str | None, text("NAME", default="the scorer's own")] = None
+    """How --allocation global makes scores of layers comparable: energy, last or none."""
 
-    multiple_of: int = 1
+    multiple_of: Annotated[int, whole()] = 1
     """Keep a multiple of this many units (torch-pruning: round_to)."""
 
-    ratios: Annotated[Mapping[str, float], Parameter(name="--ratio")] = field(default_factory=dict)
-    """PATTERN=FRACTION: remove another fraction from the layers that match; later ones win. Repeatable."""
+    ratios: Annotated[
+        Mapping[str, float], texts("PATTERN=FRACTION", name="--ratio"), FromText(fractions_by_pattern, "--ratio")
+    ] = field(default_factory=dict)
+    """Remove another fraction from the layers that match; later ones win. Repeatable."""
 
-    floor: Mapping[str, int] = field(default_factory=dict)
-    """UNITS, or PATTERN=UNITS: keep at least this many units in every set, whatever the budget. Repeatable."""
+    floor: Annotated[Mapping[str, int], texts("[PATTERN=]UNITS"), FromText(units_by_pattern, "--floor")] = field(
+        default_factory=dict
+    )
+    """Keep at least this many units in every set, or in those that match, whatever the budget. Repeatable."""
 
-    cap: Mapping[str, int] = field(default_factory=dict)
-    """UNITS, or PATTERN=UNITS: keep at most this many units in every set. Repeatable."""
+    cap: Annotated[Mapping[str, int], texts("[PATTERN=]UNITS"), FromText(units_by_pattern, "--cap")] = field(
+        default_factory=dict
+    )
+    """Keep at most this many units in every set, or in those that match. Repeatable."""
 
     def __post_init__(self) -> None:
         """Read texts such as `layers.0.*=0.25` as mappings."""
-        object.__setattr__(self, "ratios", fractions_by_name(self.ratios or {}, "ratio"))
-        object.__setattr__(self, "floor", units_by_pattern(self.floor or {}, "floor"))
-        object.__setattr__(self, "cap", units_by_pattern(self.cap or {}, "cap"))
+        read_texts(self)
 
 
-@Parameter(name="*", group="How much")
+@Parameter(name="*", group=AMOUNT)
 @dataclass(frozen=True)
 class Budget(Allocation):
     """How much to remove: a fraction of the units, or a number of units that stay."""
 
-    sparsity: float | None = None
-    """Fraction of units to remove, in [0, 1). Default: 0.5, unless --keep or a limit says how much."""
+    sparsity: Annotated[float | None, number("FRACTION", default="0.5, unless --keep or a limit says how much")] = None
+    """Fraction of units to remove, in [0, 1)."""
 
-    keep: int | None = None
+    keep: Annotated[int | None, whole()] = None
     """Units to keep in every group, instead of --sparsity."""
 
 
-@Parameter(name="*", group="How much")
+@Parameter(name="*", group=AMOUNT)
 @dataclass(frozen=True)
 class Limits:
     """Limits on the size of the pruned model and on the damage, instead of a fraction. `None` means no limit.
@@ -118,29 +144,29 @@ class Limits:
     text. Raises InputError for a limit that is not a number above 0.
     """
 
-    state_bytes: Quantity = None
+    state_bytes: Annotated[Quantity, text("BYTES"), FromText(bytes_of, "--state-bytes")] = None
     """Instead of a fraction: recurrent state per sequence, at most, e.g. 25MB."""
 
-    max_batch: int | None = None
+    max_batch: Annotated[int | None, whole()] = None
     """Instead of a fraction: this many sequences and the weights fit in --memory."""
 
-    memory: Quantity = None
+    memory: Annotated[Quantity, text("BYTES"), FromText(bytes_of, "--memory")] = None
     """Memory for --max-batch, e.g. 80GB: weights, and recurrent and convolution states."""
 
-    parameters: Annotated[Quantity, Parameter(name="--params")] = None
+    parameters: Annotated[Quantity, text("COUNT", name="--params"), FromText(parameters_of, "--params")] = None
     """Instead of a fraction: parameters, at most: 0.8x of the model's, or e.g. 900M."""
 
-    perplexity_increase: Annotated[Quantity, Parameter(name="--max-ppl-increase")] = None
+    perplexity_increase: Annotated[
+        Quantity, text("PERCENT", name="--max-ppl-increase"), FromText(increase_of, "--max-ppl-increase")
+    ] = None
     """Instead of a fraction: the largest cut that raises perplexity by at most this, e.g. 1%."""
 
-    kl: Annotated[float | None, Parameter(name="--max-kl")] = None
+    kl: Annotated[float | None, number(name="--max-kl")] = None
     """Instead of a fraction: the largest cut within this KL to the dense model, in nats per token."""
 
     def __post_init__(self) -> None:
         """Read texts such as 25MB and 1% as numbers."""
-        for name, read in _LIMIT_TEXTS.items():
-            if isinstance(text := getattr(self, name), str):
-                object.__setattr__(self, name, read[0](text, read[1]))
+        read_texts(self)
         if (self.max_batch is None) != (self.memory is None):
             raise InputError("max-batch and memory go together: how many sequences, in how many bytes")
         for name, value in self.to_json().items():
@@ -167,80 +193,76 @@ class Limits:
         return {name: value for name, value in values.items() if value is not None}
 
 
-_LIMIT_TEXTS = {
-    "state_bytes": (parse_bytes, "--state-bytes"),
-    "memory": (parse_bytes, "--memory"),
-    "parameters": (parse_parameters, "--params"),
-    "perplexity_increase": (parse_increase, "--max-ppl-increase"),
-}
-
-
-@Parameter(name="*", group="Method")
+@Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
 class Scoring:
     """How scorers are run."""
 
-    options: Annotated[Mapping[str, Any], Parameter(name="--option")] = field(default_factory=dict)
-    """An option of the scorer: name=value, or scorer.name=value. Repeatable."""
+    options: Annotated[
+        Mapping[str, Any], texts("NAME=VALUE", name="--option"), FromText(values_by_name, "--option")
+    ] = field(default_factory=dict)
+    """An option of the scorer, or, as scorer.name=value, of one of several. Repeatable."""
 
-    seed: int = 0
+    seed: Annotated[int, whole()] = 0
     """Seed of sampling, windows and the random scorer."""
 
     def __post_init__(self) -> None:
-        """Read `name=value` as a mapping."""
-        object.__setattr__(self, "options", values_by_name(self.options or {}, "option"))
+        """Read texts such as `name=value` as mappings."""
+        read_texts(self)
 
 
-@Parameter(name="*", group="Method")
+@Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
-class Method(Scoring):
-    """Which scorer decides, and how the cut is made."""
+class Mode:
+    """How the cut is made."""
 
-    scorer: Any = None
-    """Scorer (`sspruner scorers` lists them), or one per axis: state=ghost,mlp=magnitude. auto, or auto:ghost,taylor:
-    pick the one with the lowest perplexity on the calibration text. Default: ghost, or that of --basis."""
-
-    basis: str | None = None
-    """select: keep coordinates of the state. balanced: keep directions. Default: the scorer's."""
-
-    mode: str = "slice"
+    mode: Annotated[str, text("NAME")] = "slice"
     """slice: smaller tensors, proved equal to the mask. mask: zeros, same sizes."""
 
-    one_shot: Annotated[bool, Parameter(negative=())] = False
+
+@Parameter(name="*", group=METHOD)
+@dataclass(frozen=True)
+class Method(Mode, Scoring):
+    """Which scorer decides, and how the cut is made."""
+
+    scorer: Annotated[Any, text("NAME", default="ghost, or that of --basis"), FromText(names_by_axis, "--scorer")] = (
+        None
+    )
+    """Scorer (`sspruner scorers` lists them), or one per axis: state=ghost,mlp=magnitude. auto, or auto:ghost,taylor:
+    pick the one with the lowest perplexity on the calibration text."""
+
+    basis: Annotated[str | None, text("NAME", default="the scorer's")] = None
+    """select: keep coordinates of the state. balanced: keep directions."""
+
+    one_shot: bool = False
     """Score all layers on the dense model, then cut at once."""
 
-    refit: str = "none"
+    refit: Annotated[str, text("NAME")] = "none"
     """After the cut, solve for what stays: output (weights of out_proj and its like), bias, or none."""
 
-    def __post_init__(self) -> None:
-        """Read `state=ghost,mlp=magnitude` as a mapping."""
-        super().__post_init__()
-        if isinstance(self.scorer, str):
-            object.__setattr__(self, "scorer", names_by_axis(self.scorer, "scorer"))
 
-
-@Parameter(name="*", group="Calibration")
+@Parameter(name="*", group=CALIBRATION)
 @dataclass(frozen=True)
 class CalibrationText:
     """The text that scorers observe, and on which damage is measured."""
 
-    source: Annotated[str, Parameter(name="--calibration")] = "self"
+    source: Annotated[str, text("TEXT", name="--calibration")] = "self"
     """Text file, datasets name (NAME[:CONFIG[:SPLIT]]), or self: sampled from the model."""
 
-    samples: int = 32
+    samples: Annotated[int, whole()] = 32
     """Calibration sequences."""
 
-    seq_len: int = 256
+    seq_len: Annotated[int, whole()] = 256
     """Tokens per calibration sequence."""
 
 
-@Parameter(name="*", group="Target")
+@Parameter(name="*", group=TARGET)
 @dataclass(frozen=True)
 class Target:
     """The runtime that will serve the pruned model: sizes are rounded to those that it takes."""
 
-    runtime: Annotated[str | None, Parameter(name="--target")] = None
+    runtime: Annotated[str | None, text("NAME", name="--target")] = None
     """Only sizes that this runtime takes: hf, mamba-ssm, vllm, tensorrt-llm or llama.cpp."""
 
-    tp: int = 1
+    tp: Annotated[int, whole()] = 1
     """GPUs over which vllm or tensorrt-llm splits the model."""

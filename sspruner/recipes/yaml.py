@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sspruner.errors import InputError
-from sspruner.files.output import atomic_file
 
 Kind = TypeVar("Kind")
 
@@ -31,37 +30,91 @@ def read(kind: type[Kind], path: str | Path) -> Kind:
 
 
 def from_data(kind: type[Kind], data: Any) -> Kind:
-    """Make a dataclass of dataclasses from mappings, its types checked by pydantic.
+    """Make a dataclass of dataclasses from mappings, its types checked by pydantic. A value of null is left out.
 
-    Raises InputError that names the key's path, what is wrong with it, and the nearest key of a misspelt one.
+    Raises InputError that names the key's path, what is wrong with its value, and the nearest key of a misspelt one.
     """
     from pydantic import TypeAdapter, ValidationError
 
     check_keys(kind, data, ())
     try:
-        made: Kind = TypeAdapter(kind).validate_python(data)
+        made: Kind = TypeAdapter(kind).validate_python(_without_nulls(data))
     except ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
-            raise cause from error
-        where = ".".join(
-            str(part) for part in first["loc"] if not str(part).startswith(("function", "dict[", "tuple["))
-        )
-        raise InputError(f"{where}: {first['msg']} (it is {first['input']!r})") from error
+        raise InputError(_explained(error.errors(), data)) from error
     return made
 
 
 def check_keys(kind: Any, data: Any, path: tuple[str, ...]) -> None:
-    """Raise InputError for a key that is no field of the dataclass `kind`, at any depth."""
+    """Raise InputError for a key that is no field of the dataclass `kind`, at any depth, and for yes or no as a number.
+
+    Pydantic takes true for 1.
+    """
     where = ".".join(path)
     if not isinstance(data, Mapping):
-        raise InputError(f"{where or 'the file'}: expected keys and values, not {data!r}")
-    known = {f.name: f.default_factory for f in fields(kind)}
+        raise InputError(f"{where or 'the file'}: expected keys and values, not {_as_yaml(data)}")
+    known = {f.name: f for f in fields(kind)}
     for key, value in data.items():
         if key not in known:
             raise InputError(f"unknown key {'.'.join([*path, str(key)])}{nearest(str(key), known)}")
-        if is_dataclass(known[key]):
-            check_keys(known[key], value, (*path, key))
+        part = known[key].default_factory
+        if is_dataclass(part):
+            check_keys(part, {} if value is None else value, (*path, key))
+        elif isinstance(value, bool) and not isinstance(known[key].default, bool):
+            raise InputError(f"{'.'.join([*path, key])}: expected no {_as_yaml(value)}; write a word in quotes")
+
+
+#: Type of pydantic's error -> what was expected, in words.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text; write it in quotes",
+    "mapping_type": "keys and values",
+    "dict_type": "keys and values",
+    "tuple_type": "a list",
+    "list_type": "a list",
+}
+
+
+def _explained(errors: list[Any], data: Any) -> str:
+    """The error that is farthest down in the data, in one line. Of a union pydantic reports one error for each type."""
+    paths = [_path(error["loc"], data) for error in errors]
+    error, path = max(zip(errors, paths, strict=True), key=lambda pair: len(pair[1]))
+    where = ".".join(map(str, path))
+    if error["type"] == "text":
+        return f"{where}{error['msg']}"
+    alike = [_EXPECTED.get(e["type"], e["msg"]) for e, other in zip(errors, paths, strict=True) if other == path]
+    return f"{where} {_as_yaml(error['input'])}: expected {' or '.join(dict.fromkeys(alike))}"
+
+
+def _path(location: tuple[Any, ...], data: Any) -> tuple[Any, ...]:
+    """The keys of pydantic's location that lead to a value in the data: others name types."""
+    path: list[Any] = []
+    for part in location:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as a YAML file has it."""
+    import yaml
+
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.strip().removesuffix("...").strip()
+
+
+def _without_nulls(data: Any) -> Any:
+    if not isinstance(data, Mapping):
+        return data
+    return {key: _without_nulls(value) for key, value in data.items() if value is not None}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -81,7 +134,7 @@ def to_data(recipe: Any) -> dict[str, Any]:
         elif isinstance(value, type):
             value = value.name  # type: ignore[attr-defined]
         elif isinstance(value, tuple):
-            value = list(value)
+            value = [one.name if isinstance(one, type) else one for one in value]  # type: ignore[attr-defined]
         elif isinstance(value, Mapping):
             value = dict(value)
         if value is not None and value != {} and value != []:
@@ -92,6 +145,8 @@ def to_data(recipe: Any) -> dict[str, Any]:
 def write(recipe: Any, path: str | Path) -> None:
     """Write a recipe as YAML: it appears whole or not at all."""
     import yaml
+
+    from sspruner.files.output import atomic_file
 
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(to_data(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")

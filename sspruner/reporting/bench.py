@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sspruner.benchmarking.measure import Bench
+from sspruner.benchmarking.record import Bench
 from sspruner.units import as_bytes
 
 OPERATIONS = 12  # of a profile that are shown
@@ -39,16 +39,16 @@ def _phase(found: Bench, phase: str) -> Table:
     for row in found.rows:
         if row.phase != phase:
             continue
-        data, base = row.to_json(), first.setdefault(row.batch, row.model)
-        ms, low, high = data["ms"]
+        base = first.setdefault(row.batch, row.model)
+        ms, low, high = row.ms
         table.add_row(
             f"{row.batch:,}",
             escape(row.model),
             f"{ms:,.2f} ({low:,.2f} to {high:,.2f})",
-            f"{data['tokens_per_second'][0]:,.0f}",
+            f"{row.tokens_per_second.value:,.0f}",
             f"{row.speedup(found.row(base, row.batch, phase))[0]:.2f}x",
             f"{row.ceiling:,.0f}",
-            f"{100 * data['fraction']:.0f} %",
+            f"{100 * row.fraction:.0f} %",
             "" if row.peak_bytes is None else as_bytes(row.peak_bytes),
             as_bytes(row.state_bytes),
         )

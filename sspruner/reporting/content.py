@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isnan
 
+from sspruner.evaluation.paired import Interval
 from sspruner.reporting.figures import Draw
-from sspruner.reporting.folder import Interval
 
 
 @dataclass(frozen=True)

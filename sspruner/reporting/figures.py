@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from sspruner.reporting.folder import Interval
+from sspruner.evaluation.paired import Interval
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
-import sspruner
 from sspruner.errors import InputError
 from sspruner.files.output import atomic_file, check_file
+from sspruner.files.provenance import versions
 from sspruner.reporting.content import Figure, Section
 from sspruner.reporting.folder import read_folder
 
@@ -60,8 +60,10 @@ def render(shown: Sequence[Section], name: str) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["picture"] = picture
-    template = (resources.files("sspruner.report") / "page.html").read_text(encoding="utf-8")
-    page: str = environment.from_string(template).render(name=clean(name), sections=shown, version=sspruner.__version__)
+    template = (resources.files("sspruner.reporting") / "page.html").read_text(encoding="utf-8")
+    page: str = environment.from_string(template).render(
+        name=clean(name), sections=shown, version=versions()["sspruner"]
+    )
     return page
 
 

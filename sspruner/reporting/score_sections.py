@@ -8,6 +8,7 @@ from math import log10, nan
 import torch
 
 from sspruner.axes import ELEMENT_AXES
+from sspruner.evaluation.paired import Interval
 from sspruner.reporting.agreement import agreement, telling
 from sspruner.reporting.content import Figure, Section, Table
 from sspruner.reporting.figures import Line, heat, lines, spectra
@@ -99,10 +100,10 @@ def _agreement(scores: Mapping[str, Scores], sparsities: tuple[float, ...]) -> F
         return None
     cuts = [100 * s for s in sparsities]
     drawn = [
-        Line(f"{a}, {b}", cuts, [(100 * share,) * 3 for share in pairs[a, b]], style)
+        Line(f"{a}, {b}", cuts, [Interval.exactly(100 * share) for share in pairs[a, b]], style)
         for style, (a, b) in enumerate(telling(pairs, scores))
     ]
-    chance = Line("by chance", cuts, [(cut,) * 3 for cut in cuts], 6, dotted=True)
+    chance = Line("by chance", cuts, [Interval.exactly(cut) for cut in cuts], 6, dotted=True)
     rows = tuple((a, b, *(f"{100 * share:.5g} %" for share in shares)) for (a, b), shares in pairs.items())
     return Figure(
         "agreement",

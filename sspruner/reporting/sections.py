@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
+from math import isfinite, isnan
 
+from sspruner.benchmarking.record import DECODE, Bench, Timing
+from sspruner.comparison.record import Comparison, Cut
+from sspruner.evaluation.paired import Interval
+from sspruner.evaluation.result import Evaluation, Row
+from sspruner.plans.plan import PlanSummary
+from sspruner.pruning.report import Report
 from sspruner.reporting.content import Figure, Section, Table, number_text, shown
 from sspruner.reporting.figures import Line, bars, lines
-from sspruner.reporting.folder import Compared, Cut, Evaluated, Folder, Interval, Measured, Timed
+from sspruner.reporting.folder import Folder
 from sspruner.reporting.score_sections import score_section
 from sspruner.units import as_bytes
 
@@ -17,16 +23,16 @@ SIZE_MATCH = 0.01  # a bench row is of a cut if their states differ by no more t
 def sections(found: Folder) -> list[Section]:
     """All sections of a folder, the results first. Of several files of a kind each has its own."""
     made = []
-    for number, (path, compared) in enumerate(found.compared.items()):
-        made.append(_comparison(compared, found.timed, f"compare{number or ''}", path))
-    for number, (path, timed) in enumerate(found.timed.items()):
-        made.append(_bench(timed, f"bench{number or ''}", path))
-    for path, evaluated in found.evaluated.items():
+    for number, (path, compared) in enumerate(found.compare.items()):
+        made.append(_comparison(compared, found.bench, f"compare{number or ''}", path))
+    for number, (path, bench) in enumerate(found.bench.items()):
+        made.append(_bench(bench, f"bench{number or ''}", path))
+    for path, evaluated in found.evaluation.items():
         made.append(_evaluation(evaluated, path))
-    for number, (path, cut) in enumerate(found.cuts.items()):
+    for number, (path, cut) in enumerate((found.report | found.plan).items()):
         made.append(_cut(cut, f"kept{number or ''}", path))
     if found.scores:
-        cuts = sorted({s for c in found.compared.values() for s in c.sparsities}) or [0.25, 0.5, 0.75, 0.9]
+        cuts = sorted({s for c in found.compare.values() for s in c.sparsities}) or [0.25, 0.5, 0.75, 0.9]
         made.append(score_section(found.scores, tuple(cuts)))
     made.append(_provenance(found))
     return [section for section in made if section.figures or section.tables]
@@ -36,7 +42,7 @@ def _size(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def _comparison(compared: Compared, timed: Mapping[str, Sequence[Timed]], name: str, path: str) -> Section:
+def _comparison(compared: Comparison, timed: Mapping[str, Bench], name: str, path: str) -> Section:
     styles = {label: i for i, label in enumerate(compared.cells)}
     figures: list[Figure] = []
     for metric, title, level in (
@@ -67,28 +73,28 @@ def _comparison(compared: Compared, timed: Mapping[str, Sequence[Timed]], name: 
     return Section("Damage of cuts", note, tuple(figures), (_cells(compared),))
 
 
-def _cut_points(compared: Compared, label: str, metric: str) -> Iterable[tuple[float, Measured, Interval]]:
+def _cut_points(compared: Comparison, label: str, metric: str) -> Iterable[tuple[float, Cut, Interval]]:
     for sparsity, cell in sorted(compared.cells[label].items()):
-        if isinstance(cell, Measured) and metric in cell.metrics:
-            yield sparsity, cell, cell.metrics[metric]
+        if isinstance(cell, Cut) and metric in cell.measures:
+            yield sparsity, cell, cell.measures[metric]
 
 
-def _damage(compared: Compared, metric: str, label: str, style: int) -> Line:
+def _damage(compared: Comparison, metric: str, label: str, style: int) -> Line:
     points = [(100 * (1 - s), value) for s, _, value in _cut_points(compared, label, metric)]
     return Line(label, [x for x, _ in points], [y for _, y in points], style)
 
 
-def _by_bytes(compared: Compared, styles: Mapping[str, int], name: str) -> Figure | None:
+def _by_bytes(compared: Comparison, styles: Mapping[str, int], name: str) -> Figure | None:
     metric, made = "perplexity_ratio", []
     for label, style in styles.items():
-        points = [(c.state_bytes / 1e6, v) for _, c, v in _cut_points(compared, label, metric) if c.state_bytes]
+        points = [(c.state_bytes / 1e6, v) for _, c, v in _cut_points(compared, label, metric)]
         if points:
             made.append(Line(label, [x for x, _ in points], [y for _, y in points], style))
     baseline = compared.baseline
     if not made:
         return None
-    if baseline and baseline.state_bytes and metric in baseline.metrics:
-        made.append(Line("smaller dense", [baseline.state_bytes / 1e6], [baseline.metrics[metric]], len(styles)))
+    if baseline and metric in baseline.measures:
+        made.append(Line("smaller dense", [baseline.state_bytes / 1e6], [baseline.measures[metric]], len(styles)))
     x = "state per sequence, MB"
     return Figure(
         f"{name}-pareto-bytes",
@@ -100,27 +106,31 @@ def _by_bytes(compared: Compared, styles: Mapping[str, int], name: str) -> Figur
     )
 
 
-def _by_speed(
-    compared: Compared, timed: Mapping[str, Sequence[Timed]], styles: Mapping[str, int], name: str
-) -> Figure | None:
+def _by_speed(compared: Comparison, timed: Mapping[str, Bench], styles: Mapping[str, int], name: str) -> Figure | None:
     """Damage against decode speed, for cuts whose state a bench row has, at the largest batch."""
-    decode = [row for rows in timed.values() for row in rows if row.phase == "decode" and row.state_bytes]
+    decode = [row for bench in timed.values() for row in bench.rows if row.phase == DECODE]
     joined = [
         (label, row, value)
         for label in styles
         for _, cell, value in _cut_points(compared, label, "perplexity_ratio")
         for row in decode
-        if cell.state_bytes and abs(cell.state_bytes - (row.state_bytes or 0)) <= SIZE_MATCH * cell.state_bytes
+        if abs(cell.state_bytes - row.state_bytes) <= SIZE_MATCH * cell.state_bytes
     ]
     if not joined:
         return None
     batch = max(row.batch for _, row, _ in joined)
     made = []
     for label, style in styles.items():
-        points = [(row.tokens[0], value) for found, row, value in joined if found == label and row.batch == batch]
+        points = [
+            (row.tokens_per_second.value, value)
+            for found, row, value in joined
+            if found == label and row.batch == batch
+        ]
         if points:
             made.append(Line(label, [x for x, _ in points], [y for _, y in points], style))
-    rows = [(label, str(row.batch), row.model, shown(row.tokens), shown(value)) for label, row, value in joined]
+    rows = [
+        (label, str(row.batch), row.model, shown(row.tokens_per_second), shown(value)) for label, row, value in joined
+    ]
     return Figure(
         f"{name}-pareto-speed",
         "Damage against decode speed",
@@ -131,39 +141,39 @@ def _by_speed(
     )
 
 
-def _cells(compared: Compared) -> Table:
+def _cells(compared: Comparison) -> Table:
     """Every number of the comparison."""
     rows = [("dense", "0 %", compared.dense), ("smaller dense", "0 %", compared.baseline)]
     measured = [row for _, _, row in rows if row]
-    measured += [c for row in compared.cells.values() for c in row.values() if isinstance(c, Measured)]
-    metrics = list(dict.fromkeys(metric for m in measured for metric in m.metrics))
-    made: list[tuple[str, ...]] = [_row(label, cut, m, metrics) for label, cut, m in rows if m]
+    measured += [c for row in compared.cells.values() for c in row.values() if isinstance(c, Cut)]
+    metrics = list(dict.fromkeys(metric for m in measured for metric in m.measures))
+    made: list[tuple[str, ...]] = [_cut_row(label, cut, m, metrics) for label, cut, m in rows if m]
     for label, row in compared.cells.items():
         for sparsity, cell in row.items():
             cut = f"{100 * sparsity:g} %"
-            made.append((label, cut, cell) if isinstance(cell, str) else _row(label, cut, cell, metrics))
+            made.append((label, cut, cell) if isinstance(cell, str) else _cut_row(label, cut, cell, metrics))
     head = ("scorer", "removed", "state bytes", "parameters", *(metric.replace("_", " ") for metric in metrics))
     return Table("All numbers", head, tuple(made))
 
 
-def _row(label: str, cut: str, cell: Measured, metrics: Sequence[str]) -> tuple[str, ...]:
-    values = (shown(cell.metrics.get(metric)) for metric in metrics)
+def _cut_row(label: str, cut: str, cell: Cut, metrics: Sequence[str]) -> tuple[str, ...]:
+    values = (shown(cell.measures.get(metric)) for metric in metrics)
     return (label, cut, _size(cell.state_bytes), _size(cell.parameters), *values)
 
 
-def _bench(timed: Sequence[Timed], name: str, path: str) -> Section:
+def _bench(bench: Bench, name: str, path: str) -> Section:
     figures: list[Figure] = []
-    styles = {label: i for i, label in enumerate(dict.fromkeys(row.model for row in timed))}
-    for phase in dict.fromkeys(row.phase for row in timed):
-        rows = [row for row in timed if row.phase == phase]
+    styles = {label: i for i, label in enumerate(dict.fromkeys(row.model for row in bench.rows))}
+    for phase in dict.fromkeys(row.phase for row in bench.rows):
+        rows = [row for row in bench.rows if row.phase == phase]
         batches = sorted({row.batch for row in rows})
         made = []
         for label, style in styles.items():
             mine = sorted((row for row in rows if row.model == label), key=lambda row: row.batch)
             if not mine:
                 continue
-            made.append(Line(label, [row.batch for row in mine], [row.tokens for row in mine], style))
-            bound = [(row.batch, (row.ceiling,) * 3) for row in mine if row.ceiling is not None]
+            made.append(Line(label, [row.batch for row in mine], [row.tokens_per_second for row in mine], style))
+            bound = [(row.batch, Interval.exactly(row.ceiling)) for row in mine if not isnan(row.ceiling)]
             if len(bound) > 1:
                 made.append(Line("", [x for x, _ in bound], [y for _, y in bound], style, dotted=True))
         if len(batches) < 2:
@@ -178,10 +188,10 @@ def _bench(timed: Sequence[Timed], name: str, path: str) -> Section:
                 _times("", rows),
             )
         )
-    return Section("Speed", path, tuple(figures), (_times("All numbers", timed),))
+    return Section("Speed", path, tuple(figures), (_times("All numbers", bench.rows),))
 
 
-def _times(title: str, rows: Sequence[Timed]) -> Table:
+def _times(title: str, rows: Sequence[Timing]) -> Table:
     head = (
         "model",
         "phase",
@@ -199,10 +209,10 @@ def _times(title: str, rows: Sequence[Timed]) -> Table:
             row.model,
             row.phase,
             str(row.batch),
-            shown(row.tokens),
+            shown(row.tokens_per_second),
             shown(row.ms),
-            "–" if row.ceiling is None else number_text(row.ceiling),
-            f"{100 * row.tokens[0] / row.ceiling:.1f} %" if row.ceiling else "–",
+            "–" if isnan(row.ceiling) else number_text(row.ceiling),
+            f"{100 * row.fraction:.1f} %" if row.ceiling > 0 else "–",
             _size(row.state_bytes),
             "–" if row.peak_bytes is None else as_bytes(row.peak_bytes),
             row.path,
@@ -212,26 +222,45 @@ def _times(title: str, rows: Sequence[Timed]) -> Table:
     return Table(title, head, cells)
 
 
-def _evaluation(evaluated: Evaluated, path: str) -> Section:
+def _evaluation(evaluated: Evaluation, path: str) -> Section:
     rows = tuple(
-        (metric, shown(value), shown(against), f"{kind} {shown(change)}" if change else "–", _size(items))
-        for metric, value, against, change, kind, items in evaluated.rows
+        (
+            row.metric,
+            shown(row.value),
+            shown(row.against),
+            f"{row.kind} {shown(row.change)}" if row.change else "–",
+            _size(row.items),
+        )
+        for row in evaluated.rows
     )
     tables = [Table("", ("metric", "value", evaluated.against or "against", "change", "items"), rows)] if rows else []
-    for title, values in evaluated.more.items():
-        columns = list(dict.fromkeys(column for row in values.values() for column in row))
-        cells = tuple((name, *(shown(row.get(column)) for column in columns)) for name, row in values.items())
-        if cells:
-            tables.append(Table(title.replace("_", " ").capitalize(), ("", *columns), cells))
+    for what, buckets in (("position", evaluated.by_position), ("length", evaluated.by_length)):
+        if buckets:
+            tables.append(_buckets(f"Perplexity by {what}", buckets))
     note = f"{path}: {evaluated.model}; 95 % intervals; the change is paired on the same items"
     return Section("Quality", note, tables=tuple(tables))
 
 
-def _cut(cut: Cut, name: str, path: str) -> Section:
+def _buckets(title: str, buckets: Mapping[str, Row]) -> Table:
+    """A row for each bucket, a column for whatever one of them has."""
+    cells = {
+        name: {"value": row.value, "against": row.against, row.kind: row.change, "items": Interval.exactly(row.items)}
+        for name, row in buckets.items()
+    }
+    columns = [
+        column
+        for column in ("value", "against", "ratio", "difference", "items")
+        if any(row.get(column) is not None for row in cells.values())
+    ]
+    rows = tuple((name, *(shown(row.get(column)) for column in columns)) for name, row in cells.items())
+    return Table(title, ("", *columns), rows)
+
+
+def _cut(cut: Report | PlanSummary, name: str, path: str) -> Section:
     figures: list[Figure] = []
     for axis in dict.fromkeys(group.rpartition(":")[2] for group in cut.layers):
         groups = [group for group in cut.layers if group.rpartition(":")[2] == axis]
-        before, after = ([cut.layers[group][when] for group in groups] for when in (0, 1))
+        before, after = ([cut.layers[group][when] for group in groups] for when in ("before", "after"))
         rows = tuple((g, str(b), str(a)) for g, b, a in zip(groups, before, after, strict=True))
         figures.append(
             Figure(
@@ -243,15 +272,21 @@ def _cut(cut: Cut, name: str, path: str) -> Section:
                 Table("", ("layer", "before", "kept"), rows),
             )
         )
-    costs = tuple((key.replace("_", " "), _cost(was), _cost(now)) for key, (was, now) in cut.costs.items())
-    tables = (Table("What it cost", ("", "before", "after"), costs),) if costs else ()
-    return Section("What was cut", f"{path}{': ' if cut.model else ''}{cut.model}", tuple(figures), tables)
+    if isinstance(cut, PlanSummary):
+        return Section("What was cut", path, tuple(figures))
+    costs = tuple(
+        (key.replace("_", " "), _cost(cut.dense.get(key)), _cost(cut.pruned[key]))
+        for key in ("perplexity", "kl_to_dense", "parameters", "weight_bytes", "state_bytes")
+        if key in cut.pruned
+    )
+    note = f"{path}{': ' if cut.model else ''}{cut.model}"
+    return Section("What was cut", note, tuple(figures), (Table("What it cost", ("", "before", "after"), costs),))
 
 
 def _cost(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:,.0f}" if value.is_integer() else number_text(value)
+    return f"{value:,.0f}" if float(value).is_integer() else number_text(value)
 
 
 def _provenance(found: Folder) -> Section:

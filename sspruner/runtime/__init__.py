@@ -1,1 +1,1 @@
-"""What a cut model needs while it runs, where stock code is not enough. Knows nothing of sspruner."""
+"""Code that a cut model needs at run time where stock code is not enough. Does not import the rest of sspruner."""

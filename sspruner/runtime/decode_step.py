@@ -1,9 +1,9 @@
-"""A faster decode step on the CPU for Mamba2-type mixers of transformers, stock or with a projected state.
+"""Faster decode step on the CPU for Mamba2-type mixers of transformers, stock or with a projected state.
 
 Without kernels, transformers repeats B and C over heads, builds the update as a tensor of the state's size in several
-passes, and copies the result into the cache. Here the state is updated in place, a few sequences at a time, which
-stay in the processor's cache, and is read by one matrix-vector product per group. Sums are in fp32 or wider, so what
-differs is rounding.
+passes, and copies the result into the cache. Here the state is updated in place, a few sequences at a time, so that
+they stay in the processor's cache, and is read by one matrix-vector product per group. Sums are in fp32 or wider, so
+results differ by rounding only.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch import nn
 
 from sspruner.runtime.projected_state import coordinates
 
-ALONE = 2**16  # bytes of a sequence's state from which on it is updated alone: torch is quicker on fewer dimensions
-SLICE = 2**20  # bytes of smaller ones that are updated at once
+ALONE = 2**16  # bytes: a sequence with a larger state is updated alone, since torch is faster on fewer dimensions
+SLICE = 2**20  # bytes of smaller states that are updated at once
 
-BEFORE = "_forward_before"  # attribute: the forward that the instance had, None for that of its class
+BEFORE = "_forward_before"  # attribute: the instance's previous forward, None for that of its class
 
 
 def can_step(module: nn.Module) -> bool:
-    """Whether it is a Mamba2-type mixer of transformers whose weights nothing moves while it runs."""
+    """Return whether it is a Mamba2-type mixer of transformers whose weights are not moved by hooks."""
     stock = sys.modules.get(type(module).__module__)
     known = hasattr(stock, "mamba2_selective_state_update") and hasattr(module, "A_log")
     return known and not hasattr(getattr(module, "conv1d", None), "_hf_hook")
 
 
 def install_step(mixer: Any) -> None:
-    """Give a mixer the faster step; twice is once."""
+    """Install the faster step in a mixer. Does nothing if it is installed."""
     if not has_step(mixer):
         setattr(mixer, BEFORE, vars(mixer).get("forward"))
         mixer.forward = MethodType(_forward, mixer)
 
 
 def remove_step(mixer: Any) -> None:
-    """Undo `install_step`: the mixer has the forward that it had before."""
+    """Undo `install_step`: restore the mixer's previous forward."""
     if has_step(mixer):
         before = getattr(mixer, BEFORE)
         if before is None:
@@ -50,14 +50,17 @@ def remove_step(mixer: Any) -> None:
 
 
 def has_step(mixer: Any) -> bool:
-    """Whether `install_step` is in force; a projection made after it brings a forward of its own."""
+    """Return whether the faster step is installed; a projection made after it installs another forward."""
     return getattr(vars(mixer).get("forward"), "__func__", None) is _forward
 
 
 def _forward(
     self: Any, hidden_states: torch.Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> torch.Tensor:
-    """One token for each sequence of a filled cache, or else what the mixer did before. hidden_states: (b, T, D)."""
+    """Run the faster step for one token of each sequence and a filled cache, else the previous forward.
+
+    hidden_states: (b, T, D).
+    """
     if _is_step(self, hidden_states, cache_params):
         return _step(self, hidden_states, cache_params, attention_mask)
     before = getattr(self, BEFORE) or MethodType(type(self).forward, self)
@@ -75,7 +78,7 @@ def _is_step(mixer: Any, hidden_states: torch.Tensor, cache: Any) -> bool:
 
 
 def _step(self: Any, hidden_states: torch.Tensor, cache: Any, attention_mask: Any) -> torch.Tensor:
-    """The mixer's output for one token of each sequence, (b, 1, width); the cache moves on by it."""
+    """Compute the mixer's output for one token of each sequence, (b, 1, width), and advance the cache."""
     stock = sys.modules[type(self).__module__]
     b, H, P, G = hidden_states.shape[0], self.num_heads, self.head_dim, self.n_groups
     dtype, rms_norm = hidden_states.dtype, getattr(self, "mamba_rms_norm", True)
@@ -100,7 +103,7 @@ def _step(self: Any, hidden_states: torch.Tensor, cache: Any, attention_mask: An
 
 
 def _convolved(column: torch.Tensor, conv_state: torch.Tensor, conv1d: nn.Conv1d) -> torch.Tensor:
-    """The depthwise convolution's newest output, (b, channels), before the activation; the state moves on."""
+    """Compute the newest output, (b, channels), of the depthwise convolution before activation; advance its state."""
     window = torch.cat([conv_state, column[..., None].to(conv_state.dtype)], dim=-1)  # (b, channels, kernel + 1)
     conv_state.copy_(window[..., -conv_state.shape[-1] :])
     weight = conv1d.weight[:, 0]
@@ -118,7 +121,7 @@ def update_state(
     C: torch.Tensor,
     D: torch.Tensor,
 ) -> torch.Tensor:
-    """h = exp(dt A) h + dt x (outer) B in place; returns C . h + D x, (b, H, P), in the state's dtype.
+    """Update h = exp(dt A) h + dt x (outer) B in place. Returns C . h + D x, (b, H, P), in the state's dtype.
 
     state: (b, H, P, N), contiguous. x: (b, H, P), dt: (b, H), A and D: (H,), B and C: (b, G, N).
     """

@@ -1,11 +1,11 @@
-"""A Mamba2-type mixer whose state has k coordinates of its own, instead of the N that its B and C rows make.
+"""Mamba2-type mixer with a projected state: k coordinates instead of the N rows of B and C.
 
-B and C are projected after convolution and SiLU, and everything behind them has a state of size k:
+B and C are projected after convolution and SiLU, and the state has size k from there on:
 
     B' = B encode^T        C' = C decode        encode (G, k, N), decode (G, N, k)
 
-The scan and the decode step are the ones that the model's own module would call, CUDA kernels included. This file is
-complete in itself: an exported model has a copy beside its weights, and needs no sspruner to run.
+The scan and the decode step are those of the model's own module, CUDA kernels included. This file is self-contained:
+an exported model has a copy beside its weights and runs without sspruner.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 
 
 def project_state(mixer: Any, encode: torch.Tensor, decode: torch.Tensor) -> None:
-    """Give a mixer a state in other coordinates. encode: (G, k, N), decode: (G, N, k), fp32 or wider: kept as they are.
+    """Project a mixer's state to other coordinates. encode: (G, k, N), decode: (G, N, k), fp32 or wider.
 
-    mixer: of mamba2, zamba2, bamba, granitemoehybrid, falcon_h1 or nemotron_h in transformers. They become parameters,
-    `state_encode` and `state_decode`.
+    mixer: of mamba2, zamba2, bamba, granitemoehybrid, falcon_h1 or nemotron_h in transformers. encode and decode become
+    its parameters `state_encode` and `state_decode`, without a copy.
     """
-    wanted = mixer.in_proj.weight.requires_grad
-    mixer.state_encode = nn.Parameter(encode, requires_grad=wanted)
-    mixer.state_decode = nn.Parameter(decode, requires_grad=wanted)
+    requires_grad = mixer.in_proj.weight.requires_grad
+    mixer.state_encode = nn.Parameter(encode, requires_grad=requires_grad)
+    mixer.state_decode = nn.Parameter(decode, requires_grad=requires_grad)
     mixer.forward = MethodType(_forward, mixer)
 
 
 def unproject_state(mixer: Any) -> None:
-    """Undo `project_state`: the mixer has the forward of its class again."""
+    """Undo `project_state`: restore the forward of the mixer's class."""
     del mixer.forward, mixer.state_encode, mixer.state_decode
 
 
 def coordinates(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Vectors of all groups in other coordinates: rows (b, T, G * N), basis (G, k, N) -> (b, T, G, k), in their dtype.
+    """Transform the vectors of all groups: rows (b, T, G * N), basis (G, k, N) -> (b, T, G, k), in the dtype of rows.
 
-    The product is taken in fp32 or wider: terms may nearly cancel.
+    The product is computed in fp32 or wider, since terms may nearly cancel.
     """
     wide = torch.promote_types(torch.promote_types(rows.dtype, basis.dtype), torch.float32)
     parts = rows.view(*rows.shape[:-1], basis.shape[0], basis.shape[2])  # (b, T, G, N)
@@ -50,7 +50,7 @@ def coordinates(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 def _forward(
     self: Any, hidden_states: torch.Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> torch.Tensor:
-    """The forward of the six mixers, with the state in its own coordinates. hidden_states: (b, T, hidden size)."""
+    """Compute the forward pass of the six mixers with a projected state. hidden_states: (b, T, hidden size)."""
     stock = sys.modules[type(self).__module__]
     b, T, _ = hidden_states.shape
     H, P, G, k = self.num_heads, self.head_dim, self.n_groups, self.state_encode.shape[1]

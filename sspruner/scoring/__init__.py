@@ -1,1 +1,1 @@
-"""The scorer contract, and the pass over a model's layers that runs scorers."""
+"""Scoring: the scorer contract (`scorer.Scorer`), and the layer-by-layer pass that runs scorers (`walk.walk`)."""

@@ -1,4 +1,4 @@
-"""Scores that were made before: kept by everything that they depend on, so that an old one is never taken for a new."""
+"""Cache of scores, keyed by everything that they depend on, so that stale scores are never used."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import sspruner
 from sspruner.errors import InputError
 from sspruner.scoring.scores import Scores
 
-FOLDER = "SSPRUNER_CACHE"  # environment variable: where the cache is
-STARTED = time.time()  # code that was written later need not be the code that runs
+FOLDER = "SSPRUNER_CACHE"  # environment variable with the folder of the cache
+STARTED = time.time()  # source files changed later may differ from the code that runs
 
 
 def cache_folder() -> Path:
-    """$SSPRUNER_CACHE, else the folder `sspruner` in the user's cache folder."""
-    own, base = os.environ.get(FOLDER), os.environ.get("XDG_CACHE_HOME")
-    return Path(own).expanduser() if own else Path(base or "~/.cache").expanduser() / "sspruner"
+    """Return $SSPRUNER_CACHE, else the folder `sspruner` in the user's cache folder."""
+    folder, user_cache = os.environ.get(FOLDER), os.environ.get("XDG_CACHE_HOME")
+    return Path(folder).expanduser() if folder else Path(user_cache or "~/.cache").expanduser() / "sspruner"
 
 
 def cache_key(
     model: nn.Module, code: Iterable[type], asked: dict[str, object], tokens: torch.Tensor, mask: torch.Tensor
 ) -> str | None:
-    """A digest of what scores depend on, None where that cannot be known: such scores are not kept.
+    """Return a digest of everything that scores depend on; None if that cannot be determined, then they are not cached.
 
-    code: the classes of scorers and families, whose files count, as do those of the model's modules and of their base
-    classes, and sspruner's own. asked: axes, options, seed and the like. tokens, mask: the calibration, (S, T).
+    code          classes of scorers and families. Their files count, as do those of the model's modules and of their
+                  base classes, and sspruner's own
+    asked         axes, options, seed and other settings
+    tokens, mask  the calibration, (S, T)
     """
     sources = _sources({*code, *map(type, model.modules())})
     if sources is None:
@@ -55,17 +56,17 @@ def cache_key(
 
 
 def cached(key: str) -> Scores | None:
-    """The scores with this key, None if there are none. What cannot be read counts as none."""
+    """Return the scores with this key, None if there are none. Unreadable files count as none."""
     try:
-        found = Scores.load(_path(key))
+        scores = Scores.load(_path(key))
     except (OSError, RuntimeError, InputError):
         return None
-    metadata = {k: v for k, v in found.metadata.items() if k != "cache_key"}
-    return replace(found, metadata=metadata, from_cache=True) if found.metadata.get("cache_key") == key else None
+    metadata = {k: v for k, v in scores.metadata.items() if k != "cache_key"}
+    return replace(scores, metadata=metadata, from_cache=True) if scores.metadata.get("cache_key") == key else None
 
 
 def store(key: str, scores: Scores) -> None:
-    """Keep scores for another time. A cache that cannot be written is no error: they are just made again."""
+    """Write scores to the cache. Errors are ignored: the scores are computed again next time."""
     try:
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,14 +85,14 @@ def _versions() -> str:
 
 
 def _sources(classes: Iterable[type]) -> str | None:
-    """A digest of the files that define classes and their bases, and of sspruner's own files.
+    """Return a digest of the files that define classes and their bases, and of sspruner's own files.
 
-    None if there is no such file (a class that was typed in), or if one has changed since the process started.
+    None if there is no such file (a class typed in a session), or if one has changed since the process started.
     """
     names = {(c.__module__, c.__qualname__) for cls in classes for c in cls.__mro__ if c.__module__ != "builtins"}
     modules = {module for module, _ in names}
     files = {Path(getattr(sys.modules.get(module), "__file__", None) or "") for module in modules}
-    files |= set(Path(sspruner.__file__).parent.rglob("*.py"))
+    files |= set(Path(__file__).parents[1].rglob("*.py"))
     if not all(file.is_file() and file.stat().st_mtime <= STARTED for file in files):
         return None
     return hashlib.sha256(str((sorted(names), sorted(map(_source, files)))).encode()).hexdigest()
@@ -99,21 +100,21 @@ def _sources(classes: Iterable[type]) -> str | None:
 
 @cache
 def _source(file: Path) -> str:
-    """A digest of one file."""
+    """Return a digest of one file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _structure(model: nn.Module) -> Iterator[bytes]:
-    """The model's config, and the numbers in its modules: sizes, epsilons, switches."""
+    """Yield the model's config, and the numbers in its modules: sizes, epsilons, switches."""
     config = getattr(model, "config", None)
     yield f"{config} {getattr(config, '_attn_implementation', None)}".encode()
     for path, module in model.named_modules():
-        own = {k: v for k, v in vars(module).items() if isinstance(v, int | float) and k != "training"}
-        yield f"{path} {type(module).__qualname__} {sorted(own.items())}".encode()
+        numbers = {k: v for k, v in vars(module).items() if isinstance(v, int | float) and k != "training"}
+        yield f"{path} {type(module).__qualname__} {sorted(numbers.items())}".encode()
 
 
 def _bytes(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
-    """Name, type, shape and all bytes of each tensor."""
+    """Yield the name, type, shape and all bytes of each tensor."""
     for name, tensor in tensors:
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

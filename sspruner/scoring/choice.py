@@ -1,4 +1,4 @@
-"""Which scorer decides: by name, by basis, or the best of several."""
+"""Choose the scorer: by name, by basis, or the best of several."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ AUTO = "auto"
 
 
 def scorers_asked(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]) -> list[OneScorer]:
-    """The scorer that decides, or, for "auto" and "auto:NAME,NAME", those that it is chosen from.
+    """Return the named scorer, or, for "auto" and "auto:NAME,NAME", the scorers to choose from.
 
-    Raises InputError for one that does not exist, for a basis that it has not, and for auto where there is no choice.
+    Raises InputError for an unknown scorer, for a basis that it does not have, and for auto without candidates.
     """
     name, colon, names = scorer.partition(":") if isinstance(scorer, str) else ("", "", "")
     if name != AUTO:
@@ -25,21 +25,22 @@ def scorers_asked(scorer: OneScorer | None, basis: str | None, axes: Sequence[st
     if len(axes) != 1 or axes[0] in ELEMENT_AXES:
         raise InputError("scorer auto chooses for one axis of units; name the scorers of several axes")
     if not colon:
-        found = candidates(axes[0], basis or SELECT)
-        if not found:
+        names_found = candidates(axes[0], basis or SELECT)
+        if not names_found:
             raise InputError(f"scorer auto: no installed scorer selects on axis {axes[0]!r}")
-        return list(found)
-    asked = [part.strip() for part in names.split(",")]
-    for part in asked:
+        return list(names_found)
+    listed = [part.strip() for part in names.split(",")]
+    for part in listed:
         if find_scorer(part)[0].reduce is not Scorer.reduce:
             raise InputError(f"scorer auto compares selections; {part!r} changes weights, too: use it alone")
-    return list(asked)
+    return list(listed)
 
 
 def _with_basis(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]) -> OneScorer:
-    """The scorer that was named; without one the scorer of the basis on the state, and the default elsewhere.
+    """Return the named scorer; without a name, the scorer of the basis on the state, and the default on other axes.
 
-    Raises InputError for a basis that no installed scorer has, or that the named one has not, and without the state.
+    Raises InputError for a basis that no installed scorer, or not the named one, has, and for a basis without the
+    state.
     """
     if basis is None:
         return DEFAULT if scorer is None else scorer
@@ -49,16 +50,17 @@ def _with_basis(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]
         return DEFAULT
     if scorer is None:
         return {axis: scorer_of_basis(basis) if axis == "state" else DEFAULT for axis in axes}
-    decides = scorer.get("state", DEFAULT) if isinstance(scorer, Mapping) else scorer
-    own, _ = find_scorer(decides) if isinstance(decides, str) else (decides, "")
-    if own.basis != basis:
-        raise InputError(f"basis {basis!r}: scorer {own.name!r} has basis {own.basis!r}; leave one of them out")
+    state_scorer = scorer.get("state", DEFAULT) if isinstance(scorer, Mapping) else scorer
+    cls, _ = find_scorer(state_scorer) if isinstance(state_scorer, str) else (state_scorer, "")
+    if cls.basis != basis:
+        raise InputError(f"basis {basis!r}: scorer {cls.name!r} has basis {cls.basis!r}; leave one of them out")
     return scorer
 
 
 def candidates(axis: str, basis: str) -> list[str]:
-    """The installed scorers that may be chosen by themselves on an axis: those of a basis that only select, and that
-    need no loss of their own for every unit.
+    """Return the installed scorers that "auto" chooses from on an axis.
+
+    These are the scorers of a basis that only select, and that do not need a loss for every unit.
     """
     return [
         name

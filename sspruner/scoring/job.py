@@ -1,4 +1,4 @@
-"""What a run scores with: one scorer for each axis, and its options."""
+"""Job: one scorer for each axis, with its options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OneScorer = str | type[Scorer] | Mapping[str, str]  # a name, a class, or a name
 
 
 class Job:
-    """One scorer for each axis, and its options: what becomes one Scores."""
+    """One scorer for each axis, with its options; produces one Scores."""
 
     def __init__(self, scorer: OneScorer, axes: Sequence[str], options: Mapping[str, Any], seed: int) -> None:
         self.scorers = {axis: _scorer_for(axis, scorer) for axis in axes}
@@ -26,21 +26,23 @@ class Job:
         names = {cls.name for cls, _ in self.scorers.values()}
         self.options = {k: v for k, v in options.items() if k.rpartition(".")[0] in ("", *names)}
         self.changes_weights = [cls.name for cls, _ in self.scorers.values() if cls.reduce is not Scorer.reduce]
-        made = [self.make(axis) for axis in axes]  # wrong options fail here, before any work
-        self.needs = {one.needs for one in made}
-        for one in made if world() > 1 else ():
-            check_combines(one)
+        instances = [self.make(axis) for axis in axes]  # wrong options fail here, before any work
+        self.needs = {instance.needs for instance in instances}
+        for instance in instances if world() > 1 else ():
+            check_combines(instance)
 
     def make(self, axis: str) -> Scorer:
-        """A fresh instance for one dependency group. `name.option` is an option of that scorer alone."""
+        """Create an instance for one dependency group. `name.option` is an option of that scorer only."""
         cls, _ = self.scorers[axis]
-        own = {k: v for k, v in self.options.items() if "." not in k}
-        own |= {k.removeprefix(f"{cls.name}."): v for k, v in self.options.items() if k.rpartition(".")[0] == cls.name}
-        return make_scorer(cls, axis=axis, seed=self.seed, options=own)
+        options = {k: v for k, v in self.options.items() if "." not in k}
+        options |= {
+            k.removeprefix(f"{cls.name}."): v for k, v in self.options.items() if k.rpartition(".")[0] == cls.name
+        }
+        return make_scorer(cls, axis=axis, seed=self.seed, options=options)
 
 
 def _scorer_for(axis: str, scorer: OneScorer) -> tuple[type[Scorer], str]:
-    """The scorer class for one axis and its plugin. Raises InputError if there is none, or if it cannot score it."""
+    """Return the scorer class for one axis and its plugin. Raises InputError if there is none for this axis."""
     if isinstance(scorer, Mapping):
         if axis not in scorer:
             raise InputError(f"no scorer for axis {axis!r}: {', '.join(scorer)} have one; add {axis}=NAME")
@@ -51,8 +53,8 @@ def _scorer_for(axis: str, scorer: OneScorer) -> tuple[type[Scorer], str]:
         cls, plugin = scorer, getattr(scorer, "__module__", "?")
         check_scorer_class(cls, plugin)
     if axis not in cls.axes:
-        able = [name for name, (other, _) in sorted(installed_scorers().items()) if axis in other.axes]
-        hint = f"; these score {axis}: {', '.join(able)}" if able else ""
+        names = [name for name, (other, _) in sorted(installed_scorers().items()) if axis in other.axes]
+        hint = f"; these score {axis}: {', '.join(names)}" if names else ""
         raise InputError(
             f"scorer {cls.name!r} does not score axis {axis!r}; it scores {', '.join(sorted(cls.axes))}{hint}"
         )

@@ -1,4 +1,4 @@
-"""The installed scorers, by name."""
+"""Registry of the installed scorers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from sspruner.scoring.scorer import Scorer, check_scorer_class
 
 
 def installed_scorers() -> dict[str, tuple[type[Scorer], str]]:
-    """Every scorer by name, with the plugin it comes from. Raises PluginError on a clash or a malformed scorer."""
-    found: dict[str, tuple[type[Scorer], str]] = {}
+    """Return every scorer by name, with its plugin. Raises PluginError on a name clash or a malformed scorer."""
+    scorers: dict[str, tuple[type[Scorer], str]] = {}
     for cls, plugin in collect("sspruner_scorers"):
         check_scorer_class(cls, plugin)
-        if cls.name in found:
+        if cls.name in scorers:
             raise PluginError(
-                f"scorer {cls.name!r}: offered by plugin {found[cls.name][1]!r} and by plugin {plugin!r}; rename one"
+                f"scorer {cls.name!r}: offered by plugin {scorers[cls.name][1]!r} and by plugin {plugin!r}; rename one"
             )
-        found[cls.name] = (cls, plugin)
-    return found
+        scorers[cls.name] = (cls, plugin)
+    return scorers
 
 
 def find_scorer(name: str) -> tuple[type[Scorer], str]:
-    """The scorer called `name` and its plugin. Raises InputError that lists the known and suggests the nearest."""
+    """Return the scorer called `name` and its plugin.
+
+    Raises InputError that lists the known scorers and suggests the nearest.
+    """
     known = installed_scorers()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -33,7 +36,7 @@ def find_scorer(name: str) -> tuple[type[Scorer], str]:
 
 
 def scorer_of_basis(basis: str) -> str:
-    """The name of the first scorer that has a basis. Raises InputError that lists the bases there are."""
+    """Return the name of the first scorer with a basis. Raises InputError that lists the known bases."""
     known = {cls.basis: name for name, (cls, _) in sorted(installed_scorers().items(), reverse=True)}
     if basis not in known:
         raise InputError(f"unknown basis {basis!r}; installed scorers have: {', '.join(sorted(known))}")

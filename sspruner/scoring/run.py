@@ -24,9 +24,9 @@ from sspruner.surgery.mask import is_masked
 
 
 class Run:
-    """One or several jobs on one model, in one pass over its layers: what `score` and `prune` share.
+    """One or several jobs on one model, in one pass over its layers; shared by `score` and `prune`.
 
-    tolerant: a job whose scorer refuses this model is left out, with the reason in `refused`.
+    tolerant: leave out a job whose scorer refuses this model, with the reason in `refused`.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Run:
     ) -> None:
         self.jobs = [Job(scorer, axes, options or {}, seed) for scorer in scorers]
         labels = [job.label for job in self.jobs]
-        twice = next((label for label in labels if labels.count(label) > 1), None)
-        if twice:
-            raise InputError(f"scorer {twice!r} is given twice")
+        duplicate = next((label for label in labels if labels.count(label) > 1), None)
+        if duplicate:
+            raise InputError(f"scorer {duplicate!r} is given twice")
         known = {option for job in self.jobs for option in job.options}
         unknown = [option for option in options or {} if option not in known]
         if unknown:
@@ -65,22 +65,22 @@ class Run:
         for job in self.jobs:
             self._check_basis(job)
         self.tolerant, self.refused = tolerant, dict[str, str]()
-        self.bases: dict[str, Basis] = {}  # dependency group -> the directions that its units are, of the last job
-        # Dependency group -> who scored it, if it has more to say (reduce), and the process that knows it all.
+        self.bases: dict[str, Basis] = {}  # dependency group -> the basis of its units, of the last job
+        # Dependency group -> its scorer, if that has a reduce of its own, and the rank of the process with its data.
         self.scorers: dict[str, tuple[Scorer, int]] = {}
 
     @property
     def granularity(self) -> dict[str, str]:
-        """Where single elements compete, by axis, as the first job's scorers say."""
+        """Scope within which single elements compete, by axis, as the first job's scorers define it."""
         return {axis: cls.granularity for axis, (cls, _) in self.jobs[0].scorers.items()}
 
     @property
     def has_basis(self) -> bool:
-        """Whether a scorer has a basis of its own."""
+        """True if a scorer has a basis other than "select"."""
         return any(cls.basis != SELECT for job in self.jobs for cls, _ in job.scorers.values())
 
     def _check_basis(self, job: Job) -> None:
-        """Raise InputError where a scorer wants another basis of a state that can have none."""
+        """Raise InputError for a scorer with another basis on a state that cannot be projected."""
         for name, group in self.groups.items():
             cls, _ = job.scorers[group.axis]
             if cls.basis != SELECT and (why := basis_refused(group, self.graph)):
@@ -89,13 +89,13 @@ class Run:
     def reduce(
         self, group: DependencyGroup, importance: torch.Tensor, choose: Choose
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What stays of a group that has been scored, and what the scorer makes of the rest. One job."""
+        """Return the units to keep of a scored group, and the scorer's new values of weights. For runs with one job."""
         (job,) = self.jobs
         cls, plugin = job.scorers[group.axis]
-        if cls.reduce is Scorer.reduce:  # it has no more to say; such scores may also be from the cache
+        if cls.reduce is Scorer.reduce:  # a plain selection; the scores may come from the cache
             return choose(importance), {}
-        scorer, knows = self.scorers.pop(group.name)  # its statistics go with it
-        keep, updates = from_one(lambda: reduced(scorer, group, plugin, importance, choose), knows)
+        scorer, source = self.scorers.pop(group.name)  # frees its statistics
+        keep, updates = from_one(lambda: reduced(scorer, group, plugin, importance, choose), source)
         try:
             check_updates(updates, self.model, self.graph)
         except PlanError as error:

@@ -1,4 +1,4 @@
-"""The scorer contract: observe one layer, then return one importance per unit."""
+"""Scorer contract: observe one layer, then return one importance per unit."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from sspruner.errors import InputError, ModelError, PluginError, ProcessError, S
 from sspruner.graph.group import DependencyGroup
 from sspruner.plans.reduction import Basis
 
-Choose = Callable[[torch.Tensor], torch.Tensor]  # scores (groups, units) -> what stays: bool, the same shape
+Choose = Callable[[torch.Tensor], torch.Tensor]  # scores (groups, units) -> units to keep: bool, the same shape
 
-SELECT = "select"  # the basis that a model has
+SELECT = "select"  # the model's own basis: units are its coordinates
 NEEDS = ("weights", "activations", "gradients", "fisher", "loss")
 
 
 class Scorer(ABC):
-    """Observes one dependency group of a model and returns one importance per unit. Higher = keep.
+    """Base class: observes one dependency group of a model and returns one importance per unit. Higher = keep.
 
-    The engine makes one instance for each layer and axis, so an instance may simply accumulate.
+    The engine creates one instance for each layer and axis, so an instance may accumulate in its attributes.
 
-    name    what the user types after --scorer
-    axes    the axes it can score
-    needs   "weights": observe is called once per layer, and the view holds weights only;
+    name    name for --scorer
+    axes    axes that it can score
+    needs   "weights": observe is called once per layer, and the view has weights only;
             "activations": observe is called once per layer and calibration batch;
             "gradients": observe is called once per layer, after a backward pass over all calibration batches;
-            "fisher": the same, with the mean of the squared gradients of single sequences beside the mean gradient;
-            "loss": observe is called once, with a view that tells the loss without some blocks or mixers.
-            An instance may set its own, where its options decide
-    basis   "select": units are what the model has, on the axis `state` its coordinates. Any other name: they are
-            directions of the state, and coordinates() says which; then axes is {"state"}
-    comparable  whether importance can be compared between layers as it is: a loss, a share. If not, the allocation
-            "global" divides it by the root of the layer's sum of squares (sspruner.budgets.comparable)
-    spectrum    in words, what importance is if it is a spectrum, such as "Hankel singular values": reports draw it
-    token_sums  names of the attributes that are sums over tokens, for several processes that observe a part of the
-            calibration each. An instance may set its own, where its options decide
+            "fisher": like "gradients", with the mean of the squared gradients of single sequences in addition;
+            "loss": observe is called once, with a view that returns the loss without some blocks or mixers.
+            An instance may set its own value, depending on its options
+    basis   "select": units are those of the model, on the axis `state` its coordinates. Any other name: units are
+            directions of the state, which coordinates() returns; then axes is {"state"}
+    comparable  True if importance can be compared between layers without scaling, such as a loss or a share. If not,
+            the allocation "global" divides it by the root of the layer's sum of squares (sspruner.budgets.comparable)
+    spectrum    description of importance if it is a spectrum, such as "Hankel singular values": reports plot it
+    token_sums  names of the attributes that are sums over tokens, to be summed over processes that observe a part of
+            the calibration each. An instance may set its own value, depending on its options
     granularity   on the axes of single elements: whether they compete within a "row", a "tensor", or "global"
     """
 
@@ -60,42 +60,44 @@ class Scorer(ABC):
 
     @abstractmethod
     def observe(self, view: SSMView) -> None:
-        """Accumulate what is needed from one layer and batch. Must not change the model."""
+        """Accumulate statistics from one layer and batch. Must not change the model."""
 
     def combine(self, total: Total) -> None:
-        """Replace what was observed here by what all processes have observed; before importance(), with activations.
+        """Combine the observations of all processes; called before importance(), for scorers with needs="activations".
 
-        total(value): the sum over all processes of a tensor, a number, or a dict of them; each has to ask for the same
-        things in the same order. One that was shown nothing has what its constructor made. The default does it with
-        the attributes in token_sums; override it for statistics that are not plain sums.
+        total(value) returns the sum over all processes of a tensor, a number, or a dict of them; all processes must
+        call it for the same values in the same order. A process that observed nothing has the values of its
+        constructor. The default sums the attributes in token_sums; override it for statistics that are not plain sums.
         """
         for name in self.token_sums:
             setattr(self, name, total(getattr(self, name)))
 
     @abstractmethod
     def importance(self) -> torch.Tensor:
-        """One importance per unit: float (groups, units), finite, higher = keep."""
+        """Return one importance per unit: float (groups, units), finite, higher = keep."""
 
     def coordinates(self) -> Basis:
-        """With a basis of its own: encode (groups, units, N) and decode (groups, N, units), encode @ decode = I.
+        """Return encode (groups, units, N) and decode (groups, N, units) with encode @ decode = I.
 
-        Unit i is the direction whose coordinate is row i of encode, and that column i of decode reads out. Called
+        Only for a scorer with a basis.
+
+        The coordinate along direction i is row i of encode times the state, and column i of decode reads it out. Called
         after importance().
         """
         raise PluginError(f"scorer {self.name!r} has no basis of its own")
 
     def reduce(self, choose: Choose) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Decide what stays and what the rest becomes. Override it for a method that changes weights, too.
+        """Decide what to keep, and new values for other weights. Override it for a method that changes weights, too.
 
-        choose(scores) says which units stay at the asked budget: float (groups, any units) -> bool, the same shape.
-        Returns what stays, bool (groups, units), and new values of whole tensors in their original sizes, by their
-        key in `view.weights` without its rows: {"out_proj.bias": (hidden size,)}.
+        choose(scores) applies the budget: float (groups, any units) -> bool, the same shape, True for units to keep.
+        Returns the units to keep, bool (groups, units), and new values of whole tensors in their original sizes, by
+        their key in `view.weights` without its rows: {"out_proj.bias": (hidden size,)}.
         """
         return choose(self.importance()), {}
 
 
 def check_scorer_class(cls: Any, plugin: str) -> None:
-    """Raise PluginError unless `cls` is a Scorer subclass with a name, axes and needs."""
+    """Raise PluginError unless `cls` is a valid Scorer subclass, with a name, axes and needs."""
     if not (isinstance(cls, type) and issubclass(cls, Scorer)):
         raise PluginError(f"plugin {plugin!r}: sspruner_scorers returned {cls!r}, not a subclass of sspruner.Scorer")
     missing = [a for a in ("name", "axes") if not hasattr(cls, a)] + sorted(cls.__abstractmethods__)
@@ -123,7 +125,7 @@ def check_scorer_class(cls: Any, plugin: str) -> None:
 
 
 def make_scorer(cls: type[Scorer], *, axis: str, seed: int, options: dict[str, Any]) -> Scorer:
-    """A fresh instance for one dependency group. Raises InputError for an option that it does not take."""
+    """Create an instance for one dependency group. Raises InputError for an option that it does not take."""
     accepted = [p for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_POSITIONAL]
     unknown = set(options) - {p.name for p in accepted}
     if unknown:
@@ -145,7 +147,7 @@ def make_scorer(cls: type[Scorer], *, axis: str, seed: int, options: dict[str, A
 
 
 def check_combines(scorer: Scorer) -> None:
-    """Raise InputError for a scorer that cannot be told what other processes have observed."""
+    """Raise InputError for a scorer that cannot combine the observations of several processes."""
     if scorer.needs == "activations" and not scorer.token_sums and type(scorer).combine is Scorer.combine:
         raise InputError(
             f"scorer {scorer.name!r} runs in one process: it does not say how observations of several add up; name its "
@@ -154,19 +156,19 @@ def check_combines(scorer: Scorer) -> None:
 
 
 def combine(scorer: Scorer, group: DependencyGroup, plugin: str, total: Total) -> None:
-    """scorer.combine(total). Whatever it raises becomes a PluginError that names the plugin and the layer."""
+    """Call scorer.combine(total). Any exception becomes a PluginError that names the plugin and the layer."""
     with _blaming(_where(scorer, group, plugin)):
         scorer.combine(total)
 
 
 def observe(scorer: Scorer, view: SSMView, plugin: str) -> None:
-    """scorer.observe(view). Whatever it raises becomes a PluginError that names the plugin and the layer."""
+    """Call scorer.observe(view). Any exception becomes a PluginError that names the plugin and the layer."""
     with _blaming(_where(scorer, view.group, plugin)):
         scorer.observe(view)
 
 
 def checked_importance(scorer: Scorer, group: DependencyGroup, plugin: str) -> torch.Tensor:
-    """The scorer's importance as fp32 (groups, units) on the CPU. Raises PluginError if it breaks the contract."""
+    """Return the scorer's importance as fp32 (groups, units) on the CPU. Raises PluginError if it is invalid."""
     where = _where(scorer, group, plugin)
     with _blaming(where):
         importance = scorer.importance()
@@ -182,7 +184,7 @@ def checked_importance(scorer: Scorer, group: DependencyGroup, plugin: str) -> t
 
 
 def checked_coordinates(scorer: Scorer, group: DependencyGroup, plugin: str) -> Basis:
-    """scorer.coordinates() as fp32 on the CPU. Raises PluginError if it breaks the contract."""
+    """Return scorer.coordinates() as fp32 on the CPU. Raises PluginError if they are invalid."""
     where = _where(scorer, group, plugin)
     with _blaming(where):
         encode, decode = (part.detach().to("cpu", torch.float32) for part in scorer.coordinates())
@@ -197,18 +199,18 @@ def checked_coordinates(scorer: Scorer, group: DependencyGroup, plugin: str) -> 
 def reduced(
     scorer: Scorer, group: DependencyGroup, plugin: str, importance: torch.Tensor, choose: Choose
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """scorer.reduce(choose), checked: what stays, bool (groups, units), and finite updates. importance: what it gave.
+    """Call scorer.reduce(choose) and check it: units to keep, bool (groups, units), and finite updates by full names.
 
-    The names of the updates are those of the model. Raises PluginError if the scorer breaks its contract.
+    importance: the scorer's importance. Raises PluginError if the scorer breaks its contract.
     """
     where = _where(scorer, group, plugin)
     with _blaming(where):
         keep, updates = scorer.reduce(choose)
     if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.shape != importance.shape:
         raise PluginError(f"{where}: reduce returned no bool tensor of shape {tuple(importance.shape)}")
-    counts, asked = keep.sum(-1).cpu(), choose(importance).sum(-1).cpu()
-    if not group.tensor and not torch.equal(counts, asked):
-        raise PluginError(f"{where}: reduce keeps {counts.tolist()} units in its sets, not {asked.tolist()}")
+    counts, expected_counts = keep.sum(-1).cpu(), choose(importance).sum(-1).cpu()
+    if not group.tensor and not torch.equal(counts, expected_counts):
+        raise PluginError(f"{where}: reduce keeps {counts.tolist()} units in its sets, not {expected_counts.tolist()}")
     if not isinstance(updates, dict) or not all(isinstance(key, str) for key in updates):
         raise PluginError(f"{where}: reduce returned new values as {type(updates).__name__}, not by name in a dict")
     for key, value in updates.items():
@@ -224,12 +226,12 @@ def _where(scorer: Scorer, group: DependencyGroup, plugin: str) -> str:
 
 @contextmanager
 def _blaming(where: str) -> Iterator[None]:
-    """Errors of a plugin's own code, of any type, as one PluginError that says where."""
+    """Context manager that turns errors of a plugin's code, of any type, into one PluginError that names the place."""
     try:
         yield
-    except InputError as error:  # what the user asked for cannot be done: the scorer says why
+    except InputError as error:  # the user's request cannot be met; the scorer's message gives the reason
         raise InputError(f"{where.partition(': ')[2]}: {error}") from error
-    except (ModelError, ProcessError):  # what the scorer asked of the model or of other processes, these have not
+    except (ModelError, ProcessError):  # faults of the model or of other processes, not of the plugin
         raise
     except Exception as error:
         detail = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Scores: one importance per unit of every dependency group, and where they came from. Saved as safetensors."""
+"""Scores: one importance per unit of every dependency group, with their origin. Saved as safetensors."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from sspruner.errors import InputError
 from sspruner.files.output import atomic_file
 from sspruner.plans.reduction import PARTS, Basis
 
-# Metadata that decisions read, as JSON: axis -> one of these values.
+# Metadata that affects decisions, as JSON: axis -> one of these values.
 TABLES: dict[str, tuple[Any, ...]] = {"comparable": (True, False), "granularity": GRANULARITIES}
 SUFFIXES = tuple(f".{part}" for part in PARTS)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """importance: `<module path>:<axis>` -> fp32 (groups, units), higher = keep.
+    """Importance of the units of every dependency group.
 
-    bases: for units that are directions of the state, what these are: the same name -> encode fp32 (groups, units, N)
-    and decode fp32 (groups, N, units); unit i is row i of the one and column i of the other.
-    metadata: sspruner version, scorer and its options, model fingerprint, calibration source, tokens, seed.
-    from_cache: whether they were made in an earlier run.
+    importance  `<module path>:<axis>` -> fp32 (groups, units), higher = keep
+    metadata    sspruner version, scorer and its options, model fingerprint, calibration source, tokens, seed
+    from_cache  True if they were computed in an earlier run
+    bases       for units that are directions of the state: name -> encode fp32 (groups, units, N) and decode fp32
+                (groups, N, units); unit i is row i of encode and column i of decode
     """
 
     importance: dict[str, torch.Tensor]
@@ -45,11 +46,11 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """Read what `save` wrote. Raises InputError if the file is missing or corrupt."""
+        """Read a file written by `save`. Raises InputError if it is missing or corrupt."""
         if not Path(path).is_file():
             raise InputError(f"scores {path}: no such file")
         try:
-            Path(path).open("rb").close()  # safetensors takes a file that may not be read for one that is not there
+            Path(path).open("rb").close()  # safetensors reports a file without read permission as missing
             with safe_open(str(path), framework="pt") as f:
                 scores = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
                 metadata = dict(sorted((f.metadata() or {}).items()))
@@ -76,14 +77,14 @@ def _is_table(text: str, known: tuple[Any, ...]) -> bool:
 
 
 def _bases(tensors: dict[str, torch.Tensor], path: str) -> dict[str, Basis]:
-    """Take the bases out of what a file holds. Raises InputError for one that is not whole."""
+    """Remove the bases from a file's tensors and return them. Raises InputError for an incomplete one."""
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(SUFFIXES)))
-    found = {}
+    bases = {}
     for name in names:
         encode, decode = (tensors.pop(f"{name}.{part}", torch.empty(0)) for part in PARTS)
         units = tensors[name].shape if name in tensors else ()
         whole = encode.ndim == 3 and encode.shape[:2] == units and decode.shape == encode.mT.shape
         if not whole or not (encode.isfinite().all() and decode.isfinite().all()):
             raise InputError(f"scores {path}: the basis of {name} is not whole; score again")
-        found[name] = encode, decode
-    return found
+        bases[name] = encode, decode
+    return bases

@@ -1,8 +1,7 @@
-"""The walk over a model's layers: each is shown to the scorers, scored, and cut before the next one is shown."""
+"""Layer-by-layer pass over a model: show each layer to the scorers, score it, and cut it before the next layer."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +20,7 @@ from sspruner.compute.processes import from_one, gathered, world
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError, ModelError
 from sspruner.evaluation.damage import mean_loss
+from sspruner.files import strict_json
 from sspruner.files.journal import Journal
 from sspruner.files.provenance import versions
 from sspruner.graph.fingerprint import fingerprint
@@ -34,9 +34,9 @@ from sspruner.scoring.scorer import observe as observe_layer
 from sspruner.scoring.scores import Scores
 from sspruner.surgery.mask import mask_group, unmask
 
-PHASE = "walk"  # of a journal
+PHASE = "walk"  # name of the journal's phase
 
-Cut = Callable[[dict[str, torch.Tensor]], None]  # dependency group -> importance: of those that have been scored
+Cut = Callable[[dict[str, torch.Tensor]], None]  # called with dependency group -> importance, of newly scored groups
 
 
 def walk(
@@ -44,9 +44,9 @@ def walk(
 ) -> dict[str, Scores]:
     """Score every dependency group in layer order: a job's label -> its Scores.
 
-    `cut`, if given, is applied before the next layer's inputs are made; there is one job then. Groups of the whole
-    model (hidden, block, mixer) are scored on the way and never cut on the way. journal: what blocks are done; it
-    goes on after them. There is one job then, too.
+    cut      called before the next layer's inputs are computed; then there must be one job. Groups of the whole model
+             (hidden, block, mixer) are scored but not cut during the walk
+    journal  records finished blocks, after which the walk resumes; then there must be one job
     """
     model = fingerprint(run.model)
     if len({*gathered(model)}) > 1:
@@ -66,13 +66,13 @@ def walk(
                     under_way.score(
                         [(job, group) for job, group in under_way.at_work if group in {g.name for g in done}]
                     )
-                    if cut:  # only now, so that no group is scored on another's cut
+                    if cut:  # after scoring, so that no group's scores depend on another's cut
                         importance = under_way.importance[run.jobs[0].label]
                         cut({g.name: importance[g.name] for g in done if g.axis not in WHOLE_MODEL})
                     if block != blocks[-1]:
                         under_way.replay.advance(block)
                     if offloaded(run.model):
-                        unmask(run.model)  # before it leaves memory
+                        unmask(run.model)  # before the block leaves memory
                 if journal:
                     under_way.note(journal, number + 1)
             if progress:
@@ -89,30 +89,32 @@ def walk(
 
 
 def _metadata(run: Run, job: Job, model: str, data: Calibration | None, sequential: bool) -> dict[str, str]:
-    used = data if job.needs != {"weights"} else None
+    observed = data if job.needs != {"weights"} else None
     spectra = [cls.spectrum for cls, _ in job.scorers.values() if cls.spectrum]
     elements = {axis: cls.granularity for axis, (cls, _) in job.scorers.items() if axis in ELEMENT_AXES}
     return {
         "sspruner": versions()["sspruner"],
         "scorer": job.label,
-        "options": json.dumps(job.options, sort_keys=True),
+        "options": strict_json.dumps(job.options, sort_keys=True),
         "model": model,
         "sequential": str(sequential).lower(),
-        "calibration": used.source if used else "",
-        "tokens": str(int(used.mask.sum())) if used else "0",
+        "calibration": observed.source if observed else "",
+        "tokens": str(int(observed.mask.sum())) if observed else "0",
         "seed": str(run.seed),
-        "comparable": json.dumps({axis: cls.comparable for axis, (cls, _) in job.scorers.items()}, sort_keys=True),
-        **({"granularity": json.dumps(elements)} if elements else {}),
+        "comparable": strict_json.dumps(
+            {axis: cls.comparable for axis, (cls, _) in job.scorers.items()}, sort_keys=True
+        ),
+        **({"granularity": strict_json.dumps(elements)} if elements else {}),
         **({"spectrum": spectra[0]} if spectra else {}),
         **({"changes_weights": ", ".join(dict.fromkeys(job.changes_weights))} if job.changes_weights else {}),
     }
 
 
 class _Walk:
-    """One pass over a model: the scorers at work, and what they have returned.
+    """State of one pass over a model: the active scorers, and the scores so far.
 
-    Several processes walk side by side, each with its part of the calibration. Statistics become one before a group is
-    scored, and one process says what it comes to, so that all of them cut the same.
+    Several processes walk side by side, each with its part of the calibration. Statistics are combined before a group
+    is scored, and one process computes the result for all, so that all of them cut the same.
     """
 
     def __init__(self, run: Run, data: Calibration | None, sequential: bool) -> None:
@@ -126,16 +128,16 @@ class _Walk:
             for name, group in run.groups.items()
             for label, job in self.jobs.items()
         }
-        self.shown: set[str] = set()  # dependency groups that activations were shown of, in this process
-        self.knows: dict[str, int] = {}  # dependency group -> the first process that was shown activations of it
+        self.shown: set[str] = set()  # dependency groups whose activations were observed in this process
+        self.knows: dict[str, int] = {}  # dependency group -> the first process that observed its activations
         self.gradients: Mapping[str, torch.Tensor] | None = None  # of the whole dense model
         self.fisher: Mapping[str, torch.Tensor] | None = None
-        self.local: LocalGradients | None = None  # of single blocks, on the inputs that the cut ones before them make
+        self.local: LocalGradients | None = None  # of single blocks, on the outputs of the cut blocks before them
         self.replay: Replay | None = None
         backward = {n for n, s in self.at_work.items() if s.needs in ("gradients", "fisher")}
         self.in_turn = {n for n in backward if sequential and run.groups[n[1]].axis not in WHOLE_MODEL}
         if not self.graph.blocks:
-            self.in_turn = set()  # no list of blocks to walk over
+            self.in_turn = set()  # there is no list of blocks to walk over
         if self.data is not None:
             if backward - self.in_turn:
                 self._whole_gradients({self.at_work[n].needs for n in backward - self.in_turn})
@@ -149,11 +151,12 @@ class _Walk:
         self.linear = _linear_paths(run.model, run.groups.values())
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This process's part of the calibration: (tokens, mask), (b, T) each."""
+        """Return this process's part of the calibration: (tokens, mask), (b, T) each."""
         assert self.data is not None
         return self.data.batches()
 
     def _whole_gradients(self, needs: set[str]) -> None:
+        """Compute the gradients of the whole dense model."""
         assert self.data is not None
         with on_device(self.run.model, self.run.device):
             count = sum(gathered(predicted_tokens(self.data.mask)))
@@ -163,7 +166,7 @@ class _Walk:
                 self.gradients = mean_gradients(self.run.model, self._batches(), count)
 
     def note(self, journal: Journal, done: int) -> None:
-        """Note how far the walk has come: what the next block is given, and the scores so far."""
+        """Write the progress of the walk to a journal: the inputs of the next block, and the scores so far."""
         assert self.replay is not None
         (label,) = self.jobs
         flows = {f"{i} {part}": h for i, flow in enumerate(self.replay.hidden) for part, h in enumerate(flow)}
@@ -172,23 +175,23 @@ class _Walk:
         journal.write(PHASE, done, flows | scores | parts)
 
     def resume(self, journal: Journal) -> int:
-        """Go on where a journal says that an earlier walk was. Returns how many blocks that had done."""
+        """Resume from a journal. Returns the number of finished blocks."""
         assert self.replay is not None
         (label,) = self.jobs
-        done, held = journal.read(PHASE)
+        done, tensors = journal.read(PHASE)
         if done:
             hidden = enumerate(self.replay.hidden)
-            self.replay.hidden = [tuple(held[f"{i} {part}"] for part in range(len(flow))) for i, flow in hidden]
-        for name in [key.removeprefix("importance ") for key in held if key.startswith("importance ")]:
+            self.replay.hidden = [tuple(tensors[f"{i} {part}"] for part in range(len(flow))) for i, flow in hidden]
+        for name in [key.removeprefix("importance ") for key in tensors if key.startswith("importance ")]:
             self.at_work.pop((label, name), None)
-            self.importance[label][name] = held[f"importance {name}"]
-            if f"{PARTS[0]} {name}" in held:
-                encode, decode = (held[f"{part} {name}"] for part in PARTS)
+            self.importance[label][name] = tensors[f"importance {name}"]
+            if f"{PARTS[0]} {name}" in tensors:
+                encode, decode = (tensors[f"{part} {name}"] for part in PARTS)
                 self.run.bases[name] = self.bases[label][name] = encode, decode
         return done
 
     def at_once(self) -> list[tuple[str, str]]:
-        """The scorers that need no walk: weights, whole gradients, losses."""
+        """Return the scorers that need no walk: of weights, whole gradients, or losses."""
         return [n for n, scorer in self.at_work.items() if scorer.needs != "activations" and n not in self.in_turn]
 
     def observe(self, block: str) -> None:
@@ -221,21 +224,23 @@ class _Walk:
             self.local.add(block)
 
     def _paths(self, group: DependencyGroup) -> list[str]:
-        """The modules that are observed for one group: a shared one wherever it is called."""
+        """Return the paths of the modules that are observed for one group; a shared module has one for each call."""
         if group.blocks:
             return [block.path for block in group.blocks]
         if group.axis == "weight":
             return self.linear[group.name]
         if group.layer in self.sites:
             return [group.layer, *self.sites[group.layer].aliases]
-        inside = [path for path in self.sites if within(path, self.graph.blocks)]  # hidden: whatever reads or writes it
+        inside = [
+            path for path in self.sites if within(path, self.graph.blocks)
+        ]  # hidden: all modules that read or write it
         return [p for p in inside if any(isinstance(m, nn.Linear) for m in self.run.model.get_submodule(p).modules())]
 
     def _touches(self, group: DependencyGroup, block: str) -> bool:
         return any(within(path, block) for path in self._paths(group))
 
     def complete(self, block: str) -> list[DependencyGroup]:
-        """The groups of which this block holds the last module."""
+        """Return the groups whose last module is in this block."""
         assert self.replay is not None
         later = self.replay.blocks[self.replay.blocks.index(block) + 1 :]
         return [
@@ -245,7 +250,7 @@ class _Walk:
         ]
 
     def score(self, names: list[tuple[str, str]]) -> None:
-        """Take the importances of groups that have been observed, or that need no more than weights and gradients."""
+        """Collect the importances of groups that have been observed, or that need only weights and gradients."""
         self._agree()
         for label, name in names:
             with self._tolerating(label):
@@ -253,7 +258,7 @@ class _Walk:
 
     @contextmanager
     def _tolerating(self, label: str) -> Iterator[None]:
-        """Go on without a job whose scorer refuses this model, if there are others."""
+        """Context manager that drops a job whose scorer refuses this model, if there are others."""
         try:
             yield
         except InputError as error:
@@ -262,14 +267,14 @@ class _Walk:
             self._refuse({label: str(error)})
 
     def _refuse(self, refused: Mapping[str, str]) -> None:
-        """Leave jobs out, label -> why. Raises InputError if none is left."""
+        """Drop jobs, label -> reason. Raises InputError if none is left."""
         self.run.refused.update(refused)
         self.at_work = {key: scorer for key, scorer in self.at_work.items() if key[0] not in self.run.refused}
         if len(self.run.refused) == len(self.jobs):
             raise InputError(next(reversed(self.run.refused.values())))
 
     def _agree(self) -> None:
-        """What any process was shown, and what any of them refuses, holds for all."""
+        """Share between processes which groups were observed and which jobs were refused."""
         for number, (shown, refused) in enumerate(gathered((self.shown, self.run.refused))):
             for name in shown:
                 self.knows.setdefault(name, number)
@@ -290,16 +295,16 @@ class _Walk:
                 observe_layer(scorer, self._still(scorer, group, (label, name) in self.in_turn), plugin)
         elif world() > 1:
             combine(scorer, group, plugin, summed)
-        knows = self.knows.get(name, 0)
-        self.importance[label][name] = from_one(lambda: checked_importance(scorer, group, plugin), knows)
+        source = self.knows.get(name, 0)
+        self.importance[label][name] = from_one(lambda: checked_importance(scorer, group, plugin), source)
         if scorer.basis != SELECT:
-            basis = from_one(lambda: checked_coordinates(scorer, group, plugin), knows)
+            basis = from_one(lambda: checked_coordinates(scorer, group, plugin), source)
             self.run.bases[name] = self.bases[label][name] = basis
         if type(scorer).reduce is not Scorer.reduce:
-            self.run.scorers[name] = scorer, knows
+            self.run.scorers[name] = scorer, source
 
     def _still(self, scorer: Scorer, group: DependencyGroup, in_turn: bool) -> SSMView:
-        """A view without activations: weights, and the gradients or losses that the scorer needs."""
+        """Return a view without activations: weights, and the gradients or losses that the scorer needs."""
         seen = Observation(self.run.model, group.layer, torch.ones(0, 0, dtype=torch.bool))
         local = self.local if in_turn else None
         fisher = (local.fisher if local else self.fisher) if scorer.needs == "fisher" else None
@@ -313,7 +318,7 @@ class _Walk:
         )
 
     def _loss(self, group: DependencyGroup, units: Sequence[int]) -> float:
-        """Mean calibration loss with some units of a group of whole modules masked. Before any cut."""
+        """Return the mean calibration loss with some units of a group of whole modules masked. Before any cut."""
         if not group.blocks:
             raise InputError("losses without a unit are measured on the axes block and mixer only")
         keep = tuple(unit for unit in range(group.units) if unit not in set(units))
@@ -334,7 +339,7 @@ class _Walk:
 
 
 def _linear_paths(model: nn.Module, groups: Iterable[DependencyGroup]) -> dict[str, list[str]]:
-    """The linear layers of each group of the axis `weight`: those that hold its tensor."""
+    """Return, for each group of the axis `weight`, the linear layers that have its tensor."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""apply: one plan, two modes. Everything is checked before anything is touched."""
+"""Apply a plan to a model as a mask or as a slice. Everything is checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sspruner.surgery.tensors import add_bias, new_biases
 def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
     """Apply `plan` to `model`, in place, and return it.
 
-    mode "slice" makes the tensors smaller and proves the cut; mode "mask" zeroes the same units and can be undone
-    with `sspruner.unmask`. Both write the plan's new values first and zero single elements. Raises InputError for
-    another mode, PlanError if the plan does not fit this model, ProofError if the slice is not equal to the mask.
+    mode "slice" makes the tensors smaller and proves the cut; mode "mask" zeroes the same units and can be undone with
+    `sspruner.unmask`. Both write the plan's new values first and zero single elements. Raises InputError for another
+    mode, PlanError if the plan does not fit this model, ProofError if the slice is not equal to the mask.
     """
     if mode not in ("slice", "mask"):
         raise InputError(f"mode {mode!r}: must be slice or mask")
@@ -39,10 +39,10 @@ def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
 
 
 def apply_sizes(model: nn.Module, plan: Plan) -> SSMGraph:
-    """Cut `model`, which may be on the meta device, as `plan` says, in sizes alone. Returns the graph of what is left.
+    """Cut the sizes of `model`, which may be on the meta device, as `plan` defines. Returns the graph after the cut.
 
-    The plan's values are not written and nothing is proved or recorded, nor is the fingerprint compared: there are no
-    weights. Raises PlanError if the plan does not fit this model.
+    The plan's values are not written, nothing is proved or recorded, and the fingerprint is not compared, since there
+    are no weights. Raises PlanError if the plan does not fit this model.
     """
     graph = trace(model)
     check_plan(plan, graph, model=model)

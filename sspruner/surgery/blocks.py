@@ -1,4 +1,4 @@
-"""Dropping whole modules: blocks leave their list and the others are renumbered; a mixer alone leaves a gap."""
+"""Remove whole modules: blocks leave their list and the others are renumbered; a mixer is replaced by `Nothing`."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from sspruner.plans.reduction import Selection
 
 
 class Nothing(nn.Module):
-    """In the place of a mixer that was dropped: it adds nothing to the residual stream.
+    """Replacement of a dropped mixer: adds nothing to the residual stream.
 
-    The norm before it stays, and its weight still gets a gradient (zero): data-parallel training waits for one.
+    The norm before it stays, and its weight still gets a (zero) gradient, which data-parallel training waits for.
     """
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
-        # The mixer's own: the model's initialisation may fill them, and a loader cuts them where it first met them.
+        # Keep the mixer's buffers: the model's initialisation may fill them, and a loader cuts them by their module.
         self._buffers = mixer._buffers
         self._non_persistent_buffers_set = set(mixer._buffers)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """hidden_states: (b, T, hidden size)."""
+        """Return zeros in the shape of hidden_states, (b, T, hidden size)."""
         return hidden_states * 0
 
 
 def drop_blocks(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Remove the modules that `plan` drops on the axes `mixer` and `block`, with what only they use."""
+    """Remove the modules that `plan` drops on the axes `mixer` and `block`, and the modules that only they use."""
     for name, selection in plan.groups.items():
         group = graph.groups[name]
-        gone = [group.blocks[unit] for unit in selection.dropped(0)] if group.blocks else []
-        for block in gone:
+        dropped_blocks = [group.blocks[unit] for unit in selection.dropped(0)] if group.blocks else []
+        for block in dropped_blocks:
             for path in block.extras:
                 _put(model, path, nn.Identity())
             if group.axis == "mixer":
                 _put(model, block.path, Nothing(model.get_submodule(block.path)))
-    for name, selection in plan.groups.items():  # after the mixers: their paths count all blocks
+    for name, selection in plan.groups.items():  # after the mixers, whose paths use the old block numbers
         if axis_of(name) == "block" and isinstance(selection, Selection):
             _keep(model, graph, name.rpartition(":")[0], selection.keep[0])
 
@@ -58,7 +58,7 @@ def _keep(model: Any, graph: SSMGraph, path: str, keep: tuple[int, ...]) -> None
 
 
 def retie(model: Any) -> None:
-    """Say anew which names share a parameter: transformers reads it when it saves and when it loads."""
+    """Recompute which names share a parameter; transformers reads it when it saves and when it loads."""
     for module in [m for m in model.modules() if getattr(m, "_tied_weights_keys", None)]:
         first: dict[int, str] = {}
         tied = {}

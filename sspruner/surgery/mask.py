@@ -1,6 +1,6 @@
-"""Mask mode: what a plan drops is set to zero in place. Reversible to the bit; sizes do not change.
+"""Mask mode: set the units and elements that a plan drops to zero, in place. Sizes do not change.
 
-New values of a plan are written first, and undone with the rest.
+New values of a plan are written first. Everything can be undone to the bit.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sspruner.plans.reduction import Basis, Projection, Reduction
 from sspruner.surgery.project import install, mask_state
 from sspruner.surgery.tensors import add_bias, new_biases, remove_bias, tensor, write, zero
 
-_SAVED = "_sspruner_masked"  # attribute of a masked model: the list of what was overwritten, in order
+_SAVED = "_sspruner_masked"  # attribute of a masked model: the overwritten values, in order
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """Original values of one parameter: of `rows` along `dims`, of what a mask does not `keep`, or all of them.
+    """Original values of one parameter: of `rows` along `dims`, of the elements that `keep` excludes, or all of them.
 
     values is None for a bias that the model did not have.
     """
@@ -42,7 +42,7 @@ class _Saved:
 
 @dataclass(frozen=True)
 class _SavedBasis:
-    """The basis that a mixer's state had before a projection was masked; None if it had none of its own."""
+    """Basis of a mixer's state before a projection was masked; None if the state was not projected."""
 
     layer: str
     projection: Projection
@@ -51,17 +51,16 @@ class _SavedBasis:
 
 @torch.no_grad()
 def mask(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Write the plan's new values; zero, in every member, the rows of units that it drops, and the elements that it
-    drops. `unmask` restores the original bits.
+    """Write the plan's new values; zero the rows of dropped units in every member, and the dropped elements.
 
-    Raises PlanError if the model is masked already.
+    `unmask` restores the original bits. Raises PlanError if the model is masked already.
     """
     if getattr(model, _SAVED, None) is not None:
         raise PlanError("the model is masked already; call sspruner.unmask(model) first")
     setattr(model, _SAVED, [])
     try:
         if update_tensors(model, plan.updates):
-            graph = trace(model)  # the biases that it has now belong to units, too
+            graph = trace(model)  # added biases belong to units, too
         for name, reduction in plan.groups.items():
             mask_group(model, graph.groups[name], reduction)
         for name, keep in plan.elements.items():
@@ -73,9 +72,9 @@ def mask(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
 
 @torch.no_grad()
 def mask_group(model: nn.Module, group: DependencyGroup, reduction: Reduction) -> None:
-    """Mask one dependency group of a model, on top of what is masked already.
+    """Mask one dependency group of a model, in addition to earlier masks.
 
-    Raises PlanError where the weights lie on disk: a mask of them would be lost.
+    Raises PlanError if the weights are on disk, where a mask of them would be lost.
     """
     _check_in_memory(model, [m.tensor for m in group.members] + [name for b in group.blocks for name in b.writers])
     saved = _saved(model)
@@ -91,7 +90,7 @@ def mask_group(model: nn.Module, group: DependencyGroup, reduction: Reduction) -
 
 @torch.no_grad()
 def mask_elements(model: nn.Module, group: DependencyGroup, keep: torch.Tensor) -> None:
-    """Zero the elements of one tensor that `keep`, bool (rows, cols), does not keep, on top of what is masked already.
+    """Zero the elements of one tensor that `keep`, bool (rows, cols), excludes, in addition to earlier masks.
 
     Raises PlanError for a mask of another shape.
     """
@@ -105,10 +104,10 @@ def mask_elements(model: nn.Module, group: DependencyGroup, keep: torch.Tensor) 
 
 @torch.no_grad()
 def update_tensors(model: nn.Module, updates: Mapping[str, torch.Tensor]) -> bool:
-    """Write new values of parameters, full name -> value, on top of what is masked already.
+    """Write new values of parameters, full name -> value, in addition to earlier masks.
 
-    A bias that a linear layer lacks is added; then the result is True, and groups that were traced before do not know
-    it. Raises PlanError for a parameter that does not exist, or that has another shape.
+    Adds a bias that a linear layer lacks. Returns True if a bias was added: graphs traced before lack it. Raises
+    PlanError for a parameter that does not exist, or that has another shape.
     """
     saved, added = _saved(model), new_biases(model, updates)
     _check_in_memory(model, [name for name in updates if name not in added])
@@ -139,19 +138,19 @@ def unmask(model: nn.Module) -> None:
 def _saved(model: nn.Module) -> list[_Saved | _SavedBasis]:
     if getattr(model, _SAVED, None) is None:
         setattr(model, _SAVED, [])
-    found: list[_Saved | _SavedBasis] = getattr(model, _SAVED)
-    return found
+    saved: list[_Saved | _SavedBasis] = getattr(model, _SAVED)
+    return saved
 
 
 def _check_in_memory(model: nn.Module, names: list[str]) -> None:
-    """Raise PlanError for a parameter that lies on disk: what is written to it now would be lost."""
+    """Raise PlanError for a parameter that is on disk: changes of it would be lost."""
     for name in names if offloaded(model) else ():
         if tensor(model, name).is_meta:
             raise PlanError(f"{name} is on disk: an offloaded model is cut by sspruner.prune alone")
 
 
 def _write_rows(model: nn.Module, name: str, dims: tuple[int, ...], rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Write rows in place: through a view of the tensor where its dimensions lie apart."""
+    """Write rows in place, through a view of the tensor if its dimensions are not adjacent."""
     data = tensor(model, name).data
     front = data.movedim(dims, tuple(range(len(dims))))  # a view
     at = torch.unravel_index(rows.to(data.device), front.shape[: len(dims)])
@@ -160,7 +159,7 @@ def _write_rows(model: nn.Module, name: str, dims: tuple[int, ...], rows: torch.
 
 @contextmanager
 def masked(model: nn.Module, plan: Plan, graph: SSMGraph | None = None) -> Iterator[nn.Module]:
-    """The model with `plan` as a mask, inside a `with` block. graph: the model's, where it is at hand.
+    """Context manager that applies `plan` as a mask. graph: the model's graph, if known.
 
     Raises PlanError if the plan does not fit the model.
     """
@@ -177,7 +176,7 @@ def masked(model: nn.Module, plan: Plan, graph: SSMGraph | None = None) -> Itera
 def dropped(
     group: DependencyGroup, reduction: Reduction, model: nn.Module
 ) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
-    """(tensor, dims, rows) of everything that dropped units own; of dropped modules, what writes their contribution."""
+    """Yield (tensor, dims, rows) of dropped units; for dropped modules, the parameters that write their output."""
     for member in group.members:
         yield member.tensor, member.dims, dropped_rows(member, reduction)
     for unit in reduction.dropped(0) if group.blocks else ():
@@ -186,24 +185,24 @@ def dropped(
 
 
 def dropped_rows(member: Member, reduction: Reduction) -> torch.Tensor:
-    """The rows of the member's tensor that belong to dropped units: int64 (rows,)."""
+    """Return the rows of the member's tensor that belong to dropped units: int64 (rows,)."""
     parts = [member.index[g, reduction.dropped(g)].flatten() for g in range(reduction.sets)]
     return torch.cat(parts)
 
 
 def is_masked(model: nn.Module) -> bool:
-    """Whether a plan is applied to `model` as a mask."""
+    """Return whether a plan is applied to `model` as a mask."""
     return getattr(model, _SAVED, None) is not None
 
 
 def added_biases(model: nn.Module) -> list[str]:
-    """The biases that a masked model has and that `unmask` takes away."""
+    """Return the names of the biases of a masked model that `unmask` removes."""
     saved = getattr(model, _SAVED, None) or []
     return [s.tensor for s in saved if isinstance(s, _Saved) and s.values is None]
 
 
 def masked_projections(model: nn.Module) -> dict[str, Projection]:
-    """Dependency group -> the projector of a masked model as a projection of full size, as a record needs it."""
+    """Return the masked projections of a model, by dependency group, in full size on the meta device, for a record."""
     saved = getattr(model, _SAVED, None) or []
     full = {f"{s.layer}:state": (s.projection.sets, s.projection.before) for s in saved if isinstance(s, _SavedBasis)}
     return {name: Projection(*2 * (torch.empty(sets, n, n, device="meta"),)) for name, (sets, n) in full.items()}

@@ -1,4 +1,4 @@
-"""Padding: the inverse of a slice. A cut model's values go back into the larger model that it could have come from."""
+"""Padding, the inverse of a slice: write a cut model's values into a larger model, with zeros in the other units."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from sspruner.surgery.slice import cut_layout, fold_values, rows_to_drop, withou
 
 @torch.no_grad()
 def pad(cut: nn.Module, graph: SSMGraph, large: nn.Module, target: SSMGraph) -> None:
-    """Give `large` the values of `cut` in the first units of every axis, and zeros in the others: the same function.
+    """Write the values of `cut` into the first units of every axis of `large`, and zeros elsewhere: the same function.
 
-    Both have the same modules and dtypes; graph and target are their graphs. A norm over units that are zeros again
-    divides by all of them, so its weight is scaled back. Raises PlanError if `large` is smaller somewhere, has other
-    parameters, or norms whose epsilon differs from what the cut would have made of it.
+    Both models have the same modules and dtypes; graph and target are their graphs. A norm over zero units divides by
+    all of them, so its weight is scaled back. Raises PlanError if `large` is smaller somewhere, has other parameters,
+    or norms whose epsilon differs from what the cut would have made of it.
     """
     plan = _first_units(graph, target)
     dropped = rows_to_drop(plan, target)
-    values, held = cut.state_dict(), large.state_dict()
-    if other := sorted(values.keys() ^ held.keys()):
+    values, large_values = cut.state_dict(), large.state_dict()
+    if other := sorted(values.keys() ^ large_values.keys()):
         raise PlanError(f"{other[0]} is in one of the models alone")
-    parameters = dict(large.named_parameters())  # what is shared, once, under the name that graphs use
-    buffers = {name: tensor for name, tensor in large.named_buffers() if name in held}
+    parameters = dict(large.named_parameters())  # shared parameters once, under the name that graphs use
+    buffers = {name: tensor for name, tensor in large.named_buffers() if name in large_values}
     for name, tensor in {**parameters, **buffers}.items():
         value = values[name]
         places = without_rows(torch.arange(tensor.numel()).view(tensor.shape), dropped.get(name, {}))
@@ -53,7 +53,7 @@ def pad(cut: nn.Module, graph: SSMGraph, large: nn.Module, target: SSMGraph) -> 
 
 
 def _first_units(graph: SSMGraph, target: SSMGraph) -> Plan:
-    """The plan that cuts the large model to the sizes of the other: it keeps the first units."""
+    """Return the plan that cuts the large model to the sizes of the other, keeping the first units."""
     groups: dict[str, Reduction] = {}
     for name, group in target.groups.items():
         if name not in graph.groups and group.axis != "group":  # a layer with one group has no such axis

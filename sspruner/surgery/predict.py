@@ -1,4 +1,4 @@
-"""What a plan removes, computed from the graph before anything is touched: the proof compares it with what has gone."""
+"""Predict what a plan removes, from the graph, before anything is changed. The proof compares it with the cut model."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from sspruner.surgery.tensors import new_biases, tensor
 
 
 def removed_parameters(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
-    """Number of parameters that `plan` removes; one that several modules share counts once."""
-    gone = dropped_modules(plan, graph)
-    used = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if not _inside(n, gone)}
+    """Return the number of parameters that `plan` removes; one that several modules share counts once."""
+    dropped = dropped_modules(plan, graph)
+    used = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if not _inside(n, dropped)}
     left = {id(p): p.numel() if id(p) in used else 0 for p in model.parameters()}
     for name, cuts in rows_to_drop(plan, graph).items():
         parameter = tensor(model, name)
         if left.get(id(parameter)):
             extents = {dims: prod(parameter.shape[d] for d in dims) for dims in cuts}
             kept = prod(extents[dims] - len(rows) for dims, rows in cuts.items())
-            left[id(parameter)] = parameter.numel() * kept // prod(extents.values())  # whole: each cut is even
+            left[id(parameter)] = parameter.numel() * kept // prod(extents.values())  # an integer: each cut is even
     return sum(p.numel() - left[id(p)] for p in model.parameters())
 
 
 def added_parameters(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
-    """Number of parameters of the biases that new values bring along, and of the bases of projected states."""
+    """Return the number of parameters of new biases and of the bases of projected states."""
     biases = sum(plan.updates[name].numel() for name in new_biases(model, plan.updates))
     return biases + added_by_projections(model, plan, graph)
 
 
 def zeros_left(model: nn.Module, plan: Plan, graph: SSMGraph) -> dict[str, torch.Tensor]:
-    """Where zeros of the plan's element masks have to be after its cut: parameter, by its name then -> bool, its shape.
+    """Return where the plan's element masks leave zeros after the cut: parameter, by its name then -> bool, its shape.
 
-    Those of what goes as a whole are left out.
+    Parameters that are removed as a whole are left out.
     """
     rows: dict[int, Cuts] = {id(tensor(model, name)): cuts for name, cuts in rows_to_drop(plan, graph).items()}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    found = {}
+    zeros_of = {}
     for key, keep in plan.elements.items():
         owner = id(tensor(model, graph.elements[key].tensor))
         zeros = ~keep.cpu()
-        for dims, gone in sorted(rows.get(owner, {}).items(), key=lambda item: -len(item[0])):
-            zeros = drop_rows(zeros, dims, gone)
+        for dims, removed_rows in sorted(rows.get(owner, {}).items(), key=lambda item: -len(item[0])):
+            zeros = drop_rows(zeros, dims, removed_rows)
         left = [new for name in names[owner] if (new := _name_after(name, plan, graph))]
         if left:
-            found[left[0]] = zeros
-    return found
+            zeros_of[left[0]] = zeros
+    return zeros_of
 
 
 def _name_after(name: str, plan: Plan, graph: SSMGraph) -> str:
-    """What a parameter is called after the cut: blocks are numbered anew. "" if it goes."""
+    """Return a parameter's name after the cut, since blocks are renumbered. "" if it is removed."""
     if _inside(name, dropped_modules(plan, graph)):
         return ""
     for group, selection in plan.groups.items():
@@ -71,16 +71,16 @@ def _name_after(name: str, plan: Plan, graph: SSMGraph) -> str:
 
 
 def removed_state_bytes(plan: Plan, graph: SSMGraph) -> int:
-    """Bytes of recurrent state per sequence that `plan` removes."""
-    gone = dropped_modules(plan, graph)
+    """Return the bytes of recurrent state per sequence that `plan` removes."""
+    dropped = dropped_modules(plan, graph)
     return sum(
-        site.state_bytes - (0 if _inside(f"{site.path}.", gone) else state_bytes(cut_layout(site, plan, graph)))
+        site.state_bytes - (0 if _inside(f"{site.path}.", dropped) else state_bytes(cut_layout(site, plan, graph)))
         for site in graph.layers
     )
 
 
 def dropped_modules(plan: Plan, graph: SSMGraph) -> list[str]:
-    """Paths of the modules that go as a whole."""
+    """Return the paths of the modules that are removed as a whole."""
     paths = []
     for name, selection in plan.groups.items():
         group = graph.groups[name]

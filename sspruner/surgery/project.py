@@ -1,4 +1,4 @@
-"""Projections: a mixer's state in a few coordinates of its own, as a slice (size k) or as a mask (size N, rank k)."""
+"""Projections: reduce a mixer's state to fewer coordinates, as a slice (size k) or as a mask (size N, rank k)."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from sspruner.runtime.projected_state import project_state, unproject_state
 
 
 def project_states(model: nn.Module, plan: Plan, graph: SSMGraph) -> tuple[Plan, SSMGraph]:
-    """Give the mixers that a plan projects their smaller states. Returns the rest of the plan, and the graph for it."""
-    found = projections(plan.groups)
-    if not found:
+    """Install the projected states of a plan. Returns the rest of the plan, and the graph for it."""
+    projected = projections(plan.groups)
+    if not projected:
         return plan, graph
-    for name, projection in found.items():
+    for name, projection in projected.items():
         install(model, graph.groups[name].layer, sliced(_held(model, graph.groups[name].layer), projection))
-    rest = {name: r for name, r in plan.groups.items() if name not in found}
+    rest = {name: r for name, r in plan.groups.items() if name not in projected}
     return Plan(rest, plan.model, plan.made_by, plan.elements, plan.updates), trace(model)
 
 
 def mask_state(model: nn.Module, layer: str, projection: Projection) -> Basis | None:
-    """Apply the projector of a projection at run time; the state keeps its size. Returns the basis that was there."""
+    """Apply a projection's projector at run time; the state keeps its size. Returns the previous basis."""
     before = _held(model, layer)
     install(model, layer, masked(before, projection))
     return before
 
 
 def sliced(held: Basis | None, projection: Projection) -> Basis:
-    """encode and decode of the smaller state; on top of the basis that the mixer has: (G, k, N), (G, N, k)."""
+    """Return encode (G, k, N) and decode (G, N, k) of the smaller state, composed with the basis `held`, if any."""
     if held is None:
         return projection.encode, projection.decode
     (encode, decode), wide = held, torch.float64
@@ -43,7 +43,7 @@ def sliced(held: Basis | None, projection: Projection) -> Basis:
 
 
 def masked(held: Basis | None, projection: Projection) -> Basis:
-    """The state as it is, read out through the projector decode @ encode: (G, N, N) twice, without a basis so far."""
+    """Return the full state with its readout through the projector decode @ encode: (G, N, N) twice without `held`."""
     projector = projection.decode.double() @ projection.encode.double()  # (G, N, N)
     if held is None:
         return torch.eye(projection.before).repeat(projection.sets, 1, 1), projector.float()
@@ -52,12 +52,16 @@ def masked(held: Basis | None, projection: Projection) -> Basis:
 
 
 def install(model: nn.Module, layer: str, basis: Basis | None) -> None:
-    """Give the mixer at a path a basis of its state, or none."""
+    """Set or remove the basis of the state of the mixer at a path."""
     mixer: Any = model.get_submodule(layer)
     if basis is None:
         unproject_state(mixer)
         return
-    to = {"device": mixer.in_proj.weight.device, "copy": True, "memory_format": torch.contiguous_format}  # as loaded
+    to = {
+        "device": mixer.in_proj.weight.device,
+        "copy": True,
+        "memory_format": torch.contiguous_format,
+    }  # like a loaded model
     encode, decode = (part.to(**to) for part in basis)
     project_state(mixer, encode, decode)
 
@@ -68,10 +72,10 @@ def _held(model: nn.Module, layer: str) -> Basis | None:
 
 
 def added_by_projections(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
-    """Number of parameters that a plan's projections add; on top of a basis that is there it may be below zero."""
+    """Return the number of parameters that a plan's projections add; it may be negative for a state with a basis."""
     total = 0
     for name, projection in projections(plan.groups).items():
-        held = _held(model, graph.groups[name].layer)
-        rows = projection.before if held is None else held[0].shape[2]
-        total += 2 * projection.sets * projection.after * rows - (0 if held is None else 2 * held[0].numel())
+        basis = _held(model, graph.groups[name].layer)
+        rows = projection.before if basis is None else basis[0].shape[2]
+        total += 2 * projection.sets * projection.after * rows - (0 if basis is None else 2 * basis[0].numel())
     return total

@@ -1,10 +1,10 @@
-"""The proof of a cut: masked and sliced models give equal logits, and exactly the predicted bytes are gone."""
+"""Proof of a cut: the sliced and the masked model give equal logits, and exactly the predicted bytes were removed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from sspruner.compute.forward import embedding, forward
 from sspruner.compute.precision import in_fp32
 from sspruner.errors import ModelError, ProofError
+from sspruner.files.fields import integer, number, table
 from sspruner.graph.layout import STATE_ITEMSIZE
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan
@@ -23,22 +24,23 @@ from sspruner.surgery.record import fields, record
 from sspruner.surgery.slice import slice_model
 from sspruner.surgery.tensors import new_biases, tensor, write_for_good
 
-#: Largest |sliced - masked| logit allowed, relative to the largest |masked| logit, in fp32. Right cuts reach 1e-6; a
-#: model that is itself more sensitive than this to roundings of its embeddings and mixers is allowed SLACK times what
-#: those do: in random models of a few channels, right cuts were up to 12 times above it, wrong ones at 1e-2 and more.
+#: Largest |sliced - masked| logit allowed, relative to the largest |masked| logit, in fp32. Correct cuts reach 1e-6. A
+#: model that is more sensitive to roundings of its embeddings and mixers is allowed SLACK times their effect: in random
+#: models of a few channels, correct cuts were up to 12 times above the effect, wrong ones at 1e-2 and more.
 TOLERANCE = 1e-5
 ROUNDING = 2.0**-22
 SLACK = 32
-CACHES = ("cache_params", "past_key_values")  # what the families call their cache
+CACHES = ("cache_params", "past_key_values")  # names of the cache in the families' outputs
 PROBE_SHAPE = (2, 80)  # sequences x tokens: longer than one chunk and not a multiple of it
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared. error is relative to the largest masked logit; bytes of state are per sequence.
+    """Measurements of a proof. error is relative to the largest masked logit; bytes of state are per sequence.
 
-    parameters_added: those of new biases and of the bases of projected states; parameters_removed counts what is cut
-    of them, too. zeros: elements that the plan's masks zeroed and that no cut removed, each found to be zero.
+    parameters_removed  number of parameters removed, including those removed from added ones
+    parameters_added    parameters of new biases and of the bases of projected states
+    zeros               elements zeroed by the plan's masks and not removed by a cut, each verified to be zero
     """
 
     error: float
@@ -48,14 +50,27 @@ class Proof:
     parameters_added: int = 0
     zeros: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        """Return its fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Proof:
+        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
+        checked: dict[str, Any] = {
+            name: number(value) if name in ("error", "tolerance") else integer(value)
+            for name, value in table(data).items()
+        }
+        return cls(**checked)
+
 
 @torch.no_grad()
 def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 0) -> Proof:
     """Slice `model`, record the cut in its config, and prove it on random tokens, in fp32 whatever its dtype.
 
     Raises ProofError if masked and sliced logits differ by more than rounding explains, if parameters or the state
-    bytes measured in the model's own cache did not shrink by what the graph predicts, or if new values or zeros are
-    not in their places. The model is then unusable.
+    bytes measured in the model's own cache did not shrink by the predicted amount, or if new values or zeros are not in
+    place. The model is then unusable.
     """
     added = added_parameters(model, plan, graph)
     biases = new_biases(model, plan.updates)
@@ -70,7 +85,7 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
     graph = write_for_good(model, plan, graph)
     _check_written(model, plan, graph)
     state = removed_state_bytes(plan, graph)
-    rest, projected = project_states(model, plan, graph)  # what is left to cut: rows, and those of the bases with them
+    rest, projected = project_states(model, plan, graph)  # the rest of the plan cuts rows, those of the bases, too
     parameters, zeros = removed_parameters(model, rest, projected), zeros_left(model, rest, projected)
     with in_fp32(model):
         try:
@@ -84,22 +99,25 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
     error = relative(result, reference)
     if not error <= limit:  # also catches NaN
         raise ProofError(f"proof failed: sliced and masked logits differ by {error:.1e}, more than {limit:.0e}")
-    for what, i, more, expected in (("parameters", 0, added, parameters), ("state bytes per sequence", 1, 0, state)):
-        gone = before[i] + more - after[i]
-        if gone != expected:
-            raise ProofError(f"proof failed: {gone:,} {what} are gone, the plan predicts {expected:,}")
+    for quantity, i, more, expected in (
+        ("parameters", 0, added, parameters),
+        ("state bytes per sequence", 1, 0, state),
+    ):
+        removed = before[i] + more - after[i]
+        if removed != expected:
+            raise ProofError(f"proof failed: {removed:,} {quantity} are gone, the plan predicts {expected:,}")
     for name, zero in zeros.items():
-        found = int((tensor(model, name)[zero.to(probe.device)] == 0).sum())
-        if found != int(zero.sum()):
-            raise ProofError(f"proof failed: {name} has {found:,} zeros where the plan predicts {int(zero.sum()):,}")
+        count = int((tensor(model, name)[zero.to(probe.device)] == 0).sum())
+        if count != int(zero.sum()):
+            raise ProofError(f"proof failed: {name} has {count:,} zeros where the plan predicts {int(zero.sum()):,}")
     return Proof(error, limit, parameters, state, added, sum(int(zero.sum()) for zero in zeros.values()))
 
 
 @torch.no_grad()
 def check_same(model: nn.Module, other: nn.Module, graph: SSMGraph, seed: int = 0) -> float:
-    """The largest difference of two models' logits on random tokens, in fp32, relative to the largest logit.
+    """Return the largest difference of two models' logits on random tokens, in fp32, relative to the largest logit.
 
-    graph: that of `model`. Raises ProofError if it is more than rounding explains.
+    graph: that of `model`. Raises ProofError if the difference is more than rounding explains.
     """
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
@@ -114,21 +132,24 @@ def check_same(model: nn.Module, other: nn.Module, graph: SSMGraph, seed: int = 
 def _reference(
     model: nn.Module, probe: torch.Tensor, graph: SSMGraph, generator: torch.Generator
 ) -> tuple[torch.Tensor, float]:
-    """A model's logits, and how far from them those of its equal may be, relative to the largest."""
+    """Return a model's logits, and how far an equal model's logits may be from them, relative to the largest."""
     reference = _logits(model, probe)
-    # What the model makes of rounding, wherever it comes from: in the embeddings, and in what the mixers add.
+    # Measure the effect of rounding errors in the embeddings and in the outputs of the mixers.
     with roundings([embedding(model), *(model.get_submodule(site.path) for site in graph.layers)], generator):
         rounded = _logits(model, probe)
     return reference, tolerance(rounded, reference)
 
 
 def tolerance(rounded: torch.Tensor, reference: torch.Tensor) -> float:
-    """How far logits may be from those of an equal model, relative to the largest, by what roundings make of them."""
+    """Return the allowed difference from an equal model's logits, relative to the largest.
+
+    rounded: the logits with random roundings, whose effect scales the allowance.
+    """
     return max(TOLERANCE, SLACK * relative(rounded, reference))
 
 
 def _check_written(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
-    """Raise ProofError unless every new value is in its place, apart from the elements that the plan zeroes."""
+    """Raise ProofError unless every new value is in its place, except for elements that the plan zeroes."""
     masks = {id(tensor(model, graph.elements[key].tensor)): keep for key, keep in plan.elements.items()}
     for name, value in plan.updates.items():
         parameter = tensor(model, name)
@@ -140,13 +161,13 @@ def _check_written(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
 
 
 def measured_state_bytes(model: Any, probe: torch.Tensor) -> int:
-    """Bytes of recurrent state per sequence in the cache that the model itself allocates. probe: int64 (b, T)."""
+    """Return the bytes of recurrent state per sequence in the cache that the model allocates. probe: int64 (b, T)."""
     if hasattr(model, "allocate_inference_cache"):  # mamba_ssm: layer -> (conv state, state); attention: one tensor
         layers = model.allocate_inference_cache(len(probe), probe.shape[1]).values()
         return sum(int(c[1].numel()) * STATE_ITEMSIZE for c in layers if isinstance(c, tuple)) // len(probe)
     out = forward(model, probe, use_cache=True)
     named = [out.get(key) if hasattr(out, "get") else getattr(out, key, None) for key in CACHES]
-    cache = next((found for found in named if found is not None), None)
+    cache = next((candidate for candidate in named if candidate is not None), None)
     if cache is None:
         raise ModelError(f"{type(model).__name__}: forward returns no cache, so its state cannot be measured")
     total = 0
@@ -168,7 +189,7 @@ def _logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def roundings(modules: Iterable[nn.Module], generator: torch.Generator) -> Iterator[None]:
-    """While open, random relative changes of what leaves these modules, each by about one rounding of fp32."""
+    """Context manager that perturbs the outputs of modules by random relative errors of about one fp32 rounding."""
 
     def rounded(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         first = out[0] if isinstance(out, tuple) else out
@@ -184,5 +205,5 @@ def roundings(modules: Iterable[nn.Module], generator: torch.Generator) -> Itera
 
 
 def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest difference of two models' logits, relative to the largest logit."""
+    """Return the largest difference of two models' logits, relative to the largest logit."""
     return float((result - reference).abs().max() / reference.abs().max())

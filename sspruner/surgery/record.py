@@ -1,4 +1,4 @@
-"""The cuts in the config: what a loader needs to build modules of the right sizes before it reads any weight."""
+"""Record of a model's cuts in its config: a loader needs it to build modules of the right sizes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ WEIGHTS = "weights"  # subfolder for weights that only `sspruner.load` can read
 
 @dataclass(frozen=True)
 class Cut:
-    """One cut of a record: `plan` has groups alone, for values are in the weights; `biases` were added before it."""
+    """One cut of a record. `plan` has groups only, since values are in the weights; `biases` were added before it."""
 
     plan: Plan
     biases: tuple[str, ...] = ()
 
 
 def record(config: Any, original: dict[str, Any], plan: Plan, graph: SSMGraph, biases: Sequence[str] = ()) -> None:
-    """Write into a cut model's config what was cut (key `sspruner`), and the stock fields where they can express it.
+    """Write a cut into the model's config (key `sspruner`), and set the stock fields that can express the sizes.
 
     The record is the list of all cuts so far, each in the indices of the model that it was applied to: the loader
-    builds the original model and repeats them. original: the config's fields before this cut (`fields`); those that
-    changed are kept in the record. biases: those that the cut added. Zeros and new values in tensors that the model
-    had anyway leave the config as it was.
+    builds the original model and repeats them. Zeros and new values in existing tensors do not change the config.
+
+    original  the config's fields before this cut (`fields`); those that changed are kept in the record
+    biases    biases that the cut added
     """
-    if config is None:  # a model of its own kind, that is not loaded from a config
+    if config is None:  # a custom model that is not loaded from a config
         return
     if not plan.groups and not biases:
         return
@@ -51,28 +52,28 @@ def record(config: Any, original: dict[str, Any], plan: Plan, graph: SSMGraph, b
 
 
 def _line(groups: dict[str, Reduction], biases: Sequence[str]) -> dict[str, Any]:
-    """One cut as JSON. The values of projections are among the weights."""
+    """Return one cut as JSON. The values of projections are among the weights."""
     return Plan(groups).to_json(digest=False) | ({"biases": [*biases]} if biases else {})
 
 
 @contextmanager
 def noted(config: Any, biases: Sequence[str], projections: Mapping[str, Projection]) -> Iterator[None]:
-    """While open, the config records biases and projectors that a mask has added: what is saved can be loaded."""
-    before, more = getattr(config, RECORD, None), bool(biases or projections)
-    if more:
-        cuts = [*(before or {}).get("cuts", []), _line(dict(projections), biases)]
-        setattr(config, RECORD, {"version": VERSION, "stock": {}, **(before or {}), "cuts": cuts})
+    """Context manager that records a mask's biases and projectors in the config, so that a saved model loads."""
+    previous, changed = getattr(config, RECORD, None), bool(biases or projections)
+    if changed:
+        cuts = [*(previous or {}).get("cuts", []), _line(dict(projections), biases)]
+        setattr(config, RECORD, {"version": VERSION, "stock": {}, **(previous or {}), "cuts": cuts})
     try:
         yield
     finally:
-        if more and before is None:
+        if changed and previous is None:
             delattr(config, RECORD)
-        elif more:
-            setattr(config, RECORD, before)
+        elif changed:
+            setattr(config, RECORD, previous)
 
 
 def recorded(config: Any) -> list[Cut]:
-    """The cuts that a config records, in order; empty if it records none. Raises PlanError if they are malformed."""
+    """Return the cuts that a config records, in order. Raises PlanError if they are malformed."""
     data = getattr(config, RECORD, None)
     if not data:
         return []
@@ -92,7 +93,7 @@ def recorded(config: Any) -> list[Cut]:
 
 
 def weights_subfolder(config: Any) -> str:
-    """The subfolder with the weights that a config records. Raises PlanError for any but those that `save` makes."""
+    """Return the subfolder of the weights that a config records. Raises PlanError for names that `save` never uses."""
     folder = (getattr(config, RECORD, None) or {}).get("weights", "")
     if folder not in ("", WEIGHTS):
         raise PlanError(f"config.json, key 'sspruner': 'weights' is {str(folder)[:100]!r}; known: '' and {WEIGHTS!r}")
@@ -100,13 +101,13 @@ def weights_subfolder(config: Any) -> str:
 
 
 def restore_stock(config: Any) -> None:
-    """Give a config the stock fields of the model that was never cut."""
+    """Restore the stock fields of the model before any cut."""
     for field, value in (getattr(config, RECORD, None) or {}).get("stock", {}).items():
         setattr(config, field, value)
 
 
 def fields(config: Any) -> dict[str, Any]:
-    """The config's own fields, copied."""
+    """Return a copy of the config's own fields."""
     return (
         {}
         if config is None
@@ -123,14 +124,14 @@ def check_recorded(plan: Plan, graph: SSMGraph) -> None:
 
 
 def _write_sizes(config: Any, stock: dict[str, Any], plan: Plan, graph: SSMGraph) -> None:
-    """The stock fields for sizes: all of them where one value serves every layer, else their original values.
+    """Set the stock fields for sizes if one value fits every layer; else restore their original values.
 
-    With original values left in place, stock classes refuse the checkpoint instead of reading it wrongly.
+    With original values, stock classes refuse the checkpoint instead of reading it wrongly.
     """
     if graph.family is None:
         return
-    gone = tuple(f"{path}." for path in dropped_modules(plan, graph))
-    layouts = [cut_layout(site, plan, graph) for site in graph.layers if not f"{site.path}.".startswith(gone)]
+    removed = tuple(f"{path}." for path in dropped_modules(plan, graph))
+    layouts = [cut_layout(site, plan, graph) for site in graph.layers if not f"{site.path}.".startswith(removed)]
     values = {f: {layout.stock_total(size) for layout in layouts} for f, size in graph.family.config_sizes.items()}
     uniform = all(len(v) == 1 for v in values.values())
     for field, value in values.items():

@@ -1,4 +1,4 @@
-"""The sizes of a model, and those that a plan leads to, predicted without a cut."""
+"""Sizes of a model, before a cut and predicted for a plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FP32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: parameters; bytes of weights; bytes of recurrent and of convolution state per sequence."""
+    """Number of parameters; bytes of weights; bytes of recurrent and of convolution state per sequence."""
 
     parameters: int
     weight_bytes: int
@@ -32,24 +32,24 @@ class Sizes:
     conv_bytes: int
 
     def exceeds(self, limits: Limits, dense: Sizes) -> str:
-        """The first limit of size that is exceeded, and by what, "" if none is. dense: the uncut model's."""
+        """Return which size limit is exceeded, with the value, "" if none is. dense: the sizes of the uncut model."""
         if limits.state_bytes is not None and self.state_bytes > limits.state_bytes:
             return f"state-bytes {limits.state_bytes:,.0f}: {self.state_bytes:,} B of state per sequence"
         if limits.memory is not None and limits.max_batch is not None:
-            taken = self.weight_bytes + limits.max_batch * (self.state_bytes + self.conv_bytes)
-            if taken > limits.memory:
-                return f"memory {limits.memory:,.0f}: {limits.max_batch} sequences take {taken:,} B with the weights"
+            used = self.weight_bytes + limits.max_batch * (self.state_bytes + self.conv_bytes)
+            if used > limits.memory:
+                return f"memory {limits.memory:,.0f}: {limits.max_batch} sequences take {used:,} B with the weights"
         if limits.parameters is not None:
-            most = limits.parameters * (dense.parameters if limits.parameters <= 1 else 1)
-            if self.parameters > most:
-                return f"params {most:,.0f}: {self.parameters:,} parameters"
+            limit = limits.parameters * (dense.parameters if limits.parameters <= 1 else 1)
+            if self.parameters > limit:
+                return f"params {limit:,.0f}: {self.parameters:,} parameters"
         return ""
 
 
 def sizes(model: nn.Module, graph: SSMGraph, plan: Plan | None = None) -> Sizes:
-    """The sizes of a model, or of what a plan makes of it: predicted, nothing is cut.
+    """Return the sizes of a model, or those that a plan would lead to, without cutting.
 
-    Bytes of weights are exact where all weights have one dtype; the bases of projected states are fp32.
+    Bytes of weights are exact if all weights have one dtype; the bases of projected states are fp32.
     """
     itemsize = next(model.parameters()).element_size()
     conv = _conv_values(model, graph, plan) * itemsize
@@ -66,27 +66,27 @@ def sizes(model: nn.Module, graph: SSMGraph, plan: Plan | None = None) -> Sizes:
 
 
 def _conv_values(model: nn.Module, graph: SSMGraph, plan: Plan | None) -> int:
-    """Numbers in the convolution states of one sequence; a mixer without a convolution has none."""
+    """Return the number of elements in the convolution states of one sequence; 0 for a mixer without a convolution."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    rows, gone = (rows_to_drop(plan, graph), dropped_modules(plan, graph)) if plan else ({}, [])
+    rows, dropped = (rows_to_drop(plan, graph), dropped_modules(plan, graph)) if plan else ({}, [])
     total = 0
     for site in graph.layers:
         name = f"{site.path}.conv1d.weight"
-        if name in parameters and not _inside(site.path, gone):
+        if name in parameters and not _inside(site.path, dropped):
             channels, _, kernel = parameters[name].shape
             total += (channels - len(rows.get(name, {}).get((0,), ()))) * kernel
     return total
 
 
 def _bases_left(model: nn.Module, graph: SSMGraph, plan: Plan) -> int:
-    """Parameters that projections add where their mixers stay, and of these in the B/C groups that stay."""
-    gone, total = dropped_modules(plan, graph), 0
+    """Return the number of parameters that projections add in mixers and B/C groups that are kept."""
+    dropped, total = dropped_modules(plan, graph), 0
     for name, projection in projections(plan.groups).items():
         layer = graph.groups[name].layer
-        if not _inside(layer, gone):
+        if not _inside(layer, dropped):
             added = added_by_projections(model, Plan({name: projection}), graph)
             sets = plan.groups.get(f"{layer}:group")
-            total += added * sets.after // sets.before if sets else added  # whole: each group has as many
+            total += added * sets.after // sets.before if sets else added  # an integer: each group has as many
     return total
 
 

@@ -1,4 +1,4 @@
-"""Slice mode: the units that a plan drops leave the tensors. Works on meta tensors too: that is how files load."""
+"""Slice mode: remove the units that a plan drops from the tensors. Works on meta tensors, too, as the loader needs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from sspruner.surgery.blocks import drop_blocks
 from sspruner.surgery.mask import dropped_rows
 from sspruner.surgery.project import project_states
 
-Cuts = Mapping[tuple[int, ...], torch.Tensor]  # dimensions of a tensor, seen as one -> the rows that go
+Cuts = Mapping[tuple[int, ...], torch.Tensor]  # dimensions of a tensor, flattened -> the rows to remove
 
 
 @torch.no_grad()
 def slice_model(
     model: nn.Module, plan: Plan, graph: SSMGraph, later: list[tuple[torch.nn.Module, str, Cuts]] | None = None
 ) -> None:
-    """Project the states that `plan` projects; remove, from every tensor, the rows of the units that it drops; then
-    the modules that it drops.
+    """Project the states that `plan` projects, then remove the rows of dropped units, then dropped modules.
 
-    Parameters that several modules share stay shared. `surgery.record` writes the cut into the config. later: where
-    to note the cuts of buffers, (module, name, cuts), instead of making them: a loader makes those at the end.
+    Parameters that several modules share stay shared. `surgery.record` writes the cut into the config. later: list to
+    which the cuts of buffers, (module, name, cuts), are appended instead of being made; the loader makes them at the
+    end.
     """
     plan, graph = project_states(model, plan, graph)
     for name, cuts in rows_to_drop(plan, graph).items():
@@ -50,12 +50,12 @@ def slice_model(
 
 
 def cut_buffer(module: nn.Module, leaf: str, cuts: Cuts) -> None:
-    """One of the cuts that `slice_model` put off."""
+    """Make a cut of a buffer that `slice_model` deferred."""
     module._buffers[leaf] = without_rows(module._buffers[leaf], cuts)  # type: ignore[arg-type]
 
 
 def rows_to_drop(plan: Plan, graph: SSMGraph) -> dict[str, dict[tuple[int, ...], torch.Tensor]]:
-    """tensor -> its dimensions -> the rows that go: int64, every row once."""
+    """Return the rows to remove: tensor -> its dimensions -> int64 (rows,), without duplicates."""
     rows: dict[str, dict[tuple[int, ...], list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
     for name, selection in plan.groups.items():
         for member in graph.groups[name].members:
@@ -64,16 +64,16 @@ def rows_to_drop(plan: Plan, graph: SSMGraph) -> dict[str, dict[tuple[int, ...],
 
 
 def cut_layout(site: Site, plan: Plan, graph: SSMGraph) -> Layout:
-    """The layout of one module once the plan is applied."""
+    """Return the layout of one module after the plan is applied."""
     state = plan.groups.get(f"{site.path}:state")
     layout = site.layout.projected(state.after) if isinstance(state, Projection) else site.layout
     return layout.resized(sizes_after(site, plan))
 
 
 def sizes_after(site: Site, plan: Plan) -> Mapping[str, int]:
-    """The dimensions of one module that the plan changes, with their new sizes."""
-    own = {axis: f"{site.path}:{axis}" for axis in site.layout.axes}
-    sizes = {axis: plan.groups[name].after for axis, name in own.items() if name in plan.groups}
+    """Return the new sizes of the dimensions of one module that the plan changes."""
+    names = {axis: f"{site.path}:{axis}" for axis in site.layout.axes}
+    sizes = {axis: plan.groups[name].after for axis, name in names.items() if name in plan.groups}
     if "hidden" in site.layout.sizes:
         for name, selection in plan.groups.items():
             if axis_of(name) == "hidden":
@@ -82,26 +82,26 @@ def sizes_after(site: Site, plan: Plan) -> Mapping[str, int]:
 
 
 def _drop(model: nn.Module, old: torch.Tensor, cuts: Cuts) -> None:
-    """Replace a tensor, wherever it is held, by one without some rows."""
+    """Replace a tensor, in every module that has it, by one without some rows."""
     new = without_rows(old.data, cuts)
     replacement = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for leaf, value in held.items():
+        for tensors in (module._parameters, module._buffers):
+            for leaf, value in tensors.items():
                 if value is old:
-                    held[leaf] = replacement  # type: ignore[assignment]
+                    tensors[leaf] = replacement  # type: ignore[assignment]
                     _correct_shape(module)
 
 
 def without_rows(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """A tensor without some rows. Dimensions seen as one go first: their numbers count the rows of the others, too."""
+    """Return a tensor without some rows. Flattened dimensions are cut first: their row numbers count all other rows."""
     for dims, rows in sorted(cuts.items(), key=lambda item: -len(item[0])):
         tensor = drop_rows(tensor, dims, rows)
     return tensor
 
 
 def _correct_shape(module: Any) -> None:
-    """The sizes that torch's own modules keep beside their weights."""
+    """Correct the sizes that torch's own modules keep beside their weights."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Conv1d):  # depthwise: one filter per channel
@@ -111,7 +111,7 @@ def _correct_shape(module: Any) -> None:
 
 
 def _correct(module: nn.Module, after: Layout) -> None:
-    """The integers that the module's forward reads."""
+    """Correct the integers that the module's forward reads."""
     for attribute, size in after.attributes.items():
         owner, leaf = _owner(module, attribute)
         if owner is not None:
@@ -119,7 +119,7 @@ def _correct(module: nn.Module, after: Layout) -> None:
 
 
 def fold_values(model: nn.Module, site: Site, before: Layout, after: Layout) -> None:
-    """Scale what stays (see graph.layout.Fold): tensors once, attributes in every module that shares them."""
+    """Scale the values that stay (see graph.layout.Fold): tensors once, attributes in every module that shares them."""
     for fold in after.folds:
         factor = before.count(fold.over) / after.count(fold.over)
         if factor == 1:
@@ -140,7 +140,7 @@ def fold_values(model: nn.Module, site: Site, before: Layout, after: Layout) -> 
 
 
 def _owner(module: nn.Module, attribute: str) -> tuple[nn.Module | None, str]:
-    """The submodule that has the attribute, None if there is none, and the attribute's own name."""
+    """Return the submodule that has the attribute, None if there is none, and the attribute's own name."""
     path, _, leaf = attribute.rpartition(".")
     try:
         owner = module.get_submodule(path)

@@ -1,4 +1,4 @@
-"""New values and zeros in a model's tensors; biases that a linear layer gets, and loses again."""
+"""Write new values and zeros into a model's tensors; add and remove biases of linear layers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from sspruner.surgery.blocks import retie
 
 
 def tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """A parameter or buffer by its full name."""
+    """Return a parameter or buffer by its full name."""
     owner, _, leaf = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(owner), leaf)
-    return found
+    value: torch.Tensor = getattr(model.get_submodule(owner), leaf)
+    return value
 
 
 def lacks(model: nn.Module, name: str) -> bool:
-    """Whether a linear layer has no bias of this name. Raises PlanError if it is no such thing at all."""
+    """Return whether a linear layer has no bias of this name.
+
+    Raises PlanError if the name is no bias of a linear layer.
+    """
     owner, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(owner)
@@ -38,7 +41,10 @@ def lacks(model: nn.Module, name: str) -> bool:
 
 @torch.no_grad()
 def write_for_good(model: nn.Module, plan: Plan, graph: SSMGraph) -> SSMGraph:
-    """Write a plan's new values and zeros. Returns the graph, made anew where biases were added: it cuts them, too."""
+    """Write a plan's new values and zeros.
+
+    Returns the graph, traced again if biases were added, since they are cut, too.
+    """
     added = new_biases(model, plan.updates)
     for name, value in plan.updates.items():
         if name in added:
@@ -50,24 +56,24 @@ def write_for_good(model: nn.Module, plan: Plan, graph: SSMGraph) -> SSMGraph:
 
 
 def new_biases(model: nn.Module, updates: Mapping[str, torch.Tensor]) -> list[str]:
-    """The parameters among these that the model lacks."""
+    """Return the names in `updates` that are biases the model lacks."""
     return [name for name in updates if lacks(model, name)]
 
 
 def write(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a parameter another value, in its own dtype and on its own device. Raises PlanError for another shape."""
+    """Set a parameter's value, in its own dtype and on its own device. Raises PlanError for another shape."""
     if parameter.shape != value.shape:
         raise PlanError(f"a new value of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
     parameter.data.copy_(value)
 
 
 def zero(parameter: torch.Tensor, keep: torch.Tensor) -> None:
-    """Set to zero what a mask, bool in the parameter's shape, does not keep."""
+    """Set the elements to zero that a mask, bool in the parameter's shape, does not keep."""
     parameter.data[~keep.to(parameter.device)] = 0
 
 
 def add_bias(model: nn.Module, name: str) -> None:
-    """Give a linear layer a bias of zeros; one bias for all the layers that share its weight.
+    """Add a bias of zeros to a linear layer, shared by all layers that share its weight.
 
     Raises PlanError if there is no such layer, or if it has a bias.
     """
@@ -92,7 +98,7 @@ def _set_bias(model: nn.Module, weight: torch.Tensor, bias: nn.Parameter | None)
         module.register_parameter("bias", bias)
         parent, _, leaf = path.rpartition(".")
         mixer: Any = model.get_submodule(parent)
-        if leaf == "out_proj" and hasattr(mixer, "use_bias"):  # Mamba1's fused kernel asks it, and not the bias
+        if leaf == "out_proj" and hasattr(mixer, "use_bias"):  # Mamba1's fused kernel reads this flag, not the bias
             mixer.use_bias = bias is not None
     if len(holders) > 1:
         retie(model)

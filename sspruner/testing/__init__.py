@@ -1,4 +1,7 @@
-"""The conformance kit for plugin authors: one call in a test checks a scorer or a family on random tiny models."""
+"""Conformance kit for plugin authors: one call in a test checks a scorer or a family on random tiny models.
+
+Public names: `check_scorer`, `check_family`, `zoo`.
+"""
 
 from importlib import import_module
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""What a scorer is tried on: a family, its structure, perhaps a cut that made its layers uneven, and token windows."""
+"""Test cases for scorers: a family, its structure, optionally an earlier uneven cut, and token windows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sspruner.surgery.slice import slice_model
 from sspruner.testing.models import FAMILIES, SHAPE, SHAPES, VOCABULARY, zoo
 from sspruner.testing.plans import selection, sizes
 
-# The first of each is the richest model of the family, and what the first example is made of.
+# The first value of each is that of the richest model of the family, which is the first example.
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "groups": (2, 1),
     "heads": (2, 1, 3),
@@ -34,7 +34,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _MAMBA2 = ("groups", "heads", "channels", "state", "bias", "conv_bias")
 _MAMBA1 = ("hidden", "state", "rank", "bias", "conv_bias")
-_NAMES = {  # what differs from case to case
+_NAMES = {  # settings that vary between cases
     "mamba2": _MAMBA2,
     "mamba": _MAMBA1,
     "falcon_mamba": _MAMBA1,
@@ -50,11 +50,11 @@ _NAMES = {  # what differs from case to case
 
 @dataclass(frozen=True)
 class Case:
-    """One model and how it is calibrated; `str` is how to make it again.
+    """Model and calibration of one test; `str` shows how to build it again.
 
-    structure   what differs from `zoo(family)`
+    structure   differences from `zoo(family)`
     cut         seed of an earlier cut of one dependency group of the first mixer, None for none
-    lengths     tokens of each calibration sequence before its padding, the longest first
+    lengths     tokens of each calibration sequence without its padding, the longest first
     """
 
     family: str
@@ -65,29 +65,29 @@ class Case:
     done: list[str] = field(default_factory=list, compare=False)  # the cut, in words
 
     def model(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The model, always of the same values."""
+        """Build the model, always with the same values."""
         model = zoo(self.family, seed=self.seed, dtype=dtype, **self.structure)
         if self.cut is None:
             return model
         graph, pick = trace(model), random.Random(self.cut)
         first = graph.layers[0].path
-        able = [g for g in graph.groups.values() if g.layer == first and g.axis not in WHOLE_MODEL and sizes(g)]
-        if able:
-            group = pick.choice(able)
+        cuttable = [g for g in graph.groups.values() if g.layer == first and g.axis not in WHOLE_MODEL and sizes(g)]
+        if cuttable:
+            group = pick.choice(cuttable)
             after = pick.choice(sizes(group))
             slice_model(model, Plan({group.name: selection(group.groups, group.units, after, self.cut)}), graph)
             self.done[:] = [f"{group.name} cut to {after}"]
         return model
 
     def data(self, garbage: int = 0) -> Calibration:
-        """Windows padded on the right; what stands in the padding is drawn from `garbage`."""
+        """Return windows padded on the right. `garbage` seeds the tokens in the padding."""
         length, rows = max(self.lengths), len(self.lengths)
         mask = torch.arange(length) < torch.tensor(self.lengths)[:, None]
         real, padding = (_tokens(rows, length, seed) for seed in (self.seed, self.seed + 1 + garbage))
         return windows(torch.where(mask, real, padding), mask)
 
     def other(self) -> Case:
-        """The same sizes with other weights and tokens."""
+        """Return a case of the same sizes with other weights and tokens."""
         return replace(self, seed=self.seed + 10_000)
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, families: tuple[str, ...], sequences: int, length: int) -> Case:
-    """The first example is the plain `zoo(family)` of the first family, nothing cut."""
+    """Draw a case. The first example is the plain `zoo(family)` of the first family, without a cut."""
     family = draw(st.sampled_from(families))
     default = SHAPE | SHAPES[family]
     structure = {}
@@ -119,19 +119,19 @@ def cases(draw: st.DrawFn, families: tuple[str, ...], sequences: int, length: in
 
 
 def windows(tokens: torch.Tensor, mask: torch.Tensor) -> Calibration:
-    """Every row observed, none held out."""
+    """Return a calibration that observes every row and holds none out."""
     return Calibration(tokens, mask, tokens[:1], mask[:1], "tokens", 0, held_out_is_separate=False)
 
 
 class OneByOne(Calibration):
-    """One sequence per batch, with its padding."""
+    """Calibration with one sequence per batch, with its padding."""
 
     def batches(self, size: int | None = None, *, logits: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield from super().batches(1)
 
 
 class Trimmed(Calibration):
-    """One sequence per batch, without its padding."""
+    """Calibration with one sequence per batch, without its padding."""
 
     def batches(self, size: int | None = None, *, logits: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for tokens, mask in super().batches(1):
@@ -144,15 +144,15 @@ def _tokens(rows: int, length: int, seed: int) -> torch.Tensor:
 
 @cache
 def families_by_axis() -> dict[str, tuple[str, ...]]:
-    """The families that have each axis, those of single elements too."""
-    found: dict[str, list[str]] = {}
+    """Return the families that have each axis, including the axes of single elements."""
+    by_axis: dict[str, list[str]] = {}
     for family in FAMILIES:
         for axis in axes_of(zoo(family)):
-            found.setdefault(axis, []).append(family)
-    return {axis: tuple(names) for axis, names in found.items()}
+            by_axis.setdefault(axis, []).append(family)
+    return {axis: tuple(names) for axis, names in by_axis.items()}
 
 
 def axes_of(model: Any) -> list[str]:
-    """Every axis that a model has."""
+    """Return every axis of a model."""
     graph = trace(model)
     return list(dict.fromkeys(g.axis for g in (*graph.groups.values(), *graph.elements.values())))

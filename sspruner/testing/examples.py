@@ -1,4 +1,4 @@
-"""Examples from hypothesis without its replay and shrinking: a scorer that remembers would answer differently."""
+"""Run hypothesis examples without replay and shrinking, which a scorer that keeps state would answer differently."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 
 def try_examples(body: Callable[[Any], None], examples: int, strategy: st.SearchStrategy[Any]) -> None:
-    """Call `body` on so many draws, the simplest first. Raises the first AssertionError, as it is."""
-    found: list[AssertionError] = []
+    """Call `body` on a number of draws, the simplest first. Raises the first AssertionError unchanged."""
+    failures: list[AssertionError] = []
 
     @settings(
         max_examples=examples,
@@ -22,13 +22,13 @@ def try_examples(body: Callable[[Any], None], examples: int, strategy: st.Search
     )
     @given(strategy)
     def run(drawn: Any) -> None:
-        if found:
+        if failures:
             return
         try:
             body(drawn)
         except AssertionError as error:
-            found.append(error)
+            failures.append(error)
 
     run()
-    if found:
-        raise found[0]
+    if failures:
+        raise failures[0]

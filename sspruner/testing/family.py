@@ -1,4 +1,4 @@
-"""check_family: what a family says about a mixer, tried on models that contain it."""
+"""check_family: test a family's description of a mixer on models that contain it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ def check_family(
     save: bool = True,
     max_examples: int = 5,
 ) -> None:
-    """Check a family on models of your own. Call it in a test; the family need not be registered.
+    """Check a family on your own models. Call it in a test; the family need not be registered.
 
-    make_model: seed -> a small model in eval mode, the seed deciding its values (and its sizes, if you like). Random
-    values everywhere: a bias of 0 or a gain of 1 hides faults. scan_to_output: what the mixer makes of the scan's
-    output y and the gate z, both as `project` gives them; default: some part of the mixer is fed y or y * silu(z).
-    save: whether the model can be saved and loaded, as a model that AutoModelForCausalLM can build.
+    make_model      seed -> a small model in eval mode; the seed decides its values (and its sizes, if you like). Use
+                    random values everywhere: a bias of 0 or a gain of 1 hides faults
+    scan_to_output  computes the mixer's output from the scan's output y and the gate z, both as `project` returns them;
+                    by default some part of the mixer must receive y or y * silu(z)
+    save            whether the model can be saved and loaded, as a model that AutoModelForCausalLM can build
 
     Raises AssertionError: one sentence that says what broke, in which mixer or plan.
     """
@@ -58,19 +59,21 @@ def check_family(
 
 
 class _Check:
-    """One family. `where`: the mixer or the plan that is looked at."""
+    """Checks of one family."""
 
     def __init__(self, family: Family, make_model: Callable[[int], nn.Module], scan_to_output: Scan | None) -> None:
         self.family, self.make, self.scan_to_output = family, make_model, scan_to_output
 
     def ours(self, family: Family | None) -> bool:
+        """Return whether a family is of the checked class."""
         return type(family) is type(self.family)
 
     def fail(self, what: str, seed: int) -> None:
+        """Raise AssertionError with the family, the fault and the seed."""
         raise AssertionError(f"family {self.family.name!r}: {what}; make_model({seed})")
 
     def model(self, seed: int, save: bool) -> None:
-        """Everything on one model."""
+        """Run all checks on one model."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             self._model(seed, save)
 
@@ -78,8 +81,8 @@ class _Check:
         model = self.make(seed)
         mixers = [path for path, module in model.named_modules() if self.family.recognises(module)]
         if not mixers:
-            found = sorted({type(m).__name__ for m in model.modules()})
-            self.fail(f"recognises no module of the model; it has {', '.join(found)}", seed)
+            module_names = sorted({type(m).__name__ for m in model.modules()})
+            self.fail(f"recognises no module of the model; it has {', '.join(module_names)}", seed)
         for path in mixers:
             self.layout(model.get_submodule(path), path, seed)
         try:
@@ -99,7 +102,7 @@ class _Check:
             self.save(cut, seed)
 
     def layout(self, mixer: nn.Module, path: str, seed: int) -> None:
-        """The rows fill their tensors, the attributes are those of the module, and no value is read."""
+        """Check that the rows fill their tensors, attributes match the module, and no value is read."""
         layout = self.family.layout(mixer)
         tensors = {**dict(mixer.named_parameters()), **dict(mixer.named_buffers())}
         if not any(slot.tensor in tensors for slot in layout.slots):
@@ -128,7 +131,7 @@ class _Check:
             self.fail(f"layout of {path} on the meta device is another one", seed)
 
     def config(self, model: Any, graph: SSMGraph, seed: int) -> None:
-        """Fields that hold one value for all layers hold the layout's."""
+        """Check that config fields with one value for all layers equal the layout's."""
         if not self.ours(graph.family):
             return
         for field, size in self.family.config_sizes.items():
@@ -138,7 +141,7 @@ class _Check:
                 self.fail(f"config.{field} is {value}, config_sizes make it {values.pop()}", seed)
 
     def scan(self, model: nn.Module, mixers: list[str], seed: int) -> None:
-        """y from `project` is that of the mixer's own forward; padding adds nothing to the state."""
+        """Check that y from `project` equals the mixer's own, and that padding adds nothing to the state."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(embedding(model).num_embeddings, (2, 19), generator=generator)
         for path in mixers:
@@ -151,15 +154,15 @@ class _Check:
             y = (state.scan_output(p) if isinstance(p, Projected) else selective.scan_output(p)).flatten(2)
             if self.scan_to_output:
                 expected, candidates = "the mixer's output", {"": self.scan_to_output(mixer, y, p.z)}
-                found = [output]
+                compared = [output]
             else:
                 expected = "what any part of the mixer is fed"
                 candidates = {"y": y, "y * silu(z)": y * F.silu(p.z.float())}
-                found = [t for t in seen.fed if t.shape == y.shape]
-            error = min((_relative(t, c) for t in found for c in candidates.values() if t.shape == c.shape),
+                compared = [t for t in seen.fed if t.shape == y.shape]
+            error = min((_relative(t, c) for t in compared for c in candidates.values() if t.shape == c.shape),
                         default=math.inf)  # fmt: skip
             if not error < 1e-3:
-                near = f"the nearest differs by {error:.2g} of the largest" if found else "none has its shape"
+                near = f"the nearest differs by {error:.2g} of the largest" if compared else "none has its shape"
                 self.fail(
                     f"project is not what {path} computes: y of its x, dt, A, B, C, D, or y * silu(z), is not "
                     f"{expected}: {near}", seed
@@ -173,6 +176,7 @@ class _Check:
                 self.fail(f"project does not zero padding in {path}: it would enter the state", seed)
 
     def project(self, mixer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor, path: str, seed: int) -> Any:
+        """Call `project` and check the shapes it returns."""
         try:
             p = self.family.project(mixer, hidden, mask)
         except Exception as error:
@@ -188,7 +192,7 @@ class _Check:
         return p
 
     def units(self, graph: SSMGraph, seed: int) -> None:
-        """Units of an axis may change places: the model computes the same."""
+        """Check that a permutation of the units of an axis does not change the model's outputs."""
         generator = torch.Generator().manual_seed(seed)
         for axis in graph.axes:
             model = self.make(seed)
@@ -205,7 +209,7 @@ class _Check:
                           f"tensor the logits differ by {error:.2g} of the largest", seed)  # fmt: skip
 
     def cut(self, seed: int, plan: Plan, what: str) -> nn.Module:
-        """Masked = sliced, and exactly what the layout predicts is gone: the engine's own proof."""
+        """Check with the engine's proof that masked = sliced, and that exactly the predicted parameters are removed."""
         model = self.make(seed)
         graph = trace(model)
         try:
@@ -220,7 +224,7 @@ class _Check:
         return model
 
     def save(self, model: Any, seed: int) -> None:
-        """The folder of a cut model gives the same model."""
+        """Check that a cut model is the same after saving and loading."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 sspruner.save(model, Path(folder) / "model")
@@ -234,18 +238,18 @@ class _Check:
 
 
 class _Seen:
-    """Inside a `with` block: the mixer's input and output, and every tensor that a part of it is fed."""
+    """Context manager that captures the mixer's input and output, and every tensor that a part of it receives."""
 
     def __init__(self, mixer: nn.Module) -> None:
         self.mixer, self.fed = mixer, list[torch.Tensor]()
 
     def __enter__(self) -> None:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [v.detach().float() for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            tensors = [v.detach().float() for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
             if module is self.mixer:
                 self.hidden = (args[0] if args else kwargs["hidden_states"]).detach()
             else:
-                self.fed += [t.flatten(2) if t.ndim > 3 else t for t in given]
+                self.fed += [t.flatten(2) if t.ndim > 3 else t for t in tensors]
 
         def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             self.output = (out[0] if isinstance(out, tuple) else out).detach().float()
@@ -260,7 +264,7 @@ class _Seen:
 
 @contextmanager
 def _registered(family: Family) -> Iterator[None]:
-    """A family that no plugin offers is one inside the block."""
+    """Context manager that registers a family that no plugin offers."""
     if type(installed_families().get(family.name)) is type(family):  # a hook makes new objects whenever it is called
         yield
         return
@@ -290,12 +294,12 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _tolerance(model: nn.Module, mixers: list[str]) -> float:
-    """1e-4, or what roundings of the weights do to the logits, 32 times."""
+    """Return the larger of 1e-4 and 32 times the effect of weight roundings on the logits."""
     before, generator = _logits(model), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.mul_(1 + 2.0**-22 * torch.randn(parameter.shape, generator=generator))
     return max(1e-4, 32 * _relative(_logits(model), before))
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

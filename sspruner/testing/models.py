@@ -1,10 +1,10 @@
-"""Tiny random Hugging Face models of every state-space family: what conformance checks and the engine's tests run on.
+"""Tiny random Hugging Face models of every state-space family, for conformance checks and the engine's tests.
 
-`zoo("zamba2", groups=1, use_mem_rope=False)` builds one. The names in SHAPE mean the same in every family that has
-such a thing (elsewhere they do nothing); any other name goes to the family's config. The defaults are the richest
-model that a family allows: biases, two B/C groups, adapters, experts, multipliers that are not 1. `zoo_models()` in
-structures.py draws the family and the structure. `sspruner doctor` runs on these models: nothing here may need
-hypothesis or pytest.
+`zoo("zamba2", groups=1, use_mem_rope=False)` builds one. The names in SHAPE mean the same in every family that has the
+feature, and are ignored in others; any other name goes to the family's config. The defaults are the richest model that
+a family allows: biases, two B/C groups, adapters, experts, multipliers other than 1. `zoo_models()` in structures.py
+draws the family and the structure. `sspruner doctor` runs on these models: this file must not need hypothesis or
+pytest.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SHAPE: dict[str, Any] = {
     "adapters": True,  # zamba2
     "experts": 3,  # granitemoehybrid (0: none), jamba (1: none)
 }
-# Where this differs. Experts run through grouped_mm, which wants rows of a multiple of 16 bytes: hidden sizes and
-# expert widths are multiples of 8 there, for bf16.
+# Values that differ from SHAPE, by family. Experts run through grouped_mm, which needs rows of a multiple of 16 bytes:
+# hidden sizes and expert widths are multiples of 8 there, for bf16.
 SHAPES: dict[str, dict[str, Any]] = {
     "mamba2": {"layers": "MMM"},
     "mamba": {"layers": "MMM"},
@@ -78,8 +78,10 @@ def _mamba(s: SimpleNamespace) -> dict[str, Any]:
 
 
 def _zamba2(s: SimpleNamespace) -> dict[str, Any]:
-    """Attention sees [hidden, embedding], D channels: groups·heads of `channels`. With ratio > 1, one head of k and v
-    and no adapters, for those of k and v are as wide as that of q.
+    """Return config fields of zamba2.
+
+    Attention sees [hidden, embedding], D channels: groups·heads of `channels`. With ratio > 1 there is one head of k
+    and v and no adapters, since adapters of k and v have the width of q's.
     """
     return {
         "layers_block_type": ["hybrid" if letter == "A" else TYPES[letter] for letter in s.layers],
@@ -119,7 +121,7 @@ def _bamba(s: SimpleNamespace) -> dict[str, Any]:
 
 
 def _granitemoehybrid(s: SimpleNamespace) -> dict[str, Any]:
-    """Bamba with the experts and a shared MLP in every layer."""
+    """Return config fields of granitemoehybrid: bamba with experts and a shared MLP in every layer."""
     return _bamba(s) | {
         "layer_types": [TYPES[letter] for letter in s.layers],
         "intermediate_size": 8,
@@ -135,7 +137,7 @@ def _granitemoehybrid(s: SimpleNamespace) -> dict[str, Any]:
 
 
 def _falcon_h1(s: SimpleNamespace) -> dict[str, Any]:
-    """Mamba and attention side by side in every layer; D and the hidden size are independent."""
+    """Return config fields of falcon_h1: Mamba and attention side by side; D and the hidden size are independent."""
     return _bamba(s) | {
         "hidden_size": 12,
         "mamba_d_ssm": s.groups * s.heads * s.channels,
@@ -154,7 +156,7 @@ def _falcon_h1(s: SimpleNamespace) -> dict[str, Any]:
 
 
 def _nemotron_h(s: SimpleNamespace) -> dict[str, Any]:
-    """A layer is one thing only; D and the hidden size are independent; no rope."""
+    """Return config fields of nemotron_h: one module per layer; D and the hidden size are independent; no rope."""
     return {
         "layers_block_type": [TYPES[letter] for letter in s.layers],
         "hidden_size": 24,
@@ -179,7 +181,7 @@ def _nemotron_h(s: SimpleNamespace) -> dict[str, Any]:
 
 
 def _jamba(s: SimpleNamespace) -> dict[str, Any]:
-    """One attention layer, for layer types are periodic; every second MLP is a mixture of experts."""
+    """Return config fields of jamba: one attention layer, as layer types are periodic; experts in every second MLP."""
     return {
         "attn_layer_period": len(s.layers),
         "attn_layer_offset": s.layers.index("A"),
@@ -196,7 +198,7 @@ def _jamba(s: SimpleNamespace) -> dict[str, Any]:
 
 
 def _zamba(s: SimpleNamespace) -> dict[str, Any]:
-    """`heads` independent Mamba1s side by side, 2·hidden = heads·channels; all hybrid layers share one block."""
+    """Return config fields of zamba: `heads` independent Mamba1 heads, 2·hidden = heads·channels; one shared block."""
     return {
         "layers_block_type": ["hybrid" if letter == "A" else TYPES[letter] for letter in s.layers],
         "hidden_size": s.heads * s.channels // 2,
@@ -214,7 +216,10 @@ def _zamba(s: SimpleNamespace) -> dict[str, Any]:
 
 
 def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """A random model in eval mode. Token 0 pads, begins and ends; embeddings are tied in zamba and zamba2 alone."""
+    """Build a random model in eval mode.
+
+    Token 0 is the padding, BOS and EOS token. Embeddings are tied in zamba and zamba2 only.
+    """
     shape = SHAPE | SHAPES[family] | {name: value for name, value in overrides.items() if name in SHAPE}
     build = _mamba if family == "falcon_mamba" else globals()[f"_{family}"]
     config = {"vocab_size": VOCABULARY, "tie_word_embeddings": False, "num_hidden_layers": len(shape["layers"])}
@@ -229,7 +234,7 @@ def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ove
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-    """Every parameter random, once where it is shared: nothing hides in a 0 or a 1, and activations stay O(1)."""
+    """Fill every parameter with random values, shared ones once: no 0 or 1 hides a fault, and activations stay O(1)."""
     buffers = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]  # nemotron_h
     for name, parameter in [*model.named_parameters(), *buffers]:
         if name.endswith(("A_log", "bias")):
@@ -243,10 +248,10 @@ def randomise(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def rounding(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """What one fp32 rounding of the embeddings becomes in the logits, relative to the largest: a tolerance's floor.
+    """Return the effect of one fp32 rounding of the embeddings on the logits, relative to the largest logit.
 
-    About 1e-6, but 1e-3 in an unlucky model, whose norms divide by next to nothing. The noise goes in behind the
-    embedding, for falcon_h1 does not scale `inputs_embeds` as it scales embeddings.
+    About 1e-6, but 1e-3 in an unlucky model whose norms divide by very small numbers. The noise is added after the
+    embedding, since falcon_h1 does not scale `inputs_embeds` as it scales embeddings.
     """
     noise = torch.randn(model.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(0))
     clean = model(input_ids=ids, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Random plans for any model, and what a plan's units are in its tensors: permuted, zeroed."""
+"""Random plans for any model, and helpers that permute or zero the units of a dependency group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sspruner.plans.reduction import Projection, Selection
 
 
 def selection(groups: int, units: int, after: int, seed: int, safe: tuple[int, ...] = ()) -> Selection:
-    """`after` units in every set, `safe` ones among them; which others is drawn from the seed, set by set."""
+    """Return a selection of `after` units in every set, including the `safe` ones; the others are drawn set by set."""
     rng, free = random.Random(seed), [unit for unit in range(units) if unit not in safe]
     keep = [sorted([*safe, *rng.sample(free, after - len(safe))]) for _ in range(groups)]
     return Selection(units, tuple(map(tuple, keep)))
@@ -24,55 +24,57 @@ def selection(groups: int, units: int, after: int, seed: int, safe: tuple[int, .
 
 @st.composite
 def plans(draw: st.DrawFn, graph: SSMGraph, axes: tuple[str, ...] = (), most: int = 5) -> Plan:
-    """A plan that removes something: up to `most` dependency groups on some axes (default: all), each to its own size.
+    """Draw a plan that cuts up to `most` dependency groups on some axes (default: all), each to its own size.
 
-    One mixer and one attention layer stay where there are some, as check_plan asks.
+    One mixer and one attention layer stay where there are some, as check_plan requires.
     """
     staying = [draw(st.sampled_from(paths)) for paths in _must_stay(graph)]
-    able = _able(graph, axes, staying)
-    names = draw(st.lists(st.sampled_from(list(able)), min_size=1, max_size=most, unique=True))
+    cuttable = _cuttable(graph, axes, staying)
+    names = draw(st.lists(st.sampled_from(list(cuttable)), min_size=1, max_size=most, unique=True))
     chosen = {}
     for name in names:
-        group, counts, safe = able[name]
+        group, counts, safe = cuttable[name]
         whole = [group.units] if name != names[0] else []  # the others may also keep everything
         after = draw(st.sampled_from(counts + whole))
         seed = draw(st.integers(0, 2**16))
         chosen[name] = selection(group.groups, group.units, after, seed, safe)
-    return Plan({name: chosen[name] for name in able if name in chosen})
+    return Plan({name: chosen[name] for name in cuttable if name in chosen})
 
 
 def random_plan(graph: SSMGraph, axes: tuple[str, ...], seed: int, most: int = 5) -> Plan:
-    """The same from a seed: up to `most` dependency groups, each with fewer units."""
+    """Return a random plan: up to `most` dependency groups, each with fewer units."""
     rng = random.Random(seed)
-    able = _able(graph, axes, [rng.choice(paths) for paths in _must_stay(graph)])
-    names = rng.sample(list(able), min(len(able), rng.randint(1, most)))
-    cut = {name: (*able[name], rng.choice(able[name][1]), rng.randrange(2**16)) for name in names}
+    cuttable = _cuttable(graph, axes, [rng.choice(paths) for paths in _must_stay(graph)])
+    names = rng.sample(list(cuttable), min(len(cuttable), rng.randint(1, most)))
+    cut = {name: (*cuttable[name], rng.choice(cuttable[name][1]), rng.randrange(2**16)) for name in names}
     return Plan({n: selection(g.groups, g.units, after, order, safe) for n, (g, _, safe, after, order) in cut.items()})
 
 
-def _able(
+def _cuttable(
     graph: SSMGraph, axes: tuple[str, ...], staying: list[str]
 ) -> dict[str, tuple[DependencyGroup, list[int], tuple[int, ...]]]:
-    """The groups that can be cut: name -> group, how many units may stay, those that have to."""
-    able = {}
+    """Return the groups that can be cut: name -> (group, possible numbers of kept units, units that must stay)."""
+    cuttable = {}
     for name, group in graph.groups.items():
         safe = tuple(i for i, b in enumerate(group.blocks) if any(f"{p}.".startswith(f"{b.path}.") for p in staying))
         counts = [n for n in sizes(group) if n >= len(safe)]
         if counts and (not axes or group.axis in axes):
-            able[name] = group, counts, safe
-    assert able, f"{graph.model_class} has nothing to cut on {axes}: draw a larger model"
-    return able
+            cuttable[name] = group, counts, safe
+    assert cuttable, f"{graph.model_class} has nothing to cut on {axes}: draw a larger model"
+    return cuttable
 
 
 def directions(plan: Plan, graph: SSMGraph, seed: int) -> Plan:
-    """The same plan, but of states that can have another basis random directions stay, as many as units stayed."""
+    """Return the same plan, with projections to random directions in place of selections of states that allow it."""
     generator = torch.Generator().manual_seed(seed)
-    able = {name: r for name, r in plan.groups.items() if not basis_refused(graph.groups[name], graph)}
-    return Plan(plan.groups | {n: random_projection(r.sets, r.before, r.after, generator) for n, r in able.items()})
+    projectable = {name: r for name, r in plan.groups.items() if not basis_refused(graph.groups[name], graph)}
+    return Plan(
+        plan.groups | {n: random_projection(r.sets, r.before, r.after, generator) for n, r in projectable.items()}
+    )
 
 
 def random_projection(sets: int, before: int, after: int, generator: torch.Generator) -> Projection:
-    """A projection that is neither orthogonal nor along coordinates."""
+    """Return a random projection that is neither orthogonal nor aligned with coordinates."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -80,30 +82,30 @@ def random_projection(sets: int, before: int, after: int, generator: torch.Gener
     scale = (1 + 0.2 * normal(sets, after, 1)).clamp_min(0.5)
     encode = torch.linalg.qr(normal(sets, before, before)).Q[:, :after] * scale  # (sets, k, N)
     decode = torch.linalg.pinv(encode)  # (sets, N, k)
-    beside = torch.eye(before, dtype=torch.float64) - decode @ encode  # what no direction sees
+    beside = torch.eye(before, dtype=torch.float64) - decode @ encode  # projector onto the rest of the space
     return Projection(encode.float(), (decode + 0.3 * beside @ normal(*decode.shape)).float())
 
 
 def sizes(group: DependencyGroup) -> list[int]:
-    """How many units a cut may leave in every set."""
+    """Return the numbers of units that a cut may keep in every set."""
     return list(range(group.multiple_of, group.units, group.multiple_of))
 
 
 def _must_stay(graph: SSMGraph) -> list[list[str]]:
-    """Paths of which one has to stay: of all mixers, and of all attention layers."""
+    """Return lists of paths, of which one path each must stay: all mixers, and all attention layers."""
     kinds = [graph.layers, [site for site in graph.sites if site.kind == "attention"]]
     return [[path for site in sites for path in (site.path, *site.aliases)] for sites in kinds if sites]
 
 
 @torch.no_grad()
 def permute(model: nn.Module, group: DependencyGroup, orders: torch.Tensor) -> None:
-    """Put unit orders[g, i] in the place of unit i of set g, in every tensor. orders: int64 (groups, units)."""
+    """Move unit orders[g, i] to the place of unit i of set g, in every tensor. orders: int64 (groups, units)."""
     for member in group.members:
         permute_rows(_tensor(model, member.tensor), member, orders)
 
 
 def permute_rows(values: torch.Tensor, member: Member, orders: torch.Tensor) -> None:
-    """The same in one tensor, in place: the member's, or anything else of that shape."""
+    """Permute the units in one tensor, in place: the member's, or any other of that shape."""
     source = member.index.gather(1, orders[..., None].expand_as(member.index))
     _write(values, member, member.index, as_rows(values, member.dims)[source.flatten()].clone())
 
@@ -118,8 +120,8 @@ def zero_units(model: nn.Module, group: DependencyGroup, units: Sequence[int]) -
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     owner, _, leaf = name.rpartition(".")
-    found: torch.Tensor = getattr(model.get_submodule(owner), leaf).data
-    return found
+    value: torch.Tensor = getattr(model.get_submodule(owner), leaf).data
+    return value
 
 
 def _write(values: torch.Tensor, member: Member, index: torch.Tensor, rows: torch.Tensor) -> None:

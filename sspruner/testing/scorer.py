@@ -1,4 +1,4 @@
-"""check_scorer: the properties that every scorer must have, tried on random tiny models."""
+"""check_scorer: test on random tiny models the properties that every scorer must have."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ PROPERTIES = (
     *("reduce", "degenerate"),
 )
 ROUNDING = 2.0**-22  # about one rounding of fp32
-NARROW = 2.0**-7  # what the roundings of bf16 add up to
-WHOLE = ("block", "mixer")  # axes of modules: where one stands is what it is
+NARROW = 2.0**-7  # accumulated roundings of bf16
+WHOLE = ("block", "mixer")  # axes of whole modules, which cannot be permuted
 
 Importance = dict[str, torch.Tensor]
 
 
 class _Refused(Exception):
-    """The scorer says that this model or calibration is not for it, by an InputError."""
+    """Raised when the scorer refuses this model or calibration with an InputError."""
 
 
 def check_scorer(
@@ -49,12 +49,16 @@ def check_scorer(
     tokens: tuple[int, int] = (6, 24),
     skip: Collection[str] = (),
 ) -> None:
-    """Check a scorer on random tiny models of every kind that has its axes. Call it in a test of your own.
+    """Check a scorer on random tiny models of every family that has its axes. Call it in a test of your own.
 
-    scorer: the class, or the name of an installed one. axes: default all of its own. options: its constructor's
-    arguments. families: which models; default all that have the axes. max_examples: how many models, for each family
-    of axes that occur together. tokens: calibration sequences and their length. skip: names in PROPERTIES that this
-    scorer is not meant to have; a class with `positional = True` has no "permutation".
+    scorer        the class, or the name of an installed one
+    axes          by default all axes of the scorer
+    options       arguments of its constructor
+    families      families of the models; by default all that have the axes
+    max_examples  number of models for each set of axes that occur together
+    tokens        number of calibration sequences, and their length
+    skip          names in PROPERTIES that this scorer is not meant to have; a class with `positional = True` has no
+                  "permutation"
 
     Raises AssertionError: one sentence that says what broke, in which dependency group, of which model.
     """
@@ -63,28 +67,28 @@ def check_scorer(
         check_scorer_class(cls, getattr(cls, "__module__", "?"))
     except PluginError as error:
         raise AssertionError(str(error)) from error
-    wanted = sorted(cls.axes if axes is None else axes)
+    checked_axes = sorted(cls.axes if axes is None else axes)
     known = families_by_axis()
-    for axis in wanted:
+    for axis in checked_axes:
         if axis not in known:
             raise AssertionError(f"scorer {cls.name!r}: {axis!r} is no axis; these are: {', '.join(sorted(known))}")
     for name in skip:
         if name not in PROPERTIES:
             raise InputError(f"skip {name!r}: no such property; known: {', '.join(PROPERTIES)}")
     check = _Check(cls, dict(options or {}), {*skip, *(["permutation"] if getattr(cls, "positional", False) else [])})
-    able = {axis: tuple(f for f in known[axis] if families is None or f in families) for axis in wanted}
-    if wanted and not any(able.values()):
+    families_of = {axis: tuple(f for f in known[axis] if families is None or f in families) for axis in checked_axes}
+    if checked_axes and not any(families_of.values()):
         check.fail(f"none of its axes is in the models of {', '.join(sorted(families or known))}")
-    for axis in sorted(wanted, key=lambda a: (len(known[a]), a)):  # rare ones first: the others come with them
-        if able[axis] and axis not in check.seen:
-            try_examples(lambda case: check.case(case, wanted), max_examples, cases(able[axis], *tokens))
-    for axis in wanted:
-        if able[axis]:
+    for axis in sorted(checked_axes, key=lambda a: (len(known[a]), a)):  # rare ones first: the others come with them
+        if families_of[axis] and axis not in check.seen:
+            try_examples(lambda case: check.case(case, checked_axes), max_examples, cases(families_of[axis], *tokens))
+    for axis in checked_axes:
+        if families_of[axis]:
             check.require(axis)
 
 
 class _Check:
-    """One scorer with its options. `seen`: by axis, whether each group of the models that were checked was stable."""
+    """Checks of one scorer with its options. `seen`: axis -> for each checked group, whether its scores were stable."""
 
     def __init__(self, cls: type[Scorer], options: dict[str, Any], skip: set[str]) -> None:
         self.cls, self.options, self.skip = cls, options, skip
@@ -95,7 +99,7 @@ class _Check:
         self.unstable: dict[str, str] = {}  # axis -> where rounding decided
 
     def require(self, axis: str) -> None:
-        """Whether a model could be checked on an axis, and rounding did not decide most of its scores."""
+        """Fail if no model could be checked on an axis, or if most of its scores were dominated by rounding."""
         stable = self.seen.get(axis, [])
         if not stable:
             reason = f": {self.refusal}" if self.refusal else "; name other families"
@@ -105,17 +109,18 @@ class _Check:
                       f"when every weight changes by one part in 4 million; on {self.unstable[axis]}")  # fmt: skip
 
     def fail(self, what: str) -> None:
+        """Raise AssertionError with the scorer, its options and the fault."""
         options = "".join(f", {k}={v!r}" for k, v in self.options.items())
         raise AssertionError(f"scorer {self.cls.name!r}{options}: {what}")
 
-    def case(self, case: Case, wanted: Collection[str]) -> None:
-        """Every property on one model."""
+    def case(self, case: Case, checked_axes: Collection[str]) -> None:
+        """Check every property on one model."""
         with _alone():
-            self._case(case, wanted)
+            self._case(case, checked_axes)
 
-    def _case(self, case: Case, wanted: Collection[str]) -> None:
+    def _case(self, case: Case, checked_axes: Collection[str]) -> None:
         model, data = case.model(), case.data()
-        axes = [axis for axis in axes_of(model) if axis in wanted]
+        axes = [axis for axis in axes_of(model) if axis in checked_axes]
         self.where = str(case)
         if not axes:
             return
@@ -135,13 +140,13 @@ class _Check:
             self.seen.setdefault(name.rpartition(":")[2], []).append(tolerance[name] < torch.inf)
 
     def score(self, model: Any, data: Calibration, axes: list[str], how: str = "", seed: int = 0) -> Importance:
-        """sspruner.score; what goes wrong becomes a sentence. how: what is special about the model."""
+        """Call sspruner.score; report errors as one sentence. how: describes what is special about the model."""
         self.watch.start()
         try:
-            found: Importance = sspruner.score(
+            importance: Importance = sspruner.score(
                 model, self.watch.cls, axis=axes, options=self.options, calibration=data, seed=seed, device="cpu"
             ).importance
-            return found
+            return importance
         except InputError as error:
             raise _Refused(str(error)) from error
         except SSPrunerError as error:
@@ -158,7 +163,7 @@ class _Check:
                 self.fail(f"{self.watch.problem}{how and f', {how}'}; on {self.where}")
 
     def untouched(self, model: Any, data: Calibration, axes: list[str]) -> Importance:
-        """No bit, gradient or flag of the model changes, nor torch's own state."""
+        """Check that no bit, gradient or flag of the model changes, nor torch's global state."""
         before = Touched(model)
         scores = self.score(model, data, axes)
         change = before.change(model)
@@ -167,6 +172,7 @@ class _Check:
         return scores
 
     def determinism(self, case: Case, first: Importance, axes: list[str]) -> None:
+        """Check that scores do not depend on earlier runs or on global random numbers."""
         for seed, why in (
             (0, "two runs of one model with one seed differ: it remembers the first, or draws numbers without a seed"),
             (1, "draws from the global random numbers: make a torch.Generator and seed it with self.seed"),
@@ -176,6 +182,7 @@ class _Check:
                 self.same(first, self.score(case.model(), case.data(), axes), why)
 
     def memory(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """Check that scoring another model in between changes nothing."""
         for factor in (2.0, 0.5):
             other = case.other().model()
             with torch.no_grad():
@@ -187,26 +194,27 @@ class _Check:
         self.same(first, again, "remembers another model that was scored in between")
 
     def tolerance(self, case: Case, first: Importance, axes: list[str]) -> dict[str, float]:
-        """What counts as equal: 1e-4 of the group's largest score, or 32 times what one rounding of the weights does.
+        """Return the tolerance of each group: 1e-4 of its largest score, or 32 times the effect of rounding weights.
 
-        Infinite where that is more than a tenth of it: there nothing can be compared.
+        Infinite if that is more than a tenth of the largest score: then nothing can be compared.
         """
         self.shaken = lambda size, seed: self.score(_shaken(case.model(), size, seed), case.data(), axes)
-        found = {}
+        tolerances = {}
         for name, scores in self.shaken(ROUNDING, case.seed).items():
             largest = float(first[name].abs().max())
             change = 32 * float((scores - first[name]).abs().max())
-            found[name] = max(1e-4 * largest, change, 1e-30) if change <= 0.1 * largest else torch.inf
-            if found[name] == torch.inf:
+            tolerances[name] = max(1e-4 * largest, change, 1e-30) if change <= 0.1 * largest else torch.inf
+            if tolerances[name] == torch.inf:
                 self.unstable[name.rpartition(":")[2]] = f"{name} of {case}"
-        return found
+        return tolerances
 
     def decided_by(self, size: float, name: str) -> bool:
-        """Whether changes of the weights by `size` move scores by a tenth: ties then fall this way or that."""
+        """Return whether changes of the weights by `size` move scores by a tenth, so that ties are arbitrary."""
         one, *more = (self.shaken(size, seed)[name] for seed in range(4))
         return any(bool((scores - one).abs().max() > 0.1 * one.abs().max()) for scores in more)
 
     def permutation(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """Check that permuting the units of an axis permutes their scores."""
         graph, generator = trace(case.model()), torch.Generator().manual_seed(case.seed)
         elements = [axis for axis in axes if axis in sspruner.ELEMENT_AXES]
         scored = {group.tensor: name for name, group in graph.elements.items()}
@@ -217,23 +225,24 @@ class _Check:
                 orders = torch.stack([torch.randperm(group.units, generator=generator) for _ in range(group.groups)])
                 permute(model, group, orders)
                 if group.name in first:  # directions of the state are where they were: only their coordinates move
-                    own = self.cls.basis != SELECT
-                    expected[group.name] = first[group.name] if own else first[group.name].gather(1, orders)
+                    keeps_basis = self.cls.basis != SELECT
+                    expected[group.name] = first[group.name] if keeps_basis else first[group.name].gather(1, orders)
                 for member in group.members:
                     name = scored.get(member.tensor, "")
                     if name in first:
                         permute_rows(expected.setdefault(name, first[name].clone()), member, orders)
-            found = self.score(model, case.data(), [axis for axis in (*moving, *elements) if axis in axes])
+            scores = self.score(model, case.data(), [axis for axis in (*moving, *elements) if axis in axes])
             why = f"scores depend on where a unit stands: they differ after units changed places on {', '.join(moving)}"
-            self.close(expected, {name: found[name] for name in expected}, tolerance, why)
+            self.close(expected, {name: scores[name] for name in expected}, tolerance, why)
 
     def batches(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """Check that scores do not depend on the split of the calibration into batches."""
         alone = self.score(case.model(), OneByOne(**vars(case.data())), axes)
         why = "scores depend on how the calibration is split into batches"
         self.close(first, alone, tolerance, why)
 
     def processes(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
-        """Two instances that saw half each, and one that saw nothing, come to what one that saw all of it does."""
+        """Check that instances with half the data each, and one with none, combine to the same scores."""
         blank = make_scorer(self.cls, axis=axes[0], seed=0, options=self.options)
         combines = blank.token_sums or self.cls.combine is not Scorer.combine
         if len(case.lengths) < 2 or blank.needs != "activations" or not combines:
@@ -245,20 +254,21 @@ class _Check:
             with self.watch.only_observing():
                 self.score(case.model(), half, axes)
             halves.append(self.watch.instances)
-        found = {}
+        combined = {}
         for name, instance in halves[0].items():
             blank = make_scorer(self.cls, axis=instance.axis, seed=0, options=self.options)
             try:
                 combine_all([instance, halves[1][name], blank])
-                found[name] = instance.importance().detach().float().cpu()
+                combined[name] = instance.importance().detach().float().cpu()
             except InputError:
                 continue
             except Exception as error:
                 self.fail(f"combine fails: {type(error).__name__}: {error}; on {name} of {self.where}")
         why = "scores differ where several processes observe a part each, and are combined"
-        self.close(first, found, tolerance, why)
+        self.close(first, combined, tolerance, why)
 
     def padding(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
+        """Check that the tokens in the padding, and the padding itself, do not change scores."""
         lengths = f"(sequences of {', '.join(map(str, case.lengths))} tokens)"
         garbage = self.score(case.model(), case.data(garbage=1), axes)
         self.close(first, garbage, tolerance, f"scores depend on which tokens stand in the padding {lengths}")
@@ -266,14 +276,17 @@ class _Check:
         self.close(first, trimmed, tolerance, f"scores count padding {lengths}: without it they differ")
 
     def bfloat16(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
-        """Near the fp32 scores of the same weights: those that see no activations to 1e-3, the others on the whole."""
+        """Check that bf16 scores are near the fp32 scores of the same weights.
+
+        Scorers without activations must agree to 1e-3, the others on average.
+        """
         narrow, wide = case.model(torch.bfloat16), case.model()
         with torch.no_grad():
             for ours, theirs in zip(wide.state_dict().values(), narrow.state_dict().values(), strict=True):
                 ours.copy_(theirs)
         expected = self.score(wide, case.data(), axes)
-        found = self.score(narrow, case.data(), axes, "in bfloat16")
-        for name, scores in found.items():
+        bf16_scores = self.score(narrow, case.data(), axes, "in bfloat16")
+        for name, scores in bf16_scores.items():
             needs = make_scorer(self.cls, axis=name.rpartition(":")[2], seed=0, options=self.options).needs
             largest = float(expected[name].abs().mean())
             difference = float((scores - expected[name]).abs().mean())
@@ -285,14 +298,16 @@ class _Check:
                 )
 
     def needs(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
-        """A scorer of weights gives the same, whatever the calibration."""
+        """Check that a scorer of weights does not depend on the calibration."""
         blind = [a for a in axes if make_scorer(self.cls, axis=a, seed=0, options=self.options).needs == "weights"]
         if blind:
-            found = self.score(case.model(), case.other().data(), blind)
-            self.same({n: first[n] for n in found}, found, "says needs='weights', but other calibration changes scores")
+            scores = self.score(case.model(), case.other().data(), blind)
+            self.same(
+                {n: first[n] for n in scores}, scores, "says needs='weights', but other calibration changes scores"
+            )
 
     def basis(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
-        """Directions: of the right shape, and decode the inverse of encode."""
+        """Check that coordinates have the right shape and that decode is the inverse of encode."""
         if self.cls.basis == SELECT:
             return
         self.score(case.model(), case.data(), axes)
@@ -306,7 +321,7 @@ class _Check:
                 self.fail(f"encode @ decode is not the identity (off by {off:.1e}); on {name} of {self.where}")
 
     def reduce(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
-        """keep: of the right shape and count; updates: finite, in the shapes of tensors that are there."""
+        """Check that `keep` has the right shape and count, and that updates are finite and fit existing tensors."""
         if self.cls.reduce is Scorer.reduce:
             return
         model = case.model()
@@ -325,10 +340,10 @@ class _Check:
             shape = (group.groups, group.units)
             if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != shape:
                 self.fail(f"reduce returns no bool tensor of shape {shape}; on {name} of {self.where}")
-            asked = choose(first[name]).sum(-1)
-            if not group.tensor and not torch.equal(keep.sum(-1).cpu(), asked):
+            expected_counts = choose(first[name]).sum(-1)
+            if not group.tensor and not torch.equal(keep.sum(-1).cpu(), expected_counts):
                 self.fail(
-                    f"reduce keeps {keep.sum(-1).tolist()} units in its sets, not {asked.tolist()}; "
+                    f"reduce keeps {keep.sum(-1).tolist()} units in its sets, not {expected_counts.tolist()}; "
                     f"on {name} of {self.where}"
                 )
             for key, value in updates.items():
@@ -340,7 +355,7 @@ class _Check:
                 self.fail(f"reduce changes the model: {change}; on {name} of {self.where}")
 
     def degenerate(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
-        """Finite, or refused, where there is nothing to see. The score itself is checked by the watch."""
+        """Check that degenerate models and calibration give finite scores, which the watch checks, or are refused."""
         for how, spoil in SPOILT.items():
             model = case.model()
             with torch.no_grad():
@@ -356,9 +371,11 @@ class _Check:
             return
 
     def same(self, first: Importance, second: Importance, why: str) -> None:
+        """Fail unless scores are equal to the bit."""
         self.close(first, second, dict.fromkeys(first, 0.0), why)
 
     def close(self, first: Importance, second: Importance, tolerance: Mapping[str, float], why: str) -> None:
+        """Fail unless scores are equal up to the tolerance of their group."""
         for name, scores in second.items():
             difference = (scores - first[name]).abs()
             if difference.max() > tolerance[name] and not (tolerance[name] and self.decided_by(ROUNDING, name)):
@@ -370,16 +387,16 @@ class _Check:
 
 
 def _apart(axes: list[str], graph: SSMGraph) -> list[list[str]]:
-    """The axes in rounds: none of a round is nested in another, so that both can be permuted at once."""
+    """Split the axes into rounds without nested axes, so that the axes of a round can be permuted together."""
     nested = {axis: {d for site in graph.sites for d in site.layout.axes.get(axis, ())} for axis in axes}
     rounds: list[list[str]] = []
     for axis in axes:
         free = (r for r in rounds if not any(axis in nested[other] or other in nested[axis] for other in r))
-        found = next(free, None)
-        if found is None:
+        suitable = next(free, None)
+        if suitable is None:
             rounds.append([axis])
         else:
-            found.append(axis)
+            suitable.append(axis)
     return rounds
 
 
@@ -413,7 +430,7 @@ SPOILT: dict[str, Callable[[Any, list[str]], None]] = {
 
 @torch.no_grad()
 def _shaken(model: Any, size: float, seed: int) -> Any:
-    """The model after random relative changes of its weights."""
+    """Return the model after random relative changes of its weights."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.mul_(1 + size * torch.randn(parameter.shape, generator=generator))
@@ -421,14 +438,14 @@ def _shaken(model: Any, size: float, seed: int) -> Any:
 
 
 def _disturb(seed: int) -> None:
-    """Set every global random number generator."""
+    """Seed every global random number generator."""
     torch.manual_seed(seed)
     random.seed(seed)
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One thread, so that equal is equal to the bit; afterwards the random state is as before."""
+    """Context manager: one thread, so that equal results are equal to the bit; restores the random state."""
     threads, state = torch.get_num_threads(), copy.copy(random.getstate())
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Strategies: a tiny random model of any family, with any structure that the family allows."""
+"""Hypothesis strategies: a tiny random model of any family, with any structure that the family supports."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 
 @st.composite
 def zoo_models(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES) -> PreTrainedModel:
-    """Any family with any structure; shrinks to a small model of the first family."""
+    """Draw a model of any family with any structure; shrinks to a small model of the first family."""
     family = draw(st.sampled_from(families))
     structure = draw(st.fixed_dictionaries(_SHAPES | _OWN.get(family, {})))
     return zoo(family, seed=draw(st.integers(0, 2**16)), **structure)

@@ -1,4 +1,4 @@
-"""What a conformance check looks at beside the scores: the scorer's raw results, the model's bits, reduce's updates."""
+"""Observers for conformance checks: the scorer's raw results, the model's bits, and reduce's updates."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sspruner.scoring.scorer import SELECT, Scorer
 
 
 class Watch:
-    """A scorer class that behaves as the one given, and notes what it returns and what it writes to.
+    """Wrapper of a scorer class that records what it returns and what it writes to.
 
-    cls         the class to score with, the same for all runs: what it keeps between them, it keeps
-    problem     the first fault of the present run, as a phrase
+    cls         class to score with, the same for all runs, so that class state persists between them
+    problem     first fault of the present run, as a phrase
     instances   dependency group -> the instance that scored it
     """
 
@@ -65,7 +65,7 @@ class Watch:
 
     @contextmanager
     def only_observing(self) -> Iterator[None]:
-        """Instances observe, and are not asked what it comes to: that would be once only."""
+        """Context manager in which instances observe but `importance` is not called, which may be allowed only once."""
         self.observing = True
         try:
             yield
@@ -73,7 +73,7 @@ class Watch:
             self.observing = False
 
     def start(self) -> None:
-        """Forget the run before."""
+        """Reset the records before a run."""
         self.problem = ""
         self.instances: dict[str, Scorer] = {}
         self.names: dict[int, str] = {}
@@ -81,16 +81,16 @@ class Watch:
 
 
 def combine_all(instances: Sequence[Scorer]) -> None:
-    """Call `combine` on all at once, as that many processes do. Raises what the first of them raises."""
-    meet, given = Barrier(len(instances), timeout=20), [None] * len(instances)
+    """Call `combine` on all instances concurrently, like several processes. Raises the first error."""
+    meet, values = Barrier(len(instances), timeout=20), [None] * len(instances)
 
     def one(number: int) -> None:
         def total(value: Any) -> Any:
-            given[number] = value
+            values[number] = value
             meet.wait()
-            found = _sum(given)
-            meet.wait()  # nobody gives the next value before all have read this one
-            return found
+            result = _sum(values)
+            meet.wait()  # all must read this value before the next one is written
+            return result
 
         try:
             instances[number].combine(total)
@@ -106,7 +106,7 @@ def combine_all(instances: Sequence[Scorer]) -> None:
 
 
 def _sum(values: Sequence[Any]) -> Any:
-    """As `sspruner.calibrate.shards.summed` has it: of tensors, numbers, or dicts that may lack keys."""
+    """Sum tensors, numbers, or dicts that may lack keys, like `sspruner.calibrate.shards.summed`."""
     if isinstance(values[0], dict):
         return {
             key: _sum([value.get(key, 0) for value in values]) for key in dict.fromkeys(k for v in values for k in v)
@@ -115,7 +115,7 @@ def _sum(values: Sequence[Any]) -> Any:
 
 
 def _activations(view: SSMView) -> dict[str, torch.Tensor]:
-    """What the view shows of the model's own tensors."""
+    """Return the model's own tensors that the view exposes."""
     shown = {"mask": view.mask}
     for key in ("hidden", "output"):
         try:
@@ -126,7 +126,7 @@ def _activations(view: SSMView) -> dict[str, torch.Tensor]:
 
 
 def _fault(value: Any, shape: tuple[int, int], name: str) -> str:
-    """What is wrong with an importance, "" if nothing."""
+    """Describe what is wrong with an importance, "" if nothing is."""
     if not isinstance(value, torch.Tensor):
         return f"importance returns {type(value).__name__}, not a tensor, in {name}"
     if tuple(value.shape) != shape:
@@ -138,7 +138,7 @@ def _fault(value: Any, shape: tuple[int, int], name: str) -> str:
 
 
 class Touched:
-    """A model as it is: bits, gradients, flags, hooks; and torch's global state."""
+    """Snapshot of a model (bits, gradients, flags, hooks) and of torch's global state."""
 
     def __init__(self, model: nn.Module) -> None:
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -147,18 +147,18 @@ class Touched:
         self.world = _world()
 
     def change(self, model: nn.Module) -> str:
-        """What differs now, as a phrase; "" if nothing does."""
+        """Describe the first difference from the snapshot, "" if there is none."""
         now = Touched(model)
         if now.tensors.keys() != self.tensors.keys():
             return f"it gains or loses {min(now.tensors.keys() ^ self.tensors.keys())}"
-        for name, (was, bits, wanted, grad) in self.tensors.items():
-            tensor, new, wants, has = now.tensors[name]
+        for name, (was, bits, requires_grad, grad) in self.tensors.items():
+            tensor, new, now_requires_grad, has = now.tensors[name]
             if not torch.equal(_bits(bits), _bits(new)) or bits.dtype != new.dtype:
                 return f"{name} has other values"
             if tensor is not was:
                 return f"{name} is another tensor"
-            if wants != wanted:
-                return f"{name} has requires_grad={wants}, it had {wanted}"
+            if now_requires_grad != requires_grad:
+                return f"{name} has requires_grad={now_requires_grad}, it had {requires_grad}"
             if has is not grad:
                 return f"{name} has another gradient (.grad) than before"
         for name, flags in self.modules.items():
@@ -189,7 +189,7 @@ def _world() -> dict[str, Any]:
 
 
 def chooser(group: DependencyGroup, pattern: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the engine would ask of reduce: half of every set; or, of single elements, 2 of every 4 columns."""
+    """Return a `choose` function like the engine's: half of every set; or, of single elements, 2 of every 4 columns."""
 
     def choose(scores: torch.Tensor) -> torch.Tensor:
         width = scores.shape[-1]
@@ -210,7 +210,7 @@ def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def broken_update(model: nn.Module, group: DependencyGroup, key: str, value: Any) -> str:
-    """What is wrong with one of reduce's updates, "" if nothing."""
+    """Describe what is wrong with one of reduce's updates, "" if nothing is."""
     name = f"{group.tensor.rpartition('.')[0] or group.layer}.{key}"
     owner, _, leaf = name.rpartition(".")
     try:

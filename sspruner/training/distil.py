@@ -21,7 +21,9 @@ from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError, ModelError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.trace import trace
-from sspruner.training.loop import Objective, Settings, Trained, train
+from sspruner.recipes.train import DistilRecipe
+from sspruner.training.asked import asked_recipe
+from sspruner.training.loop import Objective, Trained, train
 from sspruner.training.run import run_folder
 from sspruner.training.text import Text
 
@@ -33,28 +35,32 @@ def distil(
     teacher: nn.Module,
     text: Text,
     out: str | Path,
+    recipe: DistilRecipe | None = None,
     *,
-    settings: Settings | None = None,
-    alpha: float = 0.5,
-    temperature: float = 1.0,
-    hidden: float = 0.0,
-    lora: int = 0,
     progress: Callable[[dict[str, float], int, int], None] | None = None,
+    **short: Any,
 ) -> tuple[nn.Module, Trained]:
-    """Train a pruned model on text and on what the dense model says about it; returns it, changed in place.
+    """Train a pruned model on text and on what the dense model predicts for it; returns it, changed in place.
 
-    alpha: share of the teacher in the loss; temperature: of the softmax in that part; hidden: weight of the error of
-    hidden states after each block. lora: the rank of narrow matrices that are trained instead of all weights, and are
-    merged at the end; needs sspruner[train]. Weights are trained, and returned, in the dtype that each had, with fp32
-    between. What is exactly zero in matrices stays zero.
-    out: folder for run.json, metrics.jsonl and checkpoints, from which an interrupted run goes on.
-    Raises InputError for bad arguments, ModelError if the models do not share a vocabulary.
+    Weights are trained, and returned, in the dtype that each had, with fp32 between. What is exactly zero in matrices
+    stays zero.
+
+    Args:
+        text: the text to train on, which stands for the recipe's.
+        out: folder for recipe.yaml, run.json, metrics.jsonl and checkpoints, from which an interrupted run goes on.
+        recipe: a `DistilRecipe`; or its fields as `short` arguments: `distil(..., alpha=0.9, max_tokens=10**6)`, or
+            `settings`, a `Settings`. `lora` needs sspruner[train].
+        progress: called with the metrics of a step, its number, and how many there are.
+
+    Raises:
+        InputError: for bad arguments.
+        ModelError: if the models do not share a vocabulary.
     """
     check_whole(student, "training")
     check_whole(teacher, "a teacher")
-    settings = settings or Settings(seq_len=text.seq_len)
-    if not 0 <= alpha <= 1 or temperature <= 0 or hidden < 0 or lora < 0:
-        raise InputError(f"alpha {alpha} (0 to 1), temperature {temperature} (above 0), hidden {hidden}, lora {lora}")
+    recipe = asked_recipe(DistilRecipe, recipe, text, short)
+    settings, method = recipe.settings, recipe.method
+    alpha, temperature, hidden, lora = method.alpha, method.temperature, method.hidden, method.lora
     sizes = [embedding(model).num_embeddings for model in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ModelError(f"teacher: has {sizes[1]:,} tokens in its vocabulary and the student {sizes[0]:,}")
@@ -63,7 +69,7 @@ def distil(
     asked: dict[str, Any] = {"method": "distil", "student": fingerprint(student), "teacher": fingerprint(teacher)}
     asked |= {"alpha": alpha, "temperature": temperature, "hidden": hidden, "lora": lora}
     text.held_out_blocks()  # a text that cannot be read ends here, before anything is written
-    folder = run_folder(out, asked | settings.asked() | text.asked())
+    folder = run_folder(out, asked | settings.asked() | text.asked(), recipe)
     dtypes = {name: p.dtype for name, p in student.named_parameters()}
     device = next(student.parameters()).device
     trained = with_lora(student.float(), lora) if lora else student.float()

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import sspruner
 from sspruner.axes import ELEMENT_AXES
 from sspruner.budgets.decide import plan
 from sspruner.calibrate.sources import calibration
@@ -34,13 +33,16 @@ from sspruner.graph.group import DependencyGroup
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import reduction
+from sspruner.recipes.train import GradualRecipe
+from sspruner.scoring.score import score
 from sspruner.scoring.scorer import Scorer
 from sspruner.scoring.scores import Scores
 from sspruner.surgery.apply import apply
 from sspruner.surgery.mask import dropped
 from sspruner.surgery.tensors import tensor
+from sspruner.training.asked import asked_recipe
 from sspruner.training.distil import distillation
-from sspruner.training.loop import Settings, Trained, train
+from sspruner.training.loop import Trained, train
 from sspruner.training.run import run_folder
 from sspruner.training.text import Text
 
@@ -51,40 +53,42 @@ def gradual(
     model: nn.Module,
     text: Text,
     out: str | Path,
+    recipe: GradualRecipe | None = None,
     *,
-    axis: str = "weight",
-    sparsity: float = 0.5,
-    alpha: float = 1.0,
-    every: int = 10,
-    begin: float = 0.0,
-    end: float = 0.7,
-    allocation: str = "uniform",
     teacher: nn.Module | None = None,
-    settings: Settings | None = None,
     progress: Callable[[dict[str, float], int, int], None] | None = None,
+    **short: Any,
 ) -> tuple[nn.Module, Plan, Trained]:
-    """Train a model, and prune it meanwhile; returns it cut, the plan of the cut, and what the run came to.
+    """Train a model, and prune it meanwhile; returns it cut, the plan of the cut, and the record of the run.
 
-    axis, sparsity: what goes, and how much of it at the end. alpha: the exponent of the gradient. every: steps between
-    masks. begin, end: fractions of the steps between which the fraction rises. allocation: of units, "uniform" or
-    "global"; elements compete in the whole model. teacher: learn from it, too, as in `distil`, half and half.
-    out: the folder of the run (docs/train.md). Raises InputError for bad arguments, and where a state no longer decays.
+    Args:
+        text: the text to train on, which stands for the recipe's.
+        out: the folder of the run (docs/train.md).
+        recipe: a `GradualRecipe`; or its fields as `short` arguments: `gradual(..., axis="state", sparsity=0.5)`, or
+            `settings`, a `Settings`. `every` is `mask_every`.
+        teacher: learn from this model, too, as in `distil`, half and half.
+        progress: called with the metrics of a step, its number, and how many there are.
+
+    Raises:
+        InputError: for bad arguments, and where a state no longer decays.
     """
     check_whole(model, "training")
     if teacher is not None:
         check_whole(teacher, "a teacher")
-    settings = settings or Settings(seq_len=text.seq_len)
-    if alpha < 0:
-        raise InputError(f"alpha {alpha}: must be at least 0")
+    recipe = asked_recipe(GradualRecipe, recipe, text, short, {"every": "mask_every"})
+    settings, method = recipe.settings, recipe.method
+    if method.teacher is not None and teacher is None:
+        raise InputError(f"teacher {method.teacher}: load it, and give the model as teacher=")
     steps = settings.steps
-    schedule = Schedule(sparsity, int(begin * steps), max(1, int(end * steps)), every)
+    schedule = Schedule(method.sparsity, int(method.begin * steps), max(1, int(method.end * steps)), method.mask_every)
     probe = text.held_out_blocks()[: settings.at_once]
-    asked: dict[str, Any] = {"method": "gradual", "model": fingerprint(model), "axis": axis, "alpha": alpha}
-    asked |= {"allocation": allocation, "teacher": fingerprint(teacher) if teacher else None} | asdict(schedule)
+    asked: dict[str, Any] = {"method": "gradual", "model": fingerprint(model), "axis": method.axis}
+    asked |= {"alpha": method.alpha, "allocation": method.allocation}
+    asked |= {"teacher": fingerprint(teacher) if teacher else None} | asdict(schedule)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     model = model.float()
-    pruner = Pruner(model, axis, schedule, alpha, allocation, probe)
-    folder = run_folder(out, asked | settings.asked() | text.asked())
+    pruner = Pruner(model, method.axis, schedule, method.alpha, method.allocation, probe)
+    folder = run_folder(out, asked | settings.asked() | text.asked(), recipe)
     objective = distillation(teacher) if teacher else likelihood
     found = train(model, text, settings, objective, folder, after_step=pruner, memory=pruner.memory, progress=progress)
     for name, parameter in model.named_parameters():
@@ -245,8 +249,9 @@ def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[floa
         def importance(self) -> torch.Tensor:
             return torch.ones(self.units)
 
-    training = model.training
-    sspruner.score(model, Decay, axis="state", calibration=calibration(tokens, model, samples=len(tokens), held_out=0))
+    training, device = model.training, str(next(model.parameters()).device)
+    data = calibration(tokens, model, samples=len(tokens), held_out=0)
+    score(model, Decay, axis="state", calibration=data, device=device)
     model.train(training)
     return found
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from sspruner.compute.processes import rank
+from sspruner.files import strict_json
 
 
 class Log:
@@ -39,7 +39,7 @@ class Log:
     def write(self, step: int, **metrics: float) -> None:
         """One line."""
         if self.lines is not None:
-            self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.lines.write(strict_json.dumps({"step": step, **metrics}) + "\n")
             self.lines.flush()
         if self.board is not None:
             for name, value in metrics.items():
@@ -53,7 +53,7 @@ def forget_after(file: Path, step: int) -> None:
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if strict_json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:
             continue

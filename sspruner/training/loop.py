@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sspruner.compute.forward import forward
 from sspruner.compute.processes import rank, total, world
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
-from sspruner.evaluation.windows import next_tokens, sums
+from sspruner.evaluation.windows import alone, logits_of, losses_by_batch
+from sspruner.recipes.train import Settings
 from sspruner.training import checkpoint
 from sspruner.training.log import Log, forget_after
 from sspruner.training.text import Text
@@ -27,56 +27,6 @@ from sspruner.training.text import Text
 # (model, tokens (b, T)) -> the loss, and what it consists of, by name; means over tokens
 Objective = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 Hook = Callable[[int], None]  # called with the number of the step that was just taken
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train.
-
-    max_tokens: of all steps together; the learning rate falls along a cosine to a tenth over them. max_minutes ends a
-    run early, with what it has. batch: sequences in a step, of all processes together; at_once: in one forward of one
-    process. every: steps between checkpoints, each with the perplexity of the held-out blocks. bf16: autocast; weights
-    and moments stay in fp32. recompute: activations are computed again for the gradient, and not kept.
-    """
-
-    max_tokens: int = 1_000_000
-    max_minutes: float | None = None
-    batch: int = 16
-    at_once: int = 8
-    seq_len: int = 256
-    learning_rate: float = 1e-4
-    warm_up: float = 0.02
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    bf16: bool = False
-    recompute: bool = False
-    every: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "batch", "at_once", "seq_len", "every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} {getattr(self, name)}: must be above 0")
-
-    def asked(self) -> dict[str, Any]:
-        """What makes it this training and no other; JSON. Not when it has to stop: a run may be given more time."""
-        return {name: value for name, value in asdict(self).items() if name != "max_minutes"}
-
-    @property
-    def steps(self) -> int:
-        """How many batches max_tokens are, rounded up."""
-        return max(1, math.ceil(self.max_tokens / (self.batch * self.seq_len)))
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 1: linear up, then a cosine down to a tenth."""
-        rise = max(1, round(self.warm_up * self.steps))
-        if step <= rise:
-            return self.learning_rate * step / rise
-        done = (step - rise) / max(1, self.steps - rise)
-        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 @dataclass(frozen=True)
@@ -240,9 +190,8 @@ def take_step(
 def perplexity(model: nn.Module, blocks: torch.Tensor, at_once: int) -> float:
     """Of blocks, int64 (n, T), each scored alone; its first token is context only."""
     nll = count = 0.0
-    for tokens in torch.split(blocks, at_once):
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        found = sums(forward(model, tokens, mask, use_cache=False).logits[:, :-1], *next_tokens(tokens, mask))
+    windows = (alone(tokens, torch.ones_like(tokens, dtype=torch.bool)) for tokens in torch.split(blocks, at_once))
+    for _, (found,) in losses_by_batch(windows, [logits_of(model)]):
         nll, count = nll + float(found.nll.sum()), count + float(found.tokens.sum())
     return math.exp(min(nll / count, 700.0))
 

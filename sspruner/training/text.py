@@ -17,6 +17,7 @@ import torch
 
 from sspruner.calibrate.sources import quiet
 from sspruner.errors import InputError
+from sspruner.recipes.train import Settings, TrainText
 
 SHUFFLED = 1024  # blocks among which the next one is drawn: a stream cannot be shuffled as a whole
 CHARACTERS = 2**16  # of a plain text that are tokenised together, up to the last white space
@@ -37,6 +38,15 @@ class Text:
     seq_len: int
     held_out: int = 16
     seed: int = 0
+
+    @classmethod
+    def of(cls, text: TrainText, settings: Settings, tokenizer: Any) -> Text:
+        """Make the text of a recipe. Raises InputError for a model without a tokenizer, and where no text is named."""
+        if not text.text:
+            raise InputError("training text: the recipe names none")
+        if tokenizer is None:
+            raise InputError("training text needs a tokenizer, and this model has none: give --tokenizer")
+        return cls(text.text, tokenizer, settings.seq_len, text.held_out, settings.seed)
 
     def asked(self) -> dict[str, Any]:
         """What makes it this text and no other; JSON."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -32,11 +32,13 @@ from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.site import within
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan
+from sspruner.recipes.train import Settings, TwistRecipe
 from sspruner.scoring.scores import Scores
 from sspruner.training import checkpoint
+from sspruner.training.asked import asked_recipe
 from sspruner.training.gradual import likelihood
 from sspruner.training.log import Log, forget_after
-from sspruner.training.loop import Settings, Trained, adamw, note_step, over, perplexity, recompute, share, take_step
+from sspruner.training.loop import Trained, adamw, note_step, over, perplexity, recompute, share, take_step
 from sspruner.training.run import run_folder
 from sspruner.training.shards import Shards
 from sspruner.training.subnet import Subnets
@@ -80,43 +82,44 @@ def twist(
     model: nn.Module,
     text: Text,
     out: str | Path,
+    recipe: TwistRecipe | None = None,
     *,
-    axis: str | Sequence[str] = "head",
-    keep: float = 0.5,
-    every: int = 15,
-    ends: int = 2,
-    draws: int = 8,
-    settings: Settings | None = None,
     progress: Callable[[dict[str, float], int, int], None] | None = None,
+    **short: Any,
 ) -> tuple[nn.Module, Draws, Trained]:
     """Train a model so that random sub-networks of it are good models; returns it whole, draws of it, and the run.
 
-    axis: what is dealt, one axis or several; keep: the fraction of every dependency group that a worker has. every:
-    steps between deals. ends: blocks at each end that every sub-network has whole. draws: how many are drawn at the
-    end. One worker for each process that torchrun started; `settings.batch` is of all of them together.
-    out: the folder of the run (docs/train.md). The perplexities of the run are those of the draws, the mean.
+    There is one worker for each process that torchrun started; `settings.batch` is of all of them together. The
+    perplexities of the run are the mean of those of the draws.
 
-    Raises InputError for bad arguments, and where so many workers cannot hold every unit, or there are more than units.
+    Args:
+        text: the text to train on, which stands for the recipe's.
+        out: the folder of the run (docs/train.md).
+        recipe: a `TwistRecipe`; or its fields as `short` arguments: `twist(..., axis="head", keep=0.5)`, or `settings`,
+            a `Settings`. `every` is `deal_every`.
+        progress: called with the metrics of a step, its number, and how many there are.
+
+    Raises:
+        InputError: for bad arguments, and where the workers cannot hold every unit, or are more than the units.
     """
     check_whole(model, "training")
-    settings = settings or Settings(seq_len=text.seq_len)
-    if every < 1 or draws < 1:
-        raise InputError(f"every {every}, draws {draws}: must be at least 1")
+    recipe = asked_recipe(TwistRecipe, recipe, text, short, {"every": "deal_every"})
+    settings, method = recipe.settings, recipe.method
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
-    deal = Deal(model, [axis] if isinstance(axis, str) else list(axis), keep, ends, settings.seed)
+    deal = Deal(model, list(method.axis), method.keep, method.ends, settings.seed)
     deal.check(world())
     held_out = text.held_out_blocks()  # (blocks, T)
-    asked: dict[str, Any] = {"method": "twist", "model": fingerprint(model), "axis": deal.axes, "keep": keep}
-    asked |= {"deal_every": every, "ends": ends, "draws": draws}
-    folder = run_folder(out, asked | settings.asked() | text.asked())
+    asked: dict[str, Any] = {"method": "twist", "model": fingerprint(model), "axis": deal.axes, "keep": method.keep}
+    asked |= {"deal_every": method.deal_every, "ends": method.ends, "draws": method.draws}
+    folder = run_folder(out, asked | settings.asked() | text.asked(), recipe)
     dtypes, device = {name: p.dtype for name, p in model.named_parameters()}, next(model.parameters()).device
-    plans = [deal.draw(f"draw {number}", 1)[0] for number in range(draws)]
+    plans = [deal.draw(f"draw {number}", 1)[0] for number in range(method.draws)]
     subnets, shards = Subnets(model, plans[0]), Shards(model.named_parameters(), device)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data = torch.empty(0, device=device)  # the shards hold it, and no process all of it
-    run = _Run(subnets, shards, deal, every, text, held_out, settings, folder, progress)
+    run = _Run(subnets, shards, deal, method.deal_every, text, held_out, settings, folder, progress)
     trained, drawn = run.train(plans, device)
     for name, parameter in model.named_parameters():
         parameter.data = shards.weights(name).view(shapes[name]).to(dtypes[name])

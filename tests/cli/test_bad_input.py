@@ -64,6 +64,7 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
     refused(here, says, "prune", model, *good, *args)
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -155,7 +156,7 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
         ("--seq-len 1", ("seq_len=1", "need at least 1, 2")),
         ("--seed 99999999999999999999", ("seed 99999999999999999999: must fit in 64 bits",)),
         ("--plugin no.py", ("--plugin ", "/no.py: no such file")),
-        ("--spasity 0.5", ("No such option: --spasity", "--sparsity", "sspruner prune --help")),
+        ("--spasity 0.5", ("no such option: --spasity", "--sparsity", "sspruner prune --help")),
     ],
 )
 def test_options(args: str, says: Says, here: Path) -> None:
@@ -165,6 +166,7 @@ def test_options(args: str, says: Says, here: Path) -> None:
 IN_PROJ = f"{LAYER}.in_proj:weight"
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -305,12 +307,14 @@ HYBRIDS: dict[str, tuple[str, str, Says]] = {  # a model, options, and what the 
 }
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("case", HYBRIDS)
 def test_options_that_a_family_cannot_meet(case: str, here: Path) -> None:
     model, args, says = HYBRIDS[case]
     prune(here, says, "--calibration", "self", *args.split(), model=model)
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -471,6 +475,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], Says]] = {
 }
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("case", MODELS)
 def test_models(case: str, here: Path) -> None:
     spoil, says = MODELS[case]
@@ -516,6 +521,7 @@ CALIBRATIONS: dict[str, tuple[str, Callable[[Path], Any], Says]] = {
 }
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("case", CALIBRATIONS)
 def test_calibration(
     case: str, here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
@@ -622,6 +628,7 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], Says]] = {
 }
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("case", PLANS)
 def test_plans(case: str, here: Path) -> None:
     change, says = PLANS[case]
@@ -767,6 +774,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
             plugins.unregister(module)
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("case", PLUGINS)
 def test_plugins(case: str, here: Path, plugin: Callable[[str], Path]) -> None:
     old, new, says = PLUGINS[case]
@@ -801,6 +809,8 @@ def constant(model: torch.nn.Module, kind: str) -> tuple[torch.nn.Module, torch.
 SHIPPED = {name: cls for name, (cls, _) in installed_scorers().items()}
 
 
+@pytest.mark.ci_cover(most=24)
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("kind", ["zero", "one token"])
 @pytest.mark.parametrize("family", ["mamba2", "mamba", "zamba2"])
 @pytest.mark.parametrize("name", [n for n, cls in SHIPPED.items() if cls.needs != "weights" and ":" not in n])

@@ -120,6 +120,7 @@ def test_kernels_without_a_gpu(name: str, only: Callable[..., None], monkeypatch
     assert checks()[name].says.startswith("5.23.0, and torch sees no GPU")
 
 
+@pytest.mark.slow
 def test_the_kernels_of_a_gpu_are_called_on_the_cpu(tmp_path: Path) -> None:
     """Why they are a hazard: transformers binds what can be imported. The day it looks at the device, this fails."""
     (tmp_path / "causal_conv1d.py").write_text(
@@ -204,6 +205,7 @@ def test_where_an_nvidia_gpu_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert doctor._nvidia()
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixer_that_looks_ahead(family: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a tenth of the next token, and only over the end of a chunk."""
@@ -224,6 +226,7 @@ def test_a_mixer_that_looks_ahead(family: str, only: Callable[..., None], monkey
     assert "install another version of transformers" in result.stdout
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_step_in_decoding(family: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only(family)
@@ -256,6 +259,7 @@ def test_a_wrong_step_after_a_longer_prefill(only: Callable[..., None], monkeypa
     assert "decoding token by token after 9 gives other logits" in found["mamba2 recurrence"].says
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_scan_that_is_another_recurrence(
     family: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -325,6 +329,7 @@ def test_a_family_that_transformers_lacks(only: Callable[..., None], monkeypatch
     assert not failed(found)
 
 
+@pytest.mark.slow
 def test_a_family_of_a_plugin(tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(

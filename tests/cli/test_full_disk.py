@@ -57,6 +57,7 @@ def files_end_at(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_disk(command: str, here: Path) -> None:
     with files_end_at(20):

@@ -59,6 +59,7 @@ def found(run: Path) -> dict[str, Any]:
     return {"weights": sspruner.load(run / "model")[0].state_dict(), "metrics": lines}
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_came_to(folder: Path, whole: dict[str, Any]) -> None:
     said = whole["said"]
     assert (said["steps"], said["tokens"], said["finished"]) == (6, 192, True)
@@ -72,6 +73,7 @@ def test_a_run_says_what_it_came_to(folder: Path, whole: dict[str, Any]) -> None
     assert all(torch.equal(value, whole["weights"][name]) for name, value in again["weights"].items())
 
 
+@pytest.mark.ci_cover(most=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [0, 2, 5, 8])
 def test_kill_9_costs_nothing_but_time(lines: int, folder: Path, whole: dict[str, Any]) -> None:
@@ -98,6 +100,7 @@ def test_kill_9_costs_nothing_but_time(lines: int, folder: Path, whole: dict[str
         torch.testing.assert_close(value, whole["weights"][name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -121,6 +124,7 @@ def test_what_is_missing_is_named_and_a_run_goes_on_as_it_was_asked(folder: Path
     refused(folder, ("another learning_rate (0.001, now 0.5)",), *command(folder, "whole", "--learning-rate", "0.5"))
 
 
+@pytest.mark.slow
 def test_gradual_through_the_command_line(folder: Path) -> None:
     """Half of the states of the reference model, in six steps; the model that is saved is smaller, and is read back."""
     command = ["train", "gradual", "mamba2-books-4m", "--text", folder / "train.txt", "--out", folder / "gradual"]

@@ -101,6 +101,7 @@ def here(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("command", COMMANDS)
 def test_code_in_the_folder_runs_only_if_it_is_trusted(command: str, here: Path, own: Path, marker: Path) -> None:
     refused(here, ("needs code of its own", OPTION), command, own, *COMMANDS[command])
@@ -140,6 +141,7 @@ def test_custom_generation_and_chat_templates_are_not_run(
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_nobody_is_asked_on_a_terminal(own: Path, marker: Path) -> None:
     """transformers would ask, if trust_remote_code were left open."""
     master, slave = pty.openpty()

@@ -46,6 +46,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_it_is_listed_with_its_origin(python: Path, tmp_path: Path) -> None:
     (line,) = [
         line for line in run(python, "-m", "sspruner", "scorers", cwd=tmp_path).splitlines() if "outflow" in line

@@ -49,6 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.slow
 def test_what_the_wheel_holds(wheel: Path) -> None:
     assert wheel.name == f"sspruner-{sspruner.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
@@ -59,7 +60,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     for package in ("sspruner", "sspruner_plugins"):
         sources = {str(p.relative_to(ROOT)) for p in (ROOT / package).rglob("*.py")}
         assert sources <= set(sizes)
-    assert {"sspruner/targets.toml", "sspruner/report/page.html"} <= set(sizes)
+    assert {"sspruner/formats/targets.toml", "sspruner/reporting/page.html"} <= set(sizes)
     assert not {name for name in sizes if not name.startswith(("sspruner/", "sspruner_plugins/", f"{info}/"))}
     assert 2**20 < sizes["sspruner/reference/mamba2-books-4m/model.safetensors"] < 8_000_000
     assert {f"sspruner/reference/mamba2-books-4m/{name}" for name in ("config.json", "tokenizer.json")} <= set(sizes)

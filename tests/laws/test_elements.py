@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,7 @@ from sspruner.surgery import proof
 from sspruner.surgery import tensors as writing
 from sspruner.surgery.predict import zeros_left
 from support.elements import masks, mixed, random_mask
+from support.examples import examples
 from support.round_trip import STOCK, check_round_trip
 from support.tensors import same, tensors
 from support.tiny import close, half, logits, tiny_model, tokens
@@ -48,7 +49,7 @@ def at(model: torch.nn.Module, name: str) -> torch.Tensor:
     return model.get_parameter(sspruner.trace(model).elements[name].tensor)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), BOTH, st.data())
 def test_unmask_restores_the_original_bits(model: torch.nn.Module, dtype: torch.dtype, data: st.DataObject) -> None:
     before, shared = tensors(model.to(dtype)), sharing(model)
@@ -64,7 +65,7 @@ def test_unmask_restores_the_original_bits(model: torch.nn.Module, dtype: torch.
     assert sharing(model) == shared
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.data())
 def test_masked_equals_sliced(model: torch.nn.Module, data: st.DataObject) -> None:
     """Units of any axis and elements of any tensor in one plan; the zeros are counted in what is left."""
@@ -78,6 +79,8 @@ def test_masked_equals_sliced(model: torch.nn.Module, data: st.DataObject) -> No
     assert found.parameters_added == 0
 
 
+@pytest.mark.ci_cover(families=10)
+@pytest.mark.cover(families=3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_elements_alone_change_values_and_nothing_else(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -131,7 +134,7 @@ def test_a_shared_tensor_is_zeroed_once_and_everywhere() -> None:
     assert len([n for n in graph.elements if n.endswith("down_proj:weight")]) == 2  # two blocks in three hybrid layers
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(zoo_models(), st.data())
 def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 2))):
@@ -153,7 +156,7 @@ def test_zeros_load_in_a_process_that_never_imports_sspruner(tmp_path: Path) -> 
     assert torch.equal(torch.tensor(result["logits"]), logits(model, ids).double())
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.data())
 def test_plans_are_files(model: torch.nn.Module, data: st.DataObject) -> None:
     """Equal after a round trip; the JSON names shapes and counts, and the masks take a bit each."""
@@ -337,7 +340,7 @@ def test_a_saved_result_keeps_its_plan_away_from_the_weights(tmp_path: Path) -> 
     assert re.search(r"in_proj:weight +30 x 4, \d\d\.\d % zeros", str(plan))
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(zoo_models(), st.data())
 def test_masks_pile_up_and_come_off_in_reverse(model: torch.nn.Module, data: st.DataObject) -> None:
     """As the walk over the layers makes them: groups and elements of the same tensors, in any order."""

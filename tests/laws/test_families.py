@@ -77,6 +77,7 @@ def test_a_family_has_exactly_the_axes_of_the_table(family):
 # 1. masked = sliced
 
 
+@pytest.mark.cover(families=10)
 @each_axis
 @few(2)
 @given(st.data())
@@ -101,6 +102,7 @@ def test_masked_equals_sliced(family, axis, data):
 # 2. several axes in one plan, and what leaves the model
 
 
+@pytest.mark.cover
 @each_family
 @few(3)
 @given(st.data())
@@ -206,6 +208,7 @@ def mixer_by_hand(path: str, mixer: torch.nn.Module, plan: Plan) -> tuple[int, i
 # 3. composition, save and load
 
 
+@pytest.mark.cover
 @each_family
 @few(2)
 @given(st.data())
@@ -240,6 +243,7 @@ def test_cut_cut_save_load(family, tmp_path_factory, data):
         assert path.read_bytes() == again[file].read_bytes(), file
 
 
+@pytest.mark.cover
 @each_family
 def test_an_even_cut_then_an_uneven_one_loads(family, tmp_path):
     """The first cut is written into the config's own field, the second one cannot be: the field is as it was."""
@@ -293,6 +297,7 @@ def renamed(shared: set[frozenset[str]], plan: Plan) -> set[frozenset[str]]:
 # 4. permuting the units of an axis changes nothing
 
 
+@pytest.mark.cover(families=10)
 @each_unit_axis
 @few(2)
 @given(st.data())

@@ -69,6 +69,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 # 5. independent oracles
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", MAMBA2)
 @few(4)
 @given(st.data())
@@ -122,6 +123,7 @@ def mambapy_block(mambapy: Any, mixer: Any, head: int) -> nn.Module:
     return block
 
 
+@pytest.mark.cover
 @each_family
 @few(3)
 @given(st.data())
@@ -284,12 +286,14 @@ FOLDED += [(f, axis) for f in ("falcon_mamba", "jamba") for axis in ("state", "d
 FOLDED += [(f, "hidden") for f in FAMILIES]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "axis"), FOLDED)
 def test_a_forgotten_fold_is_caught(family, axis):
     model = zoo(family, hidden=16)
     assert_caught(model, half(sspruner.trace(model), axis), no_fold)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("run", ["z", "x"])
 def test_other_rows_of_x_than_of_z_are_caught(family, run):
@@ -309,12 +313,14 @@ def test_other_rows_of_x_than_of_z_are_caught(family, run):
     assert_caught(model, half(graph, axis), breakage)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", MAMBA2)
 def test_swapped_rows_of_b_and_c_are_caught(family):
     model = zoo(family)
     assert_caught(model, half(sspruner.trace(model), "state"), swap_b_and_c)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", MAMBA2)
 def test_heads_that_go_to_the_wrong_group_are_caught(family):
     model = zoo(family, heads=3)
@@ -326,6 +332,7 @@ def test_heads_that_go_to_the_wrong_group_are_caught(family):
         sspruner.apply(zoo(family, heads=3), Plan({name: uneven}))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("axis", ["attn_head", "mlp", "hidden"])
 @pytest.mark.parametrize("family", ["zamba", "zamba2"])
 def test_a_shared_block_cut_in_one_place_is_caught(family, axis):
@@ -333,12 +340,14 @@ def test_a_shared_block_cut_in_one_place_is_caught(family, axis):
     assert_caught(model, half(sspruner.trace(model), axis), only_the_first_place, ProofError, RuntimeError)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "nemotron_h"])  # stock does not tie it
 def test_a_tied_head_cut_in_one_place_is_caught(family):
     model = zoo(family, hidden=16, tie_word_embeddings=True)
     assert_caught(model, half(sspruner.trace(model), "hidden"), only_the_first_place, ProofError, RuntimeError)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stale_layer_numbers_are_caught(family):
     model = zoo(family)
@@ -354,6 +363,7 @@ def test_stale_kinds_of_layers_are_caught(family):
     assert_caught(model, drop(sspruner.trace(model), "block", 0), stale_config_lists, *errors)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(
     ("family", "axis"), [(f, axis) for f, axes in AXES.items() for axis in axes if axis in INSIDE and axis != "channel"]
 )
@@ -363,6 +373,7 @@ def test_stale_sizes_are_caught(family, axis):
     assert_caught(model, half(sspruner.trace(model), axis), stale_sizes, ProofError, RuntimeError)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("axis", ["state", "hidden"])
 @each_family
 def test_a_cut_that_removes_nothing_is_caught(family, axis):
@@ -389,6 +400,7 @@ def stock(model: PreTrainedModel, folder: Any) -> PreTrainedModel:
     return copy.deepcopy(AutoModelForCausalLM.from_pretrained(folder))
 
 
+@pytest.mark.cover(most=6)
 @pytest.mark.parametrize(("family", "axis", "how", "tolerance"), STOCK, ids=str)
 def test_stock_classes_load_a_uniform_cut(family, axis, how, tolerance, tmp_path):
     """A tolerance where a norm's epsilon was scaled, for which stock has no field: right as far as that is small."""
@@ -401,6 +413,7 @@ def test_stock_classes_load_a_uniform_cut(family, axis, how, tolerance, tmp_path
         assert torch.equal(loaded, logits(model, ids))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "layers", "unit"), [
     *((family, "MMM", 1) for family in ("mamba", "mamba2", "falcon_mamba")),
     ("falcon_h1", "AAA", 0),
@@ -414,6 +427,7 @@ def test_stock_classes_load_a_model_without_a_block(family, layers, unit, tmp_pa
     assert torch.equal(logits(stock(model, tmp_path / "cut"), ids), logits(model, ids))
 
 
+@pytest.mark.cover
 @each_family
 @few(4)
 @given(st.data())
@@ -443,6 +457,7 @@ def test_stock_classes_know_the_epsilon_of_a_cut_hidden_size(family, tmp_path):
     assert_close(logits(stock(model, tmp_path / "cut"), ids), logits(model, ids), 1e-6)
 
 
+@pytest.mark.cover
 @each_family
 def test_stock_classes_refuse_layers_of_different_sizes(family, tmp_path):
     model = zoo(family)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import sspruner
@@ -20,6 +20,7 @@ from sspruner.plans.reduction import Projection, Selection
 from sspruner.runtime import projected_state
 from sspruner.surgery import project, proof
 from sspruner.testing.plans import directions
+from support.examples import examples
 from support.native import native_model
 from support.projected import PROJECTED, every_state, projection
 from support.round_trip import check_round_trip
@@ -47,8 +48,9 @@ def with_projected_C(model: Any, plan: Plan, ids: torch.Tensor, patch: pytest.Mo
         return logits(model, ids)
 
 
+@pytest.mark.cover
 @each_family
-@settings(max_examples=6)
+@examples(6)
 @given(st.data())
 def test_a_full_basis_is_the_identity(family: str, data: st.DataObject) -> None:
     """k = N directions compute what the model computed, by a slice and by a mask."""
@@ -64,7 +66,7 @@ def test_a_full_basis_is_the_identity(family: str, data: st.DataObject) -> None:
         close(logits(other, ids), expected, model, ids)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(PROJECTED), st.data())
 def test_masked_equals_sliced(model: Any, data: st.DataObject) -> None:
     """Alone, and beside cuts of other axes; then once more on top of the first."""
@@ -79,6 +81,7 @@ def test_masked_equals_sliced(model: Any, data: st.DataObject) -> None:
         close(logits(model, ids), logits(masked, ids), masked, ids)
 
 
+@pytest.mark.cover
 @each_family
 def test_a_mask_is_the_projector_and_a_slice_has_its_rank(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = zoo(family), tokens()
@@ -121,6 +124,7 @@ def test_the_slow_truth_of_a_projection() -> None:
     torch.testing.assert_close(q.C, C)
 
 
+@pytest.mark.cover
 @each_family
 def test_decoding_with_a_cache_is_the_whole_forward(family: str) -> None:
     """A prefill of 7 tokens, then one token after another."""
@@ -129,6 +133,7 @@ def test_decoding_with_a_cache_is_the_whole_forward(family: str) -> None:
         close(cached(model, ids, [7, 1, 1, 1, 1, 1]), logits(model, ids), model, ids)
 
 
+@pytest.mark.cover
 @each_family
 def test_padding_does_not_matter(family: str) -> None:
     model = sspruner.apply(zoo(family), every_state(sspruner.trace(zoo(family))))
@@ -176,6 +181,7 @@ def loss_at(loss: Any, parameter: torch.Tensor, direction: torch.Tensor, step: f
     return found
 
 
+@pytest.mark.ci_cover(families=2)
 @pytest.mark.slow
 @each_family
 def test_compiles_in_one_graph_as_stock_does(family: str) -> None:
@@ -192,7 +198,7 @@ def test_compiles_in_one_graph_as_stock_does(family: str) -> None:
     close(out.float(), logits(model, ids), model, ids)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(zoo_models(PROJECTED), st.sampled_from([torch.float32, torch.bfloat16]), st.data())
 def test_unmask_restores_every_bit(model: Any, dtype: torch.dtype, data: st.DataObject) -> None:
     """Of a model without a basis, and of one that has one already."""
@@ -211,7 +217,7 @@ def test_unmask_restores_every_bit(model: Any, dtype: torch.dtype, data: st.Data
     assert str(sspruner.trace(model)) == str(graph)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(st.one_of(zoo_models(PROJECTED), models(least_state=2)), st.data())
 def test_saved_and_loaded(model: Any, data: st.DataObject) -> None:
     """Any plan with projections, cut once or twice: every bit, every generated token."""
@@ -238,6 +244,7 @@ def test_a_masked_model_is_saved_as_it_is(family: str, twice: bool, tmp_path: Pa
     check_round_trip(loaded, tmp_path / "again")
 
 
+@pytest.mark.cover
 @each_family
 def test_encode_and_decode_stay_fp32_in_a_narrow_checkpoint(family: str, tmp_path: Path) -> None:
     model = zoo(family, dtype=torch.bfloat16)

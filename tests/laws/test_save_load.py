@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -19,12 +19,13 @@ from sspruner.io.source import DEFAULT, REFERENCES
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery.record import fields
+from support.examples import examples
 from support.round_trip import GREEDY, STOCK, check_round_trip, uniform
 from support.tiny import half, logits, models, plans, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.one_of(zoo_models(), models(least_state=2)), st.data())
 def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObject) -> None:
     """Any config of any family, any plan on any axes, cut once or twice, or not at all; Mamba2 in bf16, too."""
@@ -34,6 +35,7 @@ def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObj
         check_round_trip(model, Path(folder) / "model")
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_axis_at_once_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
     """In bf16: all that a layer has is halved, and the first block goes; then saved, loaded, cut and saved again."""

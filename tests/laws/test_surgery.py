@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
@@ -20,6 +20,7 @@ from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask
 from sspruner.surgery.record import fields
 from sspruner.surgery.slice import slice_model
+from support.examples import examples
 from support.tensors import same, tensors
 from support.tiny import close, everything, half, logits, models, plans, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
@@ -47,7 +48,7 @@ def test_masked_equals_sliced(data: st.DataObject) -> None:
     close(logits(sliced, ids), logits(masked, ids), masked, ids)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.sampled_from([torch.float32, torch.bfloat16]), st.data())
 def test_unmask_restores_the_original_bits(model: torch.nn.Module, dtype: torch.dtype, data: st.DataObject) -> None:
     """In every family, on every axis, buffers and shared parameters too."""
@@ -82,7 +83,7 @@ def composed(first: Plan, second: Plan) -> Plan:
     return Plan(groups)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.data())
 def test_slicing_twice_is_slicing_once_with_composed_indices(once: torch.nn.Module, data: st.DataObject) -> None:
     """Bit for bit, up to the rounding of a product where a fold scales what stays; the config says the same of both."""
@@ -111,6 +112,7 @@ def test_slicing_twice_is_slicing_once_with_composed_indices(once: torch.nn.Modu
     assert record["stock"] == direct["stock"]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropping_blocks_twice_is_dropping_them_once(family: str) -> None:
     """The first block, then the last: the second cut counts the blocks that the first has left."""
@@ -128,7 +130,7 @@ def test_dropping_blocks_twice_is_dropping_them_once(family: str) -> None:
     assert len(dict(once.named_modules())[name.removesuffix(":block")]) == group.units - 2
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_keeping_everything_is_the_identity(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Below `apply`, which refuses such a plan: on all axes at once, no bit and no field of the config changes."""
@@ -146,7 +148,7 @@ def test_keeping_everything_is_the_identity(model: torch.nn.Module, dtype: torch
     assert str(sspruner.trace(model)) == str(graph)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.data())
 def test_parameters_and_state_bytes_shrink_as_predicted(model: torch.nn.Module, data: st.DataObject) -> None:
     """Predicted by the graph, counted in the model, and measured in the cache that the model allocates."""
@@ -172,7 +174,7 @@ def without_gradient(model: torch.nn.Module, ids: torch.Tensor) -> set[str]:
     return unused
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(zoo_models(), st.data())
 def test_uneven_layers_run_forward_backward_and_generate(model: torch.nn.Module, data: st.DataObject) -> None:
     """Gradients flow, and greedy and beam search give the same with and without a cache."""
@@ -201,7 +203,7 @@ def test_the_norm_before_a_dropped_mixer_still_gets_a_gradient(name: str) -> Non
     without_gradient(model, ids)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.data(), st.integers(0, 2**16))
 def test_decoding_step_by_step_equals_one_forward(model: torch.nn.Module, data: st.DataObject, seed: int) -> None:
     """The recurrent path of a sliced model: prefill, then one token at a time."""
@@ -261,6 +263,7 @@ def test_the_proof_catches_a_wrong_cut(fault, axis: str, dtype: torch.dtype, mon
         sspruner.apply(model, plan)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_proof_catches_every_forgotten_fold(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each fold of each family is needed: without it, on every axis that it is for, sliced is not masked."""

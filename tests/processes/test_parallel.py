@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import distributed
 
 import sspruner
 from sspruner.calibrate import sources
@@ -26,10 +21,11 @@ from sspruner.scoring.run import Run
 from sspruner.scoring.scorer import make_scorer
 from sspruner.scoring.walk import walk
 from sspruner.testing.cases import axes_of, windows
+from support.examples import examples
 from support.tiny import logits, tiny_model, tokens
+from support.together import Together
 from support.zoo import zoo
 
-MOST = 4
 LENGTHS = (13, 9, 24, 2, 17)  # tokens of sequences: 5 are an uneven split for 2 and for 4
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside the default ones
     "ghost": [{"variant": "output"}, {"variant": "means"}],
@@ -37,39 +33,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside the default ones
     "taylor": [{"order": "second"}],
 }
 
-Together = Callable[..., list[Any]]
 Importance = dict[str, torch.Tensor]
-
-
-def work(number: int, count: int, meeting: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """What one process does: join the others, call the function, leave. An error of ours is what it returns."""
-    torch.set_num_threads(1)
-    store = distributed.FileStore(meeting, count)
-    patience = timedelta(minutes=2)  # a process that waits for ever would be a test that never ends
-    distributed.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=patience)
-    distributed.barrier()  # who leaves while another still connects cuts it off
-    try:
-        return function(*arguments)
-    except sspruner.SSPrunerError as error:
-        return error
-    finally:
-        distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
-    """together(count, function, *arguments): what it returns in each of `count` processes."""
-    folder, calls = tmp_path_factory.mktemp("meeting"), iter(range(10**6))
-    pools = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(MOST)]
-
-    def call(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        meeting = str(folder / str(next(calls)))
-        futures = [pools[number].submit(work, number, count, meeting, function, arguments) for number in range(count)]
-        return [future.result(timeout=300) for future in futures]
-
-    yield call
-    for pool in pools:
-        pool.shutdown()
 
 
 def data(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Calibration:
@@ -115,6 +79,7 @@ def same(every: list[Any], alone: Importance, tolerance: float = 1e-6) -> None:
             assert (found[group] - expected).abs().max() <= tolerance * expected.abs().max(), group
 
 
+@pytest.mark.ci_cover
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "count"),
@@ -143,12 +108,12 @@ def test_shared_blocks_and_experts(family: str, name: str, together: Together) -
 
 
 @pytest.mark.slow
-@settings(max_examples=8)
+@examples(8)
 @example(lengths=[0, 0, 0, 4], count=2, per_batch=1, name="last", order="first")  # batches of padding alone
 @example(lengths=[9, 0, 7, 1], count=2, per_batch=4096, name="taylor", order="second")  # one has nothing to predict
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=4, max_size=9).filter(lambda found: max(found) > 3),
-    count=st.integers(2, MOST),
+    count=st.integers(2, 4),
     per_batch=st.sampled_from([1, 40, 4096]),
     name=st.sampled_from(["ghost", "flap", "last", "taylor", "perplexity-drop"]),
     order=st.sampled_from(["first", "second"]),
@@ -191,6 +156,8 @@ def same_cut(every: list[Any], alone: dict[str, Any]) -> None:
     same([found["importance"] for found in every], alone["importance"], 1e-5)  # behind cut blocks roundings add up
 
 
+@pytest.mark.ci_cover(most=6)
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize(("name", "options"), [(name, options) for name, options in observing() if not options])
 def test_layers_are_cut_like_in_one_process(name: str, options: dict[str, Any], together: Together) -> None:
     """Sequential: each layer on what the cut ones before it make. Every process cuts the same, to the bit."""
@@ -198,6 +165,8 @@ def test_layers_are_cut_like_in_one_process(name: str, options: dict[str, Any], 
     same_cut(together(2, cut, family, name, options, {}), cut(family, name, options, {}))
 
 
+@pytest.mark.ci_cover(most=2)
+@pytest.mark.cover(most=1)
 @pytest.mark.parametrize(
     ("name", "options", "more"),
     [
@@ -347,6 +316,7 @@ def part() -> tuple[torch.Tensor, torch.Tensor]:
     return own.tokens, own.mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "sizes"), [(2, [3, 2]), (4, [2, 1, 1, 1])])
 def test_each_sequence_is_observed_once(count: int, sizes: list[int], together: Together) -> None:
     found = together(count, part)
@@ -390,6 +360,7 @@ def constant() -> Importance:
     ).importance
 
 
+@pytest.mark.slow
 def test_a_constant_has_no_variance(together: Together) -> None:
     for found in [constant(), *together(3, constant)]:
         assert all(not bool(value.any()) for value in found.values())

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
+from support.command import run as cli
 from support.tiny import tiny_model
 
 SMALL = ["--samples", "5", "--seq-len", "12", "--device", "cpu", "--axis", "state"]
@@ -94,7 +93,7 @@ def test_torchrun_prunes_like_one_process(model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("saved to") == 1
     assert not lines(done.stderr)
-    CliRunner().invoke(app, ["prune", str(model), *SMALL, "--out", str(alone)], catch_exceptions=False)
+    cli("prune", str(model), *SMALL, "--out", str(alone))
     a, b = (sspruner.Plan.load(folder / "plan.json") for folder in (alone, shared))
     assert a.groups == b.groups
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["calibration"]["sequences"] == 5
@@ -153,6 +152,6 @@ def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    found = CliRunner().invoke(app, ["score"])
+    found = cli("score")
     assert found.exit_code == 2
     assert "cannot meet" in found.stderr

@@ -2,58 +2,45 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from sspruner.compute.processes import rank, world
 from sspruner.training.loop import train
-from support.paths import TESTS
 from support.tiny import tiny_model
-from support.torchrun import done, torchrun
+from support.together import Together, went_well
 from support.training import SMALL, likelihood, metrics, text
 from support.training_text import sources
 from support.zoo import FAMILIES, zoo
 
-WORKER = """
-import sys, torch
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from support.training import SMALL, likelihood, text
-from support.tiny import tiny_model
-from sspruner.training.loop import train
-from sspruner.compute.processes import processes, rank
-torch.set_num_threads(1)
-folder = Path({folder!r})
-seen = []
-def spied(model, batch):
-    seen.append(batch)
-    return likelihood(model, batch)
-with processes():
-    model = tiny_model()
-    found = train(model, text(folder), SMALL, spied, folder / "run")
-    torch.save(seen, folder / f"seen-{{rank()}}.pt")
+
+def trained(folder: str) -> None:
+    """One run; each process keeps the batches that it saw, the first one the weights, too."""
+    place, seen, model = Path(folder), [], tiny_model()
+
+    def spied(model: nn.Module, batch: torch.Tensor) -> Any:
+        seen.append(batch)
+        return likelihood(model, batch)
+
+    found = train(model, text(place), SMALL, spied, place / "run")
+    torch.save(seen, place / f"seen-{rank()}.pt")
     if rank() == 0:
-        torch.save([model.state_dict(), found.perplexity], folder / "found.pt")
-"""
+        torch.save([model.state_dict(), found.perplexity], place / "found.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_train_what_one_would(count: int, tmp_path: Path) -> None:
-    """The same blocks in the same steps, by torchrun with gloo: weights differ by roundings of the mean alone."""
+def test_processes_train_what_one_would(count: int, together: Together, tmp_path: Path) -> None:
+    """The same blocks in the same steps, with gloo: weights differ by roundings of the mean alone."""
     sources(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "worker.py").write_text(WORKER.format(tests=str(TESTS), folder=str(tmp_path)), "utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    ran = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, env=os.environ)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    went_well(together(count, trained, str(tmp_path)))
     weights, perplexities = torch.load(tmp_path / "found.pt")
     (tmp_path / "alone").mkdir()
     model = tiny_model()
@@ -83,10 +70,10 @@ def every_family(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_family_trains_in_processes(tmp_path: Path) -> None:
+def test_every_family_trains_in_processes(together: Together, tmp_path: Path) -> None:
     """Experts that no token of a process chose, blocks that layers share: no gradient is waited for in vain."""
     sources(tmp_path)
-    done(torchrun(2, "every_family", "processes.test_train", tmp_path))
+    went_well(together(2, every_family, str(tmp_path)))
     every_family(str(tmp_path))
     for family in FAMILIES:
         weights = [torch.load(tmp_path / f"{family}-{count}" / "weights.pt") for count in (1, 2)]

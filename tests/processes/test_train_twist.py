@@ -28,6 +28,7 @@ from sspruner.training.twist import Deal, twist
 from support.flat import flat
 from support.letters import Letters
 from support.tiny import tiny_model
+from support.together import Together, went_well
 from support.torchrun import command, done, torchrun
 from support.training import metrics
 from support.training_text import sources
@@ -111,9 +112,9 @@ def plainly(folder: Path, workers: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_it_is_the_method_as_described(workers: int, tmp_path: Path) -> None:
+def test_it_is_the_method_as_described(workers: int, together: Together, tmp_path: Path) -> None:
     """The same weights as plain code makes in one process; draws are worth what the report says; bytes as counted."""
-    done(torchrun(workers, "whole", ME, tmp_path))
+    went_well(together(workers, whole, str(tmp_path)))
     weights, drawn, trained = kept(tmp_path, "whole")
     for name, value in plainly(tmp_path, workers).items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
@@ -176,8 +177,8 @@ def exchanges(folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_slices_travel_and_come_back_as_means(count: int, tmp_path: Path) -> None:
-    done(torchrun(count, "exchanges", ME, tmp_path))
+def test_slices_travel_and_come_back_as_means(count: int, together: Together, tmp_path: Path) -> None:
+    went_well(together(count, exchanges, str(tmp_path)))
 
 
 def killed(folder: str) -> None:
@@ -198,9 +199,9 @@ def killed(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+def test_a_killed_worker_costs_nothing_but_time(together: Together, tmp_path: Path) -> None:
     """torchrun starts all workers again; they go on from the last checkpoint, with all the data after it."""
-    done(torchrun(2, "whole", ME, tmp_path))
+    went_well(together(2, whole, str(tmp_path)))
     done(torchrun(2, "killed", ME, tmp_path, "--max-restarts=1"))
     assert (tmp_path / "was-killed").exists()
     weights, drawn, _ = kept(tmp_path, "killed")
@@ -240,17 +241,20 @@ def resized(folder: str) -> None:
         return real(self, plan, values)
 
     module.Subnets.make = make
-    run(place, "resized")
+    try:
+        run(place, "resized")
+    finally:
+        module.Subnets.make = real
     if rank() == 0:
         torch.save(first[0], place / "first.pt")
 
 
 @pytest.mark.slow
-def test_fewer_or_more_workers_go_on(tmp_path: Path) -> None:
+def test_fewer_or_more_workers_go_on(together: Together, tmp_path: Path) -> None:
     """A checkpoint of two processes is read by three: the same weights, and the run ends well."""
-    done(torchrun(2, "begun", ME, tmp_path))
-    done(torchrun(2, "whole", ME, tmp_path))
-    done(torchrun(3, "resized", ME, tmp_path))
+    went_well(together(2, begun, str(tmp_path)))
+    went_well(together(2, whole, str(tmp_path)))
+    went_well(together(3, resized, str(tmp_path)))
     lines, expected = metrics(tmp_path / "resized"), metrics(tmp_path / "whole")
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     assert lines[:4] == expected[:4]  # what the two did
@@ -259,6 +263,20 @@ def test_fewer_or_more_workers_go_on(tmp_path: Path) -> None:
     _, drawn, trained = kept(tmp_path, "resized")
     assert trained.finished
     assert drawn.mean == pytest.approx(kept(tmp_path, "whole")[1].mean, rel=0.1)
+
+
+def too_small(folder: str) -> None:
+    twist(model(), text(Path(folder)), Path(folder) / "run", settings=SMALL, **{**HOW, "keep": 0.2})
+
+
+@pytest.mark.slow
+def test_slices_that_hold_too_little_are_refused_in_every_process(together: Together, tmp_path: Path) -> None:
+    sources(tmp_path)
+    for error in together(2, too_small, str(tmp_path)):
+        assert isinstance(error, InputError)
+        assert "2 workers" in str(error)
+        assert "m q >= n does not hold" in str(error)
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_alone_is_refused(tmp_path: Path) -> None:
@@ -272,7 +290,7 @@ def test_one_process_alone_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_through_the_command_line(tmp_path: Path) -> None:
-    """The folder of a run: the best draw, all that was trained, the plans; another worker count is one line."""
+    """The folder of a run: the best draw, all that was trained, the plans."""
     (tmp_path / "train.txt").write_text("The rain fell in torrents, except at occasional intervals. " * 60, "utf-8")
     small = "--max-tokens 96 --batch 2 --at-once 2 --seq-len 16 --held-out 2 --every 2 --deal-every 2 --draws 2"
     arguments = ["-m", "sspruner", "train", "twist", "mamba2-books-4m", "--text", str(tmp_path / "train.txt")]
@@ -290,6 +308,3 @@ def test_through_the_command_line(tmp_path: Path) -> None:
     again = sspruner.apply(every, sspruner.Plan.load(tmp_path / f"run/draw-{said['draws']['best']}.json"))
     ids = torch.randint(4096, (1, 9))
     torch.testing.assert_close(again(ids).logits, best(ids).logits)
-    refused = command(2, [*arguments, "--keep", "0.2", "--out", str(tmp_path / "other")])
-    assert "m q >= n does not hold, 4 < 8" in refused.stderr
-    assert not (tmp_path / "other").exists()

@@ -14,6 +14,7 @@ import sspruner
 from sspruner.graph.group import DependencyGroup
 from sspruner.plans.plan import Plan, check_plan
 from sspruner.plans.reduction import Selection
+from support.examples import scaled
 from support.zoo import FAMILIES
 
 _MAMBA2, _MAMBA1, _HYBRID = (
@@ -44,14 +45,13 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def few(examples: int) -> settings:
-    """A handful of examples per case, for there are many cases; twice as many in the profile `ci`.
+    """A handful of examples per case, for there are many cases.
 
     A failure is not shrunk: that takes minutes, and the models are small.
     """
     phases = [Phase.explicit, Phase.reuse, Phase.generate]
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-    factor = 1 if settings.default.max_examples <= 25 else 2
-    return settings(max_examples=examples * factor, suppress_health_check=checks, phases=phases)
+    return settings(max_examples=scaled(examples), suppress_health_check=checks, phases=phases)
 
 
 def draw_plan(data: st.DataObject, graph: sspruner.SSMGraph, axes: tuple[str, ...]) -> Plan:

@@ -22,22 +22,33 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
     return folder
 
 
+def evaluated(metric: str, value: Any, **more: Any) -> dict[str, Any]:
+    """A row of evaluation.json."""
+    row = {"metric": metric, "value": value, "against": None, "ratio": None, "difference": None, "items": 7}
+    return row | more
+
+
 EVALUATION = {
     "version": 1, "model": "a", "against": "b", "protocol": {},
     "rows": [
-        {"metric": "perplexity", "value": [12.5, 12, 13], "against": [10, 9, 11], "ratio": [1.25, 1.2, 1.3],
-         "items": 7},
-        {"metric": "accuracy", "value": [0.5, 0.25, 0.75], "against": [0.75, 0.5, 1], "difference": [-0.25, -0.5, 0]},
-        {"metric": "alone", "value": 3, "against": None},
+        evaluated("perplexity", [12.5, 12, 13], against=[10, 9, 11], ratio=[1.25, 1.2, 1.3]),
+        evaluated("accuracy", [0.5, 0.25, 0.75], against=[0.75, 0.5, 1], difference=[-0.25, -0.5, 0], items=9),
+        evaluated("alone", 3, items=12_000),
     ],
-    "perplexity_by_length": {"128": [20, 19, 21], "256": {"metric": "perplexity", "value": [18, 17, 19], "against": 16},
-        "8k": {"value": [None, None, None], "ratio": None}},
+    "perplexity_by_position": {},
+    "perplexity_by_length": {"128": evaluated("perplexity", [20, 19, 21]),
+        "256": evaluated("perplexity", [18, 17, 19], against=16), "8k": evaluated("perplexity", [None, None, None])},
+    "notes": [], "versions": {}, "command": "",
 }  # fmt: skip
 
 
 def bench_row(**changes: Any) -> dict[str, Any]:
     row = {"model": "m", "batch": 1, "phase": "decode", "tokens_per_second": [5, 4, 6], "ms": [1, 1, 1]}
-    return row | {"state_bytes": 10, "ceiling_tokens_per_second": 8.0} | changes
+    row |= {"ceiling_tokens_per_second": 8.0, "peak_bytes": None, "state_bytes": 10, "weight_bytes": 20}
+    return row | {"bytes_moved": 6, "operations": 7, "path": "here"} | changes
 
 
-BENCH = {"version": 1, "machine": {}, "rows": [bench_row(), bench_row(batch=2)]}
+BENCH = {
+    "version": 1, "machine": {}, "versions": {}, "command": "b", "seed": 0, "prompt": 4, "generate": 2, "repeats": 3,
+    "rows": [bench_row(), bench_row(batch=2)], "failed": [], "profile": {},
+}  # fmt: skip

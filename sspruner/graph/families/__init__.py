@@ -1,1 +1,1 @@
-"""The families that ship, one file each, registered by entry point like a third party's."""
+"""Built-in model families, one file each, registered through the same entry point as third-party families."""

@@ -11,6 +11,8 @@ from sspruner.plugins.hookspecs import hookimpl
 
 
 class Bamba(Mamba2Type):
+    """Family of Bamba models."""
+
     name, mixer_class = "bamba", "BambaMixer"
     config_sizes = {"mamba_d_state": (("state",),)}
     mixer_axis = True

@@ -6,6 +6,8 @@ from sspruner.plugins.hookspecs import hookimpl
 
 
 class FalconH1(Mamba2Type):
+    """Family of Falcon-H1 models."""
+
     name, mixer_class = "falcon_h1", "FalconH1Mixer"
     config_sizes = {
         "mamba_d_state": (("state",),),

@@ -1,7 +1,8 @@
 """Falcon-Mamba: Mamba1 with RMS norms without weights on dt, B and C.
 
-There is no gain to fold a cut of the state into, so D and out_proj take it: B and C come out of their norms smaller by
-1/sqrt(f) each, the scan by 1/f; with D by 1/f as well the whole of y is smaller by 1/f, and out_proj gives it back.
+These norms have no weight that could absorb a cut of the state, so D and out_proj absorb it: after the cut, B and C
+are smaller by 1/sqrt(f) each and the scan's sum by 1/f; with D scaled by 1/f, too, all of y is smaller by 1/f, and
+out_proj is scaled by f.
 """
 
 from typing import Any
@@ -13,6 +14,8 @@ from sspruner.plugins.hookspecs import hookimpl
 
 
 class FalconMamba(Mamba1Type):
+    """Family of Falcon-Mamba models."""
+
     name, mixer_class = "falcon_mamba", "FalconMambaMixer"
     config_sizes, config_epsilon = CONFIG_SIZES, "layer_norm_epsilon"
     folds = (

@@ -6,6 +6,8 @@ from sspruner.plugins.hookspecs import hookimpl
 
 
 class GraniteMoeHybrid(Mamba2Type):
+    """Family of Granite 4 hybrid models."""
+
     name, mixer_class = "granitemoehybrid", "GraniteMoeHybridMambaLayer"
     config_sizes = {"mamba_d_state": (("state",),)}
     config_lists = ("layer_types",)

@@ -1,6 +1,6 @@
 """Jamba: Mamba1 with RMS norms on dt, B and C, or attention, in each layer, each followed by an MLP or experts.
 
-Its config computes the kind of each layer from a period: after blocks have gone, the kinds are kept as a list.
+Its config computes the kind of each layer from a period. After blocks were removed, the kinds are stored as a list.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from sspruner.plugins.hookspecs import hookimpl
 
 
 class Jamba(Mamba1Type):
+    """Family of Jamba models."""
+
     name, mixer_class = "jamba", "JambaMambaMixer"
     config_sizes = {"mamba_d_state": (("state",),), "mamba_dt_rank": (RANK,)}
     mixer_axis = True

@@ -1,4 +1,4 @@
-"""Mamba1 in transformers. State size, inner width, rank of dt and hidden size are fields of its config."""
+"""Mamba1 in transformers. State size, inner width, rank of dt and hidden size are config fields."""
 
 from sspruner.graph.families.mamba1_type import CONFIG_SIZES, Mamba1Type
 from sspruner.graph.family import Family
@@ -6,6 +6,8 @@ from sspruner.plugins.hookspecs import hookimpl
 
 
 class Mamba(Mamba1Type):
+    """Family of transformers' Mamba1 models."""
+
     name, mixer_class = "mamba", "MambaMixer"
     config_sizes, config_epsilon = CONFIG_SIZES, "layer_norm_epsilon"
 

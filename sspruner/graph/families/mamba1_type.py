@@ -1,4 +1,4 @@
-"""The description that Mamba1-type mixers share: one decay per channel and state, B, C and dt made from x.
+"""Base family of Mamba1-type mixers: one decay per channel and state; B, C and dt are projections of x.
 
 Rows (D channels, N state, R rank of dt):
     in_proj rows [ x: D | z: D ], conv1d D, x_proj rows [ dt: R | B: N | C: N ] and columns D,
@@ -30,17 +30,18 @@ CONFIG_SIZES: dict[str, Size] = {
 
 
 def normed(axis: str, rows: tuple[str, ...], *undo: tuple[str, float]) -> tuple[Fold, ...]:
-    """Folds for an RMS norm over `axis` right behind rows of x_proj, exact without a new epsilon.
+    """Return the folds for an RMS norm over `axis` directly after rows of x_proj, exact without a new epsilon.
 
-    With f = before / after, rows scaled by 1/sqrt(f) have over fewer units the mean square that they had over all, so
-    the norm returns what it returned, times 1/sqrt(f): `undo` says which tensors take that back, by which power of f.
+    With f = before / after, rows scaled by 1/sqrt(f) have the same mean square over fewer units as over all of them
+    before, so the norm's outputs are those of before times 1/sqrt(f). `undo`: (tensor, power of f) pairs that revert
+    it.
     """
     scaled = (Fold("x_proj.weight", (axis,), -0.5, rows=name) for name in rows)
     return (*scaled, *(Fold(tensor, (axis,), power) for tensor, power in undo))
 
 
 class Mamba1Type(Family):
-    """Mixers with transformers' attribute names. A family adds its name, its class and its norms."""
+    """Base class for Mamba1 mixers with transformers' attribute names. Subclasses set name, class and norms."""
 
     folds: tuple[Fold, ...] = ()
     basis_refused = "every state of every channel decays at its own rate, so no other basis computes the same"
@@ -86,7 +87,7 @@ class Mamba1Type(Family):
         )
 
     def dt_norm_slots(self, mixer: nn.Module) -> tuple[Slot, ...]:
-        """The weight of a norm over dt, if the family has one."""
+        """Return the slots of a norm over dt, if the family has one."""
         return ()
 
     def project(self, mixer: Any, hidden: torch.Tensor, mask: torch.Tensor) -> SelectiveProjected:

@@ -1,11 +1,11 @@
-"""The description that all Mamba2-type mixers share: one scalar decay per head, B and C shared by a group's heads.
+"""Base family of Mamba2-type mixers: one scalar decay per head; the heads of a group share B and C.
 
 Rows (G groups, K heads per group, P head dim, N state; H = G*K heads):
     in_proj rows      [ z: H*P | x: H*P | B: G*N | C: G*N | dt: H ]
     conv1d channels   [ x: H*P | B: G*N | C: G*N ]
     dt_bias, A_log, D (H,), norm (H*P,), out_proj columns H*P
-A state with coordinates of its own (sspruner.runtime.projected_state) is k wide; the rows stay N.
-The norm after the scan averages over the channels of one group, so cuts of heads and of head channels are folded.
+A projected state (sspruner.runtime.projected_state) has size k; the rows of B and C stay N.
+The norm after the scan averages over the channels of one group, so cuts of heads and of head channels need folds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONV: Size = (INNER, STATE, STATE)
 
 
 class Mamba2Type(Family):
-    """Mixers with transformers' attribute names. A family adds its name, its class and its config's field names."""
+    """Base class for Mamba2 mixers with transformers' attribute names. Subclasses set name, class and config fields."""
 
     basis_refused = ""
 
@@ -87,7 +87,7 @@ class Mamba2Type(Family):
         )
 
     def readout(self, mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:
-        read: torch.Tensor = mixer.norm(y.flatten(2), z)  # Falcon-H1 without a norm has no weight to ask for
+        read: torch.Tensor = mixer.norm(y.flatten(2), z)  # not called for Falcon-H1 without a norm
         return read.float()
 
     def project(self, mixer: Any, hidden: torch.Tensor, mask: torch.Tensor) -> Projected:

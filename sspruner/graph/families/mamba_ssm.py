@@ -1,11 +1,11 @@
-"""Native modules of the package mamba_ssm (2.x): Mamba2 and Mamba, known by what they hold. Nothing is imported.
+"""Native modules of the package mamba_ssm (2.x): Mamba2 and Mamba, recognised by their attributes without an import.
 
 Mamba2 may run its scan on d_ssm of its d_inner channels only; the others are then a gated MLP beside the scan:
 
     in_proj rows      [ z0: M | x0: M | z: H*P | x: H*P | B: G*N | C: G*N | dt: H ]     M = d_inner - d_ssm
     out_proj columns  [ silu(z0) * x0: M | y: H*P ]
 
-Mamba is transformers' MambaMixer under other attribute names. Neither module knows padding: masks do not reach them.
+Mamba equals transformers' MambaMixer with other attribute names. Neither module supports padding masks.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ NATIVE_ROWS = (Rows("z0", MLP), Rows("x0", MLP), *IN_PROJ_ROWS)
 
 
 class NativeMamba2(Mamba2Type):
+    """Family of mamba_ssm's Mamba2 module."""
+
     name, mixer_class = "mamba_ssm.Mamba2", "Mamba2"
     basis_refused = "mamba_ssm's own code has no projection of B and C; load the model with transformers"
 
     def recognises(self, module: nn.Module) -> bool:
-        return _has(module, "d_state", "d_inner", "d_ssm", "nheads", "headdim", "ngroups", "dt_bias") and _knows(
-            self, module
-        )
+        return _has(
+            module, "d_state", "d_inner", "d_ssm", "nheads", "headdim", "ngroups", "dt_bias"
+        ) and _describes_all(self, module)
 
     def readout(self, mixer: Any, y: torch.Tensor, z: torch.Tensor) -> None:
         return None  # its norm is a kernel
@@ -107,10 +109,12 @@ class NativeMamba2(Mamba2Type):
 
 
 class NativeMamba(Mamba1Type):
+    """Family of mamba_ssm's Mamba module."""
+
     name, mixer_class = "mamba_ssm.Mamba", "Mamba"
 
     def recognises(self, module: nn.Module) -> bool:
-        return _has(module, "d_state", "d_inner", "dt_rank", "x_proj", "dt_proj") and _knows(self, module)
+        return _has(module, "d_state", "d_inner", "dt_rank", "x_proj", "dt_proj") and _describes_all(self, module)
 
     def layout(self, mixer: Any) -> Layout:
         return replace(
@@ -130,7 +134,7 @@ class NativeMamba(Mamba1Type):
 
 
 def _renamed(mixer: Any) -> SimpleNamespace:
-    """A native Mamba under transformers' attribute names."""
+    """Return a namespace with a native Mamba's tensors and sizes under transformers' attribute names."""
     return SimpleNamespace(
         intermediate_size=mixer.d_inner,
         ssm_state_size=mixer.d_state,
@@ -144,8 +148,11 @@ def _has(module: nn.Module, *names: str) -> bool:
     return all(hasattr(module, name) for name in ("in_proj", "conv1d", "A_log", "D", "out_proj", *names))
 
 
-def _knows(family: Family, module: nn.Module) -> bool:
-    """Whether the layout describes every parameter: variants with more (a backward scan, say) are not these modules."""
+def _describes_all(family: Family, module: nn.Module) -> bool:
+    """Return whether the layout describes every parameter of `module`.
+
+    Variants with more parameters, such as a backward scan, are not recognised.
+    """
     described = {slot.tensor for slot in family.layout(module).slots}
     return all(name in described for name, _ in module.named_parameters())
 

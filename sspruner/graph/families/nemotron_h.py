@@ -1,4 +1,4 @@
-"""Nemotron-H: each block is one thing, a Mamba2 mixer, attention, an MLP or experts."""
+"""Nemotron-H: each block holds one module, a Mamba2 mixer, attention, an MLP or experts."""
 
 from sspruner.graph.families.mamba2_type import HEAD, Mamba2Type
 from sspruner.graph.family import Family
@@ -6,6 +6,8 @@ from sspruner.plugins.hookspecs import hookimpl
 
 
 class NemotronH(Mamba2Type):
+    """Family of Nemotron-H models."""
+
     name, mixer_class = "nemotron_h", "NemotronHMamba2Mixer"
     config_sizes = {
         "ssm_state_size": (("state",),),

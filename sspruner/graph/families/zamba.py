@@ -20,6 +20,8 @@ HEAD, HEAD_DIM, INNER = ("head",), ("head_dim",), ("head", "head_dim")
 
 
 class Zamba(Family):
+    """Family of Zamba (v1) models."""
+
     name, mixer_class = "zamba", "ZambaMambaMixer"
     basis_refused = "every state of every channel decays at its own rate, so no other basis computes the same"
     config_sizes = {"mamba_d_state": (STATE,), "mamba_dt_rank": (RANK,)}

@@ -1,7 +1,7 @@
 """Zamba2: a Mamba2 mixer in every layer; hybrid layers also call a transformer block that several layers share.
 
-A shared block finds its adapters by the number of the layer that calls it (`layer_dic`): one slot per hybrid layer,
-an Identity where another block serves that layer.
+A shared block selects its adapters by the index of the calling layer (`layer_dic`). Its adapter lists have one entry
+per hybrid layer; entries that another block serves are Identity modules.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from sspruner.plugins.hookspecs import hookimpl
 
 
 class Zamba2(Mamba2Type):
+    """Family of Zamba2 models."""
+
     name, mixer_class = "zamba2", "Zamba2MambaMixer"
     config_sizes = {"mamba_d_state": (("state",),)}
     config_lists = ("layers_block_type",)

@@ -230,6 +230,7 @@ def test_shapes_are_the_published_ones(shape: str) -> None:
     }
 
 
+@pytest.mark.slow
 def test_smaller_states_of_a_shape() -> None:
     found = shape_models(["mamba2-130m"], [16], [8], layers=1)
     states = {label: taken(model, 0).state_bytes for label, model in found.items()}

@@ -51,6 +51,7 @@ def cut_of(graph: SSMGraph, axis: str) -> Plan:
     return half(graph, axis)
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_caches_hold_what_is_predicted(family: str, dtype: torch.dtype) -> None:
@@ -61,6 +62,7 @@ def test_caches_hold_what_is_predicted(family: str, dtype: torch.dtype) -> None:
     assert (found.kv_bytes > 0) == (family not in ("mamba2", "mamba", "falcon_mamba"))
 
 
+@pytest.mark.ci_cover(families=6)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_skeleton_has_the_sizes_of_every_cut(family: str, tmp_path: Path) -> None:
@@ -164,6 +166,7 @@ def test_sequences_that_fit_are_those_of_the_limits() -> None:
         assert (sizes(model, graph).exceeds(limits, sizes(model, graph)) == "") is fits
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_models(name: str, tmp_path: Path) -> None:
     """Built from config.json alone; no parameter has values; the total is the published one."""
@@ -198,6 +201,7 @@ def test_each_layer_of_zamba2_has_a_kv_cache(tmp_path: Path) -> None:
     assert found.fixed_read_bytes == 2 * (found.parameters + 5 * shared)
 
 
+@pytest.mark.slow
 def test_a_plan_is_shown_beside_the_model(tmp_path: Path) -> None:
     model = zoo("bamba", dtype=torch.bfloat16)
     folder = sspruner.save(model, tmp_path / "model")
@@ -222,6 +226,7 @@ def test_a_plan_is_shown_beside_the_model(tmp_path: Path) -> None:
     assert "tokens/s" not in done("inspect", folder).stdout
 
 
+@pytest.mark.slow
 def test_a_dtype_that_the_config_does_not_name(tmp_path: Path) -> None:
     config = {name: value for name, value in CONFIGS["Mamba2-130M"].items() if name != "dtype"}
     folder = config_alone(tmp_path / "model", config)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
 from sspruner.budgets.allocate import EVEN, allocate
@@ -18,11 +17,11 @@ from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.comparable import comparable
 from sspruner.budgets.decide import check_budget, compared, select
 from sspruner.budgets.split import best_split, damage_at
-from sspruner.cli.main import app
 from sspruner.evaluation.damage import damages
 from sspruner.pruning.sensitivity import levels
 from sspruner.scoring.known import find_scorer
 from sspruner.testing.plans import random_projection
+from support.command import run as cli
 from support.scoring import calibrated
 from support.tiny import tiny_model, tokens
 from support.unit_groups import random_scores, unit_groups
@@ -304,6 +303,7 @@ def test_a_large_model_is_split_quickly_enough_to_be_exact():
 # What is measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_curve_is_the_damage_of_one_layer_alone(projected):
     model = zoo("zamba2")
@@ -376,25 +376,26 @@ def test_prune_measures_and_splits_by_what_it_measured():
     assert result.report.budget["allocation"] == "adaptive"
 
 
+@pytest.mark.slow
 def test_curves_and_bounds_on_the_command_line(tmp_path):
-    run, small = CliRunner().invoke, ["--samples", "4", "--seq-len", "32"]
+    small = ["--samples", "4", "--seq-len", "32"]
     scores, curves, plan = (str(tmp_path / name) for name in ("s.safetensors", "curves.json", "plan.json"))
-    done = run(app, ["score", *small, "--out", scores, "--curves", curves])
+    done = cli("score", *small, "--out", scores, "--curves", curves)
     assert done.exit_code == 0, done.output
     assert "damage of cutting each layer alone, on 128 tokens" in done.stdout
     asked = ["plan", "--scores", scores, "--sparsity", "0.9", "--allocation", "adaptive", "--out", plan]
-    done = run(app, [*asked, "--curves", curves, "--floor", "8", "--cap", "layers.0.*=16"])
+    done = cli(*asked, "--curves", curves, "--floor", "8", "--cap", "layers.0.*=16")
     assert done.exit_code == 0, done.output
     kept = {name: group.after for name, group in sspruner.Plan.load(plan).groups.items()}
     assert min(kept.values()) >= 8
     assert kept["backbone.layers.0.mixer:state"] <= 16
     others = str(tmp_path / "others.safetensors")
-    assert run(app, ["score", *small, "--scorer", "magnitude", "--out", others]).exit_code == 0
+    assert cli("score", *small, "--scorer", "magnitude", "--out", others).exit_code == 0
     of_others = ["--curves", curves, "--scores", others]
     for wrong, says in (([], "was not measured"), (["--curves", scores], "cannot be read"),
                         (of_others, "measured with scorer ghost, the scores are of magnitude"),
                         (["--curves", curves, "--floor", "x"], "expected UNITS or PATTERN=UNITS")):  # fmt: skip
-        failed = run(app, [*asked, *wrong])
+        failed = cli(*asked, *wrong)
         assert failed.exit_code == 2
         assert says in failed.stderr
 

@@ -158,7 +158,9 @@ def elements(**shapes: tuple[int, int]) -> dict[str, DependencyGroup]:
     }
 
 
-def kept(groups: dict[str, DependencyGroup], budget: ResolvedBudget, granularity: str, scores: Scores | None = None) -> Scores:
+def kept(
+    groups: dict[str, DependencyGroup], budget: ResolvedBudget, granularity: str, scores: Scores | None = None
+) -> Scores:
     if scores is None:
         torch.manual_seed(0)
         scores = {n: torch.rand(g.groups, g.units) for n, g in groups.items()}

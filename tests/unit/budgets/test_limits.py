@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
@@ -17,6 +17,7 @@ from sspruner.recipes.parts import Limits
 from sspruner.surgery.proof import measured_state_bytes
 from sspruner.surgery.sizes import Sizes, sizes
 from sspruner.testing.plans import directions, plans, random_plan
+from support.examples import examples
 from support.zoo import FAMILIES, zoo, zoo_models
 
 
@@ -101,6 +102,7 @@ def measured(model: torch.nn.Module) -> Sizes:
     )
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_are_those_of_the_model(family, dtype):
@@ -108,7 +110,7 @@ def test_sizes_are_those_of_the_model(family, dtype):
     assert sizes(model, sspruner.trace(model)) == measured(model)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(data=st.data(), projected=st.booleans())
 def test_predicted_sizes_are_those_of_the_real_cut(data, projected):
     model = data.draw(zoo_models())
@@ -133,6 +135,7 @@ def last_dropped(graph: sspruner.SSMGraph, axis: str) -> tuple[str, Selection, s
     return group.name, Selection(group.units, (tuple(i for i in range(group.units) if i != unit),)), mixer
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("axis", ["block", "mixer"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_modules_that_go_take_their_convolution_states_with_them(family, axis):
@@ -148,6 +151,7 @@ def test_modules_that_go_take_their_convolution_states_with_them(family, axis):
     assert predicted == measured(model)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", ["mamba2", "bamba", "zamba2"])
 @pytest.mark.parametrize("also", ["block", "group"])
 @pytest.mark.parametrize("again", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -19,6 +19,7 @@ from sspruner.calibrate.replay import Replay
 from sspruner.graph.site import within
 from sspruner.surgery.mask import mask_group
 from support import native
+from support.examples import examples
 from support.native import native_model
 from support.tiny import half, tiny_model, tokens
 from support.zoo import FAMILIES, zoo
@@ -119,6 +120,7 @@ def native_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native.Recurrent, "caches", apart)
 
 
+@pytest.mark.cover
 @each_family
 def test_the_whole_model_is_a_plain_loop_over_sequences(family: str) -> None:
     model = double(family)
@@ -130,6 +132,7 @@ def test_the_whole_model_is_a_plain_loop_over_sequences(family: str) -> None:
         check(actual, expected)
 
 
+@pytest.mark.cover
 @each_family
 def test_block_by_block_on_the_dense_model_is_the_whole_model(family: str) -> None:
     """Shared parameters: the gradient sums over the calls; the Fisher sums the squares of each call."""
@@ -152,6 +155,7 @@ def test_block_by_block_on_the_dense_model_is_the_whole_model(family: str) -> No
     assert (len(shared) < len(dict(model.named_parameters(remove_duplicate=False)))) == (family in ("zamba", "zamba2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["Mamba2", "Mamba1"])
 @pytest.mark.usefixtures("native_backward")
 def test_block_by_block_where_blocks_pass_two_tensors_on(layer: str) -> None:
@@ -166,7 +170,7 @@ def test_block_by_block_where_blocks_pass_two_tensors_on(layer: str) -> None:
     check(mean_gradients(model, batches, count), mean)
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(st.sampled_from(FAMILIES), st.sampled_from([[1, 1, 1, 1], [2, 2], [4], [1, 3]]), st.integers(0, 5))
 def test_neither_the_split_nor_padding_matters(family: str, sizes: list[int], pads: int) -> None:
     """Padding on the right: on the left stock's in_proj.bias goes through it."""
@@ -252,6 +256,7 @@ def test_narrow_weights_work_in_fp32(dtype: torch.dtype) -> None:
     assert all(p.dtype == dtype and torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.cover(most=1)
 @pytest.mark.parametrize("family", ["jamba", "nemotron_h", "zamba"])
 def test_narrow_inputs_are_widened(family: str) -> None:
     """Their norms round to the dtype of what enters them. Families without rotations, which stay rounded."""

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -15,6 +15,7 @@ from sspruner.calibrate.replay import Replay
 from sspruner.graph.site import within
 from sspruner.plans.plan import Plan
 from sspruner.surgery.mask import is_masked, mask_group
+from support.examples import examples
 from support.tiny import models, plans, tiny_model, tokens
 from support.zoo import zoo, zoo_models
 from support.zoo_variants import VARIANTS
@@ -76,7 +77,7 @@ def test_replay_is_the_models_own_forward(model: nn.Module, data: st.DataObject)
 IN_LAYERS = ("state", "head", "head_dim", "group", "channel", "dt_rank")
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.data())
 def test_replay_is_the_models_own_forward_in_every_family(model: nn.Module, data: st.DataObject) -> None:
     """Each block is given its own masks, positions and embeddings: those that the model gives it."""
@@ -88,6 +89,7 @@ def _name(variant: tuple[str, dict]) -> str:
     return "-".join([variant[0], *(f"{k}={v}" for k, v in variant[1].items())])
 
 
+@pytest.mark.cover(most=10)
 @pytest.mark.parametrize("variant", VARIANTS, ids=_name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_a_scorer_sees_is_what_the_model_gives_its_modules(variant: tuple[str, dict], dtype: torch.dtype) -> None:
@@ -247,6 +249,7 @@ def test_an_error_in_a_later_layer_undoes_the_cuts_of_the_earlier() -> None:
     assert sspruner.apply(model, plan, mode="mask") is model
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("variant", VARIANTS, ids=_name)
 def test_the_rest_of_the_model_on_what_leaves_the_last_block(variant: tuple[str, dict]) -> None:
     """`head` gives the model's own logits, in batches as they were and one by one; no block runs for it."""

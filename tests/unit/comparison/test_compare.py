@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
 from sspruner.comparison.record import Cut
 from sspruner.evaluation.damage import damage, damages
 from sspruner.evaluation.last_word import Passage, last_words
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.recall import recall, sequences
 from sspruner.scoring.known import installed_scorers
+from support.command import run as cli
 from support.tensors import same, tensors
 from support.tiny import tiny_model, tokens
 from support.zoo import zoo
@@ -123,6 +122,7 @@ def test_a_smaller_dense_model_stands_beside_the_cuts_of_its_state() -> None:
     assert found.baseline.state_bytes == sspruner.trace(small).state_bytes
     alone = sspruner.compare(small, ["random"], sparsities=(0.5,), calibration=data).dense.measures["perplexity"]
     assert found.baseline.measures["perplexity"].value == pytest.approx(alone.value, rel=1e-6)
+    assert found.baseline.measures["kl_to_dense"].low > 0  # against the larger one, not itself
     ratio = alone.value / found.dense.measures["perplexity"].value
     assert found.baseline.measures["perplexity_ratio"].value == pytest.approx(ratio, rel=1e-6)
     ((_, _, rows),) = found.tables()
@@ -245,9 +245,7 @@ def test_a_cut_that_cannot_be_made_is_a_cell_and_all_of_them_an_error() -> None:
 def test_the_command_line(tmp_path: Path) -> None:
     source = str(sspruner.save(tiny_model(state=8), tmp_path / "model"))
     args = ["compare", source, "--samples", "4", "--seq-len", "24", "--sparsity", "0.5", "--sparsity", "0.25"]
-    done = CliRunner().invoke(
-        app, [*args, "--scorer", "ghost", "--scorer", "magnitude", "--json", str(tmp_path / "c.json")]
-    )
+    done = cli(*args, "--scorer", "ghost", "--scorer", "magnitude", "--json", str(tmp_path / "c.json"))
     assert done.exit_code == 0, done.output
     assert "50 %" in done.output
     assert "one-shot scores" in done.output
@@ -255,13 +253,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert set(data["cells"]) == {"ghost", "magnitude"}
     assert set(data["cells"]["ghost"]) == {"0.5", "0.25"}
     assert data["cells"]["ghost"]["0.5"]["perplexity"] > 0
-    both = CliRunner().invoke(
-        app, [*args[:-4], "--scorers", "ghost,magnitude", "--sparsity", "0.5,0.25", "--json", "-"]
-    )
+    both = cli(*args[:-4], "--scorers", "ghost,magnitude", "--sparsity", "0.5,0.25", "--json", "-")
     assert json.loads(both.stdout)["cells"] == data["cells"]
-    again = CliRunner().invoke(app, [*args, "--scorer", "ghost"])
+    again = cli(*args, "--scorer", "ghost")
     assert "from the cache: ghost" in again.output
-    everything = CliRunner().invoke(app, [*args, "--json", "-"])
+    everything = cli(*args, "--json", "-")
     assert everything.exit_code == 0, everything.output
     ran = set(json.loads(everything.stdout)["cells"])
     known = {name for name, (cls, _) in installed_scorers().items() if "state" in cls.axes and cls.needs == "weights"}
@@ -274,7 +270,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         (["--metrics", "ppl,bleu"], "metrics bleu: choose among ppl, kl, lambada, recall"),
         (["--metrics", "lambada"], "name a file with --lambada"),
     ):
-        wrong = CliRunner().invoke(app, [*args, *more])
+        wrong = cli(*args, *more)
         assert wrong.exit_code == 2
         assert why in wrong.output
 

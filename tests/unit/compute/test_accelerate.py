@@ -79,6 +79,7 @@ def test_the_same_steps(model: Any, batch: int, data: st.DataObject) -> None:
     same_steps(model, ids, 0.1 if bf16 else max(1e-5, 32 * rounding(model, ids)))
 
 
+@pytest.mark.cover
 @each_family
 @pytest.mark.parametrize("kind", ["dense", "projected"])
 def test_every_family(family: str, kind: str) -> None:

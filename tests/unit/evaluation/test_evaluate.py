@@ -37,6 +37,7 @@ def by_hand(model: torch.nn.Module, plan: Plan, rows: list[torch.Tensor]) -> tup
     return math.exp(nll / count), math.exp(pruned_nll / count), kl / count, count
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_damage_in_every_family_is_that_of_the_sliced_model(family: str) -> None:
     """Several axes at once, on unpadded rows: dense and sliced models, each asked by itself."""
@@ -109,6 +110,7 @@ def test_continuation_is_greedy(reference: tuple) -> None:
     assert continuation(model, tokenizer, prompt, 6) == tokenizer.decode(ids[len(prompt) :])
 
 
+@pytest.mark.slow
 def test_the_report_measures_the_model_that_is_returned(reference: tuple) -> None:
     """Perplexity and KL come from the mask; those of the sliced model in hand are the same numbers."""
     model, tokenizer = copy.deepcopy(reference[0]), reference[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -17,6 +17,7 @@ import sspruner
 from sspruner.formats import checkpoint
 from sspruner.io.export import WRITERS
 from sspruner.plans.plan import Plan
+from support.examples import examples
 from support.tiny import half, logits, tiny_model, tokens
 from support.zoo import zoo
 
@@ -114,8 +115,10 @@ settings_of_generation = st.fixed_dictionaries(
 )  # temperature and top_k without do_sample: published configs are like that, too
 
 
+@pytest.mark.ci_cover(most=3)
+@pytest.mark.cover
 @pytest.mark.parametrize("to", WRITERS)
-@settings(max_examples=10)
+@examples(10)
 @given(values=settings_of_generation, alone=st.booleans())
 def test_the_generation_config_goes_along(
     to: str, values: dict[str, Any], alone: bool, tmp_path_factory: pytest.TempPathFactory

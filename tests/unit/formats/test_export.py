@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
 from sspruner.plans.plan import Plan
 from sspruner.testing.plans import directions
+from support.command import run as cli
 from support.projected import PROJECTED, every_state
 from support.round_trip import GREEDY
 from support.tiny import half, logits, tiny_model, tokens
@@ -66,6 +65,7 @@ def check_export(model: Any, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.ci_cover(families=3)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", PROJECTED)
 def test_projected_states_of_every_family(family: str, tmp_path: Path) -> None:
@@ -73,6 +73,7 @@ def test_projected_states_of_every_family(family: str, tmp_path: Path) -> None:
     check_export(sspruner.apply(model, every_state(sspruner.trace(model))), tmp_path)
 
 
+@pytest.mark.slow
 def test_projections_beside_other_cuts_and_other_sizes_by_layer(tmp_path: Path) -> None:
     """In bf16, where encode and decode stay fp32."""
     model = tiny_model(groups=2, state=6, layers=3, bias=True, dtype=torch.bfloat16)
@@ -134,11 +135,12 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     model = tiny_model()
     sspruner.apply(model, every_state(sspruner.trace(model)))
     source = str(sspruner.save(model, tmp_path / "model"))
-    done = CliRunner().invoke(app, ["export", source, "--to", "hf-remote", "--out", str(tmp_path / "out")])
+    done = cli("export", source, "--to", "hf-remote", "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "modeling_pruned.py").is_file()
     found = read_back(tmp_path / "out", tokens(2, 9), tmp_path)

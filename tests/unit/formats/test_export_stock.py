@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
 from sspruner.formats.stock import padded
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
+from support.command import run as cli
+from support.examples import examples
 from support.projected import every_state
 from support.round_trip import GREEDY, uniform
 from support.tiny import half, logits, models, plans, tiny_model, tokens
@@ -76,6 +76,7 @@ def cut(family: str, axis: str, first: bool) -> torch.nn.Module:
     return sspruner.apply(model, one_layer(model, axis) if first else half(sspruner.trace(model), axis))
 
 
+@pytest.mark.ci_cover(families=6)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_stock_classes_can_build_they_load_exactly(family: str, tmp_path: Path) -> None:
@@ -90,6 +91,7 @@ def test_what_stock_classes_can_build_they_load_exactly(family: str, tmp_path: P
         assert_same(found, copy.deepcopy(model), ids, 0)
 
 
+@pytest.mark.ci_cover(families=6)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_axis_is_padded_for_stock_classes(family: str, tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_any_axis_is_padded_for_stock_classes(family: str, tmp_path: Path) -> No
         assert_same(found, model, ids, 1e-3)  # of these random models; each export was proved to its own rounding
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.one_of(zoo_models(), models(least_state=2)), st.data())
 def test_padding_is_exact_for_any_plan(model: torch.nn.Module, data: st.DataObject) -> None:
     """Any axes at once, in any layers, twice: padded and cut models agree, and cutting the padded one gives the cut."""
@@ -204,14 +206,15 @@ def test_a_wrong_padding_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         padded(model)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_padding_costs(tmp_path: Path) -> None:
     model = tiny_model(state=6)
     sspruner.apply(model, one_layer(model, "state"))
     source = str(sspruner.save(model, tmp_path / "model"))
-    done = CliRunner().invoke(app, ["export", source, "--out", str(tmp_path / "stock")])
+    done = cli("export", source, "--out", str(tmp_path / "stock"))
     assert done.exit_code == 2
     assert "hf cannot express this cut" in done.output
-    done = CliRunner().invoke(app, ["export", source, "--to", "hf-padded", "--out", str(tmp_path / "stock")])
+    done = cli("export", source, "--to", "hf-padded", "--out", str(tmp_path / "stock"))
     assert done.exit_code == 0, done.output
     small, large = sspruner.trace(model).state_bytes, sspruner.trace(padded(model)).state_bytes
     assert f"keeps {large:,} bytes of state where the cut itself needs {small:,}" in " ".join(done.output.split())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -22,6 +22,7 @@ from sspruner.formats.native import MAMBA1, MAMBA2
 from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
+from support.examples import examples
 from support.native import MambaConfig, MambaLMHeadModel, native_model
 from support.native_files import FILES, MIXERS, write
 from support.tiny import half, logits, tiny_model, tokens
@@ -44,6 +45,7 @@ def assert_close(one: nn.Module, other: nn.Module) -> None:
     assert (first - second).abs().max() <= 1e-4 * first.abs().max()
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("mixer", MIXERS, ids=lambda m: f"{m['layer']}-{m['d_state']}")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -173,7 +175,7 @@ def test_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
 # Written for mamba_ssm
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(data=st.data())
 def test_what_is_written_their_loader_reads(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Any native model, cut to one size in all layers on the axes that they can say, and both ways."""

@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from typer.testing import CliRunner
 
 import sspruner
 from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
-from sspruner.cli.main import app
 from sspruner.formats.fitting import Subject, check_fits, offers, runs, unfit
 from sspruner.formats.stock import check_stock
 from sspruner.formats.targets import TABLE, Fit, Rule, Target, _quantities, _table, names, nearest, quantity, target
@@ -27,6 +25,8 @@ from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.pruning.table import result_table
+from support.command import run as cli
+from support.examples import examples
 from support.tiny import half, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 
@@ -35,7 +35,7 @@ ids = tokens(6, 24)
 
 
 def run(*words: str) -> Any:
-    return CliRunner().invoke(app, list(words))
+    return cli(*words)
 
 
 def said(done: Any) -> str:
@@ -173,7 +173,7 @@ def test_of_cuts_as_near_the_larger_is_taken() -> None:
     assert nearest({"a": [5, 6, 7], "b": [5, 6, 7]}, {"a": 6, "b": 6}, lambda sizes: sizes in able) == able[1]
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(zoo_models(), st.data())
 def test_one_axis_goes_to_the_nearest_size_that_breaks_no_rule(model: torch.nn.Module, data: st.DataObject) -> None:
     """By brute force over all sizes, for every target; refused only where there is none."""
@@ -252,6 +252,7 @@ def test_heads_divide_over_gpus() -> None:
 # Exactness
 
 
+@pytest.mark.ci_cover(families=6)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_offer_for_hf_is_the_exact_check(family: str) -> None:
@@ -278,7 +279,7 @@ def test_the_offer_for_hf_is_the_exact_check(family: str) -> None:
             assert builds == fits(cut, target("hf"))
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.data())
 def test_prune_gives_what_the_target_takes_or_refuses(data: st.DataObject) -> None:
     """And what is left is written for it, by the writer that it reads. Models large enough for kernels to take some."""

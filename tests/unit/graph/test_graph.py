@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -21,6 +21,7 @@ from sspruner.graph.layout import Fold, Layout, Rows, Slot
 from sspruner.plans.plan import Plan
 from sspruner.plugins.manager import plugin_manager
 from sspruner.surgery.slice import slice_model
+from support.examples import examples
 from support.tiny import models, selections, tiny_model
 from support.zoo import FAMILIES, zoo, zoo_models
 
@@ -107,7 +108,7 @@ MAMBA1 = ("mamba", "falcon_mamba", "jamba")
 UNITS = {f: zamba_unit if f == "zamba" else mamba1_unit if f in MAMBA1 else mamba2_unit for f in FAMILIES}
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.one_of(zoo_models(), models()))
 def test_members_are_where_the_notes_say(model: nn.Module) -> None:
     """Every unit of every axis of every mixer, and nothing beside it."""
@@ -144,7 +145,7 @@ def test_the_axes_of_a_mixer(family: str) -> None:
     assert "group" not in sspruner.trace(zoo(family, groups=1)).axes
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.data())
 def test_units_and_bytes_add_up(model: nn.Module, data: st.DataObject) -> None:
     """Totals; and on every axis: parameters and state of the units make up what is cut if all but some go."""
@@ -170,7 +171,7 @@ def test_units_and_bytes_add_up(model: nn.Module, data: st.DataObject) -> None:
         assert again.groups[group.name].units == after
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.data())
 def test_the_attributes_that_a_forward_reads_follow_the_cut(model: nn.Module, data: st.DataObject) -> None:
     """After a cut on any axis the sizes that modules keep are those of a model that was built that small."""
@@ -216,7 +217,7 @@ def test_dropping_rows_of_several_dimensions_seen_as_one(data: st.DataObject) ->
     assert torch.equal(as_rows(tensor, (0, d))[gone], as_rows(tensor, (0, d)).index_select(0, gone))
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models())
 def test_every_parameter_is_described_for_the_hidden_axis(model: nn.Module) -> None:
     """A unit of `hidden` owns one row or column of every tensor that is as wide, a tied one once."""

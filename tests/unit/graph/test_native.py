@@ -190,6 +190,8 @@ def test_a_model_whose_kernels_need_a_gpu_is_traced_on_the_cpu() -> None:
 # Cuts
 
 
+@pytest.mark.ci_cover
+@pytest.mark.cover(most=10)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("variant", "axis"), [(v, axis) for v in VARIANTS for axis in AXES[VARIANTS[v].get("layer", "Mamba2")]]
@@ -418,6 +420,7 @@ CUTS = [
 ]
 
 
+@pytest.mark.cover(most=4)
 @pytest.mark.parametrize(("variant", "axes", "scorer"), CUTS, ids=[c[0] for c in CUTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_prune(variant: str, axes: dict[str, float], scorer: Any, dtype: torch.dtype) -> None:

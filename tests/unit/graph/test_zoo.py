@@ -60,6 +60,7 @@ def test_the_future_does_not_change_the_past(variant):
     assert change[13:].max() > 1e-3  # across the chunk's end at 16, too
 
 
+@pytest.mark.cover(most=4)
 @each_variant
 @pytest.mark.parametrize("prefill", [1, 9])
 def test_decoding_token_by_token_equals_one_forward(variant, prefill):
@@ -89,6 +90,7 @@ def test_a_limit_on_dt_holds_while_decoding(family):
     assert_close(cached(model, ids, [9] + [1] * 10), uncached(model, ids))
 
 
+@pytest.mark.cover(most=3)
 @each_variant
 def test_greedy_generation_with_a_cache_equals_without(variant):
     family, overrides = variant
@@ -99,6 +101,7 @@ def test_greedy_generation_with_a_cache_equals_without(variant):
     assert torch.equal(with_cache, without)
 
 
+@pytest.mark.cover(most=4)
 @each_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saving_and_loading_changes_nothing(variant, dtype, tmp_path):
@@ -208,6 +211,7 @@ def test_no_parameter_of_the_zoo_hides_in_a_0_or_a_1(variant):
     assert not torch.equal(uncached(another, tokens()), uncached(model, tokens()))
 
 
+@pytest.mark.slow
 @given(zoo_models())
 def test_any_model_of_the_zoo_is_causal_decodes_and_has_logits_of_a_sane_scale(model):
     ids = tokens()

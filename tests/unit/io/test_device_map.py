@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
 from sspruner.compute.device import offloaded
 from sspruner.errors import InputError
 from sspruner.evaluation.evaluate import evaluate
@@ -24,6 +22,8 @@ from sspruner.io import load as load_module
 from sspruner.training.distil import distil
 from sspruner.training.gradual import gradual
 from sspruner.training.twist import twist
+from support.command import run as cli
+from support.examples import examples
 from support.native import native_model
 from support.native_files import FILES, MIXERS, write
 from support.offloaded import TEXT, Interrupted, check_same, check_same_weights, interrupted
@@ -50,6 +50,7 @@ def pruned(folder: Path, out: Path, device_map: Any, working: Path, *, resume: b
     return result
 
 
+@pytest.mark.ci_cover(families=6)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_cut_as_in_memory(family, tmp_path):
@@ -61,7 +62,7 @@ def test_every_family_is_cut_as_in_memory(family, tmp_path):
     check_same(ours, theirs, (tmp_path / "apart", tmp_path / "memory"))
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(data=st.data())
 def test_any_map_any_cut(data):
     """Which blocks are where makes no difference, and neither does the form in which a map says so."""
@@ -97,6 +98,7 @@ def test_a_native_checkpoint(mixer, tmp_path):
     check_same(ours, theirs, (tmp_path / "apart", tmp_path / "memory"))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_with_a_home_stay_and_the_others_come_one_by_one(family, tmp_path):
     sspruner.save(zoo(family), tmp_path)
@@ -120,7 +122,7 @@ def bytes_of(model: Any) -> int:
 
 
 @given(share=st.floats(0, 1.5), dtype=st.sampled_from(["float32", "bfloat16"]))
-@settings(max_examples=20)
+@examples(20)
 def test_auto_fills_memory_up_to_its_limit(share, dtype):
     """Beside what is in memory one block more has room, from the disk; a model that fits is loaded as ever."""
     with tempfile.TemporaryDirectory() as name:
@@ -226,6 +228,8 @@ def test_what_needs_the_whole_model_says_so(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.ci_cover(families=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 def test_every_scorer_scores_a_model_in_pieces_as_a_whole_one(family, tmp_path):
     """Or says that it cannot."""
@@ -264,11 +268,12 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str) -> Any:
-    result = CliRunner().invoke(app, [*arguments])
+    result = cli(*arguments)
     assert result.exit_code == 0, result.output
     return result
 
 
+@pytest.mark.slow
 def test_the_commands(text, tmp_path):
     """`prune` and `score` with half of the model in memory, and without a map."""
     limit = ["--max-memory", "cpu=6MB"]
@@ -303,7 +308,7 @@ def test_the_commands(text, tmp_path):
 )
 def test_what_the_command_refuses(arguments, message, tmp_path):
     arguments = [str(tmp_path / "out") if one == "OUT" else one for one in arguments]
-    result = CliRunner().invoke(app, ["prune", *arguments])
+    result = cli("prune", *arguments)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())

@@ -1,15 +1,17 @@
 """On other devices: what is moved there comes back, and a pipeline over several of them computes the same.
 
-The devices are made of the CPU (elsewhere.py), each test in a process of its own.
+The devices are made of the CPU (elsewhere.py), and these tests share a process that has them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,17 @@ import sspruner
 from sspruner.calibrate.replay import Replay
 from sspruner.compute.device import offloaded
 from support.elsewhere import devices
-from support.offloaded import TEXT, Interrupted, interrupted
+from support.offloaded import Interrupted, interrupted
 from support.paths import TESTS
 from support.tiny import logits, tiny_model, tokens
 from support.zoo import FAMILIES, zoo
 
+SHORT = tokens(4, 7)  # every operation goes through Python here
+ANSWER = "answer: "
+
 
 def pruned(load: Callable[[], Any], **arguments: Any) -> Any:
-    arguments = {"scorer": "ghost", "sparsity": 0.5, "calibration": TEXT, "samples": 8, "cache": False, **arguments}
+    arguments = {"scorer": "ghost", "sparsity": 0.5, "calibration": SHORT, "samples": 4, "cache": False, **arguments}
     return sspruner.prune(load(), **arguments)
 
 
@@ -62,8 +67,8 @@ def through_a_pipeline(family: str) -> None:
             assert str(homes[f"{path}.0"]) == "other:0"
             mixer = model.get_submodule(sspruner.trace(model).layers[0].path)
             assert on(mixer) == {"other:0"}
-            dense = logits(sspruner.load(root / "model")[0], tokens())
-            assert torch.allclose(logits(model, tokens()), dense, rtol=1e-4, atol=1e-5)
+            dense = logits(sspruner.load(root / "model")[0], SHORT)
+            assert torch.allclose(logits(model, SHORT), dense, rtol=1e-4, atol=1e-5)
             ours = pruned(lambda: model)
             check_close(ours, theirs)
             sspruner.save(ours.model, root / "out", result=ours)
@@ -111,7 +116,7 @@ def on_another_device(family: str) -> None:
             ours = pruned(lambda: zoo(family), device="other:1", **arguments)
             assert on(ours.model) == {"cpu"}
         check_close(ours, theirs)
-        assert torch.allclose(logits(ours.model, tokens()), logits(theirs.model, tokens()), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(logits(ours.model, SHORT), logits(theirs.model, SHORT), rtol=1e-4, atol=1e-5)
 
 
 def one_block_at_a_time() -> None:
@@ -180,44 +185,57 @@ def resumed() -> None:
                 assert all(torch.equal(value.cpu(), held[name]) for name, value in kept.tensors(block).items())
 
 
-def elsewhere(*call: str) -> None:
-    """One of the functions above, in a process of its own."""
-    command = [sys.executable, __file__, *call]
+Run = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[Run]:
+    """elsewhere(function, *families): one of the functions above, in a process that has the devices."""
     path = os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+    command, environment = [sys.executable, __file__], os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+
+        def call(function: str, *families: str) -> None:
+            print(function, *families, file=process.stdin, flush=True)
+            answer = next((line for line in process.stdout if line.startswith(ANSWER)), "")  # type: ignore[union-attr]
+            assert answer, "the process has ended"
+            assert not (error := json.loads(answer.removeprefix(ANSWER))), error
+
+        yield call
+        process.stdin.close()  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("families", [FAMILIES[::2], FAMILIES[1::2]], ids=lambda families: " ".join(families))
-def test_a_pipeline_over_devices(families):
+def test_a_pipeline_over_devices(families: list[str], elsewhere: Run) -> None:
     elsewhere("through_a_pipeline", *families)
 
 
 @pytest.mark.slow
-def test_auto_fills_devices_evenly_then_memory_then_the_disk():
+def test_auto_fills_devices_evenly_then_memory_then_the_disk(elsewhere: Run) -> None:
     elsewhere("auto")
 
 
 @pytest.mark.slow
-def test_another_device():
-    elsewhere("on_another_device", "mamba2", "jamba", "bamba", "falcon_h1")
+def test_another_device(elsewhere: Run) -> None:
+    elsewhere("on_another_device", "mamba2", "jamba", "falcon_h1")
 
 
-def test_a_run_that_was_begun_on_disk():
+def test_a_run_that_was_begun_on_disk(elsewhere: Run) -> None:
     elsewhere("resumed")
 
 
-def test_where_blocks_work():
+def test_where_blocks_work(elsewhere: Run) -> None:
     elsewhere("where_blocks_work")
 
 
-def test_one_block_at_a_time_is_there():
+def test_one_block_at_a_time_is_there(elsewhere: Run) -> None:
     elsewhere("one_block_at_a_time")
 
 
-def test_what_is_forgotten_is_an_error():
+def test_what_is_forgotten_is_an_error(elsewhere: Run) -> None:
     """The devices of these tests refuse what a GPU refuses."""
     elsewhere("mixed")
 
@@ -233,7 +251,19 @@ def mixed() -> None:
         assert one.to("other:1").device == (other[other > 0] + other).device == other.device
 
 
+def serve() -> None:
+    """Run the functions whose names come in, and answer each with its traceback, or with nothing."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        function, *families = line.split()
+        error = ""
+        try:
+            for arguments in [(family,) for family in families] or [()]:
+                globals()[function](*arguments)
+        except BaseException:
+            error = traceback.format_exc()[-3000:]
+        print(ANSWER + json.dumps(error), flush=True)
+
+
 if __name__ == "__main__":
-    function = globals()[sys.argv[1]]
-    for family in sys.argv[2:] or [None]:
-        function(family) if family else function()
+    serve()

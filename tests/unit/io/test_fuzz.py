@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
 from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
+from support.examples import examples
 from support.native import native_model
 from support.native_files import MIXERS, write
 from support.tiny import half, tiny_model
@@ -222,7 +223,7 @@ def test_json_of_any_kind(file: str, content: str, good: Path) -> None:
         both(folder)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(name=st.sampled_from(["tokenizer.json", "tokenizer_config.json", "generation_config.json"]), data=st.data())
 def test_any_value_anywhere_in_small_files(name: str, data: st.DataObject, good: Path) -> None:
     with copied(good / "models" / "plain") as folder:
@@ -302,6 +303,7 @@ def test_any_scores_and_curves(data: st.DataObject, good: Path) -> None:
         survives(plan)
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_header_of_scores(tmp_path: Path) -> None:
     """All of them: which fields lie where changes from file to file."""
     model, file = tiny_model(layers=1), tmp_path / "s.safetensors"
@@ -349,6 +351,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "native"])
 def test_absurd_sizes_are_refused_before_anything_is_allocated(kind: str, good: Path) -> None:
     """Every whole number in a config, in a process of its own: no gigabytes, and no long time."""

@@ -13,20 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-import typer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
 from sspruner.cli.console import kept_if_interrupted
-from sspruner.cli.main import app
 from sspruner.compute.device import offloaded, resident
 from sspruner.errors import InputError, ModelError, PlanError, SSPrunerError
 from sspruner.files import journal
 from sspruner.files.output import working_folder
 from sspruner.io.source import REFERENCES
 from sspruner.plans.plan import Plan
+from support.command import run as cli
+from support.examples import examples
 from support.native import native_model
 from support.native_files import FILES, MIXERS, write
 from support.offloaded import TEXT, Interrupted, check_same, check_same_weights, interrupted
@@ -58,13 +57,15 @@ def check_prune(model: Any, root: Path, **arguments: Any) -> None:
     check_same(ours, theirs, (root / "disk", root / "memory"))
 
 
+@pytest.mark.ci_cover(families=6)
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_cut_as_in_memory(family, tmp_path):
     check_prune(zoo(family), tmp_path)
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data())
 def test_any_cut_is_that_in_memory(data):
     model = data.draw(zoo_models())
@@ -92,6 +93,7 @@ def test_several_axes_in_one_plan(tmp_path):
     )
 
 
+@pytest.mark.cover(most=1)
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "falcon_h1", "jamba", "nemotron_h"])
 def test_a_cut_model_is_cut_again(family, tmp_path):
     """From its own folder: sizes by layer, weights out of reach of stock classes, buffers that were cut."""
@@ -103,6 +105,7 @@ def test_a_cut_model_is_cut_again(family, tmp_path):
     check_prune(model, tmp_path, scorer="magnitude", multiple_of=1)
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("mixer", [MIXERS[0], MIXERS[2]], ids=["Mamba2", "Mamba1"])
 @pytest.mark.parametrize("file", FILES)
 def test_a_native_checkpoint(mixer, file, tmp_path):
@@ -112,6 +115,7 @@ def test_a_native_checkpoint(mixer, file, tmp_path):
     check_same(ours, theirs, (tmp_path / "disk", tmp_path / "memory"))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forward_reads_each_block_when_it_is_called(family, tmp_path):
     """And there is never more than one in memory; what is not offloaded is."""
@@ -135,6 +139,7 @@ def test_a_forward_reads_each_block_when_it_is_called(family, tmp_path):
         assert torch.equal(model.get_parameter(names[0]), dense.get_parameter(names[0]))
 
 
+@pytest.mark.ci_cover(most=4)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 @pytest.mark.parametrize("scorer", ["ghost", "magnitude", "balanced"])
@@ -169,6 +174,7 @@ def test_finished_blocks_are_not_observed_again(tmp_path):
     assert "scoring backbone.layers.2" in seen
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"sparsity": 0.25}, {"scorer": "magnitude"}, {"calibration": tokens(12, 19, 1)}, {"keep": 2}]
 )
@@ -251,6 +257,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_needs_the_whole_model_is_refused(why, tmp_path):
     sspruner.save(zoo("mamba2"), tmp_path / "model")
@@ -365,20 +372,19 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys):
     for working in (None, tmp_path / "none"):
         with pytest.raises(KeyboardInterrupt), kept_if_interrupted(working):
             raise KeyboardInterrupt
-    with pytest.raises(typer.Exit) as exit_, kept_if_interrupted(tmp_path):
+    with pytest.raises(SystemExit) as exit_, kept_if_interrupted(tmp_path):
         raise KeyboardInterrupt
-    assert exit_.value.exit_code == 130
+    assert exit_.value.code == 130
     assert f"{tmp_path}: go on with --resume" in capsys.readouterr().err
 
 
 def test_the_command_line_says_what_is_missing(tmp_path):
-    runner = CliRunner()
     for arguments, message in (
         (["--offload"], "add --out DIR"),
         (["--resume", "--out", str(tmp_path / "out")], "add that, too"),
         (["--offload", "--out", str(tmp_path / "out")], "give a text file"),
     ):
-        result = runner.invoke(app, ["prune", *arguments])
+        result = cli("prune", *arguments)
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())

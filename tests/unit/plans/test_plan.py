@@ -170,7 +170,9 @@ def test_a_pattern_for_one_block_does_not_mean_the_tenth() -> None:
     groups = {"layers:block": DependencyGroup("layers", "block", 1, 12, (), blocks=blocks)}
     with pytest.raises(sspruner.InputError, match="keeping 2 units is less than the 3 that --ignore protects"):
         allocate(groups, ResolvedBudget(keep=2, ignore=["layers.1", "layers.2.*", "layers.11"]))
-    assert allocate(groups, ResolvedBudget(keep=3, ignore=["layers.1", "layers.2.*", "layers.11"])) == {"layers:block": 3}
+    assert allocate(groups, ResolvedBudget(keep=3, ignore=["layers.1", "layers.2.*", "layers.11"])) == {
+        "layers:block": 3
+    }
     with pytest.raises(sspruner.InputError, match="removes nothing"):
         sspruner.plan(GRAPH, sspruner.Scores({BLOCK: torch.rand(1, 3)}), keep=1, ignore=["layers.*"])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import nn
 
 import sspruner
@@ -20,6 +20,7 @@ from sspruner.graph.elements import element_groups
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery.mask import dropped, is_masked
+from support.examples import examples
 from support.scoring import batches_of, calibrated, importance
 from support.tiny import half, logits, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
@@ -72,7 +73,7 @@ def test_every_linear_layer_inside_the_blocks_once(family: str) -> None:
     assert list(graph.elements) == list(element_groups(model, list(graph.sites), graph.blocks))
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(zoo_models())
 def test_of_any_structure(model: nn.Module) -> None:
     check_elements(model)
@@ -213,6 +214,7 @@ def equal_as_sets(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one.sum(0), other.sum(0), rtol=1e-3, atol=1e-4 * scale)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [4096, 19])
 def test_what_every_linear_layer_is_given(family: str, size: int) -> None:
@@ -331,6 +333,7 @@ def check_zeros(result: sspruner.Result, before: dict[str, torch.Tensor]) -> dic
     return keep
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("one_shot", [False, True])
 @pytest.mark.parametrize("scorer", ["magnitude", "random", "wanda"])
 @pytest.mark.parametrize("family", ["mamba2", "mamba", "zamba2", "nemotron_h"])
@@ -550,6 +553,7 @@ WRONG = {
 }
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("one_shot", [False, True])
 @pytest.mark.parametrize("case", WRONG)
 def test_a_broken_reduce_is_named_in_one_line(case: str, one_shot: bool) -> None:

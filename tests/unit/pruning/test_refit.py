@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
 from sspruner.calibrate.regression import RIDGES, Moments, ridge
-from sspruner.cli.main import app
 from sspruner.evaluation.damage import damages
 from sspruner.pruning import refit as refitting
 from sspruner.testing.plans import directions, plans, random_plan
+from support.command import run as cli
+from support.examples import examples
 from support.scoring import calibrated
 from support.tiny import tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
@@ -134,6 +134,7 @@ class Blocks:
         ]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", ["mamba2", "mamba", "falcon_mamba", "bamba", "granitemoehybrid", "falcon_h1"])
 @pytest.mark.parametrize("kind", ["bias", "output"])
 def test_errors_are_those_of_the_models_own_blocks_and_only_fall(family, kind):
@@ -154,7 +155,7 @@ def test_errors_are_those_of_the_models_own_blocks_and_only_fall(family, kind):
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@examples(25)
 @given(data=st.data(), kind=st.sampled_from(["bias", "output"]))
 def test_no_blocks_error_rises_and_masked_is_sliced(data, kind):
     model = data.draw(zoo_models())
@@ -231,6 +232,7 @@ def test_padding_is_neither_solved_for_nor_counted(kind):
         assert torch.allclose(value, found[1].plan.updates[name], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["head", "hidden"])
 def test_any_batch_split_gives_the_same(monkeypatch, axis):
     model = zoo("zamba2") if axis == "head" else zoo("mamba2")
@@ -326,6 +328,7 @@ def test_values_of_a_scorer_are_where_a_refit_starts():
     assert name.replace("bias", "weight") in found.plan.updates
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refitted_plan_goes_through_files(family, tmp_path):
     model = zoo(family)
@@ -409,22 +412,21 @@ def test_prune_refits_and_reports_the_damage_without(reference):
 
 @pytest.mark.slow
 def test_refit_on_the_command_line(tmp_path):
-    run = CliRunner().invoke
     small = ["--samples", "8", "--seq-len", "64", "--seed", "1"]
-    done = run(app, ["prune", "--axis", "head_dim", "--sparsity", "0.25", "--refit", "bias", *small, "--out",
-                     str(tmp_path / "cut"), "--json", str(tmp_path / "report.json")])  # fmt: skip
+    done = cli("prune", "--axis", "head_dim", "--sparsity", "0.25", "--refit", "bias", *small, "--out",
+                     str(tmp_path / "cut"), "--json", str(tmp_path / "report.json"))  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "without refit bias: perplexity" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["refit"]["kind"] == "bias"
     assert set(report["refit"]["without"]) == {"perplexity", "kl_to_dense"}
     sspruner.load(tmp_path / "cut")
-    few = run(app, ["prune", "--axis", "head", "--refit", "output", *small])  # 8 x 64 tokens for 512 unknowns
+    few = cli("prune", "--axis", "head", "--refit", "output", *small)  # 8 x 64 tokens for 512 unknowns
     assert few.exit_code == 0, few.output
-    fewer = run(app, ["prune", "--axis", "head", "--refit", "output", *small, "--samples", "7"])
+    fewer = cli("prune", "--axis", "head", "--refit", "output", *small, "--samples", "7")
     assert fewer.exit_code == 2
     assert "448 calibration tokens for 512 unknowns" in fewer.stderr
     assert len(fewer.stderr.strip().splitlines()) == 1
-    wrong = run(app, ["prune", "--refit", "all"])
+    wrong = cli("prune", "--refit", "all")
     assert wrong.exit_code == 2
     assert "must be one of none, bias, output" in wrong.stderr

@@ -11,11 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
 from sspruner.budgets.budget import ResolvedBudget
-from sspruner.cli.main import app
 from sspruner.evaluation.damage import Damage, damages
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
@@ -24,6 +22,7 @@ from sspruner.recipes.parts import Limits
 from sspruner.scoring.choice import candidates, scorers_asked
 from sspruner.scoring.known import installed_scorers
 from sspruner.surgery.sizes import sizes
+from support.command import run as cli
 from support.scoring import calibrated
 from support.tiny import tiny_model, tokens
 from support.unit_groups import unit_groups
@@ -178,6 +177,7 @@ def test_where_auto_has_no_choice(scorer, axes, says):
         scorers_asked(scorer, None, axes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "axis", "sparsity"), [("mamba2", "state", 0.5), ("mamba", "channel", 0.5)])
 def test_auto_is_never_worse_than_a_scorer_on_calibration_text(family, axis, sparsity):
     model, data = zoo(family), calibrated(tokens(6, 20))
@@ -217,6 +217,7 @@ def test_auto_with_a_limit_takes_the_scorer_that_can_cut_most():
     assert alone[result.report.scorer] == max(alone.values())
 
 
+@pytest.mark.slow
 def test_with_a_limit_of_size_auto_takes_the_scorer_that_costs_least_though_another_has_to_cut_more():
     model, data = zoo("zamba2"), calibrated(tokens(6, 20))
     graph, limits = sspruner.trace(model), Limits(parameters=0.8)
@@ -347,15 +348,15 @@ def test_uniform_best_is_the_smallest_size_within_the_limit():
 
 @pytest.mark.slow
 def test_a_limit_on_the_command_line(tmp_path):
-    run, small = CliRunner().invoke, ["--samples", "6", "--seq-len", "64", "--seed", "1"]
+    small = ["--samples", "6", "--seq-len", "64", "--seed", "1"]
     report = tmp_path / "report.json"
-    done = run(app, ["prune", "--max-kl", "0.02", "--multiple-of", "16", *small, "--json", str(report)])
+    done = cli("prune", "--max-kl", "0.02", "--multiple-of", "16", *small, "--json", str(report))
     assert done.exit_code == 0, done.output
     assert "cuts looked at, on calibration text" in done.stdout
     data = json.loads(report.read_text())
     curve = {point["sparsity"]: point["kl"] for point in data["search"]["curve"]}
     assert curve[data["budget"]["sparsity"]] <= 0.02
-    done = run(app, ["prune", "--state-bytes", "400kB", "--scorer", "magnitude", *small])
+    done = cli("prune", "--state-bytes", "400kB", "--scorer", "magnitude", *small)
     assert done.exit_code == 0, done.output
     assert "393.22 kB" in done.stdout
     for wrong, says in (
@@ -364,7 +365,7 @@ def test_a_limit_on_the_command_line(tmp_path):
         (["--memory", "4GB"], "max-batch and memory go together"),
         (["--params", "0.1x"], "even with"),
     ):
-        failed = run(app, ["prune", *small, *wrong])
+        failed = cli("prune", *small, *wrong)
         assert failed.exit_code == 2
         assert says in failed.stderr
         assert len(failed.stderr.strip().splitlines()) == 1

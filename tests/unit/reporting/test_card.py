@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from typer.testing import CliRunner
 
 import sspruner
-from sspruner.cli.main import app
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.pruning.report import Report
 from sspruner.pruning.result import Result
 from sspruner.reporting.card import FOLDER, READERS, model_card
+from support.command import run as cli
+from support.examples import examples
 from support.projected import every_state
 from support.tiny import half, logits, tiny_model, tokens
 from support.zoo import zoo
@@ -90,7 +90,7 @@ def one_line(text: str) -> str:
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20) | st.text("`|\\ #*_[]<>~$\n-a", min_size=1)
 
 
-@settings(max_examples=40)
+@examples(40)
 @example(name="a `b` | c", command="sspruner prune 'a\n```\n# b'", source="``|", options={"`": "|"})
 @given(name=names, command=names, source=names, options=st.dictionaries(names, names, max_size=2))
 def test_any_name_and_command_are_said_as_they_are(
@@ -256,7 +256,7 @@ def test_an_export_says_what_the_prune_did(tmp_path: Path, monkeypatch: pytest.M
     result = pruned(model, axis={"state": 0.5}, ratios={"layers.0.*": 0.8}).named("tiny", "sspruner prune tiny")
     sspruner.save(model, "cut", result=result)
     for to in ("sspruner", "hf-remote", "hf-padded"):
-        done = CliRunner().invoke(app, ["export", "cut", "--to", to, "--out", to])
+        done = cli("export", "cut", "--to", to, "--out", to)
         assert done.exit_code == 0, done.output
         card = Card(Path(to, "README.md").read_text())
         assert card.title[0].content == "tiny"
@@ -273,6 +273,7 @@ def test_an_export_says_what_the_prune_did(tmp_path: Path, monkeypatch: pytest.M
             assert "In this folder" not in card.heads
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("spoil", ["absent", "other", "text", "old", "[]", "nothing", "foreign"])
 def test_a_report_that_is_not_of_this_model_is_left_out(spoil: str, tmp_path: Path) -> None:
     model = tiny_model(layers=2)
@@ -288,7 +289,7 @@ def test_a_report_that_is_not_of_this_model_is_left_out(spoil: str, tmp_path: Pa
     else:
         changed = {"old": report | {"version": 0}, "[]": [], "nothing": report | {"pruned": {}}, "foreign": {"a": 1}}
         path.write_text(json.dumps(changed[spoil]))
-    done = CliRunner().invoke(app, ["export", str(folder), "--out", str(tmp_path / "out")])
+    done = cli("export", str(folder), "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     card = Card((tmp_path / "out" / "README.md").read_text())
     assert card.heads == ["What was removed", "In this folder", "How to load it"]
@@ -348,7 +349,7 @@ def test_prune_writes_the_card_and_replaces_an_earlier_one(tmp_path: Path, monke
     arguments = ["prune", str(model), "--scorer", "magnitude", "--keep", "3", "--out", str(out), "--overwrite"]
     arguments += ["--samples", "2", "--seq-len", "8"]
     monkeypatch.setattr(sys, "argv", ["sspruner", *arguments])
-    done = CliRunner().invoke(app, arguments)
+    done = cli(*arguments)
     assert done.exit_code == 0, done.output
     card = Card((out / "README.md").read_text())
     report = json.loads((out / "report.json").read_text())

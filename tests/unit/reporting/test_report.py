@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -27,7 +27,8 @@ from sspruner.reporting.score_sections import below_best
 from sspruner.reporting.sections import sections
 from sspruner.scoring.scores import Scores
 from support.command import done, refused, tree
-from support.reports import BENCH, EVALUATION, HOSTILE, bench_row, write
+from support.examples import examples
+from support.reports import BENCH, EVALUATION, HOSTILE, bench_row, evaluated, write
 from support.tiny import tiny_model, tokens
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -43,16 +44,22 @@ def intervals(draw: Any) -> list[float]:
     return [middle, middle * (1 - part), middle * (1 + part)]
 
 
+CALIBRATION = {"source": "text", "tokens": 9, "held_out_tokens": 8, "held_out_is_separate": True}
+
+
+def cut(state_bytes: Any = 8, **measures: Any) -> dict[str, Any]:
+    """A cell of compare.json."""
+    return measures | {"state_bytes": state_bytes, "parameters": 1000, "kept": {}}
+
+
 @st.composite
 def compares(draw: Any) -> dict[str, Any]:
     """A compare.json; a cell may be an error, and metrics are there for all or for none."""
     sparsities = sorted(draw(cuts))
     metrics = ["perplexity", "perplexity_ratio", *draw(st.sets(st.sampled_from(["kl_to_dense", "recall_accuracy"])))]
-    sizes = draw(st.booleans())
 
     def cell(kept: float) -> dict[str, Any]:
-        found: dict[str, Any] = {metric: draw(intervals()) for metric in metrics}
-        return found | ({"state_bytes": round(1e6 * kept), "parameters": 1000} if sizes else {})
+        return cut(round(1e6 * kept), **{metric: draw(intervals()) for metric in metrics})
 
     labels = draw(st.lists(names, min_size=1, max_size=3, unique_by=clean))
     return {
@@ -60,7 +67,7 @@ def compares(draw: Any) -> dict[str, Any]:
         "model": draw(names),
         "axis": "state",
         "sparsities": sparsities,
-        "dense": {"perplexity": draw(st.floats(1, 1e4)), "state_bytes": 10**6, "parameters": 2000},
+        "dense": cut(10**6, perplexity=draw(st.floats(1, 1e4))),
         "cells": {
             label: {
                 f"{s:g}": {"error": draw(names)} if draw(st.integers(0, 5)) == 0 else cell(1 - s) for s in sparsities
@@ -68,7 +75,8 @@ def compares(draw: Any) -> dict[str, Any]:
             for label in labels
         },
         "baseline": cell(0.5) if draw(st.booleans()) else None,
-        "calibration": {"source": draw(names)},
+        "calibration": CALIBRATION | {"source": draw(names)},
+        "from_cache": [],
         "seed": 3,
         "versions": {"torch": "2"},
         "command": draw(names),
@@ -85,11 +93,12 @@ def benches(draw: Any) -> dict[str, Any]:
             "model": model, "batch": batch, "phase": phase, "tokens_per_second": draw(intervals()),
             "ms": draw(intervals()), "ceiling_tokens_per_second": draw(st.none() | st.floats(1, 1e6)),
             "fraction": 0.5, "peak_bytes": draw(st.none() | st.integers(0, 10**10)),
-            "state_bytes": round(1e6 * kept[model]), "weight_bytes": 5, "path": "here",
+            "state_bytes": round(1e6 * kept[model]), "weight_bytes": 5, "bytes_moved": 6, "operations": 7,
+            "path": "here",
         }
         for model in models for phase in ("decode", "prefill") for batch in batches
     ]  # fmt: skip
-    return {"version": 1, "machine": {"device": draw(names)}, "versions": {}, "command": "b", "seed": 0, "rows": rows}
+    return BENCH | {"machine": {"device": draw(names)}, "rows": rows}
 
 
 @st.composite
@@ -140,7 +149,7 @@ def table(shown: list[Section], section: str, title: str) -> Table:
     return found
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(content=folders())
 def test_figures_are_there_if_their_data_are_and_tables_hold_every_number(
     content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
@@ -155,7 +164,7 @@ def test_figures_are_there_if_their_data_are_and_tables_hold_every_number(
         if "error" not in cell
     }
     kl = any("kl_to_dense" in cell for cell in measured.values())
-    sized = [cell["state_bytes"] for cell in measured.values() if "state_bytes" in cell]
+    sized = [cell["state_bytes"] for cell in measured.values()]
     timed = [row["state_bytes"] for row in bench["rows"] if row["phase"] == "decode"] if bench else []
     batches = {row["batch"] for row in bench["rows"]} if bench else set()
     wanted = {
@@ -179,10 +188,10 @@ def test_figures_are_there_if_their_data_are_and_tables_hold_every_number(
                 if "error" in cell:
                     assert said["state bytes"] == clean(cell["error"])
                     continue
-                for metric in set(cell) - {"state_bytes", "parameters"}:
+                for metric in set(cell) - {"state_bytes", "parameters", "kept"}:
                     assert same(said[metric.replace("_", " ")], cell[metric]), (metric, said)
-                if "state_bytes" in cell:
-                    assert numbers(said["state bytes"]) == [cell["state_bytes"]]
+                assert numbers(said["state bytes"]) == [cell["state_bytes"]]
+                assert numbers(said["parameters"]) == [cell["parameters"]]
         assert (("smaller dense", "0 %") in rows) == (compare["baseline"] is not None)
     if bench:
         found = table(shown, "Speed", "All numbers")
@@ -244,13 +253,17 @@ def loads(page: Page) -> Iterator[str]:
 
 WHOLE = {
     "compare.json": {
-        "version": 1, "model": HOSTILE, "axis": "state", "sparsities": [0.5], "dense": {"perplexity": 10.0},
-        "cells": {HOSTILE: {"0.5": {"perplexity": [11.0, 10.5, 11.5]}}, "_b": {"0.5": {"error": HOSTILE}}},
+        "version": 1, "model": HOSTILE, "axis": "state", "sparsities": [0.5], "dense": cut(perplexity=10.0),
+        "cells": {
+            HOSTILE: {"0.5": cut(perplexity=[11.0, 10.5, 11.5], perplexity_ratio=[1.1, 1.05, 1.15])},
+            "_b": {"0.5": {"error": HOSTILE}},
+        },
+        "baseline": None, "from_cache": [], "calibration": CALIBRATION, "seed": 0, "versions": {}, "command": "",
     },
 }  # fmt: skip
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(content=folders())
 @example(content=WHOLE)
 def test_the_page_is_whole_and_loads_nothing(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -387,8 +400,10 @@ def test_a_plan_alone_and_files_one_folder_down_are_found(pruned: Path, tmp_path
     shutil.copy(pruned / "plan.json", tmp_path / "below")
     shutil.copy(pruned / "report.json", tmp_path / "below" / "deeper")
     found = read_folder(tmp_path)
-    assert list(found.cuts) == ["below/plan.json"]
-    assert found.cuts["below/plan.json"].layers == read_folder(pruned).cuts["report.json"].layers
+    assert (list(found.report), list(found.plan)) == ([], ["below/plan.json"])
+    whole = read_folder(pruned)
+    assert (list(whole.report), list(whole.plan)) == (["report.json"], [])
+    assert found.plan["below/plan.json"].layers == whole.report["report.json"].layers
 
 
 def test_an_evaluation_is_a_table_with_intervals(tmp_path: Path) -> None:
@@ -398,10 +413,15 @@ def test_an_evaluation_is_a_table_with_intervals(tmp_path: Path) -> None:
     assert section.tables[0].head == ("metric", "value", "b", "change", "items")
     assert section.tables[0].rows == (
         ("perplexity", "12.5 (12 to 13)", "10 (9 to 11)", "ratio 1.25 (1.2 to 1.3)", "7"),
-        ("accuracy", "0.5 (0.25 to 0.75)", "0.75 (0.5 to 1)", "difference -0.25 (-0.5 to 0)", "–"),
-        ("alone", "3", "–", "–", "–"),
+        ("accuracy", "0.5 (0.25 to 0.75)", "0.75 (0.5 to 1)", "difference -0.25 (-0.5 to 0)", "9"),
+        ("alone", "3", "–", "–", "12,000"),
     )
-    assert section.tables[1].rows == (("128", "20 (19 to 21)", "–"), ("256", "18 (17 to 19)", "16"), ("8k", "–", "–"))
+    assert section.tables[1].head == ("", "value", "against", "items")
+    assert section.tables[1].rows == (
+        ("128", "20 (19 to 21)", "–", "7"),
+        ("256", "18 (17 to 19)", "16", "7"),
+        ("8k", "–", "–", "7"),
+    )
 
 
 FILES = {"compare": WHOLE["compare.json"], "bench": BENCH, "evaluation": EVALUATION}
@@ -416,11 +436,11 @@ def broken() -> Iterator[Any]:
     for key, value in {"batch": "one", "tokens_per_second": [1, 2], "ms": [None] * 2, "state_bytes": []}.items():
         yield pytest.param("my times.json", BENCH | {"rows": [bench_row(**{key: value})]}, id=f"bench {key}={value}")
     for value in ([1, 2], "12", True, {"a": 1}):
-        rows = [{"metric": "m", "value": value}]
+        rows = [evaluated("m", value)]
         yield pytest.param("evaluation.json", EVALUATION | {"rows": rows}, id=f"evaluation value={value}")
-    for cell in (3, {"perplexity": [1]}, {"perplexity": [1, 2, "x"]}):
+    for cell in (3, cut(perplexity=[1]), cut(perplexity=[1, 2, "x"]), cut("8", perplexity=1), {"perplexity": 1}):
         yield pytest.param("compare.json", WHOLE["compare.json"] | {"cells": {"a": {"0.5": cell}}}, id=f"cell {cell}")
-    yield pytest.param("compare.json", WHOLE["compare.json"] | {"dense": {"perplexity": 0}}, id="dense perplexity 0")
+    yield pytest.param("compare.json", WHOLE["compare.json"] | {"dense": {"perplexity": 0}}, id="dense without sizes")
     yield pytest.param("plan.json", {"version": 1, "groups": {"a:state": {"before": 1}}, "made_by": {}}, id="plan")
     yield pytest.param("report.json", {"version": 1, "layers": {}, "dense": {}}, id="report")
 
@@ -440,7 +460,7 @@ def test_what_is_no_json_is_one_line(text: str, tmp_path: Path) -> None:
 def test_damaged_scores_are_one_line_and_weights_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(BENCH))
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    assert list(read_folder(tmp_path).timed) == ["bench.json"]
+    assert list(read_folder(tmp_path).bench) == ["bench.json"]
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "a.safetensors").write_bytes(b"not scores")
     refused(tmp_path, ("a.safetensors", "score again"), "report", tmp_path)
@@ -468,7 +488,9 @@ def test_outputs_are_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: p
     (tmp_path / "compare.json").write_text(json.dumps(WHOLE["compare.json"]))
     figures, page = tmp_path / "report-figures", tmp_path / "report.html"
     sspruner.report(tmp_path)
-    assert {path.name for path in figures.iterdir()} == {"bench-0.png", "compare-perplexity-ratio.png"}
+    assert {path.name for path in figures.iterdir()} == {
+        "bench-0.png", "compare-perplexity-ratio.png", "compare-pareto-bytes.png"
+    }  # fmt: skip
     (tmp_path / "compare.json").unlink()
     before = tree(tmp_path)
     with monkeypatch.context() as patch:

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import sspruner
 from sspruner.calibrate import state
-from sspruner.cli.main import app
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Projection
 from sspruner.plans.reduction import projections as projections_of
@@ -23,6 +21,8 @@ from sspruner.runtime.projected_state import project_state
 from sspruner.scoring.scorer import Scorer, check_scorer_class
 from sspruner_plugins.balanced import balance
 from support import oracle
+from support.command import run as cli
+from support.examples import examples
 from support.ghost_weights import weights
 from support.mamba2_state import close as near
 from support.mamba2_state import projections
@@ -127,6 +127,7 @@ def rotated(model: Any, seed: int) -> Any:
     return other
 
 
+@pytest.mark.cover(most=4)
 @pytest.mark.parametrize("options", WEIGHTS, ids=str)
 @pytest.mark.parametrize("family", PROJECTED)
 def test_scores_do_not_depend_on_the_basis_in_which_the_state_is_held(family: str, options: dict) -> None:
@@ -142,7 +143,7 @@ def test_scores_do_not_depend_on_the_basis_in_which_the_state_is_held(family: st
 
 
 @given(models(dtypes=(torch.float32,), least_state=2), st.sampled_from(WEIGHTS))
-@settings(max_examples=20)
+@examples(20)
 def test_scores_are_what_the_definition_says(model: Any, options: dict) -> None:
     """From the states of a step-by-step recurrence, and the eigenvalues of W_c W_o."""
     data = sspruner.calibration(tokens(5, 17), model, samples=5, held_out=0)
@@ -285,17 +286,16 @@ def test_a_class_has_a_basis_and_says_it_or_neither() -> None:
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    run = CliRunner().invoke
     source = str(sspruner.save(tiny_model(), tmp_path / "model"))
     text = tmp_path / "ids.txt"
     args = ["prune", source, "--calibration", "self", "--samples", "4", "--seq-len", "24"]
-    done = run(app, [*args, "--basis", "balanced", "--keep", "2", "--out", str(tmp_path / "out"), "--json", str(text)])
+    done = cli(*args, "--basis", "balanced", "--keep", "2", "--out", str(tmp_path / "out"), "--json", str(text))
     assert done.exit_code == 0, done.output
     report = json.loads(text.read_text())
     assert (report["basis"], report["scorer"]) == ("balanced", "balanced")
     loaded, _ = sspruner.load(tmp_path / "out")
     assert loaded.backbone.layers[0].mixer.state_encode.shape == (1, 2, 6)
-    wrong = run(app, [*args, "--basis", "balanced", "--scorer", "ghost"])
+    wrong = cli(*args, "--basis", "balanced", "--scorer", "ghost")
     assert wrong.exit_code == 2
     assert "scorer 'ghost' has basis 'select'" in wrong.output
 

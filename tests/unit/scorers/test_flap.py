@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
 from sspruner.graph.group import DependencyGroup, Member
 from sspruner.scoring.known import find_scorer
+from support.examples import examples
 from support.scoring import batches_of, calibrated, importance, loose
 from support.tiny import tokens
 from support.zoo import zoo, zoo_models
@@ -59,6 +60,7 @@ def slow_scores(y: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor) ->
     return torch.tensor(scored, dtype=torch.float64)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "axis"), FAMILIES_AND_AXES)
 def test_scores_are_the_formula(family: str, axis: str) -> None:
     """A block that several layers share is seen wherever it is called."""
@@ -153,7 +155,7 @@ def test_a_constant_layer_scores_zero(value: float) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=15)
+@examples(15)
 @given(
     zoo_models(("mamba2", "zamba2", "falcon_h1", "zamba")),
     st.lists(st.integers(2, 19), min_size=2, max_size=4),
@@ -182,6 +184,7 @@ def output_of(model: torch.nn.Module, path: str, ids: torch.Tensor) -> torch.Ten
     return seen[0].double()
 
 
+@pytest.mark.cover(most=3)
 @pytest.mark.parametrize("mode", ["mask", "slice"])
 @pytest.mark.parametrize(
     ("axis", "options", "path"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
@@ -17,6 +17,7 @@ from sspruner.graph.family import Projected, SelectiveProjected
 from sspruner.scoring.known import find_scorer
 from sspruner.surgery.mask import mask_group, unmask
 from support import mamba1_state, mamba2_state, oracle
+from support.examples import examples
 from support.ghost_weights import weights
 from support.scoring import batches_of, calibrated, importance, loose, permute_states, shown, units, without
 from support.tiny import models, tokens
@@ -115,6 +116,7 @@ def slow_weights(mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return gain.square() * mixer.out_proj.weight.detach().double().square().sum(0)
 
 
+@pytest.mark.cover(most=5)
 @pytest.mark.parametrize(("family", "options"), VARIANTS, ids=str)
 def test_scores_are_the_formula_in_every_family(family: str, options: dict) -> None:
     """On states: the recurrence in fp64, weights from y and z that the model's own code computes, every term summed."""
@@ -128,6 +130,8 @@ def test_scores_are_the_formula_in_every_family(family: str, options: dict) -> N
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
 
+@pytest.mark.ci_cover(families=10)
+@pytest.mark.cover(most=10)
 @pytest.mark.parametrize(("family", "options"), VARIANTS, ids=str)
 @pytest.mark.parametrize("axis", ["head", "head_dim", "group", "channel"])
 def test_other_axes_are_the_energy_that_reaches_the_output(family: str, options: dict, axis: str) -> None:
@@ -154,6 +158,7 @@ def orthogonal(model: torch.nn.Module) -> None:
             weight.copy_(torch.linalg.qr(weight.double())[0] * lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "epsilon"),
     [
@@ -198,7 +203,7 @@ def mixed(model: torch.nn.Module, mixer: torch.nn.Module, ids: torch.Tensor) -> 
     return found.double()
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     zoo_models(("mamba2", "zamba2", "falcon_h1", "mamba", "zamba")),
     st.lists(st.integers(2, 19), min_size=2, max_size=4),
@@ -238,7 +243,7 @@ def test_the_mask_alone_keeps_padding_out(family: str, axis: str) -> None:
         torch.testing.assert_close(scorer.change.detach(), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(models(dtypes=(torch.float32,)), st.integers(0, 99))
 def test_permuting_states_permutes_scores(model: torch.nn.Module, seed: int) -> None:
     before = importance(model, tokens(), options=OUTPUT)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
 from sspruner.graph.group import DependencyGroup
 from sspruner.scoring.known import find_scorer
 from sspruner_plugins.head_merge import _balanced, _distances, _kmeans
+from support.examples import examples
 from support.scoring import calibrated
 from support.tiny import logits, tiny_model, tokens
 from support.zoo import rounding, zoo
@@ -65,6 +66,8 @@ EQUAL = [
 ]
 
 
+@pytest.mark.ci_cover(most=12)
+@pytest.mark.cover(most=5)
 @pytest.mark.parametrize("mode", ["mask", "slice"])
 @pytest.mark.parametrize(("family", "options", "axis", "classes", "keep"), EQUAL, ids=str)
 def test_equal_units_merge_without_a_trace(
@@ -218,7 +221,7 @@ def test_kmeans_ends_where_no_unit_would_move(rows: torch.Tensor, data: st.DataO
         assert (own <= apart.min(1).values + 1e-9).all()
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.integers(2, 7), st.integers(1, 3), st.integers(0, 99), st.data())
 def test_importance_is_the_distance_to_what_comes_before(
     heads: int, groups: int, seed: int, data: st.DataObject
@@ -283,6 +286,7 @@ def test_ties_go_by_the_seed_and_the_same_seed_gives_the_same() -> None:
     assert len({tuple(order[0]) for order in orders}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_merging_beats_cutting_where_heads_come_in_pairs(method: str) -> None:
     """Heads that are nearly equal: merged logits are nearer to the dense ones than those without half of the heads."""

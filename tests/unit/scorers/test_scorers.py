@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import sspruner
@@ -24,6 +24,7 @@ from sspruner.plans.reduction import Selection
 from sspruner.scoring.known import find_scorer
 from sspruner.surgery.mask import mask_group, unmask
 from support import oracle
+from support.examples import examples
 from support.mamba1_state import slow_output
 from support.scoring import batches_of, calibrated, importance, loose, permute_states, shown, units, without
 from support.tiny import models, tiny_model, tokens
@@ -168,7 +169,7 @@ def on_axis(axis: str) -> st.SearchStrategy:
 EVERY_AXIS = st.sampled_from(list(GHOST_AXES)).flatmap(on_axis)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(EVERY_AXIS, st.integers(1, 19))
 def test_ghost_is_exact_on_every_axis(drawn: tuple[torch.nn.Module, str], length: int) -> None:
     """S^2 = the mean squared change of y per token that counts, in fp64, with one unit of the view at zero."""
@@ -196,7 +197,7 @@ def test_every_axis_that_ghost_offers_is_tested() -> None:
             assert importance(zoo(family), tokens(), axis=axis)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(EVERY_AXIS)
 def test_ghost_in_batches_is_ghost_at_once(drawn: tuple[torch.nn.Module, str]) -> None:
     model, axis = drawn
@@ -211,7 +212,7 @@ def test_ghost_in_batches_is_ghost_at_once(drawn: tuple[torch.nn.Module, str]) -
             torch.testing.assert_close(apart[group], scores, rtol=loose(model), atol=loose(model) * largest)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(EVERY_AXIS, st.lists(st.integers(2, 19), min_size=2, max_size=4))
 def test_ghost_does_not_see_padding(drawn: tuple[torch.nn.Module, str], lengths: list[int]) -> None:
     """Rows padded right with any token score as the same rows given one by one."""
@@ -243,6 +244,7 @@ def test_means_is_the_product_of_means(model: torch.nn.Module) -> None:
         )
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize(("name", "options"), SCORERS)
 @given(model=models())
 def test_a_batch_split_changes_nothing(name: str, options: dict, model: torch.nn.Module) -> None:
@@ -330,6 +332,7 @@ FAMILIES_AND_AXES = [
 ]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize(("family", "axis"), FAMILIES_AND_AXES)
 def test_magnitude_is_the_norm_of_the_removed_weights(family: str, axis: str) -> None:
     """Independent of the view: the energy that the model's parameters lose when one unit goes."""
@@ -353,6 +356,7 @@ def energy(model: torch.nn.Module) -> float:
     return sum(float(p.detach().double().square().sum()) for p in model.parameters())
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("reduction", [None, "sum", "mean", "max"])
 @pytest.mark.parametrize("axis", ["state", "head", "hidden", "weight"])
@@ -425,7 +429,7 @@ def test_magnitude_on_parameters_named_by_hand() -> None:
         assert float(scores[name][0, u]) == pytest.approx(float(expected), rel=1e-6)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     zoo_models(("mamba2", "mamba", "zamba2", "zamba", "falcon_h1")),
     st.lists(st.integers(2, 19), min_size=3, max_size=3),
@@ -484,6 +488,8 @@ def plain_gradients(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tenso
     return {n: p.grad for n, p in model.named_parameters(remove_duplicate=False)}
 
 
+@pytest.mark.ci_cover(families=10)
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("family", "axis"), GRADIENT_AXES)
 def test_gradients_are_those_of_plain_autograd(family: str, axis: str, dtype: torch.dtype) -> None:
@@ -701,6 +707,7 @@ SEVERAL_AXES = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", SEVERAL_AXES)
 def test_one_axis_is_not_scored_on_the_other_ones_cut_in_its_own_layer(family: str) -> None:
     follows_the_cut_layers(zoo(family), "ghost", SEVERAL_AXES[family], 1e-4)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import sspruner
@@ -21,6 +21,7 @@ from sspruner.scoring.known import find_scorer
 from sspruner_plugins.last import Last, share
 from sspruner_plugins.rrqr import RRQR, pivoted
 from sspruner_plugins.sparsessm import SparseSSM
+from support.examples import examples
 from support.mamba1_state import close, projections, rows, slow_energy, states
 from support.scoring import batches_of, importance, loose, shown
 from support.tiny import models, tiny_model, tokens
@@ -96,7 +97,7 @@ def test_rrqr_drops_the_copy_and_keeps_the_small_one() -> None:
     assert pivoted(X.T @ X).argsort(descending=True).tolist() == [2, 1, 0]
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(zoo_models(STATES), st.integers(1, 19))
 def test_rrqr_on_a_model_is_the_qr_of_its_stacked_b(model: torch.nn.Module, length: int) -> None:
     mask = torch.arange(19) < torch.tensor([19, length])[:, None]
@@ -165,6 +166,7 @@ def test_share_of_equal_states_is_equal() -> None:
     assert share(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", STATES)
 def test_last_is_its_formula(family: str) -> None:
     model = zoo(family, state=3)
@@ -335,6 +337,7 @@ def test_a_zeroed_entry_of_a_log_is_a_decay_rate_of_one() -> None:
 # all of them
 
 
+@pytest.mark.cover(most=2)
 @every_scorer
 def test_a_state_keeps_its_score_wherever_it_stands(name: str, options: dict, families: tuple[str, ...]) -> None:
     for family in families:
@@ -364,8 +367,9 @@ def permute_states(model: torch.nn.Module, generator: torch.Generator) -> dict[s
     return orders
 
 
+@pytest.mark.cover(most=2)
 @every_scorer
-@settings(max_examples=10)
+@examples(10)
 @given(data=st.data())
 def test_batches_and_padding_change_nothing(
     name: str, options: dict, families: tuple[str, ...], data: st.DataObject
@@ -416,6 +420,7 @@ def test_what_stands_in_the_padding_does_not_count(
     torch.testing.assert_close(together.importance(), apart.importance(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.cover(most=2)
 @every_scorer
 def test_a_dead_layer_has_scores_all_the_same(name: str, options: dict, families: tuple[str, ...]) -> None:
     """B, C and x are 0 for every token, then constant: finite, and no state is better than another."""
@@ -435,7 +440,7 @@ def test_a_dead_layer_has_scores_all_the_same(name: str, options: dict, families
                     assert (scores == 0).all()
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(models(dtypes=(torch.bfloat16,), least_state=2))
 def test_a_bfloat16_model_is_scored(model: torch.nn.Module) -> None:
     for name, options, families in SCORERS:

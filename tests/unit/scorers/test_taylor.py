@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
 from sspruner.surgery.mask import mask_group, unmask
+from support import family_plans
+from support.examples import examples
 from support.scoring import batches_of, calibrated, importance, permute_states, units, without
 from support.tiny import models, tiny_model, tokens
 from support.zoo import FAMILIES, zoo
@@ -43,7 +45,7 @@ def owned(model: torch.nn.Module, group: Any, g: int, u: int) -> dict[str, torch
 
 # Experts run in fp32 and below only; here everything runs in fp64.
 PLAIN = {"jamba": {"experts": 1}, "granitemoehybrid": {"experts": 0}, "nemotron_h": {"layers": "M-AM"}}
-FAMILIES_AND_AXES = [(f, a) for f in FAMILIES for a in AXES if a in sspruner.trace(zoo(f)).axes]
+FAMILIES_AND_AXES = [(f, a) for f in FAMILIES for a in AXES if a in family_plans.AXES[f]]
 
 
 @pytest.fixture
@@ -59,6 +61,7 @@ def fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else up(self))
 
 
+@pytest.mark.ci_cover(families=10)
 @pytest.mark.slow
 @pytest.mark.usefixtures("fp64")
 @pytest.mark.parametrize(("family", "axis"), FAMILIES_AND_AXES)
@@ -80,6 +83,7 @@ def test_first_order_is_the_slope_of_the_loss(family: str, axis: str) -> None:
         assert float(scores[name][g, u]) == pytest.approx(abs(slope), rel=1e-2, abs=1e-3 * float(scores[name].max()))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("family", "axis"),
@@ -132,7 +136,7 @@ def test_of_single_elements_it_is_the_same(family: str, axis: str, order: str) -
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@settings(max_examples=8)
+@examples(8)
 @given(models(dtypes=(torch.float32,)), st.integers(0, 99))
 def test_permuting_states_permutes_scores(order: str, model: torch.nn.Module, seed: int) -> None:
     options, ids = {"order": order}, tokens(2, 12)
@@ -168,6 +172,7 @@ def test_what_is_zero_already_costs_nothing(order: str) -> None:
     assert scores[0, 3] > 0
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("one_shot", [False, True])
 def test_it_prunes_end_to_end(order: str, one_shot: bool) -> None:

@@ -147,6 +147,8 @@ def choices(cls: type) -> list[dict[str, Any]]:
     return [dict(zip(names, chosen, strict=True)) for chosen in product(*(values[n] for n in names))]
 
 
+@pytest.mark.ci_cover(most=9)
+@pytest.mark.cover
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize(("kind", "bias"), CASES)
 def test_every_option_gives_what_torch_pruning_gives(name: str, kind: type, bias: bool) -> None:
@@ -370,6 +372,7 @@ def each(units: int, *offsets: int, rows: int = 1) -> tuple[tuple[int, ...], ...
     return tuple(tuple(o + u * rows + r for o in offsets or (0,) for r in range(rows)) for u in range(units))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_groups_are_right(family: str) -> None:
     """Everything that is as wide as the hidden size, norms too; behind Zamba's concatenation, what is twice as wide."""
@@ -389,6 +392,7 @@ def test_hidden_groups_are_right(family: str) -> None:
     assert tp_group(tp_graph(model), *roots) == expected(model, *everything)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", HYBRIDS)
 @pytest.mark.parametrize(("kv", "ratio"), [(2, 1), (2, 2), (1, 3)])
 def test_attention_groups_are_right_from_the_queries(family: str, kv: int, ratio: int) -> None:
@@ -410,6 +414,7 @@ def test_attention_groups_are_right_from_the_queries(family: str, kv: int, ratio
             assert len(tp_group(graph, *(m.v_proj for m in sharing), rows=width)) < len(group)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_mlp_groups_are_right(family: str) -> None:
     model = zoo(family)

@@ -134,6 +134,7 @@ def test_wanda_on_single_weights_of_a_model(family: str) -> None:
         torch.testing.assert_close(score.double(), expected[name.replace(":", ".")], rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
 @pytest.mark.parametrize("family", FAMILY)
 def test_wanda_adds_up_what_a_unit_owns_in_linear_layers(family: str, reduction: str) -> None:
@@ -195,6 +196,7 @@ def test_wanda_says_so_if_it_sees_nothing_of_the_units() -> None:
 # SNIP and gradient-aware magnitude
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", [*FAMILY, "zamba"])
 def test_snip_is_the_first_order_change_summed_over_what_a_unit_owns(family: str) -> None:
     model, (ids, mask) = zoo(family), padded()
@@ -211,6 +213,7 @@ def test_snip_is_the_first_order_change_summed_over_what_a_unit_owns(family: str
             assert float(score[g, u]) == pytest.approx(float(expected), rel=1e-2, abs=1e-3 * largest), (name, g, u)
 
 
+@pytest.mark.cover(most=5)
 @pytest.mark.parametrize("family", FAMILY)
 @pytest.mark.parametrize(("scorer", "options"), [("snip", {}), ("gradmag", {}), ("gradmag", {"alpha": 0.5})])
 def test_single_weights_by_size_and_gradient(family: str, scorer: str, options: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
@@ -21,6 +21,7 @@ from sspruner.graph.families.mamba1_type import Mamba1Type
 from sspruner.graph.families.mamba2_type import Mamba2Type
 from sspruner.scoring.known import find_scorer
 from support.command import TEXT, done, refused, run, saved_model
+from support.examples import examples
 from support.scoring import batches_of, calibrated
 from support.tiny import tiny_model, tokens
 from support.zoo import zoo
@@ -51,6 +52,7 @@ def same(one: sspruner.Scores, other: sspruner.Scores) -> bool:
     )
 
 
+@pytest.mark.cover(most=3)
 @pytest.mark.parametrize(("family", "axes", "scorers"), TOGETHER, ids=str)
 def test_together_as_alone(family: str, axes: list[str], scorers: list[str]) -> None:
     """Bit for bit; in the order in which they were asked for."""
@@ -67,7 +69,7 @@ def test_together_as_alone(family: str, axes: list[str], scorers: list[str]) -> 
                 assert torch.equal(turned[name].importance[group], values)
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(st.data())
 def test_any_of_them_together_as_alone(data: st.DataObject) -> None:
     offered = ["ghost", "wanda", "last", "rrqr", "taylor", "snip", "magnitude", "random"]

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
-from sspruner.io import load as loading
+from sspruner.io import source as loading
 from sspruner.plans.plan import Plan, check_plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery import mask as masking
 from sspruner.surgery import proof
 from sspruner.surgery import tensors as writing
 from support.elements import biases_lacking, mixed, new_values, random_like, random_mask
+from support.examples import examples
 from support.round_trip import check_round_trip
 from support.tensors import same, tensors
 from support.tiny import close, half, logits, tiny_model, tokens
@@ -38,7 +39,7 @@ def switches(model: torch.nn.Module) -> list[bool]:
     return [m.use_bias for m in model.modules() if hasattr(m, "use_bias")]
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.sampled_from([torch.float32, torch.bfloat16]), st.data())
 def test_unmask_restores_the_original_bits(model: torch.nn.Module, dtype: torch.dtype, data: st.DataObject) -> None:
     """Biases that were added are gone again; where nothing else was masked, the model held the new values."""
@@ -55,7 +56,7 @@ def test_unmask_restores_the_original_bits(model: torch.nn.Module, dtype: torch.
     assert not masking.added_biases(model)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(zoo_models(), st.data())
 def test_masked_equals_sliced(model: torch.nn.Module, data: st.DataObject) -> None:
     """New values, new biases, units of any axis and single elements, in one plan."""
@@ -69,6 +70,7 @@ def test_masked_equals_sliced(model: torch.nn.Module, data: st.DataObject) -> No
     assert dense + added - found.parameters_removed == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.ci_cover(families=10)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -99,7 +101,7 @@ def test_every_bias_that_can_be_added(family: str, dtype: torch.dtype, tmp_path:
     assert ["biases" in cut for cut in again.config.sspruner["cuts"]] == [True, False]
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(zoo_models(), st.data())
 def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 2))):
@@ -179,7 +181,7 @@ def test_a_masked_model_that_was_cut_before_is_saved_with_its_new_biases(tmp_pat
     assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(zoo_models(), st.data())
 def test_piece_by_piece_is_all_at_once(model: torch.nn.Module, data: st.DataObject) -> None:
     """What a walk over the layers does, later values over earlier ones: undone to the bit, whatever the order."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 
 import sspruner
 from sspruner.calibrate.sources import Calibration
@@ -18,8 +17,9 @@ from sspruner.plugins import manager
 from sspruner.scoring.known import installed_scorers
 from sspruner.testing import check_scorer
 from sspruner.testing.watch import Touched
+from support.examples import scaled
 
-FEW = 2 if settings.default.max_examples <= 25 else 4
+FEW = scaled(2)
 
 # Scorers that are not meant to have a property, and why.
 NOT_MEANT = {
@@ -356,6 +356,8 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.ci_cover(most=24)
+@pytest.mark.cover(most=12)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda cls: cls.__name__)
 def test_the_kit_catches(fault: type[sspruner.Scorer]) -> None:
     Counting.runs, Largest.largest = 0, torch.zeros(())
@@ -381,6 +383,7 @@ def test_any_draw_of_random_numbers_is_seen() -> None:
             assert before.change(model) == "torch's global random state differs afterwards"
 
 
+@pytest.mark.slow
 def test_what_they_break_is_sound() -> None:
     check_scorer(Good, families=["mamba2", "mamba"], max_examples=3)
     check_scorer(Together, families=["mamba2", "mamba"], max_examples=3)
@@ -403,6 +406,7 @@ def test_a_class_that_is_no_scorer_is_named() -> None:
         check_scorer(Good, skip=["dtype"])
 
 
+@pytest.mark.slow
 def test_properties_can_be_left_out() -> None:
     check_scorer(Position, families=["mamba2"], max_examples=1, skip=["permutation"])
     check_scorer(type("Says", (Position,), {"positional": True}), families=["mamba2"], max_examples=1)
@@ -418,6 +422,7 @@ def test_the_kit_leaves_no_trace() -> None:
     assert {name for name, _ in manager.plugin_manager().list_name_plugin()} == names
 
 
+@pytest.mark.slow
 def test_only_the_kit_imports_hypothesis() -> None:
     code = "import sys, sspruner.cli.main, sspruner.pruning.prune, sspruner.testing; print('hypothesis' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
@@ -465,6 +470,7 @@ class Firsts(Principal):
         return self.total.diagonal(dim1=-2, dim2=-1) / self.tokens
 
 
+@pytest.mark.slow
 def test_a_basis_of_its_own_is_checked_too() -> None:
     check_scorer(Principal, families=["mamba2"], max_examples=2)
     for fault, says in (

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 
 from sspruner.graph.family import Family
 from sspruner.graph.known import installed_families
 from sspruner.graph.layout import Fold, Layout, Slot
 from sspruner.plugins import manager
 from sspruner.testing import check_family
+from support.examples import scaled
 from support.paths import ROOT
 from support.zoo import FAMILIES, randomise, zoo
 
-FEW = 2 if settings.default.max_examples <= 25 else 4
+FEW = scaled(2)
 
 
 @pytest.mark.slow
@@ -51,6 +51,7 @@ def plain_model(seed: int) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_the_family_of_the_page_conforms() -> None:
     names, state = registered(), torch.random.get_rng_state()
     check_family(PLAIN["Plain"](), plain_model, save=False, max_examples=FEW)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -21,6 +21,7 @@ from sspruner.training import checkpoint
 from sspruner.training.distil import distil, distillation, divergence, hidden_error, zeros_stay
 from sspruner.training.loop import Settings, perplexity, train
 from sspruner.training.run import run_folder
+from support.examples import examples
 from support.tiny import half, logits, tiny_model, tokens
 from support.training import SMALL, Stopped, likelihood, metrics, same, text
 
@@ -39,7 +40,8 @@ def noisy(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str
     return loss * (1 + torch.rand(())), parts
 
 
-@settings(max_examples=8)
+@pytest.mark.slow
+@examples(8)
 @example(stops=[4, 5], every=2, at_once=3)
 @given(stops=st.lists(st.integers(1, 6), max_size=3), every=st.integers(1, 4), at_once=st.sampled_from([1, 3, 4]))
 def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
@@ -175,7 +177,7 @@ def test_a_run_that_time_has_ended_may_be_given_more(tmp_path: Path) -> None:
 
 
 @given(alpha=st.floats(0, 1), temperature=st.floats(0.5, 4), hidden=st.sampled_from([0.0, 0.5]))
-@settings(max_examples=10)
+@examples(10)
 def test_the_loss_of_distillation_by_hand(alpha: float, temperature: float, hidden: float) -> None:
     """Against fp64, term by term; a student that is the teacher has only the text to learn from."""
     teacher, student, batch = tiny_model(seed=1), tiny_model(seed=2), tokens(3, 6)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
@@ -18,6 +18,7 @@ from sspruner.budgets.elements import FLOOR
 from sspruner.errors import InputError
 from sspruner.training import gradual as module
 from sspruner.training.gradual import Pruner, Schedule, decay_ranges, gradual
+from support.examples import examples
 from support.tiny import logits, tiny_model, tokens
 from support.training import SMALL, Stopped, metrics, same, text
 from support.zoo import zoo
@@ -53,7 +54,7 @@ def pruner(model: Any, axis: str, alpha: float = 1.0, sparsity: float = 0.5, all
 
 
 @given(alpha=st.sampled_from([0.0, 0.5, 1.0, 2.0]), sparsity=st.floats(0.1, 0.9), seed=st.integers(0, 3))
-@settings(max_examples=15)
+@examples(15)
 def test_one_threshold_is_the_exact_one(alpha: float, sparsity: float, seed: int) -> None:
     """Against a sort of all scores; but for what every tensor keeps of its best."""
     model = tiny_model(seed=seed)
@@ -125,6 +126,7 @@ def test_elements_go_as_scheduled_and_never_come_back(alpha: float, tmp_path: Pa
     assert metrics(tmp_path / "run")[-1]["held_out_perplexity"] == found.perplexity[1]
 
 
+@pytest.mark.cover(most=1)
 @pytest.mark.parametrize(
     ("family", "axis", "allocation"),
     [
@@ -163,7 +165,7 @@ def test_units_end_in_a_slice_that_is_proved(family: str, axis: str, allocation:
 
 
 @pytest.mark.slow
-@settings(max_examples=6)
+@examples(6)
 @given(stop=st.integers(1, 10), axis=st.sampled_from(["weight", "state"]))
 def test_an_interrupted_run_ends_with_the_same_masks_and_weights(
     stop: int, axis: str, tmp_path_factory: pytest.TempPathFactory

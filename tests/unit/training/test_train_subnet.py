@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
@@ -18,6 +18,7 @@ from sspruner.surgery.slice import slice_model
 from sspruner.testing.plans import plans, sizes
 from sspruner.training.subnet import Subnets
 from sspruner.training.twist import Deal
+from support.examples import examples
 from support.flat import flat
 from support.tiny import close, logits, tiny_model, tokens
 from support.zoo import FAMILIES, zoo
@@ -31,8 +32,10 @@ def made(model: Any, plan: Plan) -> tuple[Any, dict[str, Any], Subnets]:
     return *subnets.make(plan, values), subnets
 
 
+@pytest.mark.ci_cover(families=6)
+@pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=8)
+@examples(8)
 @given(data=st.data())
 def test_a_sub_network_is_the_slice_of_the_model(family: str, data: st.DataObject) -> None:
     """On every axis of every family: the same tensors, to the bit but for the scales, and the same logits."""

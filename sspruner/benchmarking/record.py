@@ -1,0 +1,185 @@
+"""What a bench measured, as JSON: a timing for each model, batch and phase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sspruner.benchmarking.ceiling import Rates, Work
+from sspruner.benchmarking.statistics import median_interval
+from sspruner.errors import InputError
+from sspruner.evaluation.paired import Interval
+from sspruner.files import strict_json
+from sspruner.files.fields import integer, items, number, table, text, versioned
+from sspruner.files.output import atomic_file
+from sspruner.files.provenance import versions
+
+DECODE, PREFILL = "decode", "prefill"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model at one batch in one phase.
+
+    seconds     of each repeat: of one step (decode), or of the whole prompt (prefill), all sequences together
+    tokens      that these seconds make, all sequences together; a file of version 0.1.0 has neither: then () and 0
+    tokens_per_second, ms    medians, and their intervals
+    ceiling     tokens per second, at the most
+    work        bytes and operations of it, at the least
+    peak_bytes  of this model alone: its weights, the caches, what is computed; on the CPU by how much the process grew,
+                None where the system does not tell
+    state_bytes recurrent state per sequence
+    path        which code ran
+    """
+
+    model: str
+    batch: int
+    phase: str
+    seconds: tuple[float, ...]
+    tokens: int
+    tokens_per_second: Interval
+    ms: Interval
+    ceiling: float
+    work: Work
+    peak_bytes: int | None
+    state_bytes: int
+    weight_bytes: int
+    path: str
+
+    @property
+    def fraction(self) -> float:
+        """The share of the ceiling that was reached."""
+        return self.tokens_per_second.value / self.ceiling
+
+    def speedup(self, over: Timing) -> Interval:
+        """How many times as fast as another timing, repeat by repeat: the median, and its interval.
+
+        Raises InputError where the seconds of the repeats are not known.
+        """
+        if not self.seconds or not over.seconds:
+            raise InputError("bench: this file has no seconds of single repeats; measure again")
+        return median_interval([b / a for a, b in zip(self.seconds, over.seconds, strict=True)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all numbers, for programs."""
+        return {
+            "model": self.model,
+            "batch": self.batch,
+            "phase": self.phase,
+            "tokens_per_second": self.tokens_per_second.to_json(),
+            "ms": self.ms.to_json(),
+            "ceiling_tokens_per_second": self.ceiling,
+            "fraction": self.fraction,
+            "peak_bytes": self.peak_bytes,
+            "state_bytes": self.state_bytes,
+            "weight_bytes": self.weight_bytes,
+            "bytes_moved": self.work.bytes,
+            "operations": self.work.operations,
+            "path": self.path,
+            **({"tokens": self.tokens, "seconds": [*self.seconds]} if self.seconds else {}),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Timing:
+        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
+        fields = table(data)
+        return cls(
+            model=text(fields["model"]),
+            batch=integer(fields["batch"]),
+            phase=text(fields["phase"]),
+            seconds=tuple(map(number, items(fields.get("seconds", [])))),
+            tokens=integer(fields.get("tokens", 0)),
+            tokens_per_second=Interval.from_json(fields["tokens_per_second"]),
+            ms=Interval.from_json(fields["ms"]),
+            ceiling=number(fields["ceiling_tokens_per_second"]),
+            work=Work(integer(fields["bytes_moved"]), integer(fields["operations"])),
+            peak_bytes=None if fields["peak_bytes"] is None else integer(fields["peak_bytes"]),
+            state_bytes=integer(fields["state_bytes"]),
+            weight_bytes=integer(fields["weight_bytes"]),
+            path=text(fields["path"]),
+        )
+
+
+def timing(seconds: Sequence[float], tokens: int, work: Work, rates: Rates, **what: Any) -> Timing:
+    """Make a timing from the seconds of its repeats. what: the other fields of `Timing`."""
+    return Timing(
+        seconds=tuple(seconds),
+        tokens=tokens,
+        tokens_per_second=median_interval([tokens / s for s in seconds]),
+        ms=Interval(*(1000 * s for s in median_interval(seconds))),
+        ceiling=tokens / work.seconds(rates),
+        work=work,
+        **what,
+    )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What one run measured. failed: model, batch and why, for what did not fit into memory."""
+
+    rows: tuple[Timing, ...]
+    machine: dict[str, Any]
+    prompt: int
+    generate: int
+    repeats: int
+    seed: int
+    failed: tuple[dict[str, Any], ...] = ()
+    profile: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def row(self, model: str, batch: int, phase: str = DECODE) -> Timing:
+        """The row of a model. Raises KeyError if there is none: it did not fit, or was not asked for."""
+        for row in self.rows:
+            if (row.model, row.batch, row.phase) == (model, batch, phase):
+                return row
+        raise KeyError((model, batch, phase))
+
+    def to_json(self) -> str:
+        """Return the content of bench.json."""
+        data = {
+            "version": 1,
+            "machine": self.machine,
+            "versions": self.versions,
+            "command": self.command,
+            "seed": self.seed,
+            "prompt": self.prompt,
+            "generate": self.generate,
+            "repeats": self.repeats,
+            "rows": [row.to_json() for row in self.rows],
+            "failed": list(self.failed),
+            "profile": self.profile,
+        }
+        return strict_json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, data: Any) -> Bench:
+        """Inverse of `to_json`, from its text or what `strict_json.loads` makes of it; other keys are passed over.
+
+        Raises KeyError, TypeError or ValueError for what that did not write.
+        """
+        fields = versioned(strict_json.loads(data) if isinstance(data, str) else data)
+        return cls(
+            rows=tuple(map(Timing.from_json, items(fields["rows"]))),
+            machine=table(fields["machine"]),
+            prompt=integer(fields["prompt"]),
+            generate=integer(fields["generate"]),
+            repeats=integer(fields["repeats"]),
+            seed=integer(fields["seed"]),
+            failed=tuple(map(table, items(fields["failed"]))),
+            profile={label: items(rows) for label, rows in table(fields["profile"]).items()},
+            command=text(fields["command"]),
+            versions=table(fields["versions"]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write bench.json, atomically."""
+        with atomic_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bench:
+        """Inverse of `save`. Raises InputError for a file that `save` did not write."""
+        return strict_json.load("bench", path, cls.from_json)

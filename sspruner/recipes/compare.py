@@ -1,0 +1,94 @@
+"""CompareRecipe: several scorers, several cuts, one text; the argument of `compare`, and a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from sspruner.errors import InputError
+from sspruner.recipes.common import Recorded, made_of
+from sspruner.recipes.flags import FromText, read_texts, text, texts
+from sspruner.recipes.lists import fractions_in, names_in
+from sspruner.recipes.parts import Allocation, CalibrationText, Remove, Scoring
+
+CELLS = Group("What to compare", sort_key=0.5)
+SPARSITIES = (0.25, 0.5, 0.75, 0.9)
+
+#: The calibration text may also be given as `calibration=`, as on the command line.
+SHORT = {"calibration": "source"}
+
+
+@Parameter(name="*", group=CELLS)
+@dataclass(frozen=True)
+class Cells:
+    """The rows and columns of the table, and what is measured in each cell.
+
+    In Python a scorer may also be a class.
+    """
+
+    scorers: Annotated[
+        tuple[str, ...] | None,
+        texts("NAME"),
+        Parameter(name=("--scorer", "--scorers"), show_default="ghost, and all that need only weights"),
+        FromText(names_in, "--scorer"),
+    ] = None
+    """Scorers, separated by commas. Repeatable."""
+
+    sparsities: Annotated[
+        tuple[float, ...],
+        texts("FRACTION", name="--sparsity"),
+        Parameter(show_default="0.25,0.5,0.75,0.9"),
+        FromText(fractions_in, "--sparsity"),
+    ] = SPARSITIES
+    """Fractions to remove, separated by commas: a column each. Repeatable."""
+
+    metrics: Annotated[tuple[str, ...], text("NAME,NAME", default="ppl,kl"), FromText(names_in, "--metrics")] = (
+        "ppl",
+        "kl",
+    )
+    """What to measure: any of ppl, kl, lambada, recall, separated by commas."""
+
+    lambada: Annotated[str | None, text("TEXT")] = None
+    """For lambada: file of JSON lines with a text each, or a datasets name."""
+
+    baseline: Annotated[str | None, text("MODEL")] = None
+    """A smaller dense model with the same tokenizer, to stand beside the cuts."""
+
+    def __post_init__(self) -> None:
+        """Read texts such as `ghost,magnitude` and `0.25,0.5`."""
+        read_texts(self)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class CompareRecipe(Recorded):
+    """Which scorers and which cuts to compare, on which axis, and by which text.
+
+    `CompareRecipe.load("c.yaml")` reads one, `recipe.save("c.yaml")` writes one;
+    `CompareRecipe.of(["ghost", "magnitude"], axis="head")` makes one from the fields of its parts.
+    """
+
+    cells: Cells = field(default_factory=Cells)
+    remove: Remove = field(default_factory=Remove)
+    budget: Allocation = field(default_factory=Allocation)
+    method: Scoring = field(default_factory=Scoring)
+    calibration: CalibrationText = field(default_factory=CalibrationText)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.remove.axis, str):
+            raise InputError(f"compare: one axis, whose fractions are --sparsity; not {self.remove.axis}")
+
+    @property
+    def axis(self) -> str:
+        """The axis that is cut."""
+        return str(self.remove.axis)
+
+    @classmethod
+    def of(cls, scorers: Any = None, **short: Any) -> CompareRecipe:
+        """Make a recipe from the fields of its parts: `CompareRecipe.of(["ghost", "random"], sparsities=(0.5,))`.
+
+        Raises InputError for an unknown field, with the nearest known one.
+        """
+        return made_of(cls, {"scorers": scorers, **short}, SHORT)

@@ -1,0 +1,249 @@
+"""Recipes of the training methods: DistilRecipe, GradualRecipe, TwistRecipe, and the settings that all share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from sspruner.errors import InputError
+from sspruner.recipes.common import Recorded, made_of
+from sspruner.recipes.flags import METHOD, FromText, number, read_texts, text, texts, whole
+from sspruner.recipes.lists import names_in
+from sspruner.recipes.texts import several
+
+TEXT = Group("Text", sort_key=1)
+TRAINING = Group("Training", sort_key=4)
+
+
+@Parameter(name="*", group=TEXT)
+@dataclass(frozen=True)
+class TrainText:
+    """The text to train on."""
+
+    text: Annotated[tuple[str, ...], texts("TEXT"), FromText(several, "--text")] = ()
+    """Text to train on: a UTF-8 file, .jsonl with `text`, or a datasets name (NAME[:CONFIG[:SPLIT]]). Repeatable:
+    blocks of all in equal parts."""
+
+    held_out: Annotated[int, whole()] = 16
+    """Blocks at the beginning of each text that are never trained on."""
+
+    def __post_init__(self) -> None:
+        """Read one text as a tuple of one."""
+        read_texts(self)
+
+
+@Parameter(name="*", group=TRAINING)
+@dataclass(frozen=True)
+class Optimisation:
+    """How long to train, in which batches, at which rate. The learning rate falls along a cosine to a tenth."""
+
+    max_tokens: Annotated[int, whole()] = 1_000_000
+    """Tokens to train on; the learning rate falls over them."""
+
+    max_minutes: Annotated[float | None, number()] = None
+    """Stop after this many minutes, with what there is."""
+
+    batch: Annotated[int, whole()] = 16
+    """Sequences in a step, of all processes together."""
+
+    at_once: Annotated[int, whole()] = 8
+    """Micro-batch size per process."""
+
+    seq_len: Annotated[int, whole()] = 256
+    """Tokens in a sequence."""
+
+    learning_rate: Annotated[float, number()] = 1e-4
+    """The largest learning rate."""
+
+    warm_up: Annotated[float, number("FRACTION")] = 0.02
+    """Fraction of the steps over which the learning rate rises."""
+
+    weight_decay: Annotated[float, number()] = 0.01
+    """Weight decay of matrices; vectors have none."""
+
+    clip: Annotated[float, number()] = 1.0
+    """The largest norm of a gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch", "at_once", "seq_len"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} {getattr(self, name)}: must be above 0")
+
+    @property
+    def steps(self) -> int:
+        """Number of batches in max_tokens, rounded up."""
+        return max(1, math.ceil(self.max_tokens / (self.batch * self.seq_len)))
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 1: linear up, then a cosine down to a tenth."""
+        rise = max(1, round(self.warm_up * self.steps))
+        if step <= rise:
+            return self.learning_rate * step / rise
+        done = (step - rise) / max(1, self.steps - rise)
+        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+@Parameter(name="*", group=TRAINING)
+@dataclass(frozen=True)
+class Settings(Optimisation):
+    """How to train: length, batches and rate, precision, checkpoints and the seed."""
+
+    bf16: bool = False
+    """Compute in bf16 (autocast); weights and moments stay in fp32."""
+
+    recompute: bool = False
+    """Recompute activations for the gradient instead of keeping them: less memory."""
+
+    every: Annotated[int, whole()] = 100
+    """Steps between checkpoints, each with the held-out perplexity."""
+
+    seed: Annotated[int, whole()] = 0
+    """Seed of the order of blocks, and of everything random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 1:
+            raise InputError(f"every {self.every}: must be at least 1")
+
+    def asked(self) -> dict[str, Any]:
+        """Return what makes it this training and no other, as JSON. Not max_minutes: a run may be given more time."""
+        return {name: value for name, value in asdict(self).items() if name != "max_minutes"}
+
+
+@Parameter(name="*", group=METHOD)
+@dataclass(frozen=True)
+class Distillation:
+    """What the student learns from its teacher."""
+
+    teacher: Annotated[str | None, text("MODEL", default="the reference model")] = None
+    """Dense model: folder or hub id."""
+
+    alpha: Annotated[float, number()] = 0.5
+    """Share of the teacher in the loss; the rest is the text's."""
+
+    temperature: Annotated[float, number()] = 1.0
+    """Temperature of both models' probabilities in the teacher's part."""
+
+    hidden: Annotated[float, number()] = 0.0
+    """Weight of the error of hidden states after each block."""
+
+    lora: Annotated[int, whole()] = 0
+    """Train narrow matrices of this rank instead; merged at the end."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1 or self.temperature <= 0 or self.hidden < 0 or self.lora < 0:
+            raise InputError(
+                f"alpha {self.alpha} (0 to 1), temperature {self.temperature} (above 0), hidden {self.hidden}, "
+                f"lora {self.lora}"
+            )
+
+
+@Parameter(name="*", group=METHOD)
+@dataclass(frozen=True)
+class Gradual:
+    """What is removed during the training, and when."""
+
+    axis: Annotated[str, text("AXIS")] = "weight"
+    """What to remove: weight for single elements, or an axis of units."""
+
+    sparsity: Annotated[float, number("FRACTION")] = 0.5
+    """Fraction that is removed at the end."""
+
+    alpha: Annotated[float, number()] = 1.0
+    """Exponent of the gradient in |w| |g|^alpha; 0: magnitude."""
+
+    mask_every: Annotated[int, whole()] = 10
+    """Steps between masks."""
+
+    begin: Annotated[float, number("FRACTION")] = 0.0
+    """Fraction of the steps after which removal begins."""
+
+    end: Annotated[float, number("FRACTION")] = 0.7
+    """Fraction of the steps after which all of it is removed."""
+
+    allocation: Annotated[str, text("NAME")] = "uniform"
+    """Of units: uniform, the same fraction of every layer, or global, one threshold."""
+
+    teacher: Annotated[str | None, text("MODEL", default="the text alone")] = None
+    """Learn from this model, too: folder or hub id."""
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0:
+            raise InputError(f"alpha {self.alpha}: must be at least 0")
+
+
+@Parameter(name="*", group=METHOD)
+@dataclass(frozen=True)
+class Twist:
+    """How random sub-networks are dealt to the workers."""
+
+    axis: Annotated[tuple[str, ...], text("AXIS,AXIS", default="head"), FromText(names_in, "--axis")] = ("head",)
+    """What is dealt to the workers: an axis, or several separated by commas."""
+
+    keep: Annotated[float, number("FRACTION")] = 0.5
+    """Fraction of the units that every sub-network has."""
+
+    deal_every: Annotated[int, whole()] = 15
+    """Steps after which workers are averaged and units dealt anew."""
+
+    ends: Annotated[int, whole()] = 2
+    """Blocks at each end that every sub-network has whole."""
+
+    draws: Annotated[int, whole()] = 8
+    """Sub-networks that are drawn at the end; the best is kept."""
+
+    def __post_init__(self) -> None:
+        read_texts(self)
+        if self.deal_every < 1 or self.draws < 1:
+            raise InputError(f"every {self.deal_every}, draws {self.draws}: must be at least 1")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class DistilRecipe(Recorded):
+    """How a pruned model learns from text and from its dense model: the argument of `distil`, and a YAML file."""
+
+    method: Distillation = field(default_factory=Distillation)
+    text: TrainText = field(default_factory=TrainText)
+    settings: Settings = field(default_factory=Settings)
+
+    @classmethod
+    def of(cls, **short: Any) -> DistilRecipe:
+        """Make a recipe from the fields of its parts: `DistilRecipe.of(alpha=0.9, max_tokens=10**6)`."""
+        return made_of(cls, short)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class GradualRecipe(Recorded):
+    """How a model is pruned while it trains: the argument of `gradual`, and a YAML file."""
+
+    method: Gradual = field(default_factory=Gradual)
+    text: TrainText = field(default_factory=TrainText)
+    settings: Settings = field(default_factory=Settings)
+
+    @classmethod
+    def of(cls, **short: Any) -> GradualRecipe:
+        """Make a recipe from the fields of its parts: `GradualRecipe.of(axis="state", sparsity=0.5)`."""
+        return made_of(cls, short)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TwistRecipe(Recorded):
+    """How random sub-networks are trained: the argument of `twist`, and a YAML file."""
+
+    method: Twist = field(default_factory=Twist)
+    text: TrainText = field(default_factory=TrainText)
+    settings: Settings = field(default_factory=Settings)
+
+    @classmethod
+    def of(cls, **short: Any) -> TwistRecipe:
+        """Make a recipe from the fields of its parts: `TwistRecipe.of(axis="head", keep=0.5)`."""
+        return made_of(cls, short)

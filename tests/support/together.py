@@ -1,0 +1,59 @@
+"""A group of processes that is started once and runs one function after another, with gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+import sspruner
+
+MOST = 4
+Together = Callable[..., list[Any]]
+
+
+def work(number: int, count: int, meeting: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """What one process does: join the others, call the function, leave. An error of ours is what it returns."""
+    torch.set_num_threads(1)
+    store = distributed.FileStore(meeting, count)
+    patience = timedelta(minutes=2)  # a process that waits for ever would be a test that never ends
+    distributed.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=patience)
+    distributed.barrier()  # who leaves while another still connects cuts it off
+    try:
+        return function(*arguments)
+    except sspruner.SSPrunerError as error:
+        return error
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def group(folder: Path) -> Iterator[Together]:
+    """together(count, function, *arguments): what it returns in each of `count` processes.
+
+    A process starts when it is first needed. Importing torch and transformers in each takes as long as many tests.
+    """
+    calls = iter(range(10**6))
+    pools = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(MOST)]
+
+    def call(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        meeting = str(folder / str(next(calls)))
+        futures = [pools[number].submit(work, number, count, meeting, function, arguments) for number in range(count)]
+        return [future.result(timeout=300) for future in futures]
+
+    yield call
+    for pool in pools:
+        pool.shutdown()
+
+
+def went_well(results: list[Any]) -> list[Any]:
+    """The same, where no process returned an error of ours."""
+    assert not [result for result in results if isinstance(result, sspruner.SSPrunerError)], results
+    return results
