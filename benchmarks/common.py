@@ -20,11 +20,13 @@ from typing import Any
 import torch
 
 import sspruner
+from sspruner.benchmarking import resident
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.evaluation.last_word import passages
 from sspruner.evaluation.measures import Asked, Values, measure
+from sspruner.evaluation.paired import perplexity_ratio
 
-WINDOWS_PER_BATCH, RESAMPLES, QUIET = 8, 10_000, 0.1  # QUIET: cores that others may use while something is timed
+WINDOWS_PER_BATCH, QUIET = 8, 0.1  # QUIET: cores that others may use while something is timed
 Made = tuple[str, str, Any]  # what a part returns: its tables, a note for the provenance line, its numbers
 
 
@@ -96,7 +98,8 @@ def costs(values: Values) -> tuple[float, float]:
 def kept(file: Path, key: Any, make: Callable[[], Any]) -> Any:
     """Return the record of a file, if it was made for this key and holds no error; else make it and write it."""
     key = json.loads(json.dumps(key))
-    if file.exists() and (old := json.loads(file.read_text()))["key"] == key and "error" not in old["record"]:
+    text = file.read_text() if file.exists() else ""
+    if text and '"error":' not in text and (old := json.loads(text))["key"] == key:
         return old["record"]
     record = make()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +174,15 @@ def in_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
     return took
 
 
+def growth(job: Callable[[], Any]) -> int:
+    """Return by how many bytes this process's resident memory grew at its peak while `job` ran (Linux)."""
+    before = resident.start()
+    if before is None:
+        raise SystemExit("this system does not tell what is resident")
+    job()
+    return resident.peak() - before
+
+
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return the function's result in a new Python process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -190,10 +202,7 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def ratio(difference: torch.Tensor) -> str:
     """Return exp of the mean with a bootstrap 95 % interval over windows. difference: nats per token, fp64 (W,)."""
-    picks = torch.randint(len(difference), (RESAMPLES, len(difference)), generator=torch.Generator().manual_seed(0))
-    ends = torch.tensor([0.025, 0.975], dtype=difference.dtype)
-    low, high = difference[picks].mean(1).quantile(ends).exp().tolist()
-    return span((float(difference.mean().exp()), low, high), 3)
+    return span(perplexity_ratio(difference, torch.zeros_like(difference), torch.ones_like(difference)), 3)
 
 
 def span(found: Sequence[float], digits: int = 2) -> str:

@@ -1,202 +1,262 @@
-"""What a cut costs by scorer: perplexity, KL to the dense model, and LAMBADA's last word, for every axis.
+"""Experiments of recipes/: scorers x cuts, each cell a `sspruner.Recipe`, measured on text that no scorer saw.
 
-    python benchmarks/scorers.py mamba2-books-4m --axis state    # makes what is missing in --results, prints the table
-    python benchmarks/scorers.py                                 # all reference models, all axes; several may run
+A file names the table that is drawn (a function of tables.py) and one section or several: the models, fields that all
+recipes have (base), rows and cuts with the fields of each, how many seeds, what is observed and what is reported. A
+section that is `once` scores each row once on the dense model and plans every cut from that. Rows may have `observed`,
+`models` and `cuts` of their own. Other files are recipes of commands (commands.py).
 
-The rows are those of scorer_rows.py. Calibration: seeded windows of books-val.txt. Reported: seeded windows of
-books-test.txt and seeded passages of lambada-test.jsonl, the same for every row. The model is read as fp32 and masked;
-a mask equals its slice (sspruner.surgery.proof). Each row and seed is a JSON file; a cell is made again if its
-arguments, the sizes or the scorer's code changed, or if it failed. Changes of the engine are not noticed: --again.
+Every cell is kept in the work folder, and made again if its recipe, the sizes or the scorer's code changed, or if it
+failed. Changes of the engine are not noticed: remove the folder.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
 import copy
 import datetime
 import hashlib
 import inspect
-import json
 import platform
-import time
-from collections.abc import Iterator
-from functools import cached_property
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import commands
+import tables as drawn
 import torch
-from common import progress, provenance
-from damage import measure
-from scorer_rows import MODELS, TABLES, Row, Table
-from scorer_table import render
+import yaml
+from common import Made, Subject, by_token, file_name, kept, progress
 
 import sspruner
-from sspruner.evaluation.damage import log_probabilities
-from sspruner.evaluation.last_word import last_words, passages
+from sspruner.scoring.choice import candidates
 from sspruner.scoring.known import find_scorer
 
-SIZES = {"seq_len": 256, "calibration_windows": 8, "reported_windows": 32, "passages": 40}
-REPORTED_SEED, WINDOWS_PER_BATCH, PASSAGES_PER_BATCH, DIGITS = 0, 8, 32, 6
+Fields = dict[str, Any]
+OWN = ("observed", "models", "cuts")  # keys of a row that are no fields of its recipe
+BUDGET = ("scorer", "axis", "options", "one_shot", "seed")  # fields of a recipe that are no fields of a plan
 
 
-class Bench:
-    """One model, what is asked of it, and its dense answers."""
+@dataclass(frozen=True)
+class Section:
+    """Some rows and cuts on some models.
 
-    def __init__(self, name: str, data: Path, sizes: dict[str, int]) -> None:
-        self.name, self.data, self.sizes = Path(name).name, data, sizes
-        self.model, self.tokenizer = sspruner.load(name, dtype="float32")
-        self.calibrations: dict[int, sspruner.Calibration] = {}
+    observed, reported: {file, windows}; chosen: text on which cells are measured, too. rows: "all" tries every scorer
+    of the axis. show: what the table wants to know.
+    """
 
-    def windows(self, file: str, count: int, seed: int) -> sspruner.Calibration:
-        size = {"seq_len": self.sizes["seq_len"], "samples": count, "held_out": 0}
-        return sspruner.calibration(self.data / file, self.model, self.tokenizer, seed=seed, **size)
+    models: tuple[str, ...]
+    rows: dict[str, Fields] | str
+    cuts: dict[str, Fields]
+    base: Fields = field(default_factory=dict)
+    once: bool = False
+    seeds: int = 1
+    observed: Fields = field(default_factory=dict)
+    reported: Fields = field(default_factory=dict)
+    chosen: Fields = field(default_factory=dict)
+    passages: int = 0
+    show: Fields = field(default_factory=dict)
 
-    def calibration(self, seed: int) -> sspruner.Calibration:
-        if seed not in self.calibrations:
-            self.calibrations[seed] = self.windows("books-val.txt", self.sizes["calibration_windows"], seed)
-        return self.calibrations[seed]
+    @property
+    def axis(self) -> str:
+        """The axis that is cut."""
+        return str(self.base.get("axis", "state"))
 
-    @cached_property
-    def reported(self) -> torch.Tensor:
-        """int64 (W, T)"""
-        return self.windows("books-test.txt", self.sizes["reported_windows"], REPORTED_SEED).tokens
+    def rows_of(self, model: str) -> dict[str, Fields]:
+        """Return the rows of one model."""
+        if isinstance(self.rows, str):
+            return {name: {"scorer": name} for name in candidates(self.axis, "select")} | self.show["beside"]
+        return {label: row for label, row in self.rows.items() if model in row.get("models", self.models)}
 
-    @cached_property
-    def passages(self) -> list[Any]:
-        with (self.data / "lambada-test.jsonl").open(encoding="utf-8") as file:
-            texts = [json.loads(line)["text"] for line in file]
-        return passages(self.tokenizer, texts, self.sizes["passages"], REPORTED_SEED)
+    def cuts_of(self, row: Fields) -> dict[str, Fields]:
+        """Return the cuts of one row."""
+        return {label: cut for label, cut in self.cuts.items() if label in row.get("cuts", self.cuts)}
 
-    @cached_property
-    @torch.no_grad()
-    def dense(self) -> torch.Tensor:
-        """The dense model's log-probabilities: (W, T-1, V)."""
-        parts = self.reported.split(WINDOWS_PER_BATCH)
-        return torch.cat([log_probabilities(self.model, part, torch.ones_like(part)) for part in parts])
+    def fields(self, row: Fields, cut: Fields, seed: int = 0) -> Fields:
+        """Return the fields of a cell's recipe."""
+        found = self.base | {key: value for key, value in row.items() if key not in OWN} | cut
+        if "pattern" in found:
+            found.pop("granularity", None)  # a pattern is one
+        return found | {"seed": seed, "mode": "mask"}
 
-    def answers(self, model: Any) -> dict[str, Any]:
-        """nll, kl: by window, nats per token; word_nll, word: by passage, nats per last word, and whether it is hit."""
-        nll, kl = measure(model, self.reported, self.dense)
-        word_nll, hit = last_words(model, self.passages, PASSAGES_PER_BATCH)
-        numbers = {"nll": nll, "kl": kl, "word_nll": word_nll}
-        return {k: [round(x, DIGITS) for x in v.tolist()] for k, v in numbers.items()} | {"word": hit.tolist()}
+    def quick(self) -> Section:
+        """Return a little of it: the first model, two rows, one cut, two windows."""
+        few = {key: {**getattr(self, key), "windows": 2} for key in ("observed", "reported", "chosen")}
+        few = {key: value for key, value in few.items() if getattr(self, key)}
+        rows = self.rows if isinstance(self.rows, str) else dict(list(self.rows.items())[:2])
+        cuts = dict(list(self.cuts.items())[1:2] or self.cuts)
+        more: Fields = {"passages": min(self.passages, 4), "models": self.models[:1], "seeds": 1}
+        return replace(self, rows=rows, cuts=cuts, **few, **more)
 
-    def cut(self, seed: int, scorer: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """A cell: what one cut costs, or why it cannot be made."""
-        model, start = copy.deepcopy(self.model), time.perf_counter()
-        try:
-            data = self.calibration(seed)
-            result = sspruner.prune(model, scorer, mode="mask", calibration=data, seed=seed, **arguments)
-            kept = sorted({s.after for s in result.plan.groups.values()})
-            return self.answers(model) | {
-                "kept": kept,
-                "scoring_seconds": result.report.seconds["scoring"],
-                "seconds": round(time.perf_counter() - start, 2),
-            }
-        except sspruner.SSPrunerError as error:
-            return {"error": str(error)}
-        except Exception as error:  # a broken scorer must not take the other rows with it
-            return {"error": f"{type(error).__name__}: {error}"}
+
+@dataclass(frozen=True)
+class Experiment:
+    """A file of recipes/."""
+
+    table: str
+    sections: tuple[Section, ...]
+
+    @classmethod
+    def load(cls, file: Path) -> Experiment:
+        """Read an experiment; what stands beside `sections` holds for all of them."""
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data.pop("shared", None)  # only for anchors
+        table, sections = data.pop("table"), data.pop("sections", [{}])
+        return cls(
+            table, tuple(Section(**{**data, **one, "models": tuple({**data, **one}["models"])}) for one in sections)
+        )
+
+
+@dataclass
+class Cell:
+    """What one cut costs: by window, nats per token, and by passage; or the reason why it cannot be made."""
+
+    record: Fields
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.record
+
+    def __getattr__(self, key: str) -> torch.Tensor:
+        return torch.tensor(self.record[key], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A section on one model: the dense model's cell, and (row, cut) -> a cell for each seed."""
+
+    model: str
+    section: Section
+    dense: Cell
+    cells: dict[tuple[str, str], list[Cell]]
+
+    @property
+    def rows(self) -> list[str]:
+        """The rows that there are."""
+        return list(dict.fromkeys(label for label, _ in self.cells))
+
+    def mean(self, row: str, cut: str, key: str) -> torch.Tensor | None:
+        """Return the mean over seeds, by window or passage; None if no seed has any."""
+        good = [getattr(cell, key) for cell in self.cells.get((row, cut), ()) if key in cell]
+        return torch.stack(good).mean(0) if good else None
+
+
+def tables(s: Any) -> Made:
+    """Run an experiment, and draw its table; or a command's recipe."""
+    if hasattr(commands, s.file.stem):
+        command: Made = getattr(commands, s.file.stem)(s)
+        return command
+    experiment = Experiment.load(s.file)
+    if models := getattr(s, "models", None):
+        sections = [replace(part, models=tuple(m for m in part.models if m in models)) for part in experiment.sections]
+        experiment = replace(experiment, sections=tuple(part for part in sections if part.models))
+    subjects: dict[str, Subject] = {}
+    found = []
+    for section in experiment.sections[: 1 if s.quick else None]:
+        section = section.quick() if s.quick else section
+        for name in section.models:
+            if name not in subjects:
+                subjects = {name: Subject(name, s.data)}  # one at a time
+            work = s.work / f"{s.file.stem}{'-quick' * s.quick}" / name
+            found.append(measured(subjects[name], section, work))
+    made: Made = getattr(drawn, experiment.table)(found)
+    return made
+
+
+def measured(subject: Subject, section: Section, work: Path) -> Found:
+    """Measure every cell of a section on one model; those of a row and a seed together."""
+    texts = {
+        key: subject.text(**source(getattr(section, key))) for key in ("reported", "chosen") if getattr(section, key)
+    }
+    asked = subject.passages(section.passages) if section.passages else []
+    sizes = [section.observed, section.reported, section.chosen, section.passages]
+    seen: dict[Any, sspruner.Calibration] = {}
+    dense: Fields = {}
+    cells: dict[tuple[str, str], list[Cell]] = {}
+
+    def observed(file: str, seed: int) -> sspruner.Calibration:
+        if (file, seed) not in seen:
+            seen[file, seed] = subject.text(file, section.observed["windows"], seed=seed)
+        return seen[file, seed]
+
+    def measure(versions: list[Any]) -> list[Fields]:
+        first, others = subject.measure(versions, texts.get("reported"), asked)
+        dense.update(numbers(first))
+        records = [numbers(values) for values in others]
+        if "chosen" in texts:
+            chosen = subject.measure(versions, texts["chosen"])[1]
+            return [r | {"chosen": numbers(c)["nll"]} for r, c in zip(records, chosen, strict=True)]
+        return records
+
+    def fill(label: str, row: Fields, seed: int) -> dict[str, Fields]:
+        """All cells of a row and a seed."""
+        data, records, versions, plans = observed(row.get("observed", section.observed["file"]), seed), {}, {}, {}
+        for cut, budget in section.cuts_of(row).items():
+            try:
+                versions[cut], plans[cut] = version_of(subject, section, section.fields(row, budget, seed), data)
+            except Exception as error:  # a broken scorer must not take the other rows with it
+                said = "" if isinstance(error, sspruner.SSPrunerError) else f"{type(error).__name__}: "
+                records[cut] = {"error": f"{said}{error}"}
+        for cut, record in zip(versions, measure(list(versions.values())) if versions else [], strict=True):
+            records[cut] = record | {"kept": sorted(plans[cut])}
+            progress(f"{subject.name} {section.axis} | {label} | seed {seed} | {cut}: {cost(record)}")
+        machine = f"{platform.machine()}, {torch.get_num_threads()} torch threads, torch {torch.__version__}"
+        made = {"date": str(datetime.date.today()), "machine": machine}
+        return {cut: records[cut] | {"made": made} for cut in section.cuts_of(row)}
+
+    for label, row in section.rows_of(subject.name).items():
+        scorer = section.fields(row, {})["scorer"]
+        for seed in range(1 if fixed(scorer) else section.seeds):
+            recipes = {cut: section.fields(row, budget, seed) for cut, budget in section.cuts_of(row).items()}
+            file = work / section.axis / f"{file_name(label)}.{seed}.json"
+            key = [recipes, row.get("observed"), sizes, code_of(scorer)]
+            record = kept(file, key, lambda label=label, row=row, seed=seed: fill(label, row, seed))
+            for cut, cell in record.items():
+                cells.setdefault((label, cut), []).append(Cell(cell))
+    if not dense:  # all cells were there
+        measure([])
+    return Found(subject.name, section, Cell(dense), cells)
+
+
+def version_of(subject: Subject, section: Section, how: Fields, data: sspruner.Calibration) -> tuple[Any, set[int]]:
+    """Return a version of the model for `measure`, and what its dependency groups keep."""
+    if section.once:
+        scoring = {key: how[key] for key in ("axis", "options", "seed") if key in how}
+        budget = {key: value for key, value in how.items() if key not in (*BUDGET, "mode")}
+        plan = subject.plan(data, how["scorer"], **scoring, **budget)
+        sizes = {name: group.units for name, group in subject.graph.on_axis(section.axis).items()}
+        return subject.masked(plan), sorted((sizes | {n: r.after for n, r in plan.groups.items()}).values())
+    model = copy.deepcopy(subject.model)
+    result = sspruner.prune(model, sspruner.Recipe.of(**how), calibration=data, tokenizer=subject.tokenizer)
+    return lambda: nullcontext(model), {selection.after for selection in result.plan.groups.values()}
+
+
+def numbers(values: Any) -> Fields:
+    """Return what was measured, as JSON: nll and kl by window, nats per token; word_nll and word by passage."""
+    found: Fields = {}
+    if values.text is not None:
+        nll, kl = by_token(values)
+        found |= {"nll": nll.tolist(), "kl": kl.tolist()}
+    if "lambada_nll" in values.items:
+        found |= {"word_nll": values.items["lambada_nll"].tolist(), "word": values.items["lambada_accuracy"].tolist()}
+    return found
+
+
+def cost(record: Fields) -> str:
+    """Return the mean of what a cell holds first, for progress."""
+    first = next(iter(record.values()))
+    return f"{sum(first) / len(first):.4f} nats"
+
+
+def source(text: Fields) -> Fields:
+    """Return the arguments of Subject.text."""
+    return {"source": text["file"], "windows": text["windows"]}
+
+
+def fixed(scorer: str) -> bool:
+    """Tell whether a scorer neither draws nor is calibrated."""
+    return scorer != "random" and find_scorer(scorer)[0].needs == "weights"
 
 
 def code_of(scorer: str) -> str:
-    """A hash of the module that a scorer comes from, without comments and docstrings."""
+    """Return a hash of the module that a scorer comes from."""
     cls = find_scorer(scorer)[0]
-    tree = ast.parse(inspect.getsource(inspect.getmodule(cls) or cls))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            node.value.value = ""
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
-
-
-def file_of(results: Path, model: str, axis: str, label: str, seed: int) -> Path:
-    return results / model / axis / f"{''.join(c if c.isalnum() else '-' for c in label)}.{seed}.json"
-
-
-def seeds_of(row: Row, table: Table, asked: int | None) -> Iterator[int]:
-    """One seed for what is neither drawn nor calibrated."""
-    fixed = row.scorer != "random" and find_scorer(row.scorer)[0].needs == "weights"
-    yield from range(1 if fixed else asked or max(row.seeds, table.seeds))
-
-
-def make_row(bench: Bench, table: Table, row: Row, seed: int, file: Path, again: bool) -> None:
-    """Make the cells that are missing in a row's file; it is written after every one."""
-    old = json.loads(file.read_text()) if file.exists() and not again else {}
-    record = {
-        "model": bench.name,
-        "axis": table.axis,
-        "label": row.label,
-        "seed": seed,
-        "sizes": bench.sizes,
-        "code": code_of(row.scorer),
-        "made": {
-            "date": str(datetime.date.today()),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} torch threads, torch {torch.__version__}",
-        },
-        "cells": {},
-    }
-    same = all(old.get(key) == record[key] for key in ("sizes", "code"))
-    for cut, budget in table.cuts.items():
-        arguments = {"axis": table.axis, **row.arguments, **budget}
-        if "pattern" in budget:
-            arguments.pop("granularity", None)  # a pattern is one
-        as_json = json.loads(json.dumps(arguments))
-        cell = old.get("cells", {}).get(cut, {}) if same else {}
-        if cell.get("arguments") != as_json or "error" in cell:
-            cell = bench.cut(seed, row.scorer, arguments) | {"arguments": as_json}
-            said = cell.get("error") or f"{sum(cell['nll']) / len(cell['nll']):.4f} nats, {cell['seconds']:.1f} s"
-            progress(f"{bench.name} {table.axis} | {row.label} | seed {seed} | {cut}: {said}")
-        record["cells"][cut] = cell
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=MODELS, help="reference models, or folders; default: all three")
-    parser.add_argument("--axis", nargs="+", help="some of the axes")
-    parser.add_argument("--rows", nargs="+", help="some of the rows, by scorer or label")
-    parser.add_argument("--seeds", type=int, help="so many seeds of every row; default: by table")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with books and LAMBADA")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the rows' JSON")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; 1, and a process for each core, is quickest"
-    )
-    parser.add_argument("--again", action="store_true", help="make rows that are there already, too")
-    for name, size in SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    sizes = {name: getattr(given, name) for name in SIZES}
-    for name in given.models:
-        bench = Bench(name, given.data, sizes)
-        dense = given.results / bench.name / "dense.json"
-        if given.again or not dense.exists() or json.loads(dense.read_text())["sizes"] != sizes:
-            dense.parent.mkdir(parents=True, exist_ok=True)
-            dense.write_text(json.dumps({"model": bench.name, "sizes": sizes, **bench.answers(bench.model)}))
-        for table in TABLES:
-            if table.axis not in (given.axis or [table.axis]) or (
-                bench.name in MODELS and bench.name not in table.models
-            ):
-                continue
-            for row in table.rows:
-                if bench.name in MODELS and bench.name not in row.models:
-                    continue
-                if given.rows and not {row.label, row.scorer} & set(given.rows):
-                    continue
-                for seed in seeds_of(row, table, given.seeds):
-                    make_row(
-                        bench,
-                        table,
-                        row,
-                        seed,
-                        file_of(given.results, bench.name, table.axis, row.label, seed),
-                        given.again,
-                    )
-    print(render(given.results, [Path(m).name for m in given.models], given.axis))
-    print("\n" + provenance(f"seeds 0 and up (random scorer, calibration), {REPORTED_SEED} (reported)"))
-
-
-if __name__ == "__main__":
-    main()
+    return hashlib.sha256(inspect.getsource(inspect.getmodule(cls) or cls).encode()).hexdigest()[:12]

@@ -1,7 +1,5 @@
 """Does refining the balanced basis on the joint error beat the closed form? The scorer `balanced` is the closed form.
 
-    python benchmarks/joint.py --data ../shared/data
-
 The closed form takes C and h for independent in time. The joint error of a layer does not:
 
     J(encode, decode) = sum_t sum_p w_t[p] (C_t . h_t[p] - C_t . decode encode h_t[p])^2
@@ -13,19 +11,16 @@ that it was fitted to and on others; and perplexity on other books. Calibration:
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from common import progress, provenance, table
-from damage import measure
+from common import Made, Subject, costs, progress, table
 
 import sspruner
 from sspruner.calibrate.state import chunks
-from sspruner.evaluation.damage import log_probabilities
 from sspruner.plans import reduction
 from sspruner_plugins.balanced import Balanced
 
@@ -68,34 +63,22 @@ def solve(apply: Callable[[torch.Tensor], torch.Tensor], right: torch.Tensor, st
 
 
 def refine(C: torch.Tensor, H: torch.Tensor, encode: torch.Tensor, decode: torch.Tensor, turns: int) -> Any:
-    """encode (k, N) and decode (N, k) after so many turns of both steps; a ridge holds them near where they were."""
+    """Return encode (k, N) and decode (N, k) after so many turns of both steps; a ridge holds them near their start."""
     for _ in range(turns):
-        decode = better_decode(C, H, encode, decode)
-        encode = better_encode(C @ decode, C, H, encode)
+        G = encode @ H @ encode.T  # (tokens, k, k): sum_t C C^T decode G = sum_t C C^T H encode^T
+        decode = least(C, C, H @ encode.T, G, decode)
+        encode = least(C @ decode, C, H, H, encode)  # c = decode^T C: sum_t c c^T encode H = sum_t c C^T H
     return encode, decode
 
 
-def better_decode(C: torch.Tensor, H: torch.Tensor, encode: torch.Tensor, decode: torch.Tensor) -> torch.Tensor:
-    """The decode (N, k) of least J for this encode: sum_t C C^T decode G = sum_t C C^T H encode^T."""
-    G = encode @ H @ encode.T  # (tokens, k, k)
-    size = RIDGE * G.diagonal(dim1=-2, dim2=-1).mean() * C.square().mean()
-    right = torch.einsum("tn,tm,tmj->nj", C, C, H @ encode.T) / len(C)  # (N, k)
+def least(c: torch.Tensor, C: torch.Tensor, right: torch.Tensor, G: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Return X near `start` with sum_t c c^T X G_t = sum_t c C^T right_t. c: (tokens, i); G: (tokens, j, j)."""
+    size = RIDGE * G.diagonal(dim1=-2, dim2=-1).mean() * c.square().mean()
 
-    def apply(T: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("tn,tj,tjk->nk", C, C @ T, G) / len(C) + size * T
+    def apply(X: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ti,tj,tjk->ik", c, c @ X, G) / len(C) + size * X
 
-    return solve(apply, right + size * decode, decode)
-
-
-def better_encode(c: torch.Tensor, C: torch.Tensor, H: torch.Tensor, encode: torch.Tensor) -> torch.Tensor:
-    """The encode (k, N) of least J for c = decode^T C, (tokens, k): sum_t c c^T encode H = sum_t c C^T H."""
-    size = RIDGE * H.diagonal(dim1=-2, dim2=-1).mean() * c.square().mean()
-    right = torch.einsum("tj,tn,tnm->jm", c, C, H) / len(C)  # (k, N)
-
-    def apply(E: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("tj,tn,tnm->jm", c, c @ E, H) / len(C) + size * E
-
-    return solve(apply, right + size * encode, encode)
+    return solve(apply, torch.einsum("ti,tn,tnj->ij", c, C, right) / len(C) + size * start, start)
 
 
 class Refined(Balanced):
@@ -127,40 +110,22 @@ class Refined(Balanced):
         return encode, decode
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=int, nargs="+", default=[32, 13, 4])
-    parser.add_argument("--turns", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--tokens", type=int, nargs=2, default=[16, 128], help="calibration sequences, their length")
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with books-*.txt")
-    given = parser.parse_args()
-    dense, tokenizer = sspruner.load(dtype="float32")
-    size = {"samples": given.tokens[0], "seq_len": given.tokens[1], "held_out": 0}
-    data = sspruner.calibration(given.data / "books-val.txt", dense, tokenizer, **size)
-    size = {"samples": given.windows, "seq_len": 256, "held_out": 0}
-    windows = sspruner.calibration(given.data / "books-test.txt", dense, tokenizer, **size).tokens
-    with torch.no_grad():
-        parts = windows.split(8)
-        answers = torch.cat([log_probabilities(dense, part, torch.ones_like(part)) for part in parts])
-    rows = []
-    for keep in given.keep:
-        for turns in (0, *given.turns):
-            model, options = copy.deepcopy(dense), {"k": keep, "turns": turns} if turns else {}
+def tables(s: Any) -> Made:
+    """Return a row for each size and number of turns. Settings: windows, keep, turns, tokens (sequences, length)."""
+    subject, rows = Subject("mamba2-books-4m", s.data), []
+    data, text = subject.text("books-val.txt", *s.tokens), subject.text("books-test.txt", s.windows)
+    for keep in s.keep:
+        for turns in (0, *s.turns):
+            model, options = copy.deepcopy(subject.model), {"k": keep, "turns": turns} if turns else {}
             Refined.log.clear()
-            sspruner.prune(
-                model, Refined if turns else "balanced", keep=keep, mode="mask", calibration=data, options=options
-            )
-            nll, kl = measure(model, windows, answers)
+            how: dict[str, Any] = {"keep": keep, "mode": "mask", "calibration": data, "options": options}
+            sspruner.prune(model, Refined if turns else "balanced", **how)
+            dense, (values,) = subject.measure([lambda model=model: nullcontext(model)], text)
             errors = [f"{sum(x) / len(x):.3f}" for x in zip(*Refined.log.get(turns, [(1.0, 1.0)]), strict=True)]
+            perplexity, kl = costs(values)
             label = f"{turns} turns" if turns else "closed form"
-            rows.append([str(keep), label, *errors, f"{float(nll.mean().exp()):.3f}", f"{float(kl.mean()):.5f}"])
+            rows.append([str(keep), label, *errors, f"{perplexity:.3f}", f"{kl:.5f}"])
             progress(" | ".join(rows[-1]))
     head = ["kept", "basis", "J, fitted tokens", "J, other tokens", "perplexity", "KL"]
-    none = float(measure(dense, windows, answers)[0].mean().exp())
-    print(table(f"Joint refinement, mamba2-books-4m; dense {none:.3f}", head, rows))
-    print("\n" + provenance(f"seed 0; {given.tokens[0]} x {given.tokens[1]} tokens observed, half of them fitted"))
-
-
-if __name__ == "__main__":
-    main()
+    title = f"Joint refinement, mamba2-books-4m; dense {costs(dense)[0]:.3f}"
+    return table(title, head, rows), f"seed 0; {s.tokens[0]} x {s.tokens[1]} tokens observed, half of them fitted", None

@@ -1,7 +1,5 @@
 """What scoring a layer with GHOST costs: time against the layer's plain forward and against storing the states; memory.
 
-    python benchmarks/scoring_cost.py --data ../shared/data
-
 Two shapes: the reference model (hidden 256, 8 heads x 64, N 128) on text, and random weights of the shape of
 Mamba2-130M (hidden 768, 24 layers, 24 heads x 64, N 128; vocabulary 4096, to keep the logits out of it) on random
 tokens. All in fp32, 2048 tokens. Times are interleaved; every ratio is taken within one repeat, and repeats that
@@ -10,10 +8,7 @@ other processes disturbed are retaken.
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,8 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import progress, provenance, table
-from transformers import Mamba2Config, Mamba2ForCausalLM
+from common import (
+    QUIET,
+    Made,
+    Subject,
+    cpu_seconds_of_others,
+    growth,
+    in_fresh_process,
+    mib,
+    progress,
+    random_model,
+    random_tokens,
+    span,
+    table,
+    timed,
+    wait_until_quiet,
+)  # fmt: skip
 
 import sspruner
 from sspruner.calibrate.replay import Replay
@@ -31,9 +40,9 @@ from sspruner.calibrate.view import Observation, SSMView
 from sspruner.graph.family import Projected
 from sspruner.scoring.known import find_scorer
 
-BATCH, SEQ_LEN, SEED = 8, 256, 0
+BATCH, SEQ_LEN = 8, 256
 BLOCK = 3  # the layer that is timed; its input is what the real blocks before it make
-QUIET = 0.1  # cores that others may use while a repeat is timed
+SHAPES: dict[str, dict[str, int]] = {"reference": {}, "130M shape": {"hidden": 768, "heads": 24, "layers": 24}}
 TARGETS = "Targets: GHOST at most 3 x the plain forward, below 0.5 x the scorer that stores the states."
 
 
@@ -136,40 +145,22 @@ class Case:
 
 
 def ghost() -> sspruner.Scorer:
-    """A fresh instance of the scorer that ships."""
-
+    """Return a fresh instance of the scorer that ships."""
     return find_scorer("ghost")[0]()
 
 
-def random_model(
-    hidden: int = 256, heads: int = 8, layers: int = 1, head_dim: int = 64, state: int = 128, chunk_size: int = 256
-) -> Any:
-    """A Mamba2 with random weights, fp32."""
-    torch.manual_seed(SEED)
-    config = Mamba2Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_heads=heads,
-        head_dim=head_dim,
-        expand=heads * head_dim // hidden,
-        state_size=state,
-        n_groups=1,
-        chunk_size=chunk_size,
-        vocab_size=4096,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return Mamba2ForCausalLM(config).eval()
-
-
-def random_tokens(batch: int, length: int) -> torch.Tensor:
-    """int64 (batch, length)."""
-    return torch.randint(1, 4096, (batch, length), generator=torch.Generator().manual_seed(SEED))
+JOBS: dict[str, Callable[[Case], Any]] = {
+    "GHOST": lambda case: case.score(ghost()),
+    "forward, chunk 64": lambda case: case.forward(64),
+    "forward, chunk 256": lambda case: case.forward(256),
+    "storing the states": lambda case: case.score(Materialising()),
+    "streaming": lambda case: case.score(Streaming()),
+}
+IN_MEMORY = ("forward, chunk 64", "GHOST", "storing the states", "streaming")
 
 
 def interleaved(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, torch.Tensor]:
-    """Seconds of every job in every repeat, (repeats,) each; one untimed round first.
+    """Return the seconds of every job in every repeat, (repeats,) each; one untimed round first.
 
     Each repeat waits for the machine to be quiet and starts with another job. If other processes disturb some, up to
     3 x repeats are taken, and the least disturbed are kept: chosen by what the others used, never by the time that
@@ -187,90 +178,48 @@ def interleaved(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, t
         others = (cpu_seconds_of_others() - busy) / (time.perf_counter() - start)
         rounds.append((others, [seconds[name] for name in names]))
     kept = sorted(rounds)[:repeats]
-    progress(
-        f"{' | '.join(jobs)}: {len(rounds)} repeats, {len(kept)} kept; others used at most {kept[-1][0]:.2f} cores"
-    )
+    progress(f"{' | '.join(jobs)}: {len(rounds)} repeats; others used at most {kept[-1][0]:.2f} cores in those kept")
     columns = torch.tensor([seconds for _, seconds in kept], dtype=torch.float64).unbind(1)
     return dict(zip(jobs, columns, strict=True))
 
 
-def timed(job: Callable[[], Any]) -> float:
-    """Seconds that one call takes."""
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
-
-
-def cpu_seconds_of_others() -> float:
-    """CPU seconds used so far by every process but this one, and by the host's other guests (Linux; else 0)."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system, _idle, _wait, irq, soft, steal = map(int, stat.read_text().split()[1:9])
-    busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
-    return busy - time.process_time()
-
-
-def wait_until_quiet(limit: int = 30) -> None:
-    """Return after a second in which others used little CPU, or after `limit` seconds."""
-    for _ in range(limit):
-        before = cpu_seconds_of_others()
-        time.sleep(1)
-        if cpu_seconds_of_others() - before <= QUIET:
-            return
-
-
-def spread(values: torch.Tensor, unit: str = "") -> str:
-    """Median (quartile to quartile)."""
+def quartiles(values: torch.Tensor) -> str:
+    """Return the median (quartile to quartile)."""
     low, median, high = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist()
-    digits = 0 if median >= 100 else 2
-    return f"{median:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
+    return span((median, low, high), 0 if median >= 100 else 2)
 
 
-def time_layer(name: str, case: Case, repeats: int) -> tuple[list[str], list[str]]:
-    """Two rows: milliseconds, and GHOST's ratio to each of the others."""
+def time_layer(case: Case, repeats: int) -> tuple[list[str], list[str]]:
+    """Return milliseconds of every job, and GHOST's ratio to each of the others."""
     batch, length = case.tokens.shape
     buffer = torch.zeros(length, batch, case.mixer.num_heads, case.mixer.head_dim, case.mixer.ssm_state_size)
-    jobs: dict[str, Callable[[], Any]] = {
-        "GHOST": lambda: case.score(ghost()),
-        "forward, chunk 64": lambda: case.forward(64),
-        "forward, chunk 256": lambda: case.forward(256),
-        "storing": lambda: case.score(Materialising()),
-        "storing, buffer reused": lambda: case.score(Materialising(buffer)),
-        "streaming": lambda: case.score(Streaming()),
-    }
+    jobs: dict[str, Callable[[], Any]] = {name: lambda job=job: job(case) for name, job in JOBS.items()}  # type: ignore[misc]
+    last = jobs.pop("streaming")
+    jobs |= {"storing, memory reused": lambda: case.score(Materialising(buffer)), "streaming": last}
     seconds = interleaved(jobs, repeats)
-    taken = [name, *[spread(1000 * s) for s in seconds.values()]]
-    ratios = [name, *[spread(seconds["GHOST"] / s) for other, s in seconds.items() if other != "GHOST"]]
-    return taken, ratios
+    own = seconds["GHOST"]
+    return [quartiles(1000 * s) for s in seconds.values()], [quartiles(own / s) for s in list(seconds.values())[1:]]
 
 
-def time_model(name: str, case: Case, repeats: int) -> list[str]:
-    """sspruner.score of all layers against one plain forward of the model, each chunk size of the model in turn."""
-    model, tokens = case.model, case.tokens
-    calibration = sspruner.calibration(tokens, model, samples=len(tokens), held_out=0)
-
-    def set_chunk(size: int) -> None:
+def time_model(case: Case, repeats: int) -> list[str]:
+    """Return sspruner.score of all layers against one plain forward, with two chunk sizes of the model."""
+    model, tokens, row = case.model, case.tokens, []
+    data = sspruner.calibration(tokens, model, samples=len(tokens), held_out=0)
+    jobs: dict[str, Callable[[], Any]] = {
+        "forward": torch.no_grad()(lambda: model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)),
+        "score": lambda: sspruner.score(model, "ghost", calibration=data),
+    }
+    for size in (64, 256, model.config.chunk_size):
         for layer in sspruner.trace(model).layers:
             model.get_submodule(layer.path).chunk_size = size
-
-    @torch.no_grad()
-    def forward() -> None:
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-
-    row = [name]
-    for size in (64, 256):
-        set_chunk(size)
-        seconds = interleaved(
-            {"forward": forward, "score": lambda: sspruner.score(model, "ghost", calibration=calibration)}, repeats
-        )
-        row += [spread(s) for s in seconds.values()] + [spread(seconds["score"] / seconds["forward"])]
-    set_chunk(model.config.chunk_size)
+        if len(row) < 6:
+            seconds = interleaved(jobs, repeats)
+            row += [*map(quartiles, seconds.values()), quartiles(seconds["score"] / seconds["forward"])]
     return row
 
 
 def peak_bytes(job: Callable[[], Any]) -> int:
-    """Peak of the bytes that torch's CPU allocator handed out while `job` ran, above what was in use before."""
+    """Return the peak of what torch's CPU allocator handed out while `job` ran, above what was in use before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         job()
     with tempfile.TemporaryDirectory() as folder:
@@ -284,113 +233,67 @@ def peak_bytes(job: Callable[[], Any]) -> int:
     return peak
 
 
-MEMORY_JOBS: dict[str, Callable[[Case], Any]] = {
-    "forward": lambda case: case.forward(64),
-    "GHOST": lambda case: case.score(ghost()),
-    "storing": lambda case: case.score(Materialising()),
-    "streaming": lambda case: case.score(Streaming()),
-}
+def resident_growth(job: str, shape: dict[str, int]) -> int:
+    """Return the growth of peak resident memory while a job runs. For a fresh process."""
+    JOBS[job](Case(random_model(**shape), random_tokens(1, 64), 0))  # libraries and thread pools are loaded by now
+    case = Case(random_model(**shape), random_tokens(BATCH, SEQ_LEN), 0)
+    return growth(lambda: JOBS[job](case))
 
 
-def resident_growth(job: str, shape: dict[str, int], batch: int, length: int) -> int:
-    """Growth of this process's peak resident memory while a job of MEMORY_JOBS runs (Linux). For a fresh process."""
-    model = random_model(**shape)
-    MEMORY_JOBS[job](Case(model, random_tokens(1, 64), 0))  # libraries and thread pools are loaded by now
-    case = Case(model, random_tokens(batch, length), 0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = _status("VmRSS")
-    MEMORY_JOBS[job](case)
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
-    """The function's result in a new Python process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def mib(size: int) -> str:
-    return f"{size / 2**20:.1f}"
-
-
-def memory_row(name: str, shape: dict[str, int], batch: int, length: int) -> list[str]:
-    """Peak extra MiB of every job, allocated and (resident)."""
-    case = Case(random_model(**shape), random_tokens(batch, length), 0)
-    row = [name]
-    for job, run in MEMORY_JOBS.items():
-        run(case)
-        growth = in_fresh_process(resident_growth, job, shape, batch, length)
-        row.append(f"{mib(peak_bytes(lambda run=run: run(case)))} ({mib(growth)})")
+def memory_row(shape: dict[str, int]) -> list[str]:
+    """Return peak extra MiB of every job, allocated and (resident)."""
+    case, row = Case(random_model(**shape), random_tokens(BATCH, SEQ_LEN), 0), []
+    for job in IN_MEMORY:
+        JOBS[job](case)
+        resident = in_fresh_process(resident_growth, job, shape)
+        row.append(f"{mib(peak_bytes(lambda job=job: JOBS[job](case)))} ({mib(resident)})")  # type: ignore[misc]
     return row
 
 
 def sweep_row(length: int, head_dim: int, state: int) -> list[str]:
-    """Peak extra MiB at batch 1, 8 heads: what grows with T, and what does not."""
+    """Return peak extra MiB at batch 1, 8 heads: what grows with T, and what does not."""
     case = Case(random_model(head_dim=head_dim, state=state), random_tokens(1, length), 0)
     view = case.view()
     with torch.no_grad():
         projected = view.projected
         sums = peak_bytes(lambda: ghost_sum(projected, view.mask))
-    total = {name: peak_bytes(lambda job=job: MEMORY_JOBS[job](case)) for name, job in
-             (("ghost", "GHOST"), ("storing", "storing"), ("forward", "forward"))}  # fmt: skip
-    stored = length * 8 * head_dim * state * 4
-    return [f"{length}", f"{head_dim}", f"{state}", mib(stored), mib(total["storing"]), mib(total["ghost"]), mib(sums),
-            mib(total["forward"]), f"{total['ghost'] / total['storing']:.3f}"]  # fmt: skip
+    plain, own, storing = (peak_bytes(lambda job=job: JOBS[job](case)) for job in IN_MEMORY[:3])  # type: ignore[misc]
+    sizes = length * 8 * head_dim * state * 4, storing, own, sums, plain
+    return [*map(str, (length, head_dim, state)), *map(mib, sizes), f"{own / storing:.3f}"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with books-val.txt")
-    parser.add_argument("--repeats", type=int, default=21, help="timed repeats of one layer")
-    parser.add_argument("--model-repeats", type=int, default=5, help="timed repeats of a whole model")
-    arguments = parser.parse_args()
-
-    model, tokenizer = sspruner.load(dtype="float32")
-    file = arguments.data / "books-val.txt"
-    shape_130m = {"hidden": 768, "heads": 24, "layers": 24}
-    large = random_model(**shape_130m)
-    cases: dict[str, Case] = {}
+def tables(s: Any) -> Made:
+    """Return times of a layer and of a model, and memory. Settings: repeats, model_repeats, shapes."""
+    shapes, cases = getattr(s, "shapes", list(SHAPES)), {}
+    subject, large = Subject("mamba2-books-4m", s.data), random_model(**SHAPES["130M shape"])
     for batch, length in ((BATCH, SEQ_LEN), (1, BATCH * SEQ_LEN)):
-        text = sspruner.calibration(file, model, tokenizer, samples=batch, seq_len=length, held_out=0, seed=SEED)
-        cases[f"reference, {batch} x {length}"] = Case(model, text.tokens, BLOCK)
-        cases[f"130M shape, {batch} x {length}"] = Case(large, random_tokens(batch, length), BLOCK)
+        text = subject.text("books-val.txt", batch, length).tokens
+        cases[f"reference, {batch} x {length}"] = Case(subject.model, text, BLOCK)
+        if len(shapes) > 1:
+            cases[f"130M shape, {batch} x {length}"] = Case(large, random_tokens(batch, length), BLOCK)
     for name, case in cases.items():
         exact = case.score(ghost())
-        for other in (Materialising(), Streaming()):
-            error = float(((case.score(other) - exact) / exact).abs().max())
-            progress(f"{name}: GHOST and {other.name} differ by {error:.1e} at most (relative)")
-    rows = [time_layer(name, case, arguments.repeats) for name, case in cases.items()]
-    head = ["GHOST", "forward, chunk 64", "forward, chunk 256"]
-    head += ["storing the states", "storing, memory reused", "streaming"]
-    print(table("One layer, milliseconds: median (quartiles)", ["shape, tokens", *head], [row[0] for row in rows]))
-    ratio_head = ["shape, tokens", *[f"GHOST / {other}" for other in head[1:]]]
-    print(table("The same as ratios within a repeat", ratio_head, [row[1] for row in rows]))
-    print("\n" + TARGETS)
-
-    rows = [time_model(name, case, arguments.model_repeats) for name, case in list(cases.items())[:2]]
+        errors = [float(((case.score(other) - exact) / exact).abs().max()) for other in (Materialising(), Streaming())]
+        progress(f"{name}: GHOST and the others differ by {max(errors):.1e} at most (relative)")
+    rows = {name: time_layer(case, s.repeats) for name, case in cases.items()}
+    head = [*list(JOBS)[:4], "storing, memory reused", "streaming"]
+    first = [[name, *row] for name, (row, _) in rows.items()]
+    made = table("One layer, milliseconds: median (quartiles)", ["shape, tokens", *head], first)
+    ratios = [[name, *row] for name, (_, row) in rows.items()]
+    head = ["shape, tokens", *[f"GHOST / {other}" for other in head[1:]]]
+    made += "\n" + table("The same as ratios within a repeat", head, ratios) + f"\n\n{TARGETS}"
+    few = list(cases.items())[: len(shapes)]
     head = [f"{what}, chunk {chunk}" for chunk in (64, 256) for what in ("forward, s", "score, s", "score / forward")]
-    print(table("All layers: `sspruner.score` against one forward of the model", ["shape, tokens", *head], rows))
-    del cases, model, large
-
-    rows = [
-        memory_row(name, shape, BATCH, SEQ_LEN)
-        for name, shape in (("reference", {}), ("130M shape", {**shape_130m, "layers": 1}))
-    ]
-    head = ["shape", "forward, chunk 64", "GHOST", "storing the states", "streaming"]
-    print(table(f"One layer, peak extra MiB for {BATCH} x {SEQ_LEN} tokens: allocated (resident)", head, rows))
-
+    title = "All layers: `sspruner.score` against one forward of the model"
+    rows_of = [[name, *time_model(case, s.model_repeats)] for name, case in few]
+    made += "\n" + table(title, ["shape, tokens", *head], rows_of)
+    del cases, subject, large
+    title = f"One layer, peak extra MiB for {BATCH} x {SEQ_LEN} tokens: allocated (resident)"
+    rows_of = [[name, *memory_row(SHAPES[name] | {"layers": 1})] for name in shapes]
+    made += "\n" + table(title, ["shape", *IN_MEMORY], rows_of)
     points = [(t, 64, 128) for t in (256, 512, 1024, 2048)] + [(256, p, 128) for p in (128, 256)]
     points += [(256, 64, n) for n in (256, 512)] + [(2048, 128, 256)]
-    head = ["T", "P", "N", "the states themselves", "storing", "GHOST", "of it beyond projections"]
-    head += ["forward, chunk 64", "GHOST / storing"]
-    print(table("Peak extra MiB, allocated; batch 1, 8 heads", head, [sweep_row(*point) for point in points]))
-    print("\n" + provenance(f"seed {SEED}; {arguments.repeats} and {arguments.model_repeats} interleaved repeats"))
-
-
-if __name__ == "__main__":
-    main()
+    head = ["T", "P", "N", "the states themselves", "storing", "GHOST", "of it beyond projections", IN_MEMORY[0]]
+    swept = [sweep_row(*point) for point in points[: 1 if s.quick else None]]
+    made += "\n" + table("Peak extra MiB, allocated; batch 1, 8 heads", [*head, "GHOST / storing"], swept)
+    return made, f"seed 0; {s.repeats} and {s.model_repeats} interleaved repeats", None

@@ -1,28 +1,24 @@
 """Train a small model of one family on a text file, as a Hugging Face folder with a measured perplexity.
 
-    python benchmarks/train_reference.py zamba2 --text ../shared/data/books-train.txt --minutes 40 --out zamba2-books
-
 The budget is minutes or tokens; the learning rate falls linearly to zero over it. The tokenizer is the reference
 model's. This made the reference models beside `mamba2-books-4m` (their cards say with which budget).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import progress, provenance
-from reference import first_windows, perplexity
+from common import Made, adamw, progress, replaced
 from torch import nn
 
 import sspruner
+from studies.reference import first_windows, perplexity
 
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP, CLIP = 3e-3, 0.1, 0.02, 1.0  # warm-up as a fraction of the budget
 BATCH, SEQ_LEN = 8, 256
@@ -118,19 +114,6 @@ def selective_scan(
     return y.permute(1, 2, 0) * nn.functional.silu(z)
 
 
-@contextmanager
-def trainable_scan() -> Iterator[None]:
-    """transformers' Mamba1 with `selective_scan`: its own loop is too slow to train on a CPU."""
-    from transformers.models.mamba import modeling_mamba
-
-    original = modeling_mamba.mamba_selective_scan
-    modeling_mamba.mamba_selective_scan = selective_scan
-    try:
-        yield
-    finally:
-        modeling_mamba.mamba_selective_scan = original
-
-
 def new_model(family: str, vocabulary: int, seed: int) -> Any:
     """A freshly initialised model of a family."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -165,14 +148,8 @@ def windows(tokens: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
 
 
 def train(model: Any, batches: Iterator[torch.Tensor], minutes: float | None, tokens: int | None) -> dict[str, Any]:
-    """AdamW until the budget is used up. Returns what the model card has to say."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.95),
-    )
+    """Train with AdamW until the budget is used up. Returns what the model card has to say."""
+    optimizer = adamw(model, LEARNING_RATE, WEIGHT_DECAY)
     start, seen, step, smooth = time.monotonic(), 0, 0, math.nan
     model.train()
     while True:
@@ -196,37 +173,18 @@ def train(model: Any, batches: Iterator[torch.Tensor], minutes: float | None, to
             progress(f"{done:6.1%}  {seen:>12,} tokens  {spent:6.1f} min  loss {smooth:.3f}  learning rate {rate:.1e}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("--text", type=Path, required=True, help="training text")
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--minutes", type=float)
-    budget.add_argument("--tokens", type=int)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--held-out", type=Path, nargs="*", default=[], help="texts to report the perplexity of")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+def tables(s: Any) -> Made:
+    """Train and save a model; returns its facts. Settings: family, out, minutes or tokens, text, seed."""
+    from transformers.models.mamba import modeling_mamba
 
-    save, tokenizer = sspruner.save, sspruner.load()[1]  # imported now: what cannot be saved need not be trained
-    model = new_model(arguments.family, len(tokenizer), arguments.seed)
-    progress(f"{arguments.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    tokens = read_tokens(arguments.text, tokenizer)
-    progress(f"{arguments.text}: {len(tokens):,} tokens")
-    with trainable_scan():
-        facts = train(model, windows(tokens, arguments.seed), arguments.minutes, arguments.tokens)
-    save(model.to(torch.bfloat16), arguments.out, tokenizer, overwrite=True)
-    loaded, tokenizer = sspruner.load(arguments.out, dtype="float32")
-    facts["threads"] = torch.get_num_threads()
-    facts["perplexity"] = {
-        f.name: round(perplexity(loaded, first_windows(f, tokenizer)), 2) for f in arguments.held_out
-    }
-    print(json.dumps(facts, indent=2))
-    print(provenance(f"seed {arguments.seed}"))
-
-
-if __name__ == "__main__":
-    main()
+    tokenizer, seed = sspruner.load()[1], getattr(s, "seed", 0)
+    model = new_model(s.family, len(tokenizer), seed)
+    tokens = read_tokens(s.data / getattr(s, "text", "books-train.txt"), tokenizer)
+    progress(f"{s.family}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens")
+    with replaced(modeling_mamba, "mamba_selective_scan", selective_scan):  # its own loop is too slow to train
+        facts = train(model, windows(tokens, seed), getattr(s, "minutes", None), getattr(s, "tokens", None))
+    sspruner.save(model.to(torch.bfloat16), s.out, tokenizer, overwrite=True)
+    loaded, tokenizer = sspruner.load(s.out, dtype="float32")
+    for file in ("books-val.txt", "books-test.txt"):
+        facts[file] = round(perplexity(loaded, first_windows(s.data / file, tokenizer)), 2)
+    return json.dumps(facts, indent=2), f"seed {seed}", None
