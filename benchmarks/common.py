@@ -119,6 +119,16 @@ def adamw(model: Any, rate: float, decay: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
 
 
+def train_step(model: Any, optimizer: torch.optim.Optimizer, loss: torch.Tensor, rate: float) -> None:
+    """Take one step at a learning rate, with gradients clipped to norm 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
 def random_model(
     hidden: int = 256, heads: int = 8, layers: int = 1, head_dim: int = 64, state: int = 128, chunk_size: int = 256
 ) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ KEPT = (0.75, 0.5, 0.375, 0.25, 0.125)  # fractions of the states
 SEEDS = (0, 1, 2)  # of the random scorer
 CALIBRATION_SEQUENCES, HELD_OUT, CALIBRATION_SEED = 64, 2, 2_000_000
 TEST_SEQUENCES, TEST_SEED = 512, 1_000_000
+SCORERS = ["ghost", "balanced", "taylor", "magnitude", "random"]
+LARGE, SMALLER = 64, {32: 0.5, 16: 0.75}  # states of the model; of smaller ones -> the cut of the same size
 ROWS: dict[str, dict[str, Any]] = {  # label -> fields of a recipe
     "random": {"scorer": "random"},
     "magnitude": {"scorer": "magnitude"},
@@ -51,8 +54,28 @@ def summary(right: torch.Tensor) -> tuple[float, float]:
     return float(right.mean()), float(right.std()) / math.sqrt(len(right))
 
 
+def smaller(folder: Path) -> Made:
+    """Return a table for each smaller dense model, under the cut that leaves as many states as it has.
+
+    They were trained as the large model was, with the same number of steps.
+    """
+    found = []
+    for states, sparsity in SMALLER.items():
+        model, small = (sspruner.load(folder / f"recall-{n}", dtype="float32")[0] for n in (LARGE, states))
+        cells: dict[str, Any] = {"sparsities": (sparsity,), "metrics": ("recall",)}
+        made = sspruner.compare(model, SCORERS, **cells, calibration=observed(model), baseline=small)
+        found.append(made.named(f"recall-{LARGE}", "", f"recall-{states}").to_markdown())
+        progress(f"recall: beside {states} states")
+    return "\n".join(found), "seed 0", None
+
+
 def tables(s: Any) -> Made:
-    """Return accuracy by row and states kept; of the random scorer the mean over seeds."""
+    """Return accuracy by row and states kept; of the random scorer the mean over seeds.
+
+    Settings: model, rows; or the folder of the models of `smaller`.
+    """
+    if hasattr(s, "folder"):
+        return smaller(Path(s.folder))
     model, _ = sspruner.load(s.model, dtype="float32")
     states, pairs = model.config.state_size, model.config.recall_pairs
     data, test = observed(model), tasks(model, TEST_SEQUENCES, TEST_SEED)

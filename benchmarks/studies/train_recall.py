@@ -13,14 +13,14 @@ import time
 from typing import Any
 
 import torch
-from common import Made, adamw, progress
+from common import Made, adamw, progress, train_step
 from torch import nn
 
 import sspruner
 from sspruner.evaluation.recall import answers, recall, sequences
 from studies.recall import TEST_SEED, TEST_SEQUENCES, summary, tasks
 
-LEARNING_RATE, WEIGHT_DECAY, WARM_UP, DECAY, CLIP = 1e-2, 0.1, 50, 0.5, 1.0  # warm-up in steps; decay: a fraction
+LEARNING_RATE, WEIGHT_DECAY, WARM_UP, DECAY = 1e-2, 0.1, 50, 0.5  # warm-up in steps; decay: a fraction
 BATCH, FIRST_PAIRS, MORE_PAIRS, LEARNED = 64, 4, 4, 0.9
 STEP, RATE = 0.5, 0.05  # dt and -A before training: learns sooner than with those of a language model
 SIZE = {"state": 64, "pairs": 24, "vocabulary": 128, "layers": 2, "hidden": 64, "head_dim": 32, "steps": 800, "seed": 0}
@@ -50,15 +50,10 @@ def train(model: Any, pairs: int, steps: int, seed: int) -> None:
     now, right = min(FIRST_PAIRS, pairs), 0.0
     model.train()
     for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(step / WARM_UP, 1, (1 - step / steps) / DECAY)
         tokens = sequences(BATCH, now, model.config.vocab_size, generator)
         logits, target = answers(model(input_ids=tokens, use_cache=False).logits, tokens)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
+        train_step(model, optimizer, loss, LEARNING_RATE * min(step / WARM_UP, 1, (1 - step / steps) / DECAY))
         right = 0.9 * right + 0.1 * float((logits.argmax(-1) == target).float().mean())
         if step % 50 == 0:
             progress(f"step {step}: {now} pairs, loss {loss.item():.3f}, accuracy {right:.3f}")

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Made, adamw, progress, replaced
+from common import Made, adamw, progress, replaced, train_step
 from torch import nn
 
 import sspruner
 from studies.reference import first_windows, perplexity
 
-LEARNING_RATE, WEIGHT_DECAY, WARM_UP, CLIP = 3e-3, 0.1, 0.02, 1.0  # warm-up as a fraction of the budget
+LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 3e-3, 0.1, 0.02  # warm-up as a fraction of the budget
 BATCH, SEQ_LEN = 8, 256
 
 FAMILIES: dict[str, dict[str, Any]] = {  # model_type -> its config: 2 to 4 million parameters
@@ -158,15 +158,10 @@ def train(model: Any, batches: Iterator[torch.Tensor], minutes: float | None, to
         if done >= 1:
             return {"tokens": seen, "steps": step, "minutes": round(spent, 1), "training_loss": round(smooth, 3)}
         rate = LEARNING_RATE * min(done / WARM_UP + 1e-3, 1 - done, 1)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
+        train_step(model, optimizer, loss, rate)
         seen, step = seen + batch.numel(), step + 1
         smooth = float(loss) if step == 1 else 0.98 * smooth + 0.02 * float(loss)
         if step % 20 == 0:
