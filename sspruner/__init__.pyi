@@ -49,6 +49,9 @@ from .pruning.refit import refit as refit
 from .pruning.result import Result as Result
 from .pruning.sensitivity import Sensitivity as Sensitivity
 from .pruning.sensitivity import sensitivity as sensitivity
+from .recipes.compare import CompareRecipe as CompareRecipe
+from .recipes.measure import BenchOptions as BenchOptions
+from .recipes.measure import EvaluateOptions as EvaluateOptions
 from .recipes.parts import (
     Allocation as Allocation,
 )
@@ -77,6 +80,10 @@ from .recipes.parts import (
     Target as Target,
 )
 from .recipes.recipe import Recipe as Recipe
+from .recipes.train import DistilRecipe as DistilRecipe
+from .recipes.train import GradualRecipe as GradualRecipe
+from .recipes.train import Settings as Settings
+from .recipes.train import TwistRecipe as TwistRecipe
 from .reporting.html import report as report
 from .scoring.score import score as score
 from .scoring.scorer import Choose as Choose

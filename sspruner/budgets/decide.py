@@ -228,7 +228,10 @@ def _best_units(scores: torch.Tensor, count: int, protected: Sequence[int]) -> t
 def select(
     importance: torch.Tensor, count: int, protected: Sequence[int] = (), basis: Basis | None = None
 ) -> Reduction:
-    """Keep the `count` best units of every set. importance: (groups, units). basis: what they are, if directions."""
+    """Return the reduction that keeps the `count` best units of every set.
+
+    importance: (groups, units). basis: the directions that the units are, if any.
+    """
     return reduction(_best_units(importance, count, protected), basis)
 
 

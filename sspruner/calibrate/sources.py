@@ -64,6 +64,7 @@ def _batches(tokens: torch.Tensor, mask: torch.Tensor, size: int) -> Iterator[tu
         yield tokens[start : start + size], mask[start : start + size]
 
 
+# Nine parameters: it is the public door for text of every kind, and `mask` means something for one of them alone.
 def calibration(
     source: str | Path | list[str] | torch.Tensor,
     model: nn.Module,

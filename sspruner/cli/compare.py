@@ -46,8 +46,8 @@ def command(
     """Score with several scorers in one pass, cut by each to several sizes, and show what every cut costs.
 
     Examples:
-        sspruner compare path/to/model --scorers ghost,magnitude --sparsity 0.5,0.75 --calibration text.txt
-        sspruner compare path/to/model --recipe compared/recipe.yaml --axis head --out others
+        sspruner compare path/to/model --scorers ghost,magnitude --sparsity 0.5,0.75
+        sspruner compare path/to/model --recipe compared/recipe.yaml --axis head
     """
     import sspruner
     from sspruner.comparison.compare import check_recipe

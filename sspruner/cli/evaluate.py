@@ -36,7 +36,7 @@ def command(
     """Measure perplexity, recall and tasks, with intervals, alone or against the dense model; gates for CI.
 
     Examples:
-        sspruner evaluate smaller --against path/to/model --text held-out.txt --max-ppl-increase 2%
+        sspruner evaluate smaller --against dense --text t.txt --max-ppl-increase 2%
         sspruner evaluate path/to/model --metrics recall,passkey --json recall.json
     """
     import sspruner

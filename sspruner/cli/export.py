@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -47,7 +47,7 @@ def command(
     from sspruner.io.skeleton import skeleton
     from sspruner.reporting.card import report_beside
 
-    wanted = {"to": reader.to, "target": reader.runtime, "tp": reader.tp}
+    wanted: dict[str, Any] = {"to": reader.to, "target": reader.runtime, "tp": reader.tp}
     writer = writer_of(reader.to, reader.runtime, reader.tp)
     check_output(folder.out, folder.overwrite)
     prepare(reading.plugin)

@@ -24,7 +24,7 @@ FIRST = ("--sparsity", "--keep", "--scorer", "--basis")
 
 def examples(command: Any) -> str:
     """The examples in a command's docstring, for the end of its help."""
-    lines = inspect.getdoc(command).partition("Examples:\n")[2].splitlines()
+    lines = (inspect.getdoc(command) or "").partition("Examples:\n")[2].splitlines()
     return "\n".join(["Examples:", *(f"  {line.strip()}" for line in lines if line.strip())])
 
 

@@ -19,11 +19,16 @@ def fill_from_recipe(app: Any, commands: tuple[str, ...], arguments: Any) -> Non
     A flag that says how much takes the place of all that the file says about it: `--keep 64` that of its sparsity and
     its limits.
     """
-    file = next((argument for argument in arguments if argument.name == "--recipe" and argument.tokens), None)
-    for whole in arguments if file else ():
-        if not whole.keys and is_dataclass(whole.hint) and hasattr(whole.hint, "load"):
-            recipe = whole.hint.load(Path(file.tokens[-1].value))
-            _fill(recipe, [leaf for leaf in whole.children_recursive if not leaf.children], file.tokens[-1].value)
+    given = [argument.tokens[-1].value for argument in arguments if argument.name == "--recipe" and argument.tokens]
+    for whole in arguments if given else ():
+        if not whole.keys and is_recipe(whole.hint):
+            recipe = whole.hint.load(Path(given[0]))
+            _fill(recipe, [leaf for leaf in whole.children_recursive if not leaf.children], given[0])
+
+
+def is_recipe(kind: Any) -> bool:
+    """Whether a parameter of a command is a recipe: a dataclass that is read from a file and written to one."""
+    return is_dataclass(kind) and hasattr(kind, "load") and hasattr(kind, "save")
 
 
 def _fill(recipe: Any, leaves: list[Any], source: str) -> None:

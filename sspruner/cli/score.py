@@ -92,7 +92,7 @@ def command(
     with bars() as progress:
         loaded, tokenizer = sspruner.load(model, **machine.arguments, **places.arguments)
         source: Any = text.source
-        size = {"samples": text.samples, "seq_len": text.seq_len, "seed": scored.seed}
+        size: dict[str, Any] = {"samples": text.samples, "seq_len": text.seq_len, "seed": scored.seed}
         if files.curves:  # scored and measured on the same text
             source = sspruner.calibration(text.source, loaded, tokenizer, **size, progress=progress)
         found = sspruner.score(

@@ -32,13 +32,13 @@ class Machine:
     tokenizer: Tokenizer = None
     trust_remote_code: RunsCode = False
 
-    def load(self, model: str | None) -> tuple[Any, Any]:
+    def read(self, model: str | None) -> tuple[Any, Any]:
         """Read a model and its tokenizer."""
         import sspruner
 
         return sspruner.load(model, tokenizer=self.tokenizer, trust_remote_code=self.trust_remote_code)
 
-    def teacher(self, model: str | None) -> Any:
+    def read_teacher(self, model: str | None) -> Any:
         """Read a model alone."""
         import sspruner
 
@@ -90,16 +90,16 @@ def distil(
     """Let a pruned model learn from text and from its dense model; goes on where the same command was interrupted.
 
     Examples:
-        sspruner train distil smaller --teacher path/to/model --text train.txt --out recovered
-        torchrun --nproc-per-node 2 -m sspruner train distil smaller --text train.txt --bf16 --out recovered
+        sspruner train distil smaller --teacher dense --text a.txt --out recovered
+        sspruner train distil smaller --text a.txt --text b.jsonl --bf16 --out other
     """
     from sspruner.training.distil import distil as train
     from sspruner.training.text import Text
 
     folder = run.folder(recipe.text)
     with running(machine.device) as (where, progress):
-        student, tokenizer = machine.load(model)
-        dense = machine.teacher(recipe.method.teacher)
+        student, tokenizer = machine.read(model)
+        dense = machine.read_teacher(recipe.method.teacher)
         text = Text.of(recipe.text, recipe.settings, tokenizer)
         student, found = train(student.to(where), dense.to(where), text, folder, recipe, progress=progress)
         finish(student.cpu(), tokenizer, found, folder, run)
@@ -118,16 +118,16 @@ def gradual(
     """Prune by weight and gradient while the model trains; goes on where the same command was interrupted.
 
     Examples:
-        sspruner train gradual path/to/model --text train.txt --sparsity 0.7 --out sparse
-        sspruner train gradual path/to/model --axis head --sparsity 0.25 --text train.txt --out fewer-heads
+        sspruner train gradual dense --sparsity 0.7 --text a.txt --out sparse
+        sspruner train gradual dense --axis head --text a.txt --out fewer-heads
     """
     from sspruner.training.gradual import gradual as train
     from sspruner.training.text import Text
 
     folder = run.folder(recipe.text)
     with running(machine.device) as (where, progress):
-        loaded, tokenizer = machine.load(model)
-        dense = machine.teacher(recipe.method.teacher).to(where) if recipe.method.teacher else None
+        loaded, tokenizer = machine.read(model)
+        dense = machine.read_teacher(recipe.method.teacher).to(where) if recipe.method.teacher else None
         text = Text.of(recipe.text, recipe.settings, tokenizer)
         loaded, _, found = train(loaded.to(where), text, folder, recipe, teacher=dense, progress=progress)
         finish(loaded.cpu(), tokenizer, found, folder, run)
@@ -146,8 +146,8 @@ def twist(
     """Train random sub-networks, one in each process of torchrun, so that any of them can be kept at the end.
 
     Examples:
-        torchrun --nproc-per-node 4 -m sspruner train twist path/to/model --text train.txt --keep 0.5 --out drawn
-        torchrun --nproc-per-node 2 -m sspruner train twist path/to/model --axis head,mlp --text train.txt --out drawn
+        sspruner train twist dense --keep 0.5 --text a.txt --out drawn
+        sspruner train twist dense --axis head,state --text a.txt --out drawn
     """
     import sspruner
     from sspruner.training.text import Text
@@ -155,7 +155,7 @@ def twist(
 
     folder = run.folder(recipe.text)
     with running(machine.device) as (where, progress):
-        loaded, tokenizer = machine.load(model)
+        loaded, tokenizer = machine.read(model)
         text = Text.of(recipe.text, recipe.settings, tokenizer)
         loaded, drawn, found = train(loaded.to(where), text, folder, recipe, progress=progress)
         keep_draws(loaded.cpu(), tokenizer, drawn, folder)

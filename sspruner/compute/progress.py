@@ -11,7 +11,7 @@ Progress = Callable[[str, int, int], None]  # (phase, done, total)
 
 @contextmanager
 def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
-    """Yield a callback as it is, for True one that draws bars, and None for False and None."""
+    """Yield a callback unchanged, for True one that draws bars, and None for False and None."""
     if not isinstance(progress, bool):
         yield progress
     elif progress:

@@ -15,7 +15,7 @@ def versioned(data: Any, version: int = 1) -> dict[str, Any]:
 
 
 def number(value: Any) -> float:
-    """Check a float. null reads as NaN, which is how version 0.1.0 wrote what was not finite."""
+    """Check a float. null is read as NaN, which version 0.1.0 wrote for non-finite numbers."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -24,8 +24,8 @@ def number(value: Any) -> float:
 
 
 def integer(value: Any) -> int:
-    """Check an int."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Check an int of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         raise TypeError(f"{str(value)[:40]!r} is not a whole number")
     return value
 

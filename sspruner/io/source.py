@@ -15,7 +15,7 @@ from sspruner.formats.checkpoint import INDEX, shards
 from sspruner.formats.native import is_native
 from sspruner.formats.sizes import check_sizes
 from sspruner.graph.trace import trace
-from sspruner.surgery.record import WEIGHTS, Cut, check_recorded, fields
+from sspruner.surgery.record import WEIGHTS, RecordedCut, check_recorded, fields
 from sspruner.surgery.slice import cut_buffer, slice_model
 from sspruner.surgery.tensors import add_bias
 
@@ -26,7 +26,9 @@ DEFAULT = "mamba2-books-4m"
 
 
 @contextmanager
-def watched_init(config_class: type, cuts: list[Cut], where: str, weight_bytes: int | None = None) -> Iterator[None]:
+def watched_init(
+    config_class: type, cuts: list[RecordedCut], where: str, weight_bytes: int | None = None
+) -> Iterator[None]:
     """Context manager that checks models of a config class for absurd sizes after `__init__`, and cuts them.
 
     from_pretrained builds modules on the meta device and then loads weights by name: modules that have their

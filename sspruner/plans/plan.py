@@ -166,7 +166,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What plan.json says without the tensors beside it: units before and after by dependency group, and its origin."""
+    """Content of plan.json without its tensors: units before and after by dependency group, and its origin."""
 
     layers: dict[str, dict[str, int]]
     made_by: dict[str, Any] = field(default_factory=dict)

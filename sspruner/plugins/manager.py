@@ -97,7 +97,7 @@ def _brief(error: BaseException) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """Give what is installed by its old name, until the next minor version: docs/plugins.md promised these paths."""
+    """Resolve old names of the registries until the next minor version, as docs/plugins.md promised."""
     homes = {
         "families": ("sspruner.graph.known", "installed_families"),
         "scorers": ("sspruner.scoring.known", "installed_scorers"),

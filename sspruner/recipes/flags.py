@@ -30,17 +30,22 @@ class FromText:
     option: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        """The schema of the type, after reading. Errors of YAML files name the key, not the option."""
+        """The schema of the type, after reading. Errors of YAML files name the key, not the option.
+
+        `yaml.from_data` is known by its context. Once pydantic is imported, cyclopts validates options with it, too.
+        """
         from pydantic_core import PydanticCustomError, core_schema
 
-        def read(value: Any) -> Any:
+        def read(value: Any, info: Any) -> Any:
             try:
                 return self.read(value, self.option)
             except InputError as error:
+                if not info.context:
+                    raise
                 message = str(error).removeprefix(self.option)
                 raise PydanticCustomError("text", "{message}", {"message": message}) from error
 
-        return core_schema.no_info_before_validator_function(read, handler(source))
+        return core_schema.with_info_before_validator_function(read, handler(source))
 
 
 def read_texts(made: Any) -> None:

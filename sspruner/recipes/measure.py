@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 from sspruner.errors import InputError
 from sspruner.recipes.common import made_of
 from sspruner.recipes.flags import FromText, number, read_texts, text, whole
+from sspruner.recipes.flags import text as one_text  # where a field is named text
 from sspruner.recipes.lists import names_in, numbers_in
 from sspruner.units import parse_bandwidth, parse_flops, parse_increase
 
@@ -68,7 +69,7 @@ class TextWindows:
     In Python `text` may also be tokens, int64 (texts, T).
     """
 
-    text: Annotated[Source, text("TEXT")] = "self"
+    text: Annotated[Source, one_text("TEXT")] = "self"
     """Text file, datasets name, or self: sampled from --against, or from the model."""
 
     tokens: Annotated[int, whole()] = 8192
@@ -88,7 +89,7 @@ class TextWindows:
 
     @property
     def step(self) -> int:
-        """Tokens from one window to the next."""
+        """The stride; half of max_length where none is given."""
         return max(1, self.max_length // 2) if self.stride is None else self.stride
 
 

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 else:  # a text such as 25MB is read when the part is made: after that it is a number
     Quantity = float | str | None
 
-REPEATED = Parameter(negative=(), consume_multiple=False)
-
 
 @Parameter(name="*", group=REMOVE)
 @dataclass(frozen=True)

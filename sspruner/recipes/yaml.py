@@ -18,7 +18,7 @@ def read(kind: type[Kind], path: str | Path) -> Kind:
     import yaml
 
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = _parsed(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"recipe {path}: cannot be read ({error.strerror or error})") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -27,6 +27,36 @@ def read(kind: type[Kind], path: str | Path) -> Kind:
         return from_data(kind, {} if data is None else data)
     except InputError as error:
         raise InputError(f"recipe {path}: {error}") from error
+
+
+def _parsed(text: str) -> Any:
+    """The data of a YAML document. Raises a YAMLError for a key that a mapping has twice, too."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_once(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_once(node: Any) -> None:
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+            _check_once(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_once(value)
 
 
 def from_data(kind: type[Kind], data: Any) -> Kind:
@@ -38,7 +68,7 @@ def from_data(kind: type[Kind], data: Any) -> Kind:
 
     check_keys(kind, data, ())
     try:
-        made: Kind = TypeAdapter(kind).validate_python(_without_nulls(data))
+        made: Kind = TypeAdapter(kind).validate_python(_without_nulls(data), context={"from": "yaml"})
     except ValidationError as error:
         raise InputError(_explained(error.errors(), data)) from error
     return made

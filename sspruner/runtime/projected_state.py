@@ -46,6 +46,13 @@ def coordinates(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return torch.einsum("btgn,gkn->btgk", parts.to(wide), basis.to(wide)).to(rows.dtype)
 
 
+def _projected(self: Any, hidden_states: torch.Tensor) -> Any:
+    """Return the rows of in_proj, (b, T, rows); Falcon-H1 scales them."""
+    if hasattr(self, "mup_vector"):
+        return self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
+    return self.in_proj(hidden_states)
+
+
 @force_accelerate_hooks("conv1d")  # type: ignore[untyped-decorator]
 def _forward(
     self: Any, hidden_states: torch.Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
@@ -60,11 +67,7 @@ def _forward(
         conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
         recurrent_state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
     hidden_states = stock.apply_mask_to_padding_states(hidden_states, attention_mask)
-    if hasattr(self, "mup_vector"):  # Falcon-H1
-        rows = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
-    else:
-        rows = self.in_proj(hidden_states)  # (b, T, rows)
-    gate, xBC, dt = rows.split([H * P, self.conv_dim, H], dim=-1)
+    gate, xBC, dt = _projected(self, hidden_states).split([H * P, self.conv_dim, H], dim=-1)
 
     xBC, weight, bias = xBC.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias  # (b, channels, T)
     if conv_state is not None and T == 1 and not cache_params.is_recording_past(self.layer_idx):

@@ -36,11 +36,11 @@ from sspruner.surgery.mask import mask_group, unmask
 
 PHASE = "walk"  # name of the journal's phase
 
-Cut = Callable[[dict[str, torch.Tensor]], None]  # called with dependency group -> importance, of newly scored groups
+CutBlock = Callable[[dict[str, torch.Tensor]], None]  # called with dependency group -> importance, newly scored
 
 
 def walk(
-    run: Run, data: Calibration | None, cut: Cut | None, progress: Progress | None, journal: Journal | None = None
+    run: Run, data: Calibration | None, cut: CutBlock | None, progress: Progress | None, journal: Journal | None = None
 ) -> dict[str, Scores]:
     """Score every dependency group in layer order: a job's label -> its Scores.
 

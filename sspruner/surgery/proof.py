@@ -51,12 +51,12 @@ class Proof:
     zeros: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return its fields."""
+        """Return the fields as a JSON object."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Proof:
-        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
+        """Parse a JSON object from `to_json`. Raises KeyError, TypeError or ValueError if it is malformed."""
         checked: dict[str, Any] = {
             name: number(value) if name in ("error", "tolerance") else integer(value)
             for name, value in table(data).items()

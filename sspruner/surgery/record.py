@@ -20,7 +20,7 @@ WEIGHTS = "weights"  # subfolder for weights that only `sspruner.load` can read
 
 
 @dataclass(frozen=True)
-class Cut:
+class RecordedCut:
     """One cut of a record. `plan` has groups only, since values are in the weights; `biases` were added before it."""
 
     plan: Plan
@@ -72,8 +72,8 @@ def noted(config: Any, biases: Sequence[str], projections: Mapping[str, Projecti
             setattr(config, RECORD, previous)
 
 
-def recorded(config: Any) -> list[Cut]:
-    """Return the cuts that a config records, in order. Raises PlanError if they are malformed."""
+def recorded(config: Any) -> list[RecordedCut]:
+    """Return the cuts that a config records, in order; empty if none. Raises PlanError if they are malformed."""
     data = getattr(config, RECORD, None)
     if not data:
         return []
@@ -88,7 +88,7 @@ def recorded(config: Any) -> list[Cut]:
         plan, biases = Plan.from_json(cut, where), cut.get("biases", [])
         if not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
             raise PlanError(f"{where}: not a record of version {VERSION}: 'biases' are not a list of names")
-        cuts.append(Cut(plan, tuple(biases)))
+        cuts.append(RecordedCut(plan, tuple(biases)))
     return cuts
 
 

@@ -64,7 +64,7 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
     refused(here, says, "prune", model, *good, *args)
 
 
-@pytest.mark.cover(most=8)
+@pytest.mark.cover(most=25)
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -166,7 +166,7 @@ def test_options(args: str, says: Says, here: Path) -> None:
 IN_PROJ = f"{LAYER}.in_proj:weight"
 
 
-@pytest.mark.cover(most=8)
+@pytest.mark.cover(most=16)
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -314,7 +314,7 @@ def test_options_that_a_family_cannot_meet(case: str, here: Path) -> None:
     prune(here, says, "--calibration", "self", *args.split(), model=model)
 
 
-@pytest.mark.cover(most=8)
+@pytest.mark.cover(most=12)
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -475,7 +475,6 @@ MODELS: dict[str, tuple[Callable[[Path], Any], Says]] = {
 }
 
 
-@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("case", MODELS)
 def test_models(case: str, here: Path) -> None:
     spoil, says = MODELS[case]
@@ -628,7 +627,6 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], Says]] = {
 }
 
 
-@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("case", PLANS)
 def test_plans(case: str, here: Path) -> None:
     change, says = PLANS[case]
@@ -774,7 +772,6 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
             plugins.unregister(module)
 
 
-@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("case", PLUGINS)
 def test_plugins(case: str, here: Path, plugin: Callable[[str], Path]) -> None:
     old, new, says = PLUGINS[case]

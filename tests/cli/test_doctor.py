@@ -334,7 +334,7 @@ def test_a_family_of_a_plugin(tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(
         "import sspruner\n"
-        "from sspruner.plugins import manager\n"
+        "from sspruner.graph.known import installed_families\n"
         "class Mine(type(installed_families()['mamba2'])):\n"
         "    name, mixer_class = 'mine', 'MyMixer'\n"
         "@sspruner.hookimpl\n"

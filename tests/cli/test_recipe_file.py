@@ -11,7 +11,7 @@ import pytest
 from sspruner.cli.main import app
 from sspruner.recipes.recipe import Recipe
 from support.cli_reference import commands
-from support.command import TEXT, done, refused, saved_model
+from support.command import TEXT, done, refused, run, saved_model
 
 EVERYTHING = """
 remove: {axis: {state: 0.5, head: 0.25}, ignore: ["layers.0.*"]}
@@ -108,3 +108,30 @@ def test_the_recipe_of_a_run_makes_the_same_again(tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "three" / "plan.json").read_text(encoding="utf-8"))
     assert plan["made_by"]["sparsity"] == 0.25
     assert json.loads(plan["made_by"]["options"]) == {"variant": "means"}
+
+
+def test_a_wrong_flag_beside_a_file_is_the_same_one_line(file: Path) -> None:
+    """Reading a file imports pydantic, with which cyclopts would say it otherwise."""
+    file.write_text("method: {seed: 1}", encoding="utf-8")
+    for words, says in (
+        (("--ratio", "a=x"), "sspruner: --ratio a=x: 'x' is not a number\n"),
+        (("--state-bytes", "3XB"), "sspruner: --state-bytes '3XB': expected a size such as 25MB, 25MiB or 80GB\n"),
+    ):
+        assert run("prune", "--recipe", file, *words).stderr == says
+
+
+@pytest.mark.parametrize("method", ["distil", "gradual", "twist"])
+def test_train_takes_a_recipe(method: str, file: Path) -> None:
+    file.write_text("text: {text: [a.txt]}\nsettings: {batch: 3, seed: 5}\n", encoding="utf-8")
+    words = ["train", method, "model", "--recipe", str(file), "--seed", "7", "--out", "out"]
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    recipe = bound.kwargs["recipe"]
+    assert (recipe.text.text, recipe.settings.batch, recipe.settings.seed) == (("a.txt",), 3, 7)
+
+
+def test_compare_takes_a_recipe(file: Path) -> None:
+    file.write_text("cells: {scorers: [random], sparsities: [0.5]}\nmethod: {seed: 5}\n", encoding="utf-8")
+    words = ["compare", "model", "--recipe", str(file), "--sparsity", "0.25,0.75"]
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    recipe = bound.kwargs["recipe"]
+    assert (recipe.cells.scorers, recipe.cells.sparsities, recipe.method.seed) == (("random",), (0.25, 0.75), 5)

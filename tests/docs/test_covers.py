@@ -29,10 +29,12 @@ def test_values_of_a_single_parameter() -> None:
     assert len(cover(alone[:2], "a test", families=4)) == 2
 
 
-def test_no_more_than_asked_for() -> None:
+def test_no_more_and_no_fewer_than_asked_for() -> None:
     own = [{"text": str(i), "says": str(-i)} for i in range(20)]
     assert len(cover(own, "a test")) == 20
     assert len(cover(own, "a test", most=6)) == 6
+    assert len(cover(CASES, "a test", least=17)) == 17
+    assert len(cover(CASES[:9], "a test", least=17)) == 9
 
 
 def test_tests_choose_differently_and_always_the_same() -> None:

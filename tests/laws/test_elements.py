@@ -80,7 +80,7 @@ def test_masked_equals_sliced(model: torch.nn.Module, data: st.DataObject) -> No
 
 
 @pytest.mark.ci_cover(families=10)
-@pytest.mark.cover(families=3)
+@pytest.mark.cover(families=4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_elements_alone_change_values_and_nothing_else(family: str, dtype: torch.dtype, tmp_path: Path) -> None:

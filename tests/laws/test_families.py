@@ -77,7 +77,7 @@ def test_a_family_has_exactly_the_axes_of_the_table(family):
 # 1. masked = sliced
 
 
-@pytest.mark.cover(families=10)
+@pytest.mark.cover(families=10, least=30)
 @each_axis
 @few(2)
 @given(st.data())
@@ -208,7 +208,7 @@ def mixer_by_hand(path: str, mixer: torch.nn.Module, plan: Plan) -> tuple[int, i
 # 3. composition, save and load
 
 
-@pytest.mark.cover
+@pytest.mark.cover(families=5)
 @each_family
 @few(2)
 @given(st.data())
@@ -297,7 +297,7 @@ def renamed(shared: set[frozenset[str]], plan: Plan) -> set[frozenset[str]]:
 # 4. permuting the units of an axis changes nothing
 
 
-@pytest.mark.cover(families=10)
+@pytest.mark.cover(families=10, least=15)
 @each_unit_axis
 @few(2)
 @given(st.data())

@@ -38,19 +38,9 @@ SECONDS = 1800  # after which a test run counts as failed
 PASSED, FAILED = 0, 1  # pytest's exit codes; 2 and 3: a fault that no test survives, such as one on import
 NO_TESTS = (4, 5)
 # Test processes are forks of one that has imported what takes long, and nothing of this project.
-FAMILIES = (
-    "bamba",
-    "falcon_h1",
-    "falcon_mamba",
-    "granitemoehybrid",
-    "jamba",
-    "mamba",
-    "mamba2",
-    "nemotron_h",
-    "zamba2",
-)
 PRELOADED = ["pytest", "hypothesis", "torch", "datasets", "safetensors.torch", "torch_pruning"]
-PRELOADED += [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
+FAMILIES = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h")
+PRELOADED += [f"transformers.models.{name}.modeling_{name}" for name in (*FAMILIES, "zamba", "zamba2")]
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(PRELOADED)
 

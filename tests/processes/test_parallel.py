@@ -316,7 +316,6 @@ def part() -> tuple[torch.Tensor, torch.Tensor]:
     return own.tokens, own.mask
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("count", "sizes"), [(2, [3, 2]), (4, [2, 1, 1, 1])])
 def test_each_sequence_is_observed_once(count: int, sizes: list[int], together: Together) -> None:
     found = together(count, part)

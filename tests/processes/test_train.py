@@ -80,4 +80,9 @@ def test_every_family_trains_in_processes(together: Together, tmp_path: Path) ->
         before = zoo(family).state_dict()
         assert any(not torch.equal(value, before[name]) for name, value in weights[0].items())
         for name, value in weights[0].items():
-            torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4, msg=f"{family}: {name}")
+            found = weights[1][name]
+            if family == "bamba" and name.endswith("k_proj.bias"):
+                # Half of each head of four is rotated. In the other half a bias of all keys changes no attention: its
+                # gradient is a rounding (1e-9), which Adam makes as large as any.
+                found, value = (tensor.view(-1, 4)[:, :2] for tensor in (found, value))
+            torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4, msg=f"{family}: {name}")

@@ -8,11 +8,12 @@ from zlib import crc32
 Case = dict[str, str]  # parameter -> value, as text
 
 
-def cover(cases: Sequence[Case], salt: str, families: int = 3, most: int | None = None) -> set[int]:
+def cover(cases: Sequence[Case], salt: str, families: int = 3, least: int = 1, most: int | None = None) -> set[int]:
     """Return the indices of a small set of cases.
 
     - Every value of every parameter but `family` occurs in it, where a test has several parameters.
     - At least `families` of the families do; or, for a test with a single parameter, so many of its values.
+    - There are at least `least` cases, where there are so many.
     - With `most`, there are no more than so many: for tests whose every case has values of its own.
 
     `salt` (the test's name) turns the order of the cases, so that other tests choose other families.
@@ -36,4 +37,5 @@ def cover(cases: Sequence[Case], salt: str, families: int = 3, most: int | None 
         best = max((i for i in order if i not in chosen), key=gain)
         chosen.add(best)
         seen |= set(cases[best].items())
+    chosen |= set([i for i in order if i not in chosen][: max(0, least - len(chosen))])
     return chosen

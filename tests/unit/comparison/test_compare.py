@@ -290,3 +290,40 @@ def test_what_is_no_number_is_null_in_json_and_shown_as_such(tmp_path: Path) -> 
     assert "nan (" in found.to_markdown()
     sspruner.report(tmp_path)
     assert (tmp_path / "report.html").is_file()
+
+
+def test_the_recipe_is_beside_the_tables_and_makes_them_again(tmp_path: Path) -> None:
+    model, out = tiny_model(state=6), tmp_path / "out"
+    short = {"sparsities": (0.5,), "samples": 3, "seq_len": 12, "seed": 2, "ignore": ["layers.0.*"]}
+    found = sspruner.compare(model, ["random", "magnitude"], out=out, **short)
+    assert found.recipe == sspruner.CompareRecipe.load(out / "recipe.yaml")
+    found.save(tmp_path)
+    recipe = sspruner.CompareRecipe.load(tmp_path / "recipe.yaml")
+    assert json.loads((tmp_path / "compare.json").read_text())["recipe"] == recipe.to_json()
+    again = sspruner.compare(model, recipe)
+    assert again.cells == found.cells
+    assert all("layers.0." not in name for name in again.cells["random"][0.5].kept)
+    other = replace(recipe, method=replace(recipe.method, seed=3))
+    assert sspruner.compare(model, other).cells["random"] != found.cells["random"]
+    with pytest.raises(sspruner.InputError, match="seed: a recipe says this"):
+        sspruner.compare(model, recipe, seed=3)
+    with pytest.raises(sspruner.InputError, match="baseline small: load it"):
+        sspruner.compare(model, replace(recipe, cells=replace(recipe.cells, baseline="small")))
+    with pytest.raises(sspruner.InputError, match=r"unknown argument 'sparsity'; did you mean 'sparsities'\?"):
+        sspruner.compare(model, ["random"], sparsity=0.5)
+
+
+def test_floor_and_cap_bound_every_cut() -> None:
+    model = tiny_model(state=6)
+    found = sspruner.compare(model, ["random"], sparsities=(0.5, 0.8), calibration=data_of(model), floor=2, cap=3)
+    kept = [set(found.cells["random"][sparsity].kept.values()) for sparsity in (0.5, 0.8)]
+    assert kept == [{3}, {2}]
+
+
+def test_without_scorers_those_that_need_weights_and_ghost_are_compared() -> None:
+    model = tiny_model(state=6)
+    found = sspruner.compare(model, sparsities=(0.5,), calibration=data_of(model))
+    quick = {name for name, (cls, _) in installed_scorers().items() if "state" in cls.axes and cls.needs == "weights"}
+    assert set(found.cells) == quick | {"ghost"}
+    assert found.recipe is not None
+    assert found.recipe.cells.scorers == tuple(found.cells)

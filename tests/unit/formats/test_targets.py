@@ -362,14 +362,14 @@ def test_what_no_target_takes_is_refused_before_scoring(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("scored")
 
-    monkeypatch.setattr("sspruner.scoring.run.Run.walk", never)
-    monkeypatch.setattr("sspruner.scoring.score.calibrated", never)
+    monkeypatch.setattr("sspruner.pruning.decision.walk", never)
+    monkeypatch.setattr("sspruner.pruning.job.calibrated", never)
     with pytest.raises((sspruner.InputError, sspruner.ModelError), match=message):
         sspruner.prune(tiny_model(heads_per_group=4), **({"sparsity": 0.5} | options), target="hf", calibration=ids)
 
 
 def test_an_epsilon_that_the_config_cannot_say_is_found_before_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sspruner.scoring.score.calibrated", None)
+    monkeypatch.setattr("sspruner.pruning.job.calibrated", None)
     with pytest.raises(sspruner.ModelError, match=r"vllm cannot take this cut: .*variance_epsilon"):
         sspruner.prune(zoo("falcon_h1"), "magnitude", axis="head", target="vllm", calibration=ids)
 

@@ -377,7 +377,7 @@ def test_what_cannot_be_solved_is_refused_with_the_reason(axis, arguments, says)
     ],
 )
 def test_prune_refuses_what_cannot_be_refitted_before_it_scores(monkeypatch, arguments, says):
-    monkeypatch.setattr("sspruner.scoring.run.Run.walk", lambda *args, **kwargs: pytest.fail("scored"))
+    monkeypatch.setattr("sspruner.pruning.decision.walk", lambda *args, **kwargs: pytest.fail("scored"))
     with pytest.raises(sspruner.InputError, match=says):
         sspruner.prune(zoo("mamba2"), "magnitude", axis="head", **({"calibration": dataset()} | arguments))
 

@@ -67,7 +67,7 @@ EQUAL = [
 
 
 @pytest.mark.ci_cover(most=12)
-@pytest.mark.cover(most=5)
+@pytest.mark.cover(most=7)
 @pytest.mark.parametrize("mode", ["mask", "slice"])
 @pytest.mark.parametrize(("family", "options", "axis", "classes", "keep"), EQUAL, ids=str)
 def test_equal_units_merge_without_a_trace(

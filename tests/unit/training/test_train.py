@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -306,6 +307,29 @@ def test_another_run_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
     (tmp_path / "full/mine.txt").write_text("x", encoding="utf-8")
     with pytest.raises(InputError, match="holds other files"):
         run_folder(tmp_path / "full", {})
+
+
+def test_a_run_keeps_its_recipe_and_one_of_the_version_before_goes_on(tmp_path: Path) -> None:
+    """run.json had no recipe, and the folder no recipe.yaml."""
+    folder = tmp_path / "run"
+    model, found = distil(tiny_model(), tiny_model(seed=1), text(tmp_path), folder, settings=SMALL, alpha=0.75)
+    recipe = sspruner.DistilRecipe.load(folder / "recipe.yaml")
+    assert (recipe.method.alpha, recipe.settings) == (0.75, SMALL)
+    assert (recipe.text.text, recipe.text.held_out) == (text(tmp_path).sources, text(tmp_path).held_out)
+    asked = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert asked.pop("recipe") == recipe.to_json()
+    assert (asked["method"], asked["alpha"], asked["every"]) == ("distil", 0.75, SMALL.every)
+    (folder / "run.json").write_text(json.dumps(asked), encoding="utf-8")
+    (folder / "recipe.yaml").unlink()
+    longer = replace(recipe, settings=replace(SMALL, max_minutes=9.0))
+    again, more = distil(tiny_model(), tiny_model(seed=1), text(tmp_path), folder, longer)
+    assert (more.steps, same(again, model)) == (found.steps, True)
+    assert sspruner.DistilRecipe.load(folder / "recipe.yaml") == longer
+    other = replace(recipe, method=replace(recipe.method, temperature=3.0))
+    with pytest.raises(InputError, match=r"another temperature \(1.0, now 3.0\)"):
+        distil(tiny_model(), tiny_model(seed=1), text(tmp_path), folder, other)
+    with pytest.raises(InputError, match="alpha: a recipe says this"):
+        distil(tiny_model(), tiny_model(seed=1), text(tmp_path), folder, recipe, alpha=0.5)
 
 
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:

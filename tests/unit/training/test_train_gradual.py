@@ -215,3 +215,22 @@ def test_what_cannot_go_is_refused_before_training(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             gradual(model, text(tmp_path), tmp_path / "run", settings=TEN, **wrong)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_of_a_run_and_its_teacher(tmp_path: Path) -> None:
+    how = {"axis": "state", "sparsity": 0.5, "every": 2, "begin": 0.1, "end": 0.7, "settings": TEN}
+    gradual(tiny_model(), text(tmp_path), tmp_path / "run", teacher=tiny_model(seed=1), **how)
+    recipe = sspruner.GradualRecipe.load(tmp_path / "run/recipe.yaml")
+    assert (recipe.method.axis, recipe.method.mask_every, recipe.settings) == ("state", 2, TEN)
+    named = replace(recipe, method=replace(recipe.method, teacher="big"))
+    with pytest.raises(InputError, match="teacher big: load it"):
+        gradual(tiny_model(), text(tmp_path), tmp_path / "other", named)
+
+
+def test_decay_is_looked_at_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on a GPU that the user did not name."""
+    asked = []
+    real = module.score
+    monkeypatch.setattr(module, "score", lambda *a, **how: asked.append(how["device"]) or real(*a, **how))
+    decay_ranges(tiny_model(), tokens(2, 8))
+    assert asked == ["cpu"]
