@@ -70,7 +70,7 @@ def scaled(model: Any, plan: sspruner.Plan, data: sspruner.Calibration) -> sspru
 
 def tables(s: Any) -> Made:
     """Return a row for each cut: none, bias, output, and the norm's scale where there is a gated norm."""
-    found, windows = [], 2 if s.quick else WINDOWS
+    found, windows = [], 4 if s.quick else WINDOWS
     for name, axis, scorer, sparsity in CUTS[: 1 if s.quick else None]:
         subject = Subject(name, s.data)
         data, text = subject.text("books-val.txt", windows), subject.text("books-test.txt", windows)
