@@ -23,7 +23,7 @@ import sspruner
 from sspruner.benchmarking import resident
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.evaluation.last_word import passages
-from sspruner.evaluation.measures import Asked, Values, measure
+from sspruner.evaluation.measures import Inputs, Values, measure
 from sspruner.evaluation.paired import perplexity_ratio
 
 WINDOWS_PER_BATCH, QUIET = 8, 0.1  # QUIET: cores that others may use while something is timed
@@ -77,7 +77,7 @@ class Subject:
         batches = list(text.batches(WINDOWS_PER_BATCH)) if text else []
         with quick_on_cpu(self.model, torch.device("cpu")):
             dense, *others = measure(
-                self.model, [lambda: nullcontext(self.model), *versions], Asked(batches, tuple(asked), None)
+                self.model, [lambda: nullcontext(self.model), *versions], Inputs(batches, tuple(asked), None)
             )
         return dense, others
 
