@@ -19,7 +19,7 @@ from torch import nn
 import sspruner
 from sspruner.errors import InputError, ModelError
 from sspruner.training import checkpoint
-from sspruner.training.distil import distil, distillation, divergence, hidden_error, zeros_stay
+from sspruner.training.distil import distil, distillation, divergence, hidden_error, keep_zeros
 from sspruner.training.loop import Settings, perplexity, train
 from sspruner.training.run import run_folder
 from support.examples import examples
@@ -208,7 +208,7 @@ def test_divergence_and_hidden_error_are_zero_only_for_equals() -> None:
     assert float(hidden_error((a, a), (b, a))) == 0 < float(hidden_error((a, b), (a, a)))
 
 
-def test_a_cut_student_recovers_and_zeros_stay(tmp_path: Path) -> None:
+def test_a_cut_student_recovers_and_keep_zeros(tmp_path: Path) -> None:
     """Of a mask of single elements, too; weights come back in the dtype that they had."""
     teacher, student = tiny_model(seed=1), tiny_model(seed=1, dtype=torch.bfloat16)
     sspruner.apply(student, half(sspruner.trace(student)))
@@ -286,7 +286,7 @@ def test_zeros_of_vectors_are_trained() -> None:
     model = tiny_model()
     model.backbone.layers[0].mixer.conv1d.bias.data.zero_()
     model.backbone.layers[0].mixer.in_proj.weight.data[0] = 0
-    hook = zeros_stay(model)
+    hook = keep_zeros(model)
     for parameter in model.parameters():
         parameter.data += 1
     hook(1)
