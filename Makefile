@@ -30,7 +30,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Every table of docs/benchmarks.md; needs ../shared/data. `make bench BENCH=--quick` tries every command.
+# Every table of docs/benchmarks.md; needs ../shared/data. `make bench BENCH=--quick` tries every part, BENCH=refit makes one.
 bench: .venv/installed
 	$(BIN)/python benchmarks/all.py $(BENCH)
 

@@ -58,19 +58,13 @@ def _recall(found: list[dict[str, Any]]) -> Any:
     figure, axes = _axes(len(found))
     for ax, one in zip(axes, found, strict=True):
         for label, by_kept in one["accuracy"].items():
-            if label in ("ghost, output", "balanced, no weights", "rrqr"):
-                continue  # level with their neighbours: in the table
-            kept = [int(k) for k in by_kept]
-            ax.plot(kept, [mean for mean, _ in by_kept.values()], label=label.replace(", output", ""), **_style(label))
+            if label not in ("ghost, output", "balanced, no weights", "rrqr"):  # level with others: in the table
+                means = [mean for mean, _ in by_kept.values()]
+                ax.plot([int(k) for k in by_kept], means, label=label.replace(", output", ""), **_style(label))
         ax.axhline(one["dense"][0], color="black", linewidth=0.8, linestyle=":", label="dense")
-        ax.set(
-            title=f"{one['pairs']} pairs, {one['states']} states",
-            xlabel="states kept",
-            ylabel="accuracy",
-            ylim=(0, 1.03),
-        )
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    return figure
+        title = f"{one['pairs']} pairs, {one['states']} states"
+        ax.set(title=title, xlabel="states kept", ylabel="accuracy", ylim=(0, 1.03))
+    return _legend(figure, axes)
 
 
 def _positions(found: dict[str, dict[str, list[float]]]) -> Any:
@@ -85,28 +79,27 @@ def _positions(found: dict[str, dict[str, list[float]]]) -> Any:
         ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
         ax.set(title=model, xlabel="positions", ylabel="perplexity over dense")
         ax.tick_params(axis="x", labelrotation=30)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    return figure
+    return _legend(figure, axes)
 
 
 def _calibration(found: dict[str, dict[str, dict[str, list[float]]]]) -> Any:
-    lines = {"books-val": "-", "WikiText-2": "--", "self": ":"}
+    lines, cuts = {"books-val": "-", "WikiText-2": "--", "self": ":"}, ("ghost, 90%", "balanced, 90%", "balanced, 97%")
     figure, axes = _axes(2)
     for ax, test in zip(axes, ("books", "WikiText-2"), strict=True):
-        for label, by_source in found.items():
-            cut, _, on = label.rpartition(", on ")
-            if on != test or cut not in ("ghost, 90%", "balanced, 90%", "balanced, 97%"):
-                continue
-            for source, by_size in by_source.items():
-                means = [sum(values) / len(values) for values in by_size.values()]
-                style = _style(cut) | {"linestyle": lines[source], "alpha": 0.5 if "97%" in cut else 1.0}
-                ax.plot([int(n) for n in by_size], means, label=f"{cut}, from {source}", **style)
+        for cut, source in [(cut, source) for cut in cuts for source in lines]:
+            by_size = found[f"{cut}, on {test}"][source]
+            style = _style(cut) | {"linestyle": lines[source], "alpha": 0.5 if "97%" in cut else 1.0}
+            means = [sum(values) / len(values) for values in by_size.values()]
+            ax.plot([int(n) for n in by_size], means, label=f"{cut}, from {source}", **style)
         ax.set(title=f"tested on {test}", xlabel="calibration tokens", ylabel="increase of perplexity, %", xscale="log")
-        sizes = sorted({int(n) for by_source in found.values() for by_size in by_source.values() for n in by_size})
-        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        ax.set_xticks([int(n) for n in by_size], [f"{int(n):,}" for n in by_size])
         ax.minorticks_off()
         ax.axhline(0, color="0.7", linewidth=0.8)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
+    return _legend(figure, axes)
+
+
+def _legend(figure: Any, axes: Any) -> Any:
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 

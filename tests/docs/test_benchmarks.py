@@ -1,15 +1,23 @@
-"""docs/benchmarks.md: made by scripts that exist and that `make bench` runs; the README quotes it."""
+"""docs/benchmarks.md: made by parts that exist and that `make bench` runs; the README quotes it."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+import sspruner
+from sspruner.evaluation.damage import damages
+from sspruner.recipes.compare import CompareRecipe
+from sspruner.recipes.measure import BenchOptions
+from sspruner.scoring.known import find_scorer
 from support.paths import ROOT
 
 PAGE, SCALING = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("benchmarks", "scaling"))
@@ -17,19 +25,28 @@ MARK = re.compile(r"<!-- (.+): (begin|end) -->")
 FIXED = {"| method | 10 % | 30 % | 50 % | 70 % | 90 % |"}  # published by others: no script makes it
 
 
+BENCHMARKS = ROOT / "benchmarks"
+MOST_LINES = 3_400  # of Python; 4,500 before experiments were recipes, and 2,000 is the aim
+
+
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+def bench() -> Iterator[ModuleType]:
+    """Import benchmarks/all.py as `make bench` does: from its own folder."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(BENCHMARKS))
     try:
-        spec = importlib.util.spec_from_file_location("bench_all", ROOT / "benchmarks/all.py")
+        spec = importlib.util.spec_from_file_location("bench_all", BENCHMARKS / "all.py")
         assert spec
         assert spec.loader
         module = importlib.util.module_from_spec(spec)
         sys.modules["bench_all"] = module
         spec.loader.exec_module(module)
-        return module
+        yield module
     finally:
-        sys.path.pop(0)
+        sys.path.remove(str(BENCHMARKS))
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+                del sys.modules[name]
 
 
 def outside(page: str) -> list[str]:
@@ -58,38 +75,108 @@ def test_a_table_by_hand_is_found() -> None:
         outside("<!-- a: begin -->\n<!-- b: end -->")
 
 
-def test_marks_are_the_parts_that_make_bench_runs_and_their_scripts_exist(bench: ModuleType) -> None:
-    marks = [name for name, what in MARK.findall(PAGE + SCALING) if what == "begin"]
-    assert sorted(marks) == sorted(part.name for part in bench.PARTS if part.script != "train_recall")
-    assert all((ROOT / "benchmarks" / f"{part.script}.py").is_file() for part in bench.PARTS)
-    names = {part.name for part in bench.PARTS}
-    assert all(set(part.after) <= names for part in bench.PARTS)
+def test_marks_are_the_parts_that_make_bench_runs_and_their_files_exist(bench: ModuleType) -> None:
+    for name, page in (("benchmarks.md", PAGE), ("scaling.md", SCALING)):
+        marks = [mark for mark, what in MARK.findall(page) if what == "begin"]
+        assert sorted(marks) == sorted(p.name for p in bench.PARTS.values() if not p.trains and p.page == name)
+    assert all(part.file.is_file() and bool(part.recipe) != bool(part.study) for part in bench.PARTS.values())
+    assert all(set(part.after) <= set(bench.PARTS) for part in bench.PARTS.values())
     assert "benchmarks/all.py" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_every_table_names_the_part_that_makes_it(bench: ModuleType) -> None:
+    sections = re.findall(r"^<!-- (\S+): begin -->\n(.*?)^<!-- \1: end -->", PAGE + SCALING, re.DOTALL | re.MULTILINE)
+    wrong = {name: re.findall(r"`python benchmarks/run\.py ([^\s`]+)[^`]*`", body) for name, body in sections}
+    wrong = {name: named for name, named in wrong.items() if named != [name] * (not bench.PARTS[name].gpu)}
+    assert not wrong  # no GPU was at hand
+    assert len(sections) == sum(not part.trains for part in bench.PARTS.values())
+
+
+def test_every_study_and_every_recipe_is_used_by_a_part_or_a_study(bench: ModuleType) -> None:
+    used = {part.file for part in bench.PARTS.values()}
+    helpers = {BENCHMARKS / f"studies/{name}.py" for name in ("__init__", "training", "scaling_worker")}
+    assert {*BENCHMARKS.glob("recipes/*"), *BENCHMARKS.glob("studies/*.py")} == used | helpers
+
+
+def test_every_study_has_tables_and_imports(bench: ModuleType) -> None:
+    for part in bench.PARTS.values():
+        if part.study:
+            assert callable(importlib.import_module(f"studies.{part.study}").tables)
+
+
+def test_every_recipe_loads_with_its_class(bench: ModuleType) -> None:
+    experiment, commands = importlib.import_module("experiment"), importlib.import_module("commands")
+    assert CompareRecipe.load(BENCHMARKS / "recipes/compare.yaml").cells.scorers
+    for name in ("decode", "gpu"):
+        file = SimpleNamespace(file=BENCHMARKS / f"recipes/{name}.yaml", quick=False)
+        assert isinstance(commands.bench_options(file), BenchOptions)
+    cells = 0
+    for file in (BENCHMARKS / "recipes").glob("*.yaml"):
+        if hasattr(commands, file.stem):
+            continue
+        found = experiment.Experiment.load(file)
+        assert callable(getattr(importlib.import_module("tables"), found.table))
+        for section in found.sections:
+            for model in section.models:
+                for row in section.rows_of(model).values():
+                    for cut in section.cuts_of(row).values():
+                        recipe = sspruner.Recipe.of(**section.fields(row, cut))
+                        assert recipe.method.mode == "mask"
+                        assert find_scorer(recipe.method.scorer)
+                        cells += 1
+    assert cells > 200
+
+
+def test_an_experiment_measures_what_prune_cuts(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of one cell on a text of our own: perplexity, KL, and cells that are kept."""
+    experiment = importlib.import_module("experiment")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400, encoding="utf-8")
+    section = experiment.Section(
+        models=("mamba2-books-4m",), base={"axis": "state"}, once=True,
+        rows={"magnitude": {"scorer": "magnitude"}}, cuts={"90%": {"sparsity": 0.9}},
+        observed={"file": "a.txt", "windows": 1}, reported={"file": "a.txt", "windows": 2},
+    )  # fmt: skip
+    subject = experiment.Subject("mamba2-books-4m", data)
+    found = experiment.measured(subject, section, tmp_path / "work")
+    text = subject.text("a.txt", 2)
+    plan = sspruner.plan(subject.graph, sspruner.score(subject.model, "magnitude"), sparsity=0.9)
+    damage = damages(subject.model, [plan], subject.graph, text.batches(8))[0]
+    (cell,) = found.cells["magnitude", "90%"]
+    assert math.exp(float(found.dense.nll.mean())) == pytest.approx(damage.dense_perplexity, rel=1e-4)
+    assert math.exp(float(cell.nll.mean())) == pytest.approx(damage.pruned_perplexity, rel=1e-4)
+    assert float(cell.kl.mean()) == pytest.approx(damage.kl, rel=1e-3)
+    monkeypatch.setattr(experiment, "version_of", None)  # a second run takes the cell from its file
+    assert experiment.measured(subject, section, tmp_path / "work").cells["magnitude", "90%"][0].record == cell.record
+
+
+def test_python_of_benchmarks_is_short() -> None:
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in BENCHMARKS.rglob("*.py"))
+    assert lines < MOST_LINES
 
 
 def test_a_part_runs_once_and_one_that_fails_leaves_the_page_alone(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page, scripts = tmp_path / "page.md", tmp_path / "scripts"
+    page, run = tmp_path / "page.md", tmp_path / "run.py"
     page.write_text("prose\n<!-- a: begin -->\nold\n<!-- a: end -->\nmore\n", encoding="utf-8")
-    scripts.mkdir()
-    (scripts / "good.py").write_text(
-        "import sys; open(sys.argv[1], 'a').write('x'); print('new', sys.argv[1])", encoding="utf-8"
-    )
-    (scripts / "bad.py").write_text("print('half'); raise SystemExit(3)", encoding="utf-8")
-    monkeypatch.setattr(bench, "HERE", scripts)
-    monkeypatch.setattr(bench, "PAGE", page)
-    good = bench.Part("a", "good", ("WORK/ran",), ("WORK/ran",), data=False)
-    monkeypatch.setattr(bench, "PARTS", (bench.Part("a", "bad", data=False),))
+    good = "import sys; work = sys.argv[5]; open(f'{work}/ran', 'a').write('x'); print('new', sys.argv[1], work)"
+    monkeypatch.setattr(bench, "RUN", run)
+    monkeypatch.setattr(bench, "DOCS", tmp_path)
+    monkeypatch.setattr(bench, "PARTS", {"a": importlib.import_module("run").Part("a", study="a", page="page.md")})
     monkeypatch.setattr(sys, "argv", ["all.py", "--work", str(tmp_path)])
+    run.write_text("print('half'); raise SystemExit(3)", encoding="utf-8")
     with pytest.raises(SystemExit, match="failed: a"):
         bench.main()
     assert "old" in page.read_text(encoding="utf-8")
-    monkeypatch.setattr(bench, "PARTS", (good,))
+    run.write_text(good, encoding="utf-8")
     bench.main()
     bench.main()
     assert (tmp_path / "ran").read_text() == "x"
-    assert "begin -->\nnew WORK/ran\n" in page.read_text(encoding="utf-8")  # no path of this machine
+    assert "begin -->\nnew a WORK\n" in page.read_text(encoding="utf-8")  # no path of this machine
     assert "old" not in page.read_text(encoding="utf-8")
 
 
@@ -107,4 +194,4 @@ def test_the_readme_quotes_numbers_of_the_page() -> None:
 
 
 def balanced() -> str:
-    return PAGE.split("<!-- damage.py: begin -->")[1].split("\n**KL")[0]
+    return PAGE.split("<!-- damage: begin -->")[1].split("\n**KL")[0]

@@ -127,7 +127,7 @@ def _log(tree: Path) -> str:
 
 def check_baseline(tree: Path, nodes: Sequence[str]) -> None:
     """Raise ListError unless the tests pass without any fault, each of them in at least one of its cases."""
-    found = run_tests(tree, nodes)
+    found = run_tests(tree, nodes, "-x")
     if found.code != PASSED:
         raise ListError(f"{_log(tree)}\nwithout any fault the tests fail: {found.failed or f'exit code {found.code}'}")
     for node in nodes:

@@ -31,3 +31,12 @@ def test_of_different_sizes_none_is_written():
     config = cut_states(2, *[4] * (layers - 1)).config
     assert config.state_size == 8
     assert "state_size" not in config.sspruner["stock"]
+
+
+def test_a_second_cut_remembers_the_sizes_before_the_first():
+    layers = len(trace(zoo("mamba2", state=8)).layers)
+    model = cut_states(*[4] * layers)
+    groups = trace(model).on_axis("state").items()
+    apply(model, Plan({name: Selection(4, ((0, 1),) * group.groups) for name, group in groups}))
+    assert model.config.state_size == 2
+    assert model.config.sspruner["stock"]["state_size"] == 8

@@ -1,0 +1,79 @@
+"""Train a small Mamba2 on multi-query associative recall (MQAR), a task that fills its state.
+
+A sequence holds PAIRS different keys, each followed by its value, and then the keys again in a random order, each
+followed by its value once more. The loss is on these values alone. The number of pairs grows from 4, by 4 whenever nine
+in ten of the values are right; the learning rate is constant, and falls linearly to zero over the last DECAY steps.
+Task: Arora et al., "Zoology", arXiv 2312.04927, without filler. studies/recall.py cuts the state of the result.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from common import Made, adamw, progress, train_step
+from torch import nn
+
+import sspruner
+from sspruner.evaluation.recall import answers, recall, sequences
+from studies.recall import TEST_SEED, TEST_SEQUENCES, summary, tasks
+
+LEARNING_RATE, WEIGHT_DECAY, WARM_UP, DECAY = 1e-2, 0.1, 50, 0.5  # warm-up in steps; decay: a fraction
+BATCH, FIRST_PAIRS, MORE_PAIRS, LEARNED = 64, 4, 4, 0.9
+STEP, RATE = 0.5, 0.05  # dt and -A before training: learns sooner than with those of a language model
+SIZE = {"state": 64, "pairs": 24, "vocabulary": 128, "layers": 2, "hidden": 64, "head_dim": 32, "steps": 800, "seed": 0}
+
+
+def new_model(s: Any) -> Any:
+    """Return a freshly initialised Mamba2, that writes much into its state and forgets little of it."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        vocab_size=s.vocabulary, hidden_size=s.hidden, num_hidden_layers=s.layers, state_size=s.state, expand=2,
+        head_dim=s.head_dim, num_heads=2 * s.hidden // s.head_dim, n_groups=1, chunk_size=32,  # quickest on a CPU
+        time_step_min=STEP, time_step_max=STEP, tie_word_embeddings=False,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    )  # fmt: skip
+    torch.manual_seed(s.seed)
+    model = Mamba2ForCausalLM(config)
+    for layer in model.backbone.layers:
+        layer.mixer.A_log.data.fill_(math.log(RATE))
+    model.config.recall_pairs = s.pairs
+    return model
+
+
+def train(model: Any, pairs: int, steps: int, seed: int) -> None:
+    """Train with AdamW on new sequences in every step, with more and more pairs."""
+    generator, optimizer = torch.Generator().manual_seed(seed), adamw(model, LEARNING_RATE, WEIGHT_DECAY)
+    now, right = min(FIRST_PAIRS, pairs), 0.0
+    model.train()
+    for step in range(1, steps + 1):
+        tokens = sequences(BATCH, now, model.config.vocab_size, generator)
+        logits, target = answers(model(input_ids=tokens, use_cache=False).logits, tokens)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        train_step(model, optimizer, loss, LEARNING_RATE * min(step / WARM_UP, 1, (1 - step / steps) / DECAY))
+        right = 0.9 * right + 0.1 * float((logits.argmax(-1) == target).float().mean())
+        if step % 50 == 0:
+            progress(f"step {step}: {now} pairs, loss {loss.item():.3f}, accuracy {right:.3f}")
+        if right > LEARNED and now < pairs:
+            now, right = min(now + MORE_PAIRS, pairs), 0.0
+    if now < pairs:
+        raise SystemExit(f"{steps} steps were enough for {now} pairs, not for {pairs}; give more steps")
+    model.eval()
+
+
+def tables(s: Any) -> Made:
+    """Train and save a model; returns its accuracy. Settings: out, and those of SIZE (states per head, steps of 64)."""
+    for name, value in SIZE.items():
+        setattr(s, name, getattr(s, name, value))
+    if s.pairs > s.vocabulary // 2:
+        raise SystemExit(f"{s.pairs} pairs need {s.pairs} different keys; there are {s.vocabulary // 2}")
+    model, start = new_model(s), time.monotonic()
+    train(model, s.pairs, s.steps, s.seed)
+    minutes = (time.monotonic() - start) / 60
+    sspruner.save(model, s.out, overwrite=True)
+    mean, error = summary(recall(model, tasks(model, TEST_SEQUENCES, TEST_SEED))[0])
+    text = f"{s.out}: accuracy {mean:.4f} ± {error:.4f}, trained in {minutes:.1f} minutes"
+    return text, f"seed {s.seed}, {TEST_SEED} (test sequences); {s.steps} steps of {BATCH} sequences", None
