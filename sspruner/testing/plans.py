@@ -127,3 +127,17 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 def _write(values: torch.Tensor, member: Member, index: torch.Tensor, rows: torch.Tensor) -> None:
     front = values.movedim(member.dims, tuple(range(len(member.dims))))  # a view
     front[torch.unravel_index(index.flatten(), front.shape[: len(member.dims)])] = rows
+
+
+def compatible_axes(axes: list[str], graph: SSMGraph) -> list[list[str]]:
+    """Split the axes into rounds without nested axes, so that the axes of a round can be permuted together."""
+    nested = {axis: {d for site in graph.sites for d in site.layout.axes.get(axis, ())} for axis in axes}
+    rounds: list[list[str]] = []
+    for axis in axes:
+        free = (r for r in rounds if not any(axis in nested[other] or other in nested[axis] for other in r))
+        suitable = next(free, None)
+        if suitable is None:
+            rounds.append([axis])
+        else:
+            suitable.append(axis)
+    return rounds

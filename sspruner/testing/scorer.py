@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import random
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +11,14 @@ import torch
 import sspruner
 from sspruner.calibrate.sources import Calibration
 from sspruner.errors import InputError, PluginError, SSPrunerError
-from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.reduction import INVERSE
 from sspruner.scoring.known import find_scorer
 from sspruner.scoring.scorer import SELECT, Scorer, check_scorer_class, checked_coordinates, make_scorer
 from sspruner.testing.cases import Case, OneByOne, Trimmed, axes_of, cases, families_by_axis, windows
+from sspruner.testing.disturbances import DEGENERATE, disturb_random_state, one_thread, perturbed
 from sspruner.testing.examples import try_examples
-from sspruner.testing.plans import permute, permute_rows, zero_units
+from sspruner.testing.plans import compatible_axes, permute, permute_rows
 from sspruner.testing.watch import Touched, Watch, broken_update, chooser, combine_all
 
 PROPERTIES = (
@@ -115,7 +112,7 @@ class _Check:
 
     def case(self, case: Case, checked_axes: Collection[str]) -> None:
         """Check every property on one model."""
-        with _alone():
+        with one_thread():
             self._case(case, checked_axes)
 
     def _case(self, case: Case, checked_axes: Collection[str]) -> None:
@@ -178,7 +175,7 @@ class _Check:
             (1, "draws from the global random numbers: make a torch.Generator and seed it with self.seed"),
         ):
             if "determinism" not in self.skip:
-                _disturb(seed)
+                disturb_random_state(seed)
                 self.same(first, self.score(case.model(), case.data(), axes), why)
 
     def memory(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
@@ -189,7 +186,7 @@ class _Check:
                 for parameter in other.parameters():
                     parameter.mul_(factor if parameter.ndim > 1 else 1)
             self.score(other, case.other().data(), [axis for axis in axes_of(other) if axis in axes])
-        _disturb(0)
+        disturb_random_state(0)
         again = self.score(case.model(), case.data(), axes)
         self.same(first, again, "remembers another model that was scored in between")
 
@@ -198,7 +195,7 @@ class _Check:
 
         Infinite if that is more than a tenth of the largest score: then nothing can be compared.
         """
-        self.shaken = lambda size, seed: self.score(_shaken(case.model(), size, seed), case.data(), axes)
+        self.shaken = lambda size, seed: self.score(perturbed(case.model(), size, seed), case.data(), axes)
         tolerances = {}
         for name, scores in self.shaken(ROUNDING, case.seed).items():
             largest = float(first[name].abs().max())
@@ -218,7 +215,9 @@ class _Check:
         graph, generator = trace(case.model()), torch.Generator().manual_seed(case.seed)
         elements = [axis for axis in axes if axis in sspruner.ELEMENT_AXES]
         scored = {group.tensor: name for name, group in graph.elements.items()}
-        for moving in _apart([axis for axis in graph.axes if axis not in WHOLE and (axis in axes or elements)], graph):
+        for moving in compatible_axes(
+            [axis for axis in graph.axes if axis not in WHOLE and (axis in axes or elements)], graph
+        ):
             model, expected = case.model(), {}
             groups = [group for axis in moving for group in graph.on_axis(axis).values()]
             for group in groups:
@@ -356,7 +355,7 @@ class _Check:
 
     def degenerate(self, case: Case, first: Importance, tolerance: Mapping[str, float], axes: list[str]) -> None:
         """Check that degenerate models and calibration give finite scores, which the watch checks, or are refused."""
-        for how, spoil in SPOILT.items():
+        for how, spoil in DEGENERATE.items():
             model = case.model()
             with torch.no_grad():
                 spoil(model, axes)
@@ -384,73 +383,3 @@ class _Check:
                     f"{why}; unit {at[1]} of set {at[0]} of {name} has {float(first[name][at]):.6g} and "
                     f"{float(scores[at]):.6g}; on {self.where}"
                 )
-
-
-def _apart(axes: list[str], graph: SSMGraph) -> list[list[str]]:
-    """Split the axes into rounds without nested axes, so that the axes of a round can be permuted together."""
-    nested = {axis: {d for site in graph.sites for d in site.layout.axes.get(axis, ())} for axis in axes}
-    rounds: list[list[str]] = []
-    for axis in axes:
-        free = (r for r in rounds if not any(axis in nested[other] or other in nested[axis] for other in r))
-        suitable = next(free, None)
-        if suitable is None:
-            rounds.append([axis])
-        else:
-            suitable.append(axis)
-    return rounds
-
-
-def _same_embeddings(model: Any, axes: list[str]) -> None:
-    weight = model.get_input_embeddings().weight
-    weight.copy_(weight[:1].clone().expand_as(weight))
-
-
-def _dead_units(model: Any, axes: list[str]) -> None:
-    graph = trace(model)
-    for axis in axes:
-        for group in graph.on_axis(axis).values():
-            if group.tensor:
-                model.get_parameter(group.tensor)[:, 0] = 0
-            zero_units(model, group, [0])
-            for name in group.blocks[0].writers if group.blocks else ():
-                model.get_parameter(name).zero_()
-
-
-def _silence(model: Any, axes: list[str]) -> None:
-    for parameter in model.get_submodule(trace(model).blocks).parameters():
-        parameter.zero_()
-
-
-SPOILT: dict[str, Callable[[Any, list[str]], None]] = {
-    "where every token has the same embedding": _same_embeddings,
-    "where one unit of every set is dead": _dead_units,
-    "where all weights of the blocks are 0": _silence,
-}
-
-
-@torch.no_grad()
-def _shaken(model: Any, size: float, seed: int) -> Any:
-    """Return the model after random relative changes of its weights."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.mul_(1 + size * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def _disturb(seed: int) -> None:
-    """Seed every global random number generator."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Context manager: one thread, so that equal results are equal to the bit; restores the random state."""
-    threads, state = torch.get_num_threads(), copy.copy(random.getstate())
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(state)

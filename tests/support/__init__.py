@@ -1,1 +1,1 @@
-"""What tests share: tiny models, oracles, helpers. Test modules import this, never each other."""
+"""Shared test code: tiny models, oracles, helpers. Test modules import this package, never each other."""

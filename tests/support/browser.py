@@ -1,4 +1,4 @@
-"""A headless browser, if there is one: what a page shows at a width and in a theme, measured by a script inside it."""
+"""Measure a page in a headless browser, if there is one, at a width and in a theme, by a script inside the page."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ addEventListener("load", () => {
 
 
 def find_browser() -> str | None:
-    """A Chromium, by the variable CHROME or on the path."""
+    """Return the path of a Chromium, from the variable CHROME or the PATH; None without one."""
     named = os.environ.get("CHROME")
     return shutil.which(named) if named else next(filter(None, map(shutil.which, NAMES)), None)
 
 
 def seen(browser: str, page: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
-    """What the browser shows of a page: sizes, contrasts, what was loaded, and the console's complaints."""
+    """Return measurements of a page in the browser: sizes, contrasts, loaded resources, and console errors."""
     file = folder / f"frame-{width}-{dark}.html"
     framed = FRAME.format(width=width, height=900, page=html.escape(page), script=SCRIPT)
     file.write_text(framed, encoding="utf-8")

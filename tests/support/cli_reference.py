@@ -1,6 +1,6 @@
-"""The tables of options in docs/cli.md, made from the command line itself, and the frozen list of its flags.
+"""Generate the tables of options in docs/cli.md, and the frozen list of flags, from the command line itself.
 
-`python tests/support/cli_reference.py` writes both anew: after a change of options, and of their texts.
+`python tests/support/cli_reference.py` writes both; run it after a change of options or of their help.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LINKS = {
 
 
 def commands(under: App = app, before: tuple[str, ...] = ()) -> Iterator[tuple[str, App]]:
-    """Every command that does something: its words and its App."""
+    """Yield the words and the App of every command that runs something."""
     for name in under:
         if not name.startswith("-"):
             found = under[name]
@@ -54,7 +54,7 @@ def commands(under: App = app, before: tuple[str, ...] = ()) -> Iterator[tuple[s
 
 
 def arguments(command: App) -> list[Any]:
-    """The options and arguments of a command, in the order of its help."""
+    """Return the options and arguments of a command, in the order of its help."""
     found = [
         a
         for a in command.assemble_argument_collection(default_parameter=OPTION, parse_docstring=True)
@@ -70,12 +70,12 @@ def arguments(command: App) -> list[Any]:
 
 
 def names(argument: Any) -> list[str]:
-    """The flags of an option; none of a positional argument."""
+    """Return the flags of an option; none for a positional argument."""
     return [name for name in argument.names if name.startswith("-")]
 
 
 def default(argument: Any) -> str:
-    """What is taken without the option, as the help shows it; "" for nothing."""
+    """Return the default of an option as the help shows it; "" for none."""
     shown = argument.parameter.show_default
     if isinstance(shown, str):
         return shown
@@ -86,7 +86,7 @@ def default(argument: Any) -> str:
 
 
 def table(command: App) -> str:
-    """The options of a command as a table in Markdown, a bold row for each panel."""
+    """Return the options of a command as a table in Markdown, with a bold row for each panel."""
     lines = ["| option | default | what |", "|---|---|---|"]
     panel = None
     for argument in arguments(command):
@@ -103,7 +103,7 @@ def table(command: App) -> str:
 
 
 def with_tables(text: str) -> str:
-    """The page with the tables of today between its markers `<!-- options of COMMAND -->` and `<!-- end -->`."""
+    """Return the page with new tables between its markers `<!-- options of COMMAND -->` and `<!-- end -->`."""
     found = dict(commands())
 
     def made(match: re.Match[str]) -> str:
@@ -115,7 +115,7 @@ def with_tables(text: str) -> str:
 
 
 def flags() -> str:
-    """Every command with its arguments, flags and defaults, a line each."""
+    """Return every command with its arguments, flags and defaults, one per line."""
     lines = []
     for name, command in commands():
         lines.append(name)

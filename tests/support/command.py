@@ -1,4 +1,4 @@
-"""Run the command line in this process, and check what it says and writes."""
+"""Run the command line in this process, and check its output and files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATE = 16  # units of the axis `state` in the models of `saved_model`
 
 
 def saved_model(folder: Path, *, vocabulary: int = 4096, tokenizer: bool = True, seed: int = 0, **sizes: Any) -> Path:
-    """A tiny random Mamba2, two B/C groups of two heads, saved with the reference tokenizer."""
+    """Save a tiny random Mamba2, two B/C groups of two heads, with the reference tokenizer."""
     model = tiny_model(seed=seed, **{"groups": 2, "head_dim": 8, "state": STATE, **sizes})
     if vocabulary != VOCABULARY:
         with torch.random.fork_rng():
@@ -35,13 +35,13 @@ def saved_model(folder: Path, *, vocabulary: int = 4096, tokenizer: bool = True,
 
 
 def saved_zoo(folder: Path, family: str, *, tokenizer: bool = True, seed: int = 0, **sizes: Any) -> Path:
-    """A tiny random model of any family, saved with the reference tokenizer, or without one and with 31 tokens."""
+    """Save a tiny random model of any family, with the reference tokenizer, or without one and with 31 tokens."""
     model = zoo(family, seed=seed, **({"vocab_size": 4096} if tokenizer else {}), **sizes)
     return sspruner.save(model, folder, AutoTokenizer.from_pretrained(REFERENCES / DEFAULT) if tokenizer else None)
 
 
 def run(*args: object, charset: str = "utf-8", **env: str) -> Any:
-    """Run the console script in this process: exit_code, stdout and stderr apart, exception."""
+    """Run the console script in this process. Return exit_code, stdout, stderr and exception."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=charset, write_through=True) for _ in range(2))
     code, exception = 0, None
     with pytest.MonkeyPatch.context() as patch:
@@ -61,19 +61,19 @@ def run(*args: object, charset: str = "utf-8", **env: str) -> Any:
 
 
 def done(*args: object, **kwargs: Any) -> Any:
-    """`run` a command that must succeed and have nothing to say on standard error."""
+    """Run a command that must succeed without output on standard error."""
     result = run(*args, **kwargs)
     assert (result.exit_code, result.stderr) == (0, ""), f"{result.stderr}\n{result.exception!r}"
     return result
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything under a folder: relative path -> content, None for a folder."""
+    """Return everything under a folder: relative path -> content, None for a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def refused(here: Path, says: tuple[str, ...], *args: object, code: int = 2) -> None:
-    """The command line says `says` in one line, exits with `code`, and leaves every file under `here` as it was."""
+    """Check that the command line prints `says` in one line, exits with `code`, and changes no file under `here`."""
     before = tree(here)
     result = run(*args)
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"

@@ -1,7 +1,8 @@
-"""Devices made of the CPU: what is on one of them computes as ever, and refuses tensors that are on another.
+"""Simulated devices on the CPU: each computes as usual, and refuses tensors of another device.
 
-So code for several GPUs runs without one: what it forgets to move is an error here as it is there. A process that calls
-`devices` has them until it ends, so tests do that in one of its own. They are called other:0 and other:1.
+So code for several GPUs runs without one, and a tensor that it does not move is an error as on real devices. A process
+that calls `devices` has them until it ends, so tests run it in a process of its own. They are called other:0 and
+other:1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BETWEEN = ("aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_")  
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor on one of the devices; `value`, on the CPU, is what it holds."""
+    """A tensor on one of the devices; `value` is its content on the CPU."""
 
     value: torch.Tensor
 
@@ -48,14 +49,14 @@ class Elsewhere(torch.Tensor):
 
 
 class Dispatch(TorchDispatchMode):
-    """Sees what makes tensors on the devices."""
+    """Torch mode that intercepts the functions that create tensors on the devices."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
 
 
 class Backend(registration._DummyBackendModule):
-    """What torch asks of a device's module."""
+    """The functions that torch requires of a device's module."""
 
     def device_count(self) -> int:
         return COUNT
@@ -69,7 +70,7 @@ class Backend(registration._DummyBackendModule):
 
 @contextmanager
 def devices() -> Iterator[None]:
-    """The devices, inside the block."""
+    """Context manager that registers the devices."""
     if torch._C._get_privateuse1_backend_name() != NAME:
         registration._setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(.., device=)` makes it on the CPU, and moves it
@@ -78,7 +79,7 @@ def devices() -> Iterator[None]:
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation on the CPU, its result where its inputs are. Raises RuntimeError if they are on several devices."""
+    """Run an operation on the CPU, with its result on the inputs' device. Raises RuntimeError for several devices."""
     name = func._schema.name
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     places = {t.device for t in tensors if t.dim() or isinstance(t, Elsewhere)}  # a number on the CPU goes anywhere

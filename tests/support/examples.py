@@ -1,4 +1,4 @@
-"""How many examples property tests draw, in proportion to the profile (conftest.py)."""
+"""Number of examples that property tests draw, in proportion to the profile (conftest.py)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SCALE = settings.default.max_examples / USUAL  # type: ignore[union-attr]
 
 
 def scaled(count: int) -> int:
-    """So many examples in the profile `ci`; fewer, but at least one, in `fast`; more in `deep`."""
+    """Return the number of examples: as given in `ci`, fewer but at least one in `fast`, more in `deep`."""
     return max(1, math.ceil(count * SCALE - 1e-9))
 
 
 def examples(count: int, **options: Any) -> settings:
-    """`settings(max_examples=...)` for a test that takes `count` examples in CI."""
+    """Return `settings(max_examples=...)` for a test with `count` examples in CI."""
     return settings(max_examples=scaled(count), **options)

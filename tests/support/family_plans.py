@@ -45,9 +45,9 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def few(examples: int) -> settings:
-    """A handful of examples per case, for there are many cases.
+    """Settings for a few examples per case, since there are many cases.
 
-    A failure is not shrunk: that takes minutes, and the models are small.
+    Failures are not shrunk, which would take minutes; the models are small.
     """
     phases = [Phase.explicit, Phase.reuse, Phase.generate]
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
@@ -55,7 +55,7 @@ def few(examples: int) -> settings:
 
 
 def draw_plan(data: st.DataObject, graph: sspruner.SSMGraph, axes: tuple[str, ...]) -> Plan:
-    """Some dependency groups of these axes, each to its own size; which units stay differs by group and head."""
+    """Draw a plan for groups of these axes, each with its own size; the units kept differ by group and head."""
     pick = random.Random(data.draw(st.integers(0, 2**16), "units"))
     sizes = {
         name: [n for n in range(g.multiple_of, g.units) if n % g.multiple_of == 0]
@@ -86,5 +86,5 @@ def _keep(pick: random.Random, group: DependencyGroup, after: int, stay: set[int
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """fp32 logits without a cache."""
+    """Return fp32 logits, without a cache."""
     return model(input_ids=ids, use_cache=False).logits.float()

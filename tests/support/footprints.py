@@ -1,4 +1,4 @@
-"""Models on the meta device, and the bytes that real ones take."""
+"""Models on the meta device, and the memory of real ones."""
 
 from __future__ import annotations
 

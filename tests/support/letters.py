@@ -8,7 +8,7 @@ from support.tiny import VOCABULARY
 
 
 class Letters:
-    """Characters, modulo the vocabulary; 0 ends a text."""
+    """Tokenizer of characters, modulo the vocabulary; 0 ends a text."""
 
     eos_token_id: int | None = 0
 

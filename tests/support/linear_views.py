@@ -1,4 +1,4 @@
-"""The view that a scorer gets of a single linear layer."""
+"""The scorer's view of a single linear layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sspruner.graph.group import DependencyGroup
 
 
 def linear_view(weight: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None = None) -> SSMView:
-    """A linear layer on the axis weight. x: (b, T, in)."""
+    """Return a view of a linear layer on the axis weight. x: (b, T, in)."""
     model = nn.ModuleDict({"lin": nn.Linear(weight.shape[1], weight.shape[0], bias=False)})
     model["lin"].weight.data = weight
     mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask

@@ -14,7 +14,7 @@ TOLERANCE = 1e-5  # relative, of every sum in fp32
 
 
 def states(p: SelectiveProjected) -> torch.Tensor:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, one step at a time: fp64 (b, T, G, P, N). Slow and obvious."""
+    """Return h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t, one step at a time: fp64 (b, T, G, P, N). Slow reference."""
     x, dt, A, B = p.x.double(), p.dt.double(), p.A.double(), p.B.double()
     b, T, G, P = x.shape
     h = torch.zeros(b, G, P, A.shape[-1], dtype=torch.float64)
@@ -36,7 +36,7 @@ def slow_output(p: SelectiveProjected) -> torch.Tensor:
 
 @st.composite
 def projections(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> tuple[SelectiveProjected, torch.Tensor]:
-    """Any shape, decays from exp(-1e-8) to exp(-300) mixed in one sequence and over states, padding anywhere."""
+    """Draw projections of any shape, with decays from exp(-1e-8) to exp(-300) in one sequence, and padding."""
     b, T = draw(st.integers(1, 3)), draw(st.integers(1, 70))
     G, P, N = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
@@ -61,12 +61,12 @@ def projections(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> tuple[Se
 
 
 def rows(p: SelectiveProjected, at: slice, steps: slice = slice(None)) -> SelectiveProjected:
-    """Some samples of a batch, some steps of a sequence."""
+    """Return some samples of a batch, at some steps of the sequence."""
     return replace(p, **{name: getattr(p, name)[at, steps] for name in ("x", "z", "dt", "B", "C")})
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    """Every element within `tolerance` of the largest; sums of squares are compared with no absolute slack but that."""
+    """Check that all elements agree within `tolerance` of the largest."""
     assert actual.shape == expected.shape
     assert actual.isfinite().all()
     error = (actual.double() - expected).abs().max()
@@ -74,7 +74,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLER
 
 
 class Storage(TorchDispatchMode):
-    """The largest storage that an operation inside returned, views of an older tensor apart."""
+    """Torch mode that records the largest storage returned by an operation inside, except views of older tensors."""
 
     def __init__(self, p: SelectiveProjected) -> None:
         super().__init__()

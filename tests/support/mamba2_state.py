@@ -12,7 +12,7 @@ TOLERANCE = 1e-4  # relative, of every sum in fp32
 
 @st.composite
 def projections(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> tuple[Projected, torch.Tensor]:
-    """Any T, one or more groups, decays from exp(-1e-6) to exp(-30) mixed in one sequence, padding anywhere."""
+    """Draw projections with any T, one or more groups, decays from exp(-1e-6) to exp(-30), and padding anywhere."""
     b, T = draw(st.integers(1, 3)), draw(st.integers(1, 150))
     G, K, P, N = (draw(st.integers(1, 3)) for _ in range(4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
@@ -35,7 +35,7 @@ def projections(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> tuple[Pr
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    """Every element within `tolerance` of the largest; sums of squares are compared with no absolute slack but that."""
+    """Check that all elements agree within `tolerance` of the largest."""
     assert actual.shape == expected.shape
     assert actual.isfinite().all()
     error = (actual.double() - expected).abs().max() if actual.numel() else torch.tensor(0.0)

@@ -1,7 +1,7 @@
-"""Stand-ins for the modules of mamba_ssm, written for these tests: the package needs a GPU, its interface does not.
+"""Stand-ins for the modules of mamba_ssm: the package needs a GPU, its interface does not.
 
-Classes, attributes, parameters and contracts are called as in mamba_ssm 2.2; the code is not theirs. One loop over
-the tokens, in fp32, serves training and decoding. Left out: attention, MLPs between the mixers, fused norms, variable
+Classes, attributes, parameters and contracts have the names of mamba_ssm 2.2; the code is our own. One loop over the
+tokens, in fp32, serves training and decoding. Left out: attention, MLPs between the mixers, fused norms, variable
 lengths, sharding, generate().
 """
 
@@ -46,7 +46,7 @@ class InferenceParams:
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension; with a gate z, before or after it, over groups of `group_size`."""
+    """RMS norm over the last dimension; with a gate z, before or after it, over groups of `group_size`."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-5, group_size: int | None = None, norm_before_gate=True):
         super().__init__()
@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """What both mixers share: the convolution's window and the state, kept from call to call where there is a cache."""
+    """Base of both mixers: convolution window and state, kept between calls if there is a cache."""
 
     def caches(self, batch: int, inference_params: InferenceParams | None) -> Cache:
         if inference_params is None:
@@ -75,7 +75,7 @@ class Recurrent(nn.Module):
         return stored[self.layer_idx]
 
     def convolve(self, row: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-        """One token's channels (b, C) -> silu(conv) (b, C); the window moves on, in place."""
+        """Convolve one token's channels (b, C), apply SiLU, and shift the window in place."""
         window.copy_(torch.cat([window[..., 1:], row[..., None].to(window)], -1))
         out = (window.float() * self.conv1d.weight[:, 0].float()).sum(-1)
         return self.act(out if self.conv1d.bias is None else out + self.conv1d.bias.float())
@@ -120,7 +120,7 @@ class Mamba2(Recurrent):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
     def forward(self, u, seqlen=None, seq_idx=None, cu_seqlens=None, inference_params=None):
-        """u: (b, T, d_model) -> the same shape."""
+        """Return the mixer's output for u (b, T, d_model), in the same shape."""
         assert seqlen is None is seq_idx is cu_seqlens, "not in the stand-in"
         H, P, G, N = self.nheads, self.headdim, self.ngroups, self.d_state
         b, T, _ = u.shape
@@ -174,7 +174,7 @@ class Mamba(Recurrent):
         self.out_proj = nn.Linear(D, d_model, bias=bias)
 
     def forward(self, hidden_states, inference_params=None):
-        """hidden_states: (b, T, d_model) -> the same shape."""
+        """Return the mixer's output for hidden_states (b, T, d_model), in the same shape."""
         x, z = self.in_proj(hidden_states).chunk(2, -1)  # (b, T, D)
         A = -torch.exp(self.A_log.float())
         window, stored = self.caches(len(x), inference_params)
@@ -190,7 +190,7 @@ class Mamba(Recurrent):
         return self.out_proj(torch.stack(outputs, 1).to(z.dtype) * self.act(z))
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs) -> Cache:
-        """Its channels are counted as d_model * expand, as in the original: d_inner is not read."""
+        """Allocate the cache with d_model * expand channels, as the original does, which ignores d_inner."""
         like = {"device": self.out_proj.weight.device, "dtype": dtype or self.dt_proj.weight.dtype}
         channels = self.d_model * self.expand
         return torch.zeros(batch_size, channels, self.d_conv, **like), torch.zeros(
@@ -199,7 +199,7 @@ class Mamba(Recurrent):
 
 
 class Block(nn.Module):
-    """Add, norm, mixer: what the mixer returns is added by the next block."""
+    """Block of add, norm, mixer; the mixer's output is added by the next block."""
 
     def __init__(self, dim, mixer_cls, norm_cls=RMSNorm, residual_in_fp32=False) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ def native_model(
     rms_norm: bool = True,
     **ssm_cfg: Any,
 ) -> MambaLMHeadModel:
-    """A random model in eval mode, every parameter random. ssm_cfg: arguments of the mixer."""
+    """Return a random model in eval mode, every parameter random. ssm_cfg: arguments of the mixer."""
     config = MambaConfig(
         d_model=d_model, n_layer=layers, rms_norm=rms_norm, tie_embeddings=tied, ssm_cfg={"layer": layer, **ssm_cfg}
     )

@@ -31,7 +31,7 @@ MIXERS: list[dict[str, Any]] = [
 
 
 def write(model: MambaLMHeadModel, folder: Path, file: str = FILES[0]) -> Path:
-    """As mamba_ssm's save_pretrained, or with its tensors in other files."""
+    """Write a checkpoint as mamba_ssm's save_pretrained does, or with its tensors in other files."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(model.config.__dict__))
     tensors = {name: t.clone() for name, t in model.state_dict().items()}

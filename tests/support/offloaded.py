@@ -1,4 +1,4 @@
-"""Interrupt a run on an offloaded model, and compare its result with the one in memory."""
+"""Interrupt a run on an offloaded model, and compare its result with the result in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = tokens(12, 19)
 
 
 def check_same(ours: Any, theirs: Any, folders: tuple[Path, Path]) -> None:
-    """Two results, one of them of an offloaded model, and what lies in their folders."""
+    """Check that two results, one of an offloaded model, and their folders are equal."""
     assert ours.plan == theirs.plan
     assert ours.scores.importance.keys() == theirs.scores.importance.keys()
     assert all(torch.equal(s, theirs.scores.importance[n]) for n, s in ours.scores.importance.items())
@@ -35,7 +35,7 @@ def check_same(ours: Any, theirs: Any, folders: tuple[Path, Path]) -> None:
 
 
 def check_same_weights(ours: Path, theirs: Path) -> None:
-    """Byte for byte. The header of scores.safetensors has its fields in any order, whoever writes it."""
+    """Check that files are equal byte for byte, except the order of fields in the header of scores.safetensors."""
     files = [file for file in theirs.rglob("*.safetensors") if file.name != "scores.safetensors"]
     assert len(files) > 1
     for file in files:
@@ -43,12 +43,12 @@ def check_same_weights(ours: Path, theirs: Path) -> None:
 
 
 class Interrupted(Exception):
-    """What a test raises in the middle of a run."""
+    """Error that a test raises in the middle of a run."""
 
 
 @contextlib.contextmanager
 def interrupted(at: int):
-    """Raise when the `at`-th file of a journal is about to be written."""
+    """Context manager that raises before the `at`-th file of a journal is written."""
     count, write = 0, journal.write_tensors
 
     def counting(*arguments: Any) -> None:

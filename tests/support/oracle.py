@@ -1,4 +1,4 @@
-"""The plain fp64 recurrence that every clever path is compared with. Slow and obvious on purpose."""
+"""Plain fp64 recurrences: the slow reference for every fast path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sspruner.graph.family import Projected, SelectiveProjected
 
 
 def states(p: Projected) -> torch.Tensor:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t, one step at a time: fp64 (b, T, H, P, N)."""
+    """Return h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t, one step at a time: fp64 (b, T, H, P, N)."""
     b, T, H, P = p.x.shape
     G, N = p.B.shape[2:]
     x, dt, A = p.x.double(), p.dt.double(), p.A.double()
@@ -26,18 +26,18 @@ def states(p: Projected) -> torch.Tensor:
 
 
 def output(p: Projected) -> torch.Tensor:
-    """y_t = C_t . h_t + D x_t: fp64 (b, T, H, P)."""
+    """Return y_t = C_t . h_t + D x_t: fp64 (b, T, H, P)."""
     C = p.C.double().repeat_interleave(p.x.shape[2] // p.C.shape[2], 2)  # (b, T, H, N)
     return torch.einsum("bthpn,bthn->bthp", states(p), C) + p.D.double()[:, None] * p.x.double()
 
 
 def state_energy(p: Projected) -> torch.Tensor:
-    """sum_p h^2: fp64 (b, T, H, N)."""
+    """Return sum_p h^2: fp64 (b, T, H, N)."""
     return states(p).square().sum(3)
 
 
 def ghost_sum(p: Projected, mask: torch.Tensor) -> torch.Tensor:
-    """sum over samples, tokens, heads of the group and p of h^2 C^2: fp64 (G, N)."""
+    """Return the sum over samples, tokens, heads of the group and p of h^2 C^2: fp64 (G, N)."""
     b, T, H, _ = p.x.shape
     G, N = p.B.shape[2:]
     q = state_energy(p).view(b, T, G, H // G, N) * mask[..., None, None, None]
@@ -45,7 +45,7 @@ def ghost_sum(p: Projected, mask: torch.Tensor) -> torch.Tensor:
 
 
 def gramian(p: Projected, mask: torch.Tensor) -> torch.Tensor:
-    """sum over samples, tokens, heads of the group and p of h h^T: fp64 (G, N, N)."""
+    """Return the sum over samples, tokens, heads of the group and p of h h^T: fp64 (G, N, N)."""
     b, T, H, P = p.x.shape
     G, N = p.B.shape[2:]
     h = states(p).view(b, T, G, H // G, P, N) * mask[..., None, None, None, None]
@@ -53,7 +53,7 @@ def gramian(p: Projected, mask: torch.Tensor) -> torch.Tensor:
 
 
 def selective_output(p: SelectiveProjected) -> torch.Tensor:
-    """Mamba1's scan, one step at a time, y_t = C_t . h_t + D x_t: fp64 (b, T, G, P)."""
+    """Return Mamba1's output, one step at a time, y_t = C_t . h_t + D x_t: fp64 (b, T, G, P)."""
     x, dt, A, B, C = (tensor.double() for tensor in (p.x, p.dt, p.A, p.B, p.C))
     h, steps = torch.zeros(*x.shape[:1], *A.shape, dtype=torch.float64), []
     for t in range(x.shape[1]):
@@ -63,7 +63,7 @@ def selective_output(p: SelectiveProjected) -> torch.Tensor:
 
 
 def mamba2_mixer(mixer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """A whole Mamba2-type mixer from its own parameters: fp64 (b, T, hidden size).
+    """Compute a whole Mamba2-type mixer from its parameters: fp64 (b, T, hidden size).
 
     Sizes come from the tensors' shapes; of the module only n_groups, the norm's epsilon and the multipliers are read.
     transformers clamps dt in prefill, as here, but not in its one-token step.
@@ -91,7 +91,7 @@ def mamba2_mixer(mixer: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def gated(mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """The gate and, where a Mamba2-type mixer has one, the RMS norm over each group's channels: fp64 (b, T, D)."""
+    """Apply the gate and, if the mixer has one, the RMS norm over each group's channels: fp64 (b, T, D)."""
     y, gate, norm = y.double(), F.silu(z.double()), mixer.norm
     if not hasattr(norm, "weight"):
         return y * gate

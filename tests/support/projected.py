@@ -17,7 +17,7 @@ def projection(sets: int, before: int, after: int, seed: int = 0) -> Projection:
 
 
 def every_state(graph: SSMGraph, part: float = 0.5, seed: int = 0) -> Plan:
-    """The states of all layers on so many random directions."""
+    """Return a plan that projects the states of all layers on random directions."""
     groups = graph.on_axis("state")
     sizes = {n: max(1, int(g.units * part)) for n, g in groups.items()}
     return Plan({n: projection(g.groups, g.units, sizes[n], seed + i) for i, (n, g) in enumerate(groups.items())})

@@ -1,7 +1,7 @@
-"""Published models as config.json would have them, written by hand, with their published numbers of parameters.
+"""Hand-written configs of published models, with their published numbers of parameters.
 
-Totals that a publisher gives to the last parameter are compared exactly; where only a rounded number is known,
-`DIGITS` says to which unit. Models are bf16 here, whatever the precision of their release.
+Exact published totals are compared exactly; for rounded ones, `DIGITS` has the unit of rounding. All models are bf16
+here, whatever the dtype of their release.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 
 def _mamba2(width: int, layers: int) -> dict[str, Any]:
-    """state-spaces/mamba2-* and defaults of mamba_ssm's Mamba2: expand 2, head dim 64, state 128, one B/C group; 50277
-    tokens padded to a multiple of 16, tied.
+    """Return the config of state-spaces/mamba2-*, with mamba_ssm's defaults: expand 2, head dim 64, state 128, one B/C
+    group; 50277 tokens padded to a multiple of 16, tied.
     """
     return {
         "model_type": "mamba2",
@@ -29,7 +29,7 @@ def _mamba2(width: int, layers: int) -> dict[str, Any]:
 
 
 def _zamba2(width: int, hybrid: list[int], layers: int, **sizes: Any) -> dict[str, Any]:
-    """Zyphra/Zamba2-*: attention over [hidden, embedding] with 32 heads, MLP 4 times as wide as the model, tied."""
+    """Return the config of Zyphra/Zamba2-*: attention over [hidden, embedding], 32 heads, MLP ratio 4, tied."""
     return {
         "model_type": "zamba2",
         "hidden_size": width,

@@ -1,6 +1,6 @@
-"""The tables of recipes in docs/recipes.md, made from the dataclasses themselves.
+"""Generate the tables of recipes in docs/recipes.md from the dataclasses themselves.
 
-`python tests/support/recipe_reference.py` writes them anew: after a change of a field, and of its text.
+`python tests/support/recipe_reference.py` writes them; run it after a change of a field or of its help.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 
 def recipes() -> dict[str, tuple[Any, list[Any]]]:
-    """Name of the class -> the recipe of a command, and its fields as the command's options."""
+    """Return the recipe of each command by class name, with its fields as the command's options."""
     found = {}
     for _, command in commands():
         collected = command.assemble_argument_collection(default_parameter=OPTION, parse_docstring=True)
@@ -32,7 +32,7 @@ def recipes() -> dict[str, tuple[Any, list[Any]]]:
 
 
 def table(kind: Any, options: list[Any], only: str = "") -> str:
-    """The keys of a recipe, or of one part of it, as a table in Markdown, a bold row for each part."""
+    """Return the keys of a recipe, or of one part of it, as a table in Markdown, with a bold row for each part."""
     lines = ["| key | default | option | what |", "|---|---|---|---|"]
     for key, part in parts(kind).items():
         if only not in ("", key):
@@ -53,7 +53,7 @@ def first_line(part: Any) -> str:
 
 
 def with_tables(text: str) -> str:
-    """The page with the tables of today between its markers, `<!-- keys of CLASS[.PART] -->` and `<!-- end -->`."""
+    """Return the page with new tables between its markers, `<!-- keys of CLASS[.PART] -->` and `<!-- end -->`."""
     found = recipes()
 
     def made(match: re.Match[str]) -> str:

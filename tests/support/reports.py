@@ -1,4 +1,4 @@
-"""Folders of results, with hostile text in them, for report tests."""
+"""Folders of results for report tests, with hostile text in them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 
 
 def evaluated(metric: str, value: Any, **more: Any) -> dict[str, Any]:
-    """A row of evaluation.json."""
+    """Return a row of evaluation.json."""
     row = {"metric": metric, "value": value, "against": None, "ratio": None, "difference": None, "items": 7}
     return row | more
 

@@ -22,7 +22,7 @@ def uniform(model: torch.nn.Module, keep: tuple[int, ...]) -> Plan:
 
 
 def check_round_trip(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """What is loaded is what was saved: every bit, buffer, attribute and field, every generated token."""
+    """Check that a loaded model equals the saved one: every bit, buffer, attribute, field and generated token."""
     loaded, tokenizer = sspruner.load(sspruner.save(model, folder))
     assert tokenizer is None
     assert type(loaded) is type(model)

@@ -19,7 +19,7 @@ from support.zoo import rounding
 
 
 def calibrated(ids: torch.Tensor, mask: torch.Tensor | None = None) -> Calibration:
-    """Every row observed, none held out."""
+    """Return a calibration in which every row is observed, and none is held out."""
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     return Calibration(ids, mask, ids[:1], mask[:1], "tokens", 0, held_out_is_separate=False)
 
@@ -31,7 +31,7 @@ def importance(model: torch.nn.Module, ids: torch.Tensor, scorer: Any = "ghost",
 
 @contextmanager
 def batches_of(tokens_per_batch: int) -> Iterator[None]:
-    """Calibration in batches of so many tokens."""
+    """Return a calibration split into batches of this many tokens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sspruner.calibrate.sources.TOKENS_PER_BATCH", tokens_per_batch)
         yield
@@ -40,7 +40,7 @@ def batches_of(tokens_per_batch: int) -> Iterator[None]:
 def shown(
     model: torch.nn.Module, ids: torch.Tensor, axis: str, needs: str = "activations", mask: torch.Tensor | None = None
 ) -> list[sspruner.SSMView]:
-    """Every view that a scorer of this axis is shown, in order."""
+    """Return every view passed to a scorer of this axis, in order."""
     found = []
 
     class Spy(sspruner.Scorer):
@@ -59,12 +59,12 @@ def shown(
 
 
 def units(group: DependencyGroup) -> list[tuple[int, int]]:
-    """(set, unit) of every unit of a dependency group."""
+    """Yield (set, unit) for every unit of a dependency group."""
     return [(g, u) for g in range(group.groups) for u in range(group.units)]
 
 
 def without(group: DependencyGroup, g: int, u: int) -> Selection:
-    """Drop one unit of one set; the counts are uneven, which a mask can express and a slice cannot."""
+    """Remove one unit of one set; a mask can have uneven counts, a slice cannot."""
     return Selection(
         group.units,
         tuple(tuple(k for k in range(group.units) if (s, k) != (g, u)) for s in range(group.groups)),
@@ -72,7 +72,7 @@ def without(group: DependencyGroup, g: int, u: int) -> Selection:
 
 
 def permute_states(model: torch.nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Renumber the states of every group of every layer; returns the permutations, (G, N) per layer group."""
+    """Renumber the states of every group of every layer. Return the permutations, (G, N) per layer group."""
     orders = {}
     for name, group in sspruner.trace(model).on_axis("state").items():
         order = torch.stack([torch.randperm(group.units, generator=generator) for _ in range(group.groups)])
@@ -87,7 +87,7 @@ def permute_states(model: torch.nn.Module, generator: torch.Generator) -> dict[s
 
 
 def loose(model: torch.nn.Module) -> float:
-    """1e-4, or what one rounding does to this model, if that is more: some are a thousand times as sensitive."""
+    """Return a tolerance: 1e-4, or the effect of one rounding on this model if that is more."""
     tolerance = max(1e-4, 30 * rounding(model, tokens()))
     assume(tolerance < 1e-2)
     return tolerance

@@ -1,4 +1,4 @@
-"""Random tiny Mamba2 models, plans, token batches: the breadth that property tests draw from."""
+"""Random tiny Mamba2 models, plans and token batches for property tests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Mamba2ForCausalLM:
-    """A random Mamba2 whose every parameter is random, biases and gains too: nothing hides in a 0 or a 1."""
+    """Return a Mamba2 whose every parameter is random, including biases and gains."""
     config = Mamba2Config(
         num_hidden_layers=layers,
         n_groups=groups,
@@ -72,9 +72,10 @@ def tiny_model(
 def models(
     draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16), least_state: int = 1
 ) -> Mamba2ForCausalLM:
-    """Layers 1-4, groups 1-4, any widths, biases on or off, tied or not. Shrinks to one small layer.
+    """Draw models with 1-4 layers, 1-4 groups, any widths, with or without biases and tying. Shrinks to one small
+    layer.
 
-    least_state: 2 where the states have to be cut.
+    least_state: 2 if the states will be cut.
     """
     return tiny_model(
         layers=draw(st.integers(1, 4)),
@@ -93,39 +94,39 @@ def models(
 
 @st.composite
 def selections(draw: st.DrawFn, groups: int, units: int, exactly: int | None = None) -> Selection:
-    """The same number of units, at least one or `exactly` so many, in every group; which ones is free."""
+    """Draw selections with the same number of units in every group, at least one or `exactly` as given."""
     after = draw(st.integers(1, units)) if exactly is None else exactly
     return selection(groups, units, after, draw(st.integers(0, 2**16)))
 
 
 def half(graph: sspruner.SSMGraph, axis: str = "state") -> Plan:
-    """Every other unit of one axis stays, in every layer and set; or as many of those as the group's code can take."""
+    """Return a plan that keeps every other unit of one axis, or as many of those as the layers' code supports."""
     groups = graph.on_axis(axis)
     keep = {n: range(0, g.units, 2)[: (g.units + 1) // 2 // g.multiple_of * g.multiple_of] for n, g in groups.items()}
     return Plan({n: Selection(g.units, (tuple(keep[n]),) * g.groups) for n, g in groups.items()})
 
 
 def everything(graph: sspruner.SSMGraph) -> Plan:
-    """A plan that keeps every unit of every axis: only the functions below `apply` take it."""
+    """Return a plan that keeps every unit of every axis; only functions below `apply` accept it."""
     return Plan({n: Selection(g.units, (tuple(range(g.units)),) * g.groups) for n, g in graph.groups.items()})
 
 
 def tokens(batch: int = 2, length: int = 19, seed: int = 0) -> torch.Tensor:
-    """int64 (batch, length), longer than two chunks and not a multiple of one."""
+    """Draw int64 tokens (batch, length), longer than two chunks and not a multiple of one."""
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-    """fp32 logits without a cache: (b, T, vocabulary)."""
+    """Return fp32 logits without a cache: (b, T, vocabulary)."""
     return model(input_ids=ids, use_cache=False, **kwargs).logits.float()
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module, ids: torch.Tensor) -> None:
-    """Equal to 1e-5 of the largest logit; a model that amplifies rounding more than that is allowed what it amplifies.
+    """Check equality to 1e-5 of the largest logit, or to the model's own amplification of rounding if that is more.
 
-    A gated norm over a handful of channels, as random tiny models have, can turn one rounding into 1e-4. Inside a
-    property test a model that cannot tell a right cut from a wrong one is drawn again.
+    A gated norm over few channels, as in random tiny models, can amplify one rounding to 1e-4. In a property test, a
+    model that cannot distinguish a right cut from a wrong one is drawn again.
     """
     tolerance = max(1e-5, 32 * rounding(model, ids))
     if currently_in_test_context():

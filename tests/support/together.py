@@ -1,4 +1,4 @@
-"""A group of processes that is started once and runs one function after another, with gloo."""
+"""A group of processes, started once, that runs functions one after another, with gloo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Together = Callable[..., list[Any]]
 
 
 def work(number: int, count: int, meeting: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """What one process does: join the others, call the function, leave. An error of ours is what it returns."""
+    """Run one process: join the others, call the function, leave. Errors of sspruner are returned."""
     torch.set_num_threads(1)
     store = distributed.FileStore(meeting, count)
     patience = timedelta(minutes=2)  # a process that waits for ever would be a test that never ends
@@ -36,9 +36,9 @@ def work(number: int, count: int, meeting: str, function: Callable[..., Any], ar
 
 @contextmanager
 def group(folder: Path) -> Iterator[Together]:
-    """together(count, function, *arguments): what it returns in each of `count` processes.
+    """Return together(count, function, *arguments), which returns the results of `count` processes.
 
-    A process starts when it is first needed. Importing torch and transformers in each takes as long as many tests.
+    A process starts when it is first needed: importing torch and transformers in each takes as long as many tests.
     """
     calls = iter(range(10**6))
     pools = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(MOST)]
@@ -54,6 +54,6 @@ def group(folder: Path) -> Iterator[Together]:
 
 
 def went_well(results: list[Any]) -> list[Any]:
-    """The same, where no process returned an error of ours."""
+    """Return the results as `together` does; fail if a process returned an error."""
     assert not [result for result in results if isinstance(result, sspruner.SSPrunerError)], results
     return results

@@ -1,4 +1,4 @@
-"""Run a function of a test module in several processes, as torchrun starts them, with gloo."""
+"""Run a function of a test module in several processes, started like torchrun's, with gloo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ with processes():
 
 
 def torchrun(count: int, function: str, module: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """`module.function(folder)` in `count` processes. Returns what came of it; asserts nothing."""
+    """Run `module.function(folder)` in `count` processes. Return the outcome; asserts nothing."""
     script = folder / f"{function}.py"
     text = SCRIPT.format(tests=str(TESTS), module=module, function=function, folder=str(folder))
     script.write_text(text, encoding="utf-8")
@@ -30,13 +30,13 @@ def torchrun(count: int, function: str, module: str, folder: Path, *options: str
 
 
 def command(count: int, arguments: list[str], *options: str) -> subprocess.CompletedProcess[str]:
-    """torchrun, here: a script and its arguments, or -m and a module's."""
+    """Return the torchrun command for a script and its arguments, or for -m and a module's."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*start, *arguments], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def done(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
-    """The same, where it went well."""
+    """Run as `torchrun` does, and check that it succeeded."""
     assert result.returncode == 0, result.stderr[-3000:]
     return result

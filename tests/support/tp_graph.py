@@ -1,7 +1,7 @@
-"""What torch-pruning's own dependency graph says: an opinion on dependency groups that shares no code with ours.
+"""Torch-Pruning's own dependency graph: an independent reference for dependency groups.
 
-`tp_group(tp_graph(model), module)` is {(parameter name, dim): rows of unit 0, rows of unit 1, ...}. Where it can be
-believed is measured in tests/unit/scorers/test_torch_pruning.py.
+`tp_group(tp_graph(model), module)` is {(parameter name, dim): rows of unit 0, rows of unit 1, ...}. Tests of its
+reliability are in tests/unit/scorers/test_torch_pruning.py.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Rows = dict[tuple[str, int], tuple[tuple[int, ...], ...]]
 
 
 class EndlessWalk(Exception):
-    """torch-pruning went round its graph with ever new indices."""
+    """Error: torch-pruning walks its graph without end, with ever new indices."""
 
 
 class _Bounded(tp.Group):  # type: ignore[misc]
-    """A group that stops a walk once it holds more operations than any true group: a few for each node."""
+    """A group that stops a walk when it has more operations than any valid group: a few for each node."""
 
     limit = 0
 
@@ -44,7 +44,7 @@ class _Bounded(tp.Group):  # type: ignore[misc]
 
 
 def tp_graph(model: nn.Module, length: int = 9) -> tp.DependencyGraph:
-    """torch-pruning's graph of a causal LM, with what it needs to get through one.
+    """Return torch-pruning's graph of a causal LM, with the workarounds that it needs.
 
     - No cache object, which it cannot flatten.
     - Eager attention: it knows grouped queries by the `expand` in eager's repeat_kv.

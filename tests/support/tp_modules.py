@@ -1,4 +1,4 @@
-"""Models and modules that are compared with torch-pruning."""
+"""Models and modules to compare with torch-pruning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DISTINCT: dict[str, dict[str, Any]] = {
 
 
 def modules(model: nn.Module, *names: str) -> list[list[Any]]:
-    """Modules that have Linears of these names, those together that share their parameters."""
+    """Return the modules that have Linears of these names; modules that share parameters together."""
     found: dict[nn.Parameter, list[Any]] = {}
     for m in model.modules():
         if all(isinstance(getattr(m, name, None), nn.Linear) for name in names):

@@ -18,11 +18,11 @@ SMALL = Settings(max_tokens=6 * 4 * 8, batch=4, at_once=4, seq_len=8, learning_r
 
 
 class Stopped(Exception):
-    """In the middle of a run."""
+    """Error raised in the middle of a run."""
 
 
 def likelihood(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The plain loss of a language model."""
+    """Return the plain loss of a language model."""
     found = model(input_ids=batch, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(found.flatten(0, 1), batch[:, 1:].flatten()), {}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sources(folder: Path) -> tuple[str, ...]:
-    """Two texts of different letters."""
+    """Write two texts of different letters, and return their paths."""
     for name, letters in (("a.txt", "abcdef"), ("b.txt", "uvwxyz")):
         rng = random.Random(name)
         (folder / name).write_text("".join(rng.choice(letters) for _ in range(200)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The tiny random models of the conformance kit, as the tests call them."""
+"""The tiny random models of the conformance kit, for tests."""
 
 from sspruner.testing.models import FAMILIES, SHAPE, SHAPES, TYPES, VOCABULARY, randomise, rounding, zoo
 from sspruner.testing.structures import zoo_models

@@ -28,7 +28,7 @@ def cache_name(model: PreTrainedModel) -> str:
 
 
 def cached(model: PreTrainedModel, ids: torch.Tensor, chunks: list[int], positions: bool = True) -> torch.Tensor:
-    """The logits of `ids` fed in chunks through a cache; a model with attention is told the positions."""
+    """Return the logits of `ids`, fed in chunks through a cache; models with attention also get positions."""
     name, cache, logits = cache_name(model), {}, []
     for chunk, position in zip(ids.split(chunks, 1), torch.arange(ids.shape[1]).split(chunks), strict=True):
         told = {"position_ids": position.expand_as(chunk)} if positions and name == "past_key_values" else {}
@@ -39,7 +39,7 @@ def cached(model: PreTrainedModel, ids: torch.Tensor, chunks: list[int], positio
 
 
 def sharing(model: PreTrainedModel) -> set[frozenset[str]]:
-    """The groups of names that are one Parameter."""
+    """Return the groups of names that are one Parameter."""
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)

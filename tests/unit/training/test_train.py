@@ -19,7 +19,7 @@ from torch import nn
 import sspruner
 from sspruner.errors import InputError, ModelError
 from sspruner.training import checkpoint
-from sspruner.training.distil import distil, distillation, divergence, hidden_error, zeros_stay
+from sspruner.training.distil import distil, distillation, divergence, hidden_error, keep_zeros
 from sspruner.training.loop import Settings, perplexity, train
 from sspruner.training.run import run_folder
 from support.examples import examples
@@ -286,7 +286,7 @@ def test_zeros_of_vectors_are_trained() -> None:
     model = tiny_model()
     model.backbone.layers[0].mixer.conv1d.bias.data.zero_()
     model.backbone.layers[0].mixer.in_proj.weight.data[0] = 0
-    hook = zeros_stay(model)
+    hook = keep_zeros(model)
     for parameter in model.parameters():
         parameter.data += 1
     hook(1)
