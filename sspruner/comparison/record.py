@@ -113,7 +113,7 @@ class Comparison:
             "seed": self.seed,
             "versions": self.versions,
             "command": self.command,
-            "recipe": self.recipe.to_json() if self.recipe else None,
+            **({"recipe": self.recipe.to_json()} if self.recipe else {}),
         }
         return strict_json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 

@@ -48,7 +48,7 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     installed = installed_families()
 
     def choose(*names: str) -> None:
-        monkeypatch.setattr(manager, "families", lambda: {name: installed[name] for name in names})
+        monkeypatch.setattr(doctor, "installed_families", lambda: {name: installed[name] for name in names})
 
     return choose
 
@@ -351,7 +351,7 @@ def test_plugins_that_clash(monkeypatch: pytest.MonkeyPatch) -> None:
     def clash() -> Any:
         raise PluginError("family 'mamba2': described by plugin 'a' and by 'b'; remove one")
 
-    monkeypatch.setattr(manager, "families", clash)
+    monkeypatch.setattr(doctor, "installed_families", clash)
     found = checks()
     assert failed(found) == ["plugins"]
     assert "described by plugin 'a' and by 'b'" in found["plugins"].says

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,16 @@ def test_every_hook_has_a_heading_with_its_signature() -> None:
     assert headings == {f"{name}{inspect.signature(hook)}".replace("'", "") for name, hook in hooks.items()}
 
 
+@cache
 def options(command: str) -> dict[str, Any]:
     """`--name` -> argument."""
     return {name: argument for argument in all_arguments(COMMANDS[command]) for name in names(argument)}
+
+
+@cache
+def places_of(command: str) -> list[Any]:
+    """The arguments without a name."""
+    return [argument for argument in all_arguments(COMMANDS[command]) if not names(argument)]
 
 
 def test_every_command_has_a_section() -> None:
@@ -179,7 +187,7 @@ def check_command_line(words: list[str], where: str) -> None:
         if known[word] is not None and known[word].hint is not bool:
             assert rest, f"{where}: {word} has no value"
             rest.pop(0)
-    places = [argument for argument in all_arguments(COMMANDS[command]) if not names(argument)]
+    places = places_of(command)
     assert len(arguments) <= len(places) or any("..." in str(place.hint) for place in places), where
     required = {name for name, p in options(command).items() if p.required}
     assert required <= given or "--help" in given, f"{where}: needs {required}"
