@@ -23,7 +23,7 @@ import sspruner
 from sspruner.benchmarking import resident
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.evaluation.last_word import passages
-from sspruner.evaluation.measures import Asked, Values, measure
+from sspruner.evaluation.measures import Inputs, Values, measure
 from sspruner.evaluation.paired import perplexity_ratio
 
 WINDOWS_PER_BATCH, QUIET = 8, 0.1  # QUIET: cores that others may use while something is timed
@@ -72,12 +72,12 @@ class Subject:
         """Return what `measure` takes: the model under the mask of a plan."""
         return partial(sspruner.masked, self.model, plan, self.graph)
 
-    def measure(self, versions: Sequence[Any], text: sspruner.Calibration | None, asked: Sequence[Any] = ()) -> Any:
+    def measure(self, versions: Sequence[Any], text: sspruner.Calibration | None, passages: Sequence[Any] = ()) -> Any:
         """Return the values of the dense model and of each version, on windows of text and on passages."""
         batches = list(text.batches(WINDOWS_PER_BATCH)) if text else []
         with quick_on_cpu(self.model, torch.device("cpu")):
             dense, *others = measure(
-                self.model, [lambda: nullcontext(self.model), *versions], Asked(batches, tuple(asked), None)
+                self.model, [lambda: nullcontext(self.model), *versions], Inputs(batches, tuple(passages), None)
             )
         return dense, others
 
