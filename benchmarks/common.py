@@ -72,12 +72,12 @@ class Subject:
         """Return what `measure` takes: the model under the mask of a plan."""
         return partial(sspruner.masked, self.model, plan, self.graph)
 
-    def measure(self, versions: Sequence[Any], text: sspruner.Calibration | None, asked: Sequence[Any] = ()) -> Any:
+    def measure(self, versions: Sequence[Any], text: sspruner.Calibration | None, passages: Sequence[Any] = ()) -> Any:
         """Return the values of the dense model and of each version, on windows of text and on passages."""
         batches = list(text.batches(WINDOWS_PER_BATCH)) if text else []
         with quick_on_cpu(self.model, torch.device("cpu")):
             dense, *others = measure(
-                self.model, [lambda: nullcontext(self.model), *versions], Inputs(batches, tuple(asked), None)
+                self.model, [lambda: nullcontext(self.model), *versions], Inputs(batches, tuple(passages), None)
             )
         return dense, others
 

@@ -48,7 +48,7 @@ def pruned(bench: Bench, axis: str, sparsity: float, tokens: int, taught: bool) 
         return made, {"tokens": found.tokens, "seconds": round(found.seconds, 1)}
 
     asked = {"axis": axis, "sparsity": sparsity, "every": MASK_EVERY, "taught": taught, "model": folder.name}
-    return bench.row(f"gradual, {axis} {sparsity:.0%}, {tokens} tokens, {rate:g}", asked | settings.asked(), make)
+    return bench.row(f"gradual, {axis} {sparsity:.0%}, {tokens} tokens, {rate:g}", asked | settings.identity(), make)
 
 
 def weights(bench: Bench, tokens: int) -> tuple[Rows, Rows, list[Row]]:

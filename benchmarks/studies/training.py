@@ -91,7 +91,7 @@ class Bench:
             made, found = distil(student, teacher, self.text, run, settings=settings, alpha=alpha)
             return made, {"tokens": found.tokens, "seconds": round(found.seconds, 1)}
 
-        asked = {"cut": cut, "alpha": alpha, **settings.asked()}
+        asked = {"cut": cut, "alpha": alpha, **settings.identity()}
         return self.row(f"{label}, {tokens} tokens, {rate:g}", asked, make)
 
     def note(self) -> str:

@@ -49,10 +49,10 @@ def prefill_work(found: Footprint, operations: int, head: int, batch: int, promp
     """
     used = min(found.experts, batch * prompt * found.experts_per_token)
     weights = found.fixed_read_bytes + (found.expert_bytes // found.experts * used if found.experts else 0)
-    made = found.state_bytes + found.conv_bytes + found.kv_bytes_per_token * prompt
+    written = found.state_bytes + found.conv_bytes + found.kv_bytes_per_token * prompt
     body = (operations - 2 * head) * prompt + 2 * head
     pairs = prompt * (prompt + 1) // 2  # of a token with itself and those before it
-    return Work(weights + batch * made, batch * (body + attention_operations(found) * pairs))
+    return Work(weights + batch * written, batch * (body + attention_operations(found) * pairs))
 
 
 def token_operations(model: Any, found: Footprint) -> int:
@@ -61,8 +61,8 @@ def token_operations(model: Any, found: Footprint) -> int:
     Convolutions and the bases of projected states count like matrices.
     """
     table = embedding(model).weight
-    held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    tied = held[id(table)] > 1
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    tied = uses[id(table)] > 1
     total = UPDATE * found.state_bytes // 4
     for name, p in model.named_parameters():
         if p.ndim < 2 or name.endswith("A_log") or (p is table and not tied):
@@ -70,7 +70,7 @@ def token_operations(model: Any, found: Footprint) -> int:
         if p.ndim == 3 and found.experts and p.shape[0] == found.experts:
             total += 2 * p.numel() * found.experts_per_token // found.experts
         else:
-            total += 2 * p.numel() * (1 if p is table or "_adapter_list." in name else held[id(p)])
+            total += 2 * p.numel() * (1 if p is table or "_adapter_list." in name else uses[id(p)])
     return total
 
 

@@ -114,15 +114,15 @@ def footprint(model: Any, graph: SSMGraph, context: int = CONTEXT) -> Footprint:
     """
     size = sizes(model, graph)
     experts = _experts(model, graph)
-    held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     table = embedding(model).weight
-    tied = held[id(table)] > 1
+    tied = uses[id(table)] > 1
     fixed = 0
     for name, p in model.named_parameters():
         if id(p) in experts or (p is table and not tied):
             continue
         once = p is table or "_adapter_list." in name  # Zamba2's adapters belong to one of the layers that share
-        fixed += _bytes(p) * (1 if once else held[id(p)])
+        fixed += _bytes(p) * (1 if once else uses[id(p)])
     return Footprint(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         parameters=size.parameters,

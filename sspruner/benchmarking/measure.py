@@ -1,4 +1,4 @@
-"""`bench`: prefill and decode of several models, interleaved in one run, beside the machine's ceiling."""
+"""Bench: prefill and decode of several models, interleaved in one run, against the machine's ceiling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sspruner.graph.trace import trace
 from sspruner.recipes.common import recipe_or_short
 from sspruner.recipes.measure import BenchOptions, Ceiling, Load
 
-WARM_UP = 8  # tokens of the prompt that is run before anything is timed, on the CPU
+WARM_UP = 8  # prompt tokens of the untimed first run on the CPU
 FASTER = ", accelerated"
 
 
@@ -35,19 +35,19 @@ def bench(
     progress: Callable[[str, int, int], None] | None = None,
     **short: Any,
 ) -> Bench:
-    """Time prefill and decode of every model at every batch, in turns; within a repeat the order is drawn anew.
+    """Time prefill and decode of every model at every batch, in turns; the order is drawn anew in each repeat.
 
     Args:
-        models: by the name that rows have.
+        models: label of the rows -> model.
         options: `BenchOptions`; or its fields as `short` arguments: `bench(models, batches=(1, 16), prompt=128)`.
-            Prompts are random ids. bandwidth (bytes/s) and flops (operations/s) are the machine's; where not given,
-            the best of what copies, sums and matrix products reach between the measurements. `profile` shows a decode
-            step at the largest batch.
+            Prompts are random ids. bandwidth (bytes/s) and flops (operations/s) are the machine's; by default the best
+            rates that copies, sums and matrix products reach between the measurements. `profile` shows a decode step
+            at the largest batch.
         device: the compute device; CUDA if there is one, else the CPU.
         progress: called with (phase, done, total).
 
     Raises:
-        InputError: for numbers out of range. A batch that does not fit into memory is left out, and named.
+        InputError: for numbers out of range. A batch that does not fit into memory is left out, and recorded.
     """
     options = recipe_or_short(BenchOptions, options, short)
     load, how = options.load, options.variants
@@ -67,61 +67,65 @@ def bench(
         rows = [row for label in variants for row in _rows(label, variants[label], runs, rates[label], options, where)]
         shown = _profiles(variants, runs, load, where, progress) if how.profile else {}
     rows.sort(key=lambda row: (row.phase != DECODE, load.batches.index(row.batch)))
-    found = _machine(where, machine, options.ceiling, rates)
-    return Bench(tuple(rows), found, load.prompt, load.generate, load.repeats, load.seed, tuple(runs.failed), shown)
+    description = _machine(where, machine, options.ceiling, rates)
+    return Bench(
+        tuple(rows), description, load.prompt, load.generate, load.repeats, load.seed, tuple(runs.failed), shown
+    )
 
 
-Variant = tuple[Any, bool]  # a model, and whether it is measured with the faster step
+Variant = tuple[Any, bool]  # a model, and whether it is measured with `accelerate`
 Job = tuple[str, int]  # label and batch
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What was timed, by label and batch: all repeats, and the runs of which the peaks count; and what did not fit."""
+    """All timings and peak memory by label and batch, and the batches that did not fit."""
 
     times: dict[Job, list[Times]]
     peaks: dict[Job, list[Times]]
     failed: list[dict[str, Any]]
 
 
-def _rates(variants: dict[str, Variant], given: Ceiling, machine: Machine) -> dict[str, Rates]:
-    """Return the rates for each variant: those that are given, else what the machine reached."""
+def _rates(variants: dict[str, Variant], ceiling: Ceiling, machine: Machine) -> dict[str, Rates]:
+    """Return the rates for each variant: the given ones, else the measured ones."""
     return {
-        label: Rates(given.bandwidth or machine.bandwidth, given.flops or machine.flops(next(model.parameters()).dtype))
+        label: Rates(
+            ceiling.bandwidth or machine.bandwidth, ceiling.flops or machine.flops(next(model.parameters()).dtype)
+        )
         for label, (model, _) in variants.items()
     }
 
 
-def _machine(where: torch.device, machine: Machine, given: Ceiling, rates: dict[str, Rates]) -> dict[str, Any]:
-    """Return the machine as the result describes it."""
+def _machine(where: torch.device, machine: Machine, ceiling: Ceiling, rates: dict[str, Rates]) -> dict[str, Any]:
+    """Return the description of the machine for the record."""
     return {
         "device": str(where),
         "name": torch.cuda.get_device_name(where) if where.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "bandwidth": given.bandwidth or machine.bandwidth,
+        "bandwidth": ceiling.bandwidth or machine.bandwidth,
         "flops": max(rate.flops for rate in rates.values()),
-        "measured": [name for name in ("bandwidth", "flops") if not getattr(given, name)],
+        "measured": [name for name in ("bandwidth", "flops") if not getattr(ceiling, name)],
     }
 
 
 def _profiles(
     variants: dict[str, Variant], runs: Runs, load: Load, where: torch.device, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
-    """Return where the time of a decode step goes, by label, at the largest batch that fits."""
+    """Return the profile of a decode step by label, at the largest batch that fits."""
     from sspruner.benchmarking.profile import profiled
 
-    shown = {}
+    profiles = {}
     for i, (label, (model, faster)) in enumerate(variants.items()):
         progress("profile", i, len(variants))
         fitting = [batch for name, batch in runs.times if name == label]
         if fitting:
             with _as(model, faster):
-                shown[label] = profiled(model, _ids(model, max(fitting), load.prompt, load.seed, where))
-    return shown
+                profiles[label] = profiled(model, _ids(model, max(fitting), load.prompt, load.seed, where))
+    return profiles
 
 
 def order(jobs: Sequence[Any], repeats: int, seed: int) -> Iterator[list[Any]]:
-    """Every job once in each repeat, in an order of its own."""
+    """Yield the jobs once for each repeat, each time in a random order."""
     rng = random.Random(seed)
     for _ in range(repeats):
         yield rng.sample(list(jobs), len(jobs))
@@ -133,7 +137,7 @@ def _timed(
     machine: Machine,
     progress: Callable[[str, int, int], None],
 ) -> Runs:
-    """Run every variant at every batch in turns. On the CPU peaks have a turn of their own, which is not timed."""
+    """Run every variant at every batch in turns. On the CPU, peak memory is measured in an untimed turn."""
     load, device, cuda_graph = options.load, machine.device, options.variants.cuda_graph
     prompt, generate, repeats, seed = load.prompt, load.generate, load.repeats, load.seed
     jobs = [(label, batch) for batch in load.batches for label in variants]
@@ -158,31 +162,29 @@ def _timed(
             try:
                 with _as(model, faster):
                     ids = _ids(model, batch, length, seed, device)
-                    found = run_once(model, ids, steps, cuda_graph=cuda_graph, memory=memory)
-            except (
-                RuntimeError
-            ) as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises no type of its own
+                    result = run_once(model, ids, steps, cuda_graph=cuda_graph, memory=memory)
+            except RuntimeError as error:  # torch.OutOfMemoryError; the CPU's allocator raises a plain RuntimeError
                 if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                     raise
                 del times[label, batch]
                 failed.append({"model": label, "batch": batch, "error": "does not fit into memory"})
                 continue
             if phase != "warm-up":
-                (peaks if memory else times)[label, batch].append(found)
+                (peaks if memory else times)[label, batch].append(result)
     return Runs(times, peaks, failed)
 
 
 def _rows(
     label: str, variant: Variant, runs: Runs, rates: Rates, options: BenchOptions, device: torch.device
 ) -> Iterator[Timing]:
-    """The rows of one model, both phases of every batch that fits."""
+    """Yield the rows of one model, both phases of every batch that fits."""
     (model, faster), prompt, cuda_graph = variant, options.load.prompt, options.variants.cuda_graph
-    found = footprint(model, trace(model), prompt + options.load.generate // 2)
-    operations, head = token_operations(model, found), head_weights(model)
+    memory = footprint(model, trace(model), prompt + options.load.generate // 2)
+    operations, head = token_operations(model, memory), head_weights(model)
     for (name, batch), timed in runs.times.items():
         if name != label:
             continue
-        step, whole = step_work(found, operations, batch), prefill_work(found, operations, head, batch, prompt)
+        step, whole = step_work(memory, operations, batch), prefill_work(memory, operations, head, batch, prompt)
         watched = runs.peaks[name, batch]
         at_step, at_prefill = [run.step_peak for run in watched], [run.prefill_peak for run in watched]
         phases = (
@@ -194,23 +196,23 @@ def _rows(
             path = path_of(model, device, quick, replayed)
             yield timing(
                 seconds, tokens, work, rates, model=label, batch=batch, phase=phase, peak_bytes=highest,
-                state_bytes=found.state_bytes, weight_bytes=found.weight_bytes, path=path,
+                state_bytes=memory.state_bytes, weight_bytes=memory.weight_bytes, path=path,
             )  # fmt: skip
 
 
 def _variants(models: Mapping[str, Any], faster: bool) -> dict[str, tuple[Any, bool]]:
-    """label -> model, and whether it is measured with the faster step; one that has it already keeps it."""
-    found: dict[str, tuple[Any, bool]] = {}
+    """Return label -> (model, whether to accelerate); a model that is already accelerated stays so."""
+    variants: dict[str, tuple[Any, bool]] = {}
     for label, model in models.items():
-        found[label] = model, acceleration.accelerated(model)
+        variants[label] = model, acceleration.accelerated(model)
         if faster and not acceleration.accelerated(model):
-            found[label + FASTER] = model, True
-    return found
+            variants[label + FASTER] = model, True
+    return variants
 
 
 @contextmanager
 def _as(model: Any, faster: bool) -> Iterator[None]:
-    """The model with the faster step inside the block, if that is asked for, and as it was after it."""
+    """Context manager that accelerates the model inside, if requested, and undoes it after."""
     if not faster or acceleration.accelerated(model):
         with nullcontext():
             yield
@@ -228,7 +230,7 @@ def _ids(model: Any, batch: int, length: int, seed: int, device: torch.device) -
 
 
 def _processor() -> str:
-    """The name of the processor, as well as the system knows it."""
+    """Return the name of the processor, as far as the system has it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""What a bench measured, as JSON: a timing for each model, batch and phase."""
+"""Record of a bench: a timing for each model, batch and phase, as JSON."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ DECODE, PREFILL = "decode", "prefill"
 class Timing:
     """One model at one batch in one phase.
 
-    seconds     of each repeat: of one step (decode), or of the whole prompt (prefill), all sequences together
-    tokens      that these seconds make, all sequences together; a file of version 0.1.0 has neither: then () and 0
+    seconds     of each repeat: of one step (decode), or of the whole prompt (prefill), for all sequences
+    tokens      processed in these seconds, over all sequences; files of version 0.1.0 have neither: () and 0
     tokens_per_second, ms    medians, and their intervals
-    ceiling     tokens per second, at the most
-    work        bytes and operations of it, at the least
-    peak_bytes  of this model alone: its weights, the caches, what is computed; on the CPU by how much the process grew,
-                None where the system does not tell
+    ceiling     maximum tokens per second
+    work        minimal bytes and operations
+    peak_bytes  of this model only: weights, caches, activations; on the CPU the growth of the process, None if the
+                system does not report it
     state_bytes recurrent state per sequence
-    path        which code ran
+    path        the code path that ran
     """
 
     model: str
@@ -50,13 +50,13 @@ class Timing:
 
     @property
     def fraction(self) -> float:
-        """The share of the ceiling that was reached."""
+        """Return the fraction of the ceiling that was reached."""
         return self.tokens_per_second.value / self.ceiling
 
     def speedup(self, over: Timing) -> Interval:
-        """How many times as fast as another timing, repeat by repeat: the median, and its interval.
+        """Return the median, with its interval, of how many times as fast as another timing this is, by repeat.
 
-        Raises InputError where the seconds of the repeats are not known.
+        Raises InputError if the seconds of the repeats are not recorded.
         """
         if not self.seconds or not over.seconds:
             raise InputError("bench: this file has no seconds of single repeats; measure again")
@@ -83,7 +83,7 @@ class Timing:
 
     @classmethod
     def from_json(cls, data: Any) -> Timing:
-        """Inverse of `to_json`. Raises KeyError, TypeError or ValueError for what that did not write."""
+        """Parse a timing. Raises KeyError, TypeError or ValueError for anything that `to_json` does not write."""
         fields = table(data)
         return cls(
             model=text(fields["model"]),
@@ -117,7 +117,7 @@ def timing(seconds: Sequence[float], tokens: int, work: Work, rates: Rates, **wh
 
 @dataclass(frozen=True)
 class Bench:
-    """What one run measured. failed: model, batch and why, for what did not fit into memory."""
+    """All timings of one run. failed: model, batch and reason of those that did not fit into memory."""
 
     rows: tuple[Timing, ...]
     machine: dict[str, Any]
@@ -131,7 +131,7 @@ class Bench:
     versions: dict[str, str] = field(default_factory=versions)
 
     def row(self, model: str, batch: int, phase: str = DECODE) -> Timing:
-        """The row of a model. Raises KeyError if there is none: it did not fit, or was not asked for."""
+        """Return the row of a model. Raises KeyError if there is none: it did not fit, or was not requested."""
         for row in self.rows:
             if (row.model, row.batch, row.phase) == (model, batch, phase):
                 return row
@@ -156,9 +156,9 @@ class Bench:
 
     @classmethod
     def from_json(cls, data: Any) -> Bench:
-        """Inverse of `to_json`, from its text or what `strict_json.loads` makes of it; other keys are passed over.
+        """Parse a bench, from its text or from the parsed JSON; unknown keys are ignored.
 
-        Raises KeyError, TypeError or ValueError for what that did not write.
+        Raises KeyError, TypeError or ValueError for anything that `to_json` does not write.
         """
         fields = versioned(strict_json.loads(data) if isinstance(data, str) else data)
         return cls(
@@ -175,11 +175,11 @@ class Bench:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write bench.json, atomically."""
+        """Write bench.json atomically."""
         with atomic_file(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
 
     @classmethod
     def load(cls, path: str | Path) -> Bench:
-        """Inverse of `save`. Raises InputError for a file that `save` did not write."""
+        """Read a bench. Raises InputError for a file that `save` did not write."""
         return strict_json.load("bench", path, cls.from_json)

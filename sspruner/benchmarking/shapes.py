@@ -100,9 +100,9 @@ def shape_models(
             shape_config(shape, size)  # check before anything large is created
         shape_config(shape)
     same: dict[str, Any] = {"layers": layers, "dtype": dtype, "device": device, "seed": seed}
-    found = {}
+    models = {}
     for shape in shapes:
-        found[shape] = shape_model(shape, **same)
-        found |= {f"{shape}, state {k}": shape_model(shape, k, **same) for k in keep}
-        found |= {f"{shape}, balanced {k}": shape_model(shape, k, balanced=True, **same) for k in balanced}
-    return found
+        models[shape] = shape_model(shape, **same)
+        models |= {f"{shape}, state {k}": shape_model(shape, k, **same) for k in keep}
+        models |= {f"{shape}, balanced {k}": shape_model(shape, k, balanced=True, **same) for k in balanced}
+    return models

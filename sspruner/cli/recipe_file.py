@@ -26,7 +26,7 @@ def fill_from_recipe(app: Any, commands: tuple[str, ...], arguments: Any) -> Non
 
 
 def is_recipe(kind: Any) -> bool:
-    """Whether a parameter of a command is a recipe: a dataclass that is read from a file and written to one."""
+    """Check whether a parameter of a command is a recipe: a dataclass with `load` and `save`."""
     return is_dataclass(kind) and hasattr(kind, "load") and hasattr(kind, "save")
 
 

@@ -31,7 +31,7 @@ def importance(model: torch.nn.Module, ids: torch.Tensor, scorer: Any = "ghost",
 
 @contextmanager
 def batches_of(tokens_per_batch: int) -> Iterator[None]:
-    """Return a calibration split into batches of this many tokens."""
+    """Context manager that sets the number of calibration tokens in a batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sspruner.calibrate.sources.TOKENS_PER_BATCH", tokens_per_batch)
         yield

@@ -88,10 +88,10 @@ def _in_and_out(mixer: Any, hidden_states: torch.Tensor, *_args: Any, **_kwargs:
 
 
 def tp_group(graph: tp.DependencyGraph, *roots: nn.Module, units: int | None = None, rows: int = 1) -> Rows:
-    """What goes with each unit, `rows` neighbouring output channels of a root, by torch-pruning's graph.
+    """Return the rows coupled to each unit, `rows` neighbouring output channels of a root, by torch-pruning's graph.
 
-    roots: Linears or Embeddings; what one unit takes from several is put together, as a block that several layers
-    share needs it, with their modules as roots. units: the first so many only (of a packed [gate | up]: half of them).
+    roots: Linears or Embeddings; the rows of several roots are joined, as needed for a block that several layers
+    share. units: only this many, from the first (of a packed [gate | up]: half of them).
     A shared parameter has the first of its names, and () where a unit does not touch it. Raises what torch-pruning
     raises, and EndlessWalk.
     """

@@ -21,7 +21,7 @@ T = gguf.MODEL_TENSOR
 
 
 def names(arch: Any, blocks: int) -> dict[str, Any]:
-    """GGUF's name of a tensor -> which tensor of the architecture it is: the global ones, and those of each block."""
+    """Return GGUF's name -> tensor of the architecture, for the global tensors and those of each block."""
     found = {}
     for kind in gguf.MODEL_TENSORS[arch]:
         for block in range(blocks):
@@ -30,7 +30,7 @@ def names(arch: Any, blocks: int) -> dict[str, Any]:
 
 
 def converted(config: dict[str, Any], arch: Any, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every tensor under GGUF's name and in its form. Raises KeyError for one that the architecture has not."""
+    """Return every tensor under GGUF's name and in its form. Raises KeyError for one that the architecture lacks."""
     blocks = config["num_hidden_layers"]
     known, of = gguf.get_tensor_name_map(arch, blocks), names(arch, blocks)
     found: dict[str, np.ndarray] = {}

@@ -30,7 +30,7 @@ mamba_simple.selective_scan_fn = selective_scan_ref
 
 
 def without_fused_path(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, with the path through its mixers that needs no compiled convolution."""
+    """Return the model with the path through its mixers that needs no compiled convolution."""
     for layer in model.backbone.layers:
         layer.mixer.use_mem_eff_path = False
     return model.eval()
