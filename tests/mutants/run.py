@@ -130,9 +130,9 @@ def check_baseline(tree: Path, nodes: Sequence[str]) -> None:
     found = run_tests(tree, nodes, "-x")
     if found.code != PASSED:
         raise ListError(f"{_log(tree)}\nwithout any fault the tests fail: {found.failed or f'exit code {found.code}'}")
-    for node in nodes:
-        if node.rpartition("/")[2] not in found.passed:
-            raise ListError(f"{node}: is not among the fast tests, or skipped; name another test")
+    missing = [node for node in nodes if node.rpartition("/")[2] not in found.passed]
+    if missing:
+        raise ListError(f"{', '.join(missing)}: not among the fast tests, or skipped; name other tests")
 
 
 def try_fault(tree: Path, fault: Fault, nodes: Sequence[str]) -> Outcome:

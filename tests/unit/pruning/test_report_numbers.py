@@ -1,4 +1,4 @@
-"""What a report says of zeros is a share of zeros, not of what stays."""
+"""Numbers of a report: the share of zeros, not of what stays; what the pruned model costs, not the dense one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from sspruner.pruning.report import sparsity_of
+from sspruner.evaluation.damage import Damage
+from sspruner.pruning.report import measured, sparsity_of
 
 
 def test_zeros_are_counted_by_tensor_and_in_total():
@@ -23,3 +24,7 @@ def test_zeros_are_counted_by_tensor_and_in_total():
     assert found["tensors"]["0.weight"] == {"shape": [2, 4], "zeros": 3, "sparsity": 0.375}
     assert found["tensors"]["1.weight"] == {"shape": [4, 2], "zeros": 1, "sparsity": 0.125}
     assert sparsity_of(model, SimpleNamespace(elements=elements), ["state"]) == {}
+
+
+def test_what_is_measured_is_the_pruned_model():
+    assert measured(Damage(3.0, 5.0, 0.25, 7)) == {"perplexity": 5.0, "kl_to_dense": 0.25}
