@@ -25,7 +25,8 @@ PROGRAM = """if True:
     from importlib.metadata import distribution, entry_points
     sys.path.insert(0, sys.argv[1])
     import sspruner, sspruner_plugins.ghost
-    from sspruner.plugins import manager
+    from sspruner.graph.known import installed_families
+    from sspruner.scoring.known import installed_scorers
     model, tokenizer = sspruner.load()
     print(json.dumps({
         "files": [sspruner.__file__, sspruner_plugins.__file__, str(distribution("sspruner").locate_file(""))],
