@@ -192,7 +192,9 @@ def _rows(
             (PREFILL, tuple(run.prefill for run in timed), batch * prompt, whole, at_prefill, False, False),
         )
         for phase, seconds, tokens, work, peak, replayed, quick in phases:
-            highest = max((p for p in peak if p is not None), default=None)
+            highest = max(
+                (p for p in peak if p is not None and p > 0), default=None
+            )  # a process that shrank tells nothing
             path = path_of(model, device, quick, replayed)
             yield timing(
                 seconds, tokens, work, rates, model=label, batch=batch, phase=phase, peak_bytes=highest,
