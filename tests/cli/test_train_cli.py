@@ -73,7 +73,7 @@ def test_a_run_says_what_it_came_to(folder: Path, whole: dict[str, Any]) -> None
     assert all(torch.equal(value, whole["weights"][name]) for name, value in again["weights"].items())
 
 
-@pytest.mark.ci_cover(most=2)
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [0, 2, 5, 8])
 def test_kill_9_costs_nothing_but_time(lines: int, folder: Path, whole: dict[str, Any]) -> None:

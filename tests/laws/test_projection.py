@@ -181,7 +181,7 @@ def loss_at(loss: Any, parameter: torch.Tensor, direction: torch.Tensor, step: f
     return found
 
 
-@pytest.mark.ci_cover(families=2)
+@pytest.mark.ci_cover(families=1)
 @pytest.mark.slow
 @each_family
 def test_compiles_in_one_graph_as_stock_does(family: str) -> None:
@@ -228,6 +228,7 @@ def test_saved_and_loaded(model: Any, data: st.DataObject) -> None:
         check_round_trip(model, Path(folder) / "model")
 
 
+@pytest.mark.ci_cover
 @pytest.mark.slow
 @each_family
 @pytest.mark.parametrize("twice", [False, True])

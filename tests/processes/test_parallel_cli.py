@@ -129,6 +129,7 @@ def test_one_line_of_all(what: str, code: int, message: str, model: Path, plugin
     assert "Traceback" not in found[0][2] + found[1][2]
 
 
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -67,7 +67,7 @@ def cut(family: str, axis: str, first: bool) -> torch.nn.Module:
     return sspruner.apply(model, one_layer(model, axis) if first else half(sspruner.trace(model), axis))
 
 
-@pytest.mark.ci_cover(families=6)
+@pytest.mark.ci_cover(families=4)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_stock_classes_can_build_they_load_exactly(family: str, tmp_path: Path) -> None:
@@ -86,14 +86,10 @@ def test_what_stock_classes_can_build_they_load_exactly(family: str, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_axis_is_padded_for_stock_classes(family: str, tmp_path: Path) -> None:
-    """Every axis with rows to pad, half of it in the first layer alone and in all: the same logits, the same text."""
+    """Every axis with rows to pad, half of it, by turns in the first layer alone and in all: the same logits and text."""
     ids = tokens(2, 9)
-    cuts = {
-        f"{axis}-{first}": cut(family, axis, first)
-        for axis in sspruner.trace(zoo(family, hidden=16)).axes
-        if axis not in WITHIN
-        for first in (True, False)
-    }
+    axes = [axis for axis in sspruner.trace(zoo(family, hidden=16)).axes if axis not in WITHIN]
+    cuts = {axis: cut(family, axis, first=number % 2 == 0) for number, axis in enumerate(axes)}
     folders = [sspruner.export(model, tmp_path / name, to="hf-padded") for name, model in cuts.items()]
     for found, model in zip(read_back(folders, ids, tmp_path), cuts.values(), strict=True):
         assert_same(found, model, ids, 1e-3)  # of these random models; each export was proved to its own rounding

@@ -208,7 +208,11 @@ def elsewhere() -> Iterator[Run]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("families", [FAMILIES[::2], FAMILIES[1::2]], ids=lambda families: " ".join(families))
+@pytest.mark.parametrize(
+    "families",
+    [FAMILIES[::3], *(pytest.param(FAMILIES[i::3], marks=pytest.mark.exhaustive) for i in (1, 2))],
+    ids=lambda families: " ".join(families),
+)
 def test_a_pipeline_over_devices(families: list[str], elsewhere: Run) -> None:
     elsewhere("through_a_pipeline", *families)
 
@@ -220,7 +224,7 @@ def test_auto_fills_devices_evenly_then_memory_then_the_disk(elsewhere: Run) -> 
 
 @pytest.mark.slow
 def test_another_device(elsewhere: Run) -> None:
-    elsewhere("on_another_device", "mamba2", "jamba", "falcon_h1")
+    elsewhere("on_another_device", "mamba2", "jamba")
 
 
 def test_a_run_that_was_begun_on_disk(elsewhere: Run) -> None:

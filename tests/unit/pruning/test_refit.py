@@ -155,7 +155,7 @@ def test_errors_are_those_of_the_models_own_blocks_and_only_fall(family, kind):
 
 
 @pytest.mark.slow
-@examples(25)
+@examples(10)
 @given(data=st.data(), kind=st.sampled_from(["bias", "output"]))
 def test_no_blocks_error_rises_and_masked_is_sliced(data, kind):
     model = data.draw(zoo_models())
@@ -421,8 +421,6 @@ def test_refit_on_the_command_line(tmp_path):
     assert report["refit"]["kind"] == "bias"
     assert set(report["refit"]["without"]) == {"perplexity", "kl_to_dense"}
     sspruner.load(tmp_path / "cut")
-    few = cli("prune", "--axis", "head", "--refit", "output", *small)  # 8 x 64 tokens for 512 unknowns
-    assert few.exit_code == 0, few.output
     fewer = cli("prune", "--axis", "head", "--refit", "output", *small, "--samples", "7")
     assert fewer.exit_code == 2
     assert "448 calibration tokens for 512 unknowns" in fewer.stderr

@@ -737,7 +737,7 @@ def self_text(reference: tuple) -> Calibration:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sparsity", [0.75, 0.9])
+@pytest.mark.parametrize("sparsity", [0.75, pytest.param(0.9, marks=pytest.mark.exhaustive)])
 def test_ghost_hurts_less_than_magnitude_and_that_less_than_random(
     sparsity: float, reference: tuple, self_text: Calibration
 ) -> None:
