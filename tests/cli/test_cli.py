@@ -366,6 +366,7 @@ def test_a_dataset_with_a_text_column(model: Path, tmp_path: Path, monkeypatch: 
     assert json.loads(result.stdout)["calibration"]["sequences"] == 3
 
 
+@pytest.mark.slow
 def test_the_reference_model_is_the_default(tmp_path: Path) -> None:
     result = done("prune", "--samples", 2, "--seq-len", 32, "--out", tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))

@@ -63,6 +63,7 @@ def failed(found: dict[str, Check]) -> list[str]:
     return [name for name, check in found.items() if not check.ok]
 
 
+@pytest.mark.slow
 def test_all_is_well_here() -> None:
     lines = done("doctor").stdout.splitlines()
     assert {line[:6] for line in lines} == {"PASS  "}

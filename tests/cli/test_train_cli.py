@@ -117,6 +117,7 @@ def test_what_makes_no_sense_is_one_line(more: list[str], said: str, folder: Pat
     refused(folder, (said,), *command(folder, "refused", *more))
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named_and_a_run_goes_on_as_it_was_asked(folder: Path, whole: dict[str, Any]) -> None:
     assert whole["metrics"]
     refused(folder, ("--text is missing",), "train", "distil", folder / "cut", "--out", folder / "x")

@@ -165,6 +165,7 @@ def test_layers_are_cut_like_in_one_process(name: str, options: dict[str, Any], 
     same_cut(together(2, cut, family, name, options, {}), cut(family, name, options, {}))
 
 
+@pytest.mark.slow
 @pytest.mark.ci_cover(most=2)
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize(

@@ -111,7 +111,8 @@ def plainly(folder: Path, workers: int) -> dict[str, torch.Tensor]:
     return flat(trained)
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
 def test_it_is_the_method_as_described(workers: int, together: Together, tmp_path: Path) -> None:
     """The same weights as plain code makes in one process; draws are worth what the report says; bytes as counted."""
     went_well(together(workers, whole, str(tmp_path)))

@@ -201,6 +201,7 @@ def test_the_slower_of_bytes_and_operations_is_the_ceiling() -> None:
 PUBLISHED_CEILINGS = {64: {1: 1.04, 16: 1.37, 64: 1.71, 256: 1.91}, 16: {1: 1.07, 16: 1.91, 64: 3.62, 256: 5.94}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", PUBLISHED_CEILINGS)
 def test_the_published_ceilings_of_mamba2_of_13_billion(keep: int, tmp_path: Path) -> None:
     """(2.69e9 + b 201e6) / (2.69e9 + b 201e6 k/128) counts weights and states alone. Ours counts convolution states as
@@ -218,6 +219,7 @@ def test_the_published_ceilings_of_mamba2_of_13_billion(keep: int, tmp_path: Pat
         assert step_work(real, 0, batch).bytes == 2 * weights + batch * 2 * states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_are_the_published_ones(shape: str) -> None:
     name = {key.lower(): key for key in CONFIGS}[shape]

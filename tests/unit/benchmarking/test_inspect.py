@@ -166,6 +166,7 @@ def test_sequences_that_fit_are_those_of_the_limits() -> None:
         assert (sizes(model, graph).exceeds(limits, sizes(model, graph)) == "") is fits
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_models(name: str, tmp_path: Path) -> None:
@@ -191,6 +192,7 @@ def test_100_mb_of_state_for_mamba2_of_13_billion(tmp_path: Path) -> None:
     assert "weights in bfloat16, as config.json says" in shown
 
 
+@pytest.mark.slow
 def test_each_layer_of_zamba2_has_a_kv_cache(tmp_path: Path) -> None:
     """96 KiB a token for the 1.2B: six layers, 32 heads of 128; the one block that they share is read six times."""
     model = skeleton(config_alone(tmp_path / "model", CONFIGS["Zamba2-1.2B"]))

@@ -242,6 +242,7 @@ def test_a_cut_that_cannot_be_made_is_a_cell_and_all_of_them_an_error() -> None:
             sspruner.compare(model, **{"scorers": ["random"], "calibration": data_of(model), **wrong})
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     source = str(sspruner.save(tiny_model(state=8), tmp_path / "model"))
     args = ["compare", source, "--samples", "4", "--seq-len", "24", "--sparsity", "0.5", "--sparsity", "0.25"]

@@ -30,6 +30,7 @@ def passages_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_rows_are_what_their_parts_say(pair: tuple, passages_file: Path) -> None:
     cut, dense, tokenizer = pair
     text = tokens(3, 200)
@@ -159,6 +160,7 @@ def test_bad_arguments_are_one_line(given: dict[str, Any], message: str) -> None
         sspruner.evaluate(tiny_model(), **{"text": tokens(2, 40), "max_length": 32, **given})
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path, passages_file: Path) -> None:
     cut, dense = saved_model(tmp_path / "cut", layers=1), saved_model(tmp_path / "dense", layers=1, seed=1)
     text = tmp_path / "text.txt"

@@ -86,7 +86,7 @@ def test_what_stock_classes_can_build_they_load_exactly(family: str, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_axis_is_padded_for_stock_classes(family: str, tmp_path: Path) -> None:
-    """Every axis with rows to pad, half of it, by turns in the first layer alone and in all: the same logits and text."""
+    """Half of every axis with rows to pad, by turns in the first layer alone and in all: the same logits and text."""
     ids = tokens(2, 9)
     axes = [axis for axis in sspruner.trace(zoo(family, hidden=16)).axes if axis not in WITHIN]
     cuts = {axis: cut(family, axis, first=number % 2 == 0) for number, axis in enumerate(axes)}

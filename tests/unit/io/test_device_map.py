@@ -62,6 +62,7 @@ def test_every_family_is_cut_as_in_memory(family, tmp_path):
     check_same(ours, theirs, (tmp_path / "apart", tmp_path / "memory"))
 
 
+@pytest.mark.slow
 @examples(15)
 @given(data=st.data())
 def test_any_map_any_cut(data):

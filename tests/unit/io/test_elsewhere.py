@@ -227,6 +227,7 @@ def test_another_device(elsewhere: Run) -> None:
     elsewhere("on_another_device", "mamba2", "jamba")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_on_disk(elsewhere: Run) -> None:
     elsewhere("resumed")
 

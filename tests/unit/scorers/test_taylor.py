@@ -172,6 +172,7 @@ def test_what_is_zero_already_costs_nothing(order: str) -> None:
     assert scores[0, 3] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("one_shot", [False, True])

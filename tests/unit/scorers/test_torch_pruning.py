@@ -434,6 +434,7 @@ def test_mlp_groups_are_right(family: str) -> None:
     assert seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_limit_nothing_inside_a_mixer(family: str) -> None:
     """Why the axes of a mixer are specified by hand: there is no group to compare with."""
@@ -459,6 +460,7 @@ def test_limit_a_latent_size_is_taken_for_the_hidden_size() -> None:
     assert model.get_parameter(name).shape[0] == 16  # there is no row 20
 
 
+@pytest.mark.slow
 def test_limit_rotary_embeddings_are_walked_for_ever() -> None:
     model = zoo("bamba")
     graph = tp.DependencyGraph().build_dependency(

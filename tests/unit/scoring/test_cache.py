@@ -414,6 +414,7 @@ def test_one_that_changes_weights_spoils_its_whole_job(model: torch.nn.Module, o
     assert score(model, scorers, axis=["state", "head"]).from_cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba", "zamba2", "jamba"])
 def test_packed_or_shared_or_odd_models(family: str) -> None:
     model = zoo(family, dtype=torch.bfloat16)
@@ -518,6 +519,7 @@ def test_the_command_line_says_so(cheap: list[object], tmp_path: Path, own_cache
     assert ghost.endswith(REMARK)
 
 
+@pytest.mark.slow
 def test_the_command_line_of_prune(cheap: list[object], tmp_path: Path) -> None:
     done("score", *cheap, "--out", tmp_path / "s.safetensors")
     said = f"scores of ghost {REMARK}"

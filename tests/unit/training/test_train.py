@@ -227,6 +227,7 @@ def test_a_cut_student_recovers_and_zeros_stay(tmp_path: Path) -> None:
     assert float(divergence(logits(teacher, seen), logits(found, seen))) < 0.7 * before
 
 
+@pytest.mark.slow
 def test_narrow_matrices_are_trained_and_merged(tmp_path: Path) -> None:
     """Nothing but them changes until the end; then the model is of its own class again, and is another."""
     pytest.importorskip("peft")

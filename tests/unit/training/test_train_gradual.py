@@ -126,6 +126,7 @@ def test_elements_go_as_scheduled_and_never_come_back(alpha: float, tmp_path: Pa
     assert metrics(tmp_path / "run")[-1]["held_out_perplexity"] == found.perplexity[1]
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize(
     ("family", "axis", "allocation"),
