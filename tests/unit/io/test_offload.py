@@ -174,7 +174,6 @@ def test_finished_blocks_are_not_observed_again(tmp_path):
     assert "scoring backbone.layers.2" in seen
 
 
-@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"sparsity": 0.25}, {"scorer": "magnitude"}, {"calibration": tokens(12, 19, 1)}, {"keep": 2}]
