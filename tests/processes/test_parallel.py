@@ -157,7 +157,7 @@ def same_cut(every: list[Any], alone: dict[str, Any]) -> None:
 
 
 @pytest.mark.ci_cover(most=6)
-@pytest.mark.cover(most=2)
+@pytest.mark.cover(most=1)
 @pytest.mark.parametrize(("name", "options"), [(name, options) for name, options in observing() if not options])
 def test_layers_are_cut_like_in_one_process(name: str, options: dict[str, Any], together: Together) -> None:
     """Sequential: each layer on what the cut ones before it make. Every process cuts the same, to the bit."""

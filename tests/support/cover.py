@@ -8,7 +8,7 @@ from zlib import crc32
 Case = dict[str, str]  # parameter -> value, as text
 
 
-def cover(cases: Sequence[Case], salt: str, families: int = 3, least: int = 1, most: int | None = None) -> set[int]:
+def cover(cases: Sequence[Case], salt: str, families: int = 2, least: int = 1, most: int | None = None) -> set[int]:
     """Return the indices of a small set of cases.
 
     - Every value of every parameter but `family` occurs in it, where a test has several parameters.

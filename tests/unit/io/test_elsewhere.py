@@ -232,14 +232,17 @@ def test_a_run_that_was_begun_on_disk(elsewhere: Run) -> None:
     elsewhere("resumed")
 
 
+@pytest.mark.slow
 def test_where_blocks_work(elsewhere: Run) -> None:
     elsewhere("where_blocks_work")
 
 
+@pytest.mark.slow
 def test_one_block_at_a_time_is_there(elsewhere: Run) -> None:
     elsewhere("one_block_at_a_time")
 
 
+@pytest.mark.slow
 def test_what_is_forgotten_is_an_error(elsewhere: Run) -> None:
     """The devices of these tests refuse what a GPU refuses."""
     elsewhere("mixed")

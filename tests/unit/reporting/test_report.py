@@ -511,6 +511,7 @@ def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     assert len(pages_) == 1
 
 
+@pytest.mark.slow
 def test_what_compare_bench_and_evaluate_write_is_shown(tmp_path: Path) -> None:
     """Not made-up files: what the functions write of a model and of its cut, joined by the bytes of state."""
     dense, ids = tiny_model(state=8), tokens(7, 24)
