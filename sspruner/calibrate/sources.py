@@ -15,6 +15,7 @@ from torch import nn
 from sspruner.calibrate.sample import sample_from
 from sspruner.compute.forward import embedding
 from sspruner.errors import InputError
+from sspruner.recipes.texts import seed_in_64_bits
 
 TOKENS_PER_BATCH = 4096  # tokens in one micro-batch
 TEXT_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".csv", ".text"}
@@ -88,8 +89,7 @@ def calibration(
     """
     if samples < 1 or seq_len < 2 or held_out < 0:
         raise InputError(f"samples={samples}, seq_len={seq_len}, held_out={held_out}: need at least 1, 2 and 0")
-    if not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed {seed}: must fit in 64 bits")
+    seed_in_64_bits(seed, "seed")
     if isinstance(source, torch.Tensor):
         name, tokens = "tokens", source
         if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):

@@ -13,6 +13,7 @@ from sspruner.recipes.common import Composed
 from sspruner.recipes.flags import FromText, number, read_texts, text, whole
 from sspruner.recipes.flags import text as one_text  # where a field is named text
 from sspruner.recipes.lists import names_in, numbers_in
+from sspruner.recipes.texts import seed_in_64_bits
 from sspruner.units import parse_bandwidth, parse_flops, parse_increase
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Measures:
     limit: Annotated[int | None, whole(default="all")] = None
     """Passages of LAMBADA, and items of each task."""
 
-    seed: Annotated[int, whole()] = 0
+    seed: Annotated[int, whole(), FromText(seed_in_64_bits, "seed")] = 0
     """Seed of sampling, of drawn items, and of the bootstrap."""
 
     def __post_init__(self) -> None:
@@ -141,7 +142,7 @@ class Load:
     repeats: Annotated[int, whole()] = 7
     """Number of measurements; the models take turns."""
 
-    seed: Annotated[int, whole()] = 0
+    seed: Annotated[int, whole(), FromText(seed_in_64_bits, "seed")] = 0
     """Seed of the random prompts, of the order, and of random weights."""
 
     def __post_init__(self) -> None:

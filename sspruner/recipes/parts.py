@@ -31,6 +31,7 @@ from sspruner.recipes.texts import (
     names_by_axis,
     parameters_of,
     pattern_of,
+    seed_in_64_bits,
     several,
     units_by_pattern,
     values_by_name,
@@ -201,7 +202,7 @@ class Scoring:
     ] = field(default_factory=dict)
     """Option of the scorer; scorer.name=value for one of several scorers. Repeatable."""
 
-    seed: Annotated[int, whole()] = 0
+    seed: Annotated[int, whole(), FromText(seed_in_64_bits, "seed")] = 0
     """Seed of sampling, windows and the random scorer."""
 
     def __post_init__(self) -> None:

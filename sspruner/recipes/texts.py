@@ -14,6 +14,13 @@ from sspruner.errors import InputError
 from sspruner.units import parse_bytes, parse_increase, parse_parameters
 
 
+def seed_in_64_bits(value: Any, option: str) -> Any:
+    """Return a seed. Raises InputError for a number that random generators do not take."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(f"{option} {value}: must fit in 64 bits")
+    return value
+
+
 def fractions_by_axis(value: Any, option: str) -> Any:
     """Read `state` as it is, and `state=0.5,head=0.25` as a mapping of fractions."""
     if not isinstance(value, str) or ("=" not in value and "," not in value):

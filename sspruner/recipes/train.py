@@ -12,7 +12,7 @@ from sspruner.errors import InputError
 from sspruner.recipes.common import Recorded
 from sspruner.recipes.flags import METHOD, FromText, number, read_texts, text, texts, whole
 from sspruner.recipes.lists import names_in
-from sspruner.recipes.texts import several
+from sspruner.recipes.texts import seed_in_64_bits, several
 
 TEXT = Group("Text", sort_key=1)
 TRAINING = Group("Training", sort_key=4)
@@ -103,10 +103,12 @@ class Settings(Optimisation):
     every: Annotated[int, whole()] = 100
     """Steps between checkpoints, each with the held-out perplexity."""
 
-    seed: Annotated[int, whole()] = 0
+    seed: Annotated[int, whole(), FromText(seed_in_64_bits, "seed")] = 0
     """Seed of the order of blocks, and of all random numbers."""
 
     def __post_init__(self) -> None:
+        """Check the seed, and the settings of the base class."""
+        read_texts(self)
         super().__post_init__()
         if self.every < 1:
             raise InputError(f"every {self.every}: must be at least 1")

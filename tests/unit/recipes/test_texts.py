@@ -9,8 +9,10 @@ import pytest
 
 from sspruner.errors import InputError
 from sspruner.recipes import texts
+from sspruner.recipes.measure import BenchOptions, EvaluateOptions
 from sspruner.recipes.parts import Limits
 from sspruner.recipes.recipe import Recipe
+from sspruner.recipes.train import DistilRecipe, GradualRecipe, TwistRecipe
 
 
 def test_python_takes_texts() -> None:
@@ -73,3 +75,11 @@ def test_wrong_texts(read: Callable[[Any, str], Any], given: Any, says: str) -> 
     with pytest.raises(InputError) as error:
         read(given, "--x")
     assert str(error.value).startswith(says)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**20])
+@pytest.mark.parametrize("recipe", [Recipe, EvaluateOptions, BenchOptions, DistilRecipe, GradualRecipe, TwistRecipe])
+def test_a_seed_that_generators_do_not_take_is_refused(recipe: Any, seed: int) -> None:
+    with pytest.raises(InputError, match=f"seed {seed}: must fit in 64 bits"):
+        recipe.of(seed=seed)
+    recipe.of(seed=2**63 - 1)
