@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sspruner.cli.console import prepare, reports_errors, say
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import Folder, Model, ReadingText
 from sspruner.recipes.flags import METHOD, REMOVE
 from sspruner.recipes.parts import Mode
@@ -35,7 +36,7 @@ def command(
     how: Annotated[Mode, Parameter(group=METHOD)] = Mode(),
     reading: ReadingText = ReadingText(),
 ) -> None:
-    """Cut a model by a plan, prove the cut, and save the result.
+    """Run `sspruner apply`.
 
     Examples:
         sspruner apply path/to/model --plan plan.json --out smaller
@@ -51,3 +52,6 @@ def command(
     sspruner.apply(loaded, plan, mode=how.mode)
     sspruner.save(loaded, folder.out, tokenizer, overwrite=folder.overwrite)
     say(f"{plan}\napplied ({how.mode}), saved to {folder.out}")
+
+
+app = command_app(NAME, command)

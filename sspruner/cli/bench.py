@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from sspruner.cli.console import command_line, emit, prepare, reports_errors, show
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import MODEL, Json, Timing
 from sspruner.recipes.flags import FromText, read_texts, text, texts
 from sspruner.recipes.lists import numbers_in
@@ -46,7 +47,7 @@ def command(
     machine: Timing = Timing(),
     output: Json = Json(),
 ) -> None:
-    """Measure prefill and decode of models, in turns, against the ceiling that this machine's rates allow.
+    """Run `sspruner bench`.
 
     Examples:
         sspruner bench path/to/model smaller --batch 1,16 --prompt 512
@@ -75,3 +76,6 @@ def command(
     emit(measured.to_json(), output.json)
     if not output.only:
         show(bench_table(measured))
+
+
+app = command_app(NAME, command)

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sspruner.cli.console import command_line, emit, prepare, reports_errors, show
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import OUTPUT, Json, Machine, Model, RecipeFile
 from sspruner.recipes.compare import CompareRecipe
 
@@ -43,7 +44,7 @@ def command(
     machine: Machine = Machine(),
     output: Tables = Tables(),
 ) -> None:
-    """Score with several scorers in one pass, cut by each to several sizes, and show the damage of every cut.
+    """Run `sspruner compare`.
 
     Examples:
         sspruner compare path/to/model --scorers ghost,magnitude --sparsity 0.5,0.75
@@ -79,3 +80,6 @@ def command(
     emit(comparison.to_json(), output.json)
     if not output.only:
         show(comparison_table(comparison))
+
+
+app = command_app(NAME, command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sspruner.cli.console import emit, prepare, reports_errors, say
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import Json, Plugins
 
 NAME = "doctor"
@@ -10,7 +11,7 @@ NAME = "doctor"
 
 @reports_errors
 def command(*, plugins: Plugins = Plugins(), output: Json = Json()) -> None:
-    """Check the installation: versions, known hazards, and every family's code on a tiny random model.
+    """Run `sspruner doctor`.
 
     Examples:
         sspruner doctor
@@ -32,3 +33,6 @@ def command(*, plugins: Plugins = Plugins(), output: Json = Json()) -> None:
     emit(dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2, ensure_ascii=False), output.json)
     if not ok:
         raise SystemExit(1)
+
+
+app = command_app(NAME, command)

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sspruner.cli.console import command_line, emit, prepare, reports_errors, show, warn
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import MODEL, Computing, Json, Model
 from sspruner.errors import InputError
 from sspruner.recipes.flags import text
@@ -33,7 +34,7 @@ def command(
     machine: Computing = Computing(),
     output: Json = Json(),
 ) -> None:
-    """Measure perplexity, recall and tasks, with intervals, alone or against the dense model; gates for CI.
+    """Run `sspruner evaluate`.
 
     Examples:
         sspruner evaluate smaller --against dense --text t.txt --max-ppl-increase 2%
@@ -83,3 +84,6 @@ def check_gates(gates: Gates, options: EvaluateOptions, against: str | None) -> 
         raise InputError(
             "--max-lambada-drop compares LAMBADA's accuracy with the dense model's: give --against DENSE and --lambada"
         )
+
+
+app = command_app(NAME, command)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sspruner.cli.console import prepare, reports_errors, say
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import Folder, Model, ReadingText
 from sspruner.recipes.flags import TARGET, text
 from sspruner.recipes.parts import Target
@@ -34,7 +35,7 @@ def command(
     reader: Reader = Reader(),
     reading: ReadingText = ReadingText(),
 ) -> None:
-    """Write a pruned model for another library, or report why that library cannot load it.
+    """Run `sspruner export`.
 
     Examples:
         sspruner export smaller --out for-transformers
@@ -57,3 +58,6 @@ def command(
     say(f"exported to {folder.out}: {reads(writer, folder.out)}")
     if writer == "hf-padded":
         say(padding(loaded, skeleton(folder.out)))
+
+
+app = command_app(NAME, command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 from cyclopts.help import DefaultFormatter
 
 
@@ -26,6 +26,13 @@ def examples(command: Any) -> str:
     """Return the examples in a command's docstring, for the end of its help."""
     lines = (inspect.getdoc(command) or "").partition("Examples:\n")[2].splitlines()
     return "\n".join(["Examples:", *(f"  {line.strip()}" for line in lines if line.strip())])
+
+
+def command_app(name: str, command: Any) -> App:
+    """Return the App of a command, with the examples in its docstring at the end of its help."""
+    app = App(name=name, help_epilogue=examples(command))
+    app.default(command)
+    return app
 
 
 class HelpFormatter(DefaultFormatter):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 
 from sspruner.cli.console import batches_from, emit, prepare, reports_errors, show
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import Json, Model, Trust
 from sspruner.errors import InputError
 from sspruner.recipes.flags import text, whole
@@ -62,7 +63,7 @@ def command(
     trust: Trust = Trust(),
     output: Json = Json(),
 ) -> None:
-    """Show a model's graph and its memory, from its config alone: axes, bytes, sequences that fit, targets.
+    """Run `sspruner inspect`.
 
     Examples:
         sspruner inspect path/to/model
@@ -110,3 +111,6 @@ def show_tables(dense: Any, cut: Any, supported: Any, machine: Any, assumed: boo
     batches, room, rate = machine
     show(footprint_table(dense, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
     show(targets_table(supported, with_plan=cut is not None))
+
+
+app = command_app(NAME, command)

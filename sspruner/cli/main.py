@@ -1,4 +1,4 @@
-"""Entry point of `sspruner`: registers one file per command. Commands import heavy libraries when they run."""
+"""Entry point of `sspruner`: one module per command, which imports heavy libraries when it runs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import sys
 
 from cyclopts import App, CycloptsError
 
-from sspruner.cli import (
-    apply,
-    bench,
-    compare,
-    doctor,
-    evaluate,
-    export,
-    inspect,
-    plan,
-    prune,
-    report,
-    score,
-    scorers,
-    train,
-)
 from sspruner.cli.console import fail, known_error
-from sspruner.cli.help import OPTION, HelpFormatter, examples
+from sspruner.cli.help import OPTION, HelpFormatter
 from sspruner.cli.recipe_file import fill_from_recipe
 from sspruner.cli.usage import usage
 
-COMMANDS = (prune, score, plan, apply, compare, evaluate, bench, report, export, inspect, scorers, doctor)
+#: Commands, in the order of the help, each in the module of its name, which is imported when it is needed.
+COMMANDS = {
+    "prune": "Score, plan and cut a model layer by layer; prove the cut; show the damage; save the result.",
+    "score": "Score every unit of an axis on the dense model, and write scores.safetensors, or one file per scorer.",
+    "plan": "Decide which units to keep: make plan.json from scores and a budget.",
+    "apply": "Cut a model by a plan, prove the cut, and save the result.",
+    "compare": "Score with several scorers in one pass, cut by each to several sizes, and show the damage of all cuts.",
+    "evaluate": "Measure perplexity, recall and tasks, with intervals, alone or against the dense model; gates for CI.",
+    "bench": "Measure prefill and decode of models, in turns, against the ceiling that this machine's rates allow.",
+    "report": "Write the results in a folder as one HTML file, which needs no network, with PNG files beside it.",
+    "export": "Write a pruned model for another library, or report why that library cannot load it.",
+    "inspect": "Show a model's graph and its memory, from its config alone: axes, bytes, sequences that fit, targets.",
+    "scorers": "List the installed scorers: axes, needs, origin.",
+    "doctor": "Check the installation: versions, known hazards, and every family's code on a tiny random model.",
+    "train": "Recover quality by distilling from the dense model, or prune during training. Start it with torchrun for "
+    "several processes.",
+}
 
 
 def version() -> str:
@@ -47,9 +48,8 @@ app = App(
     help_formatter=HelpFormatter(),
     suppress_keyboard_interrupt=False,
 )
-for place, module in enumerate(COMMANDS):
-    app.command(module.command, name=module.NAME, sort_key=place, help_epilogue=examples(module.command))
-app.command(train.app)
+for place, (name, summary) in enumerate(COMMANDS.items()):
+    app.command(f"sspruner.cli.{name}:app", name=name, help=summary, sort_key=place)
 
 
 def main() -> None:

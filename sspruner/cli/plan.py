@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sspruner.cli.console import prepare, reports_errors, say, warn
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import OUTPUT, Model, Reading
 from sspruner.errors import InputError
 from sspruner.recipes.flags import AMOUNT, REMOVE, FromText, text
@@ -63,7 +64,7 @@ def command(
     target: Target = Target(),
     reading: Reading = Reading(),
 ) -> None:
-    """Decide which units to keep: make plan.json from scores and a budget.
+    """Run `sspruner plan`.
 
     Examples:
         sspruner plan path/to/model --scores scores.safetensors --sparsity 0.75
@@ -102,3 +103,6 @@ def command(
     for line in plan.made_by["target"]["rounded"] if runtime else ():
         say(f"rounded for {runtime}: {line}")
     say(f"{plan}\nin {files.out}")
+
+
+app = command_app(NAME, command)

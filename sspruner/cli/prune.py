@@ -14,6 +14,7 @@ from sspruner.cli.console import (
     say,
     show,
 )
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import Apart, Machine, Model, Output, RecipeFile
 from sspruner.errors import InputError
 from sspruner.recipes.recipe import Recipe
@@ -32,7 +33,7 @@ def command(
     apart: Apart = Apart(),
     output: Output = Output(),
 ) -> None:
-    """Score, plan and cut a model layer by layer; prove the cut; show the damage; save the result.
+    """Run `sspruner prune`.
 
     Examples:
         sspruner prune path/to/model --scorer ghost --sparsity 0.75 --out smaller
@@ -92,3 +93,6 @@ def working_of(apart: Apart, output: Output) -> Path | None:
     if apart.resume and not blockwise:
         raise InputError("--resume goes on with an interrupted --offload or --device-map: add that, too")
     return working_folder(output.out) if blockwise and output.out else None
+
+
+app = command_app(NAME, command)

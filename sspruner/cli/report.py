@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Group, Parameter
 
 from sspruner.cli.console import reports_errors, say
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import OUTPUT
 
 NAME = "report"
@@ -34,7 +35,7 @@ def command(
     *,
     page: Page = Page(),
 ) -> None:
-    """Write the results in a folder as one HTML file, which needs no network, with PNG files beside it.
+    """Run `sspruner report`.
 
     Examples:
         sspruner report smaller
@@ -43,3 +44,6 @@ def command(
     import sspruner
 
     say(f"written to {sspruner.report(folder, page.out)}")
+
+
+app = command_app(NAME, command)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sspruner.cli.console import from_cache, prepare, reports_errors_of_all, say
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import OUTPUT, Machine, Model, Places
 from sspruner.errors import InputError
 from sspruner.recipes.flags import METHOD, REMOVE, text, texts
@@ -76,7 +77,7 @@ def command(
     places: Places = Places(),
     files: Files = Files(),
 ) -> None:
-    """Score every unit of an axis on the dense model and write scores.safetensors, or one file for each scorer.
+    """Run `sspruner score`.
 
     Examples:
         sspruner score path/to/model --axis state,head --out scores.safetensors
@@ -137,3 +138,6 @@ def known_scorers(names: Sequence[str]) -> list[Any]:
 def _file_name(scorer: str) -> str:
     """Return a scorer's name, or its names by axis, as a file name."""
     return "".join(c if c.isalnum() or c in "-_=" else "-" for c in scorer)
+
+
+app = command_app(NAME, command)

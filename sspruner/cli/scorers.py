@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sspruner.cli.console import prepare, reports_errors, show
+from sspruner.cli.help import command_app
 from sspruner.cli.machine import Plugins
 
 NAME = "scorers"
@@ -10,7 +11,7 @@ NAME = "scorers"
 
 @reports_errors
 def command(*, plugins: Plugins = Plugins()) -> None:
-    """List the installed scorers: axes, needs, origin.
+    """Run `sspruner scorers`.
 
     Examples:
         sspruner scorers
@@ -26,3 +27,6 @@ def command(*, plugins: Plugins = Plugins()) -> None:
     for name, (cls, origin) in sorted(installed_scorers().items()):
         table.add_row(name, ", ".join(sorted(cls.axes)), cls.needs, origin)
     show(table)
+
+
+app = command_app(NAME, command)

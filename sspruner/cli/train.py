@@ -195,12 +195,7 @@ def finish(model: Any, tokenizer: Any, record: Any, out: Path, run: Run, more: d
     barrier()
 
 
-app = App(
-    name=NAME,
-    sort_key=99,  # the last one in the list of commands
-    help="Recover quality by distilling from the dense model, or prune during training. Start it with torchrun for "
-    "several processes.",
-)  # fmt: skip
+app = App(name=NAME)
 METHODS: tuple[Any, ...] = (distil, gradual, twist)
 for place, method in enumerate(METHODS):
     app.command(method, sort_key=place, help_epilogue=examples(method))
