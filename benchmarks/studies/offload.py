@@ -1,4 +1,4 @@
-"""What pruning a model of 2.7 billion parameters takes when its blocks stay on disk: memory and seconds.
+"""Measure what pruning a model of 2.7 billion parameters takes when its blocks stay on disk: memory and seconds.
 
 Random weights in the shape of Mamba2-2.7B, bf16 (5.4 GB, kept in the folder for the next time; 17 GB in all); random
 tokens for calibration. Memory and time do not need trained weights. Each run is a process of its own that reports the
@@ -25,14 +25,14 @@ SAMPLES, HELD_OUT, SEQ_LEN = 2, 1, 32
 def prune(model: Path, work: Path, scorer: str) -> list[str]:
     """Prune, save, and return what that took. For a fresh process."""
     start, imported = time.perf_counter(), peak_memory_bytes()
-    generator = torch.Generator().manual_seed(1)
     loaded, _ = sspruner.load(model, offload=work / "working")
+    generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(loaded.config.vocab_size, (SAMPLES + HELD_OUT, SEQ_LEN), generator=generator)
     data = sspruner.calibration(tokens, loaded, samples=SAMPLES, held_out=HELD_OUT)
     result = sspruner.prune(loaded, scorer, sparsity=0.5, calibration=data)
     sspruner.save(result.model, work / "out", result=result)
     report, whole = result.report, time.perf_counter() - start
-    sizes = (report.dense["weight_bytes"], peak_memory_bytes() or 0, imported or 0)
+    sizes = (report.dense["weight_bytes"], peak_memory_bytes(), imported)
     seconds = (report.seconds["scoring"], report.seconds["evaluation and proof"], whole)
     state = " to ".join(f"{found['state_bytes'] / 1e6:.1f} MB" for found in (report.dense, report.pruned))
     return [scorer, *(f"{size / 1e9:.2f} GB" for size in sizes), *(f"{s:.0f} s" for s in seconds), state]
@@ -53,4 +53,4 @@ def tables(s: Any) -> Made:
     head = ["scorer", "weights", "peak memory", "of it after imports", "scoring", "measuring, cutting, proof"]
     head += ["with loading and saving", "state per sequence"]
     note = f"{SAMPLES} x {SEQ_LEN} calibration tokens, {HELD_OUT} x {SEQ_LEN} held out, random; seeds 0 and 1"
-    return table("A model that stays on disk", head, rows), note, None
+    return [table("A model that stays on disk", head, rows)], note

@@ -1,17 +1,18 @@
-"""What the tool itself costs, as ratios in one run: prune against a forward, compare against its evaluations.
+"""Measure what the tool itself costs, as ratios in one run: prune against a forward, compare against its evaluations.
 
 A forward is that of the stock model with its own settings over the calibration tokens, and beside it the same with what
-`sspruner.compute.quick` does. Repeats are interleaved; a ratio is the median of those within a repeat.
+`sspruner.compute.quick` does.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
-from common import Made, Subject, progress, random_tokens, span, table, timed
+from common import Made, Subject, forward, in_turns, over, random_tokens, table
 
 import sspruner
 from sspruner.benchmarking.shapes import shape_model
@@ -28,52 +29,45 @@ def tables(s: Any) -> Made:
     rows = []
     for dtype in ("float32", "bfloat16"):
         subject = Subject("mamba2-books-4m", s.data, dtype)
-        data = subject.text("books-val.txt", s.samples)
-        found = [prune_costs(subject, data) for _ in range(s.repeats)]
-        rows += [
-            [f"GHOST prune / forward, {unit}", dtype, *_row(found, unit), "at most 3"] for unit in ("stock", "quick")
-        ]
-        progress(f"prune, {dtype}")
+        took = in_turns(prune_jobs(subject, subject.text("books-val.txt", s.samples)), s.repeats, warm_up=False)
+        rows += [row(f"GHOST prune / forward, {unit}", dtype, took, unit, "at most 3") for unit in ("stock", "quick")]
     subject = Subject("mamba2-books-4m", s.data)
     data = subject.text("books-val.txt", max(1, s.samples // 4), held_out=max(1, s.samples // 8))  # as compare takes
-    found = [compare_costs(subject, data) for _ in range(s.repeats)]
+    took = in_turns(compare_jobs(subject, data), s.repeats, warm_up=False)
     for label, unit in (("its evaluations, each alone", "alone"), ("the same, dense once", "together")):
-        rows.append([f"compare, 5 scorers x 4 cuts / {label}", "float32", *_row(found, unit), "at most 1.3"])
+        rows.append(row(f"compare, 5 scorers x 4 cuts / {label}", "float32", took, unit, "at most 1.3"))
     head = ["what", "weights", "whole, s", "unit, s", "ratio (least to most)", "target"]
-    tokens, others = int(data.mask.sum()), int(data.held_out_mask.sum())
-    note = (
-        f"seed 0; {s.repeats} interleaved repeats; prune: {s.samples} x 256 tokens observed; "
-        f"compare: {tokens} tokens observed, {others} others measured"
-    )
-    return table("The tool against the model: medians", head, rows), note, None
+    note = f"seed 0; {s.repeats} interleaved repeats; prune: {s.samples} x 256 tokens observed; "
+    note += f"compare: {data.mask.sum()} tokens observed, {data.held_out_mask.sum()} others measured"
+    return [table("The tool against the model: medians", head, rows)], note
 
 
-def _row(found: list[dict[str, float]], unit: str) -> list[str]:
-    ratios = sorted(run["whole"] / run[unit] for run in found)
-    whole, one = (median(run[key] for run in found) for key in ("whole", unit))
-    return [f"{whole:.1f}", f"{one:.1f}", span((median(ratios), ratios[0], ratios[-1]))]
+def row(label: str, dtype: str, took: dict[str, list[float]], unit: str, target: str) -> list[str]:
+    """Return a row of the table: of a whole job against a unit."""
+    seconds = [f"{median(took[name]):.1f}" for name in ("whole", unit)]
+    return [label, dtype, *seconds, over(took["whole"], took[unit]), target]
 
 
-def prune_costs(subject: Subject, data: Any) -> dict[str, float]:
-    """Return the seconds of a forward over the calibration, stock and quick, and of prune."""
-    dense = subject.model
+def prune_jobs(subject: Subject, data: Any) -> dict[str, Callable[[], Any]]:
+    """Return a forward over the calibration, stock and quick, and prune."""
+    dense, tokenizer = subject.model, subject.tokenizer
 
-    @torch.no_grad()
     def forwards() -> None:
         for tokens, _ in data.batches(16):
-            dense(tokens, use_cache=False)
+            forward(dense, tokens)
 
     def quick() -> None:
         with quick_on_cpu(dense, torch.device("cpu")):
             forwards()
 
-    model, tokenizer = copy.deepcopy(dense), subject.tokenizer
-    whole = lambda: sspruner.prune(model, "ghost", calibration=data, tokenizer=tokenizer)  # noqa: E731
-    return {"stock": timed(forwards), "quick": timed(quick), "whole": timed(whole)}
+    def whole() -> None:
+        sspruner.prune(copy.deepcopy(dense), "ghost", calibration=data, tokenizer=tokenizer)
+
+    return {"stock": forwards, "quick": quick, "whole": whole}
 
 
-def compare_costs(subject: Subject, data: Any) -> dict[str, float]:
-    """Return the seconds of compare, scoring too, and of its evaluations: one after another, and all in one pass."""
+def compare_jobs(subject: Subject, data: Any) -> dict[str, Callable[[], Any]]:
+    """Return compare, scoring too, and its evaluations: one after another, and all in one pass."""
     model, graph = subject.model, subject.graph
     scores = sspruner.score(model, SCORERS, calibration=data)
     plans = [sspruner.plan(graph, scored, sparsity=cut) for scored in scores.values() for cut in CUTS]
@@ -83,9 +77,9 @@ def compare_costs(subject: Subject, data: Any) -> dict[str, float]:
         damages(model, plans, graph, data.held_out_batches(size))
 
     return {
-        "alone": timed(lambda: [evaluate([plan]) for plan in plans]),
-        "together": timed(lambda: evaluate(plans)),
-        "whole": timed(lambda: sspruner.compare(model, SCORERS, sparsities=CUTS, calibration=data)),
+        "alone": lambda: [evaluate([plan]) for plan in plans],
+        "together": lambda: evaluate(plans),
+        "whole": lambda: sspruner.compare(model, SCORERS, sparsities=CUTS, calibration=data),
     }
 
 
@@ -95,8 +89,8 @@ def large(s: Any) -> Made:
     ids = random_tokens(s.samples + 4, 256, model.config.vocab_size)
     data = sspruner.calibration(ids, model, samples=s.samples, seq_len=256, held_out=4, seed=0)
     seconds = sspruner.prune(model, "ghost", calibration=data).report.seconds
-    minutes = f"{sum(seconds.values()) / 60:.1f}"
-    row = ["130M, fp32", *(f"{seconds[phase]:.0f}" for phase in ("scoring", "evaluation", "proof")), minutes]
+    phases = [f"{seconds[phase]:.0f}" for phase in ("scoring", "evaluation", "proof")]
     head = ["shape", "scoring, s", "evaluation, s", "proof, s", "in all, minutes (target: below 15)"]
     note = f"seed 0, random weights; {len(data.tokens)} x 256 tokens observed, {len(data.held_out)} x 256 held out"
-    return table("GHOST on the 130M shape, half of every state", head, [row]), note, None
+    rows = [["130M, fp32", *phases, f"{sum(seconds.values()) / 60:.1f}"]]
+    return [table("GHOST on the 130M shape, half of every state", head, rows)], note

@@ -3,27 +3,39 @@
 A sequence holds PAIRS different keys, each followed by its value, and then the keys again in a random order, each
 followed by its value once more. The loss is on these values alone. The number of pairs grows from 4, by 4 whenever nine
 in ten of the values are right; the learning rate is constant, and falls linearly to zero over the last DECAY steps.
-Task: Arora et al., "Zoology", arXiv 2312.04927, without filler. studies/recall.py cuts the state of the result.
+Task: Arora et al., "Zoology", arXiv 2312.04927, without filler. recipes/recall.yaml cuts the state of the result.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Made, adamw, progress, train_step
+from common import Made, progress, with_error
 from torch import nn
 
 import sspruner
-from sspruner.evaluation.recall import answers, recall, sequences
-from studies.recall import TEST_SEED, TEST_SEQUENCES, summary, tasks
+from sspruner.evaluation.recall import answers, recall, sequences, tasks_for
+from sspruner.recipes.train import Settings
+from sspruner.training.loop import adamw, take_step
 
-LEARNING_RATE, WEIGHT_DECAY, WARM_UP, DECAY = 1e-2, 0.1, 50, 0.5  # warm-up in steps; decay: a fraction
+WARM_UP, DECAY = 50, 0.5  # warm-up in steps; decay: a fraction of them
 BATCH, FIRST_PAIRS, MORE_PAIRS, LEARNED = 64, 4, 4, 0.9
 STEP, RATE = 0.5, 0.05  # dt and -A before training: learns sooner than with those of a language model
 SIZE = {"state": 64, "pairs": 24, "vocabulary": 128, "layers": 2, "hidden": 64, "head_dim": 32, "steps": 800, "seed": 0}
+TEST_SEQUENCES, TEST_SEED = 512, 1_000_000
+
+
+@dataclass(frozen=True)
+class Schedule(Settings):
+    """Settings with the learning rate of this task."""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 1."""
+        return self.learning_rate * min(step / WARM_UP, 1, (1 - step / self.steps) / DECAY)
 
 
 def new_model(s: Any) -> Any:
@@ -44,19 +56,26 @@ def new_model(s: Any) -> Any:
     return model
 
 
+def objective(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the loss of the answers, and how many of them are right."""
+    logits, target = answers(model(input_ids=tokens, use_cache=False).logits, tokens)
+    right = (logits.argmax(-1) == target).float().mean()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()), {"right": right}
+
+
 def train(model: Any, pairs: int, steps: int, seed: int) -> None:
     """Train with AdamW on new sequences in every step, with more and more pairs."""
-    generator, optimizer = torch.Generator().manual_seed(seed), adamw(model, LEARNING_RATE, WEIGHT_DECAY)
+    sizes: dict[str, Any] = {"batch": BATCH, "at_once": BATCH, "seq_len": 1, "max_tokens": BATCH * steps}
+    settings = Schedule(learning_rate=1e-2, weight_decay=0.1, **sizes)
+    generator, optimizer = torch.Generator().manual_seed(seed), adamw(list(model.parameters()), settings)
     now, right = min(FIRST_PAIRS, pairs), 0.0
     model.train()
     for step in range(1, steps + 1):
         tokens = sequences(BATCH, now, model.config.vocab_size, generator)
-        logits, target = answers(model(input_ids=tokens, use_cache=False).logits, tokens)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
-        train_step(model, optimizer, loss, LEARNING_RATE * min(step / WARM_UP, 1, (1 - step / steps) / DECAY))
-        right = 0.9 * right + 0.1 * float((logits.argmax(-1) == target).float().mean())
+        metrics = take_step(model, tokens, optimizer, settings, step, objective)
+        right = 0.9 * right + 0.1 * metrics["right"]
         if step % 50 == 0:
-            progress(f"step {step}: {now} pairs, loss {loss.item():.3f}, accuracy {right:.3f}")
+            progress(f"step {step}: {now} pairs, loss {metrics['loss']:.3f}, accuracy {right:.3f}")
         if right > LEARNED and now < pairs:
             now, right = min(now + MORE_PAIRS, pairs), 0.0
     if now < pairs:
@@ -65,15 +84,12 @@ def train(model: Any, pairs: int, steps: int, seed: int) -> None:
 
 
 def tables(s: Any) -> Made:
-    """Train and save a model; returns its accuracy. Settings: out, and those of SIZE (states per head, steps of 64)."""
-    for name, value in SIZE.items():
-        setattr(s, name, getattr(s, name, value))
-    if s.pairs > s.vocabulary // 2:
-        raise SystemExit(f"{s.pairs} pairs need {s.pairs} different keys; there are {s.vocabulary // 2}")
+    """Train and save a model; return its accuracy. Settings: out, and those of SIZE (states per head, steps of 64)."""
+    vars(s).update(SIZE | vars(s))
     model, start = new_model(s), time.monotonic()
     train(model, s.pairs, s.steps, s.seed)
     minutes = (time.monotonic() - start) / 60
     sspruner.save(model, s.out, overwrite=True)
-    mean, error = summary(recall(model, tasks(model, TEST_SEQUENCES, TEST_SEED))[0])
-    text = f"{s.out}: accuracy {mean:.4f} ± {error:.4f}, trained in {minutes:.1f} minutes"
-    return text, f"seed {s.seed}, {TEST_SEED} (test sequences); {s.steps} steps of {BATCH} sequences", None
+    accuracy = with_error(recall(model, tasks_for(model, TEST_SEQUENCES, TEST_SEED))[0])
+    text = f"{s.out}: accuracy {accuracy}, trained in {minutes:.1f} minutes"
+    return [text], f"seed {s.seed}, {TEST_SEED} (test sequences); {s.steps} steps of {BATCH} sequences"
