@@ -21,11 +21,13 @@ import torch
 
 import sspruner
 from sspruner.benchmarking import resident
+from sspruner.benchmarking.shapes import shape_config
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.evaluation.last_word import passages
 from sspruner.evaluation.measures import Inputs, Values, measure
 from sspruner.evaluation.paired import perplexity_ratio
 from sspruner.evaluation.recall import tasks_for
+from sspruner.graph.family import Projected
 
 HERE = Path(__file__).resolve().parent
 WINDOWS_PER_BATCH, QUIET = 8, 0.1  # QUIET: cores that others may use while something is timed
@@ -124,19 +126,15 @@ def perplexity(nll: Sequence[float]) -> float:
     return math.exp(sum(nll) / len(nll))
 
 
-def random_model(
-    hidden: int = 256, heads: int = 8, layers: int = 1, head_dim: int = 64, state: int = 128, chunk_size: int = 256
-) -> Any:
+def random_model(hidden: int = 256, heads: int = 8, head_dim: int = 64, state: int = 128, layers: int = 1) -> Any:
     """Return a Mamba2 with random weights, fp32, vocabulary 4096."""
-    from transformers import Mamba2Config, Mamba2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = shape_config("mamba2-130m", layers=layers)
+    config.hidden_size, config.num_heads, config.head_dim, config.state_size = hidden, heads, head_dim, state
+    config.expand, config.vocab_size = heads * head_dim // hidden, 4096
     torch.manual_seed(0)
-    config = Mamba2Config(
-        hidden_size=hidden, num_hidden_layers=layers, num_heads=heads, head_dim=head_dim, state_size=state,
-        expand=heads * head_dim // hidden, n_groups=1, chunk_size=chunk_size, vocab_size=4096,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return Mamba2ForCausalLM(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def in_chunks(model: Any, size: int) -> Any:
@@ -150,6 +148,14 @@ def in_chunks(model: Any, size: int) -> Any:
 def random_tokens(batch: int, length: int, vocabulary: int = 4096) -> torch.Tensor:
     """Return seeded tokens: int64 (batch, length)."""
     return torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def steps(p: Projected) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dt x (T, b, H, P), B (T, b, H, N) and exp(dt A) (T, b, H, 1, 1): steps first, so each is contiguous."""
+    heads = p.x.shape[2] // p.B.shape[2]
+    x = (p.dt[..., None] * p.x).transpose(0, 1).contiguous()
+    B = p.B.repeat_interleave(heads, 2).transpose(0, 1).contiguous()
+    return x, B, (p.dt * p.A).exp().transpose(0, 1)[..., None, None]
 
 
 @torch.no_grad()

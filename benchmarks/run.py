@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,8 +52,18 @@ class Part:
     @property
     def files(self) -> list[Path]:
         """Return the recipe and the study that make it."""
-        found = {f"recipes/{self.recipe}.yaml": self.recipe, f"studies/{self.study}.py": self.study}
+        study = self.study.partition(".")[0]
+        found = {f"recipes/{self.recipe}.yaml": self.recipe, f"studies/{study}.py": study}
         return [HERE / file for file, name in found.items() if name]
+
+    @property
+    def function(self) -> Callable[[Any], Any]:
+        """Return the function that makes it: `tables` of its study, unless that names another, or of tables.py."""
+        module, _, name = self.study.partition(".")
+        made: Callable[[Any], Any] = getattr(
+            import_module(f"studies.{module}" if module else "tables"), name or "tables"
+        )
+        return made
 
 
 def read_parts() -> dict[str, Part]:
@@ -93,9 +104,8 @@ def main() -> None:
     if threads := settings.pop("threads", None):
         torch.set_num_threads(threads)
     given.work.mkdir(parents=True, exist_ok=True)
-    module = importlib.import_module(f"studies.{part.study}" if part.study else "tables")
     base = {"file": part.files[0], "data": given.data, "work": given.work, "quick": given.quick}
-    made, note = module.tables(SimpleNamespace(**base, **settings))
+    made, note = part.function(SimpleNamespace(**base, **settings))
     print("\n".join([*made, "", provenance(note)]))
 
 

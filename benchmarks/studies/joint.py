@@ -15,10 +15,9 @@ import copy
 from typing import Any
 
 import torch
-from common import Made, Subject, as_is, by_token, progress, table
+from common import Made, Subject, as_is, by_token, progress, steps, table
 
 import sspruner
-from sspruner.calibrate.state import chunks
 from sspruner.plans import reduction
 from sspruner_plugins.balanced import Balanced
 
@@ -29,16 +28,13 @@ log: list[tuple[float, float]] = []  # J / J of the closed form, fitted and not,
 
 def states(view: sspruner.SSMView) -> tuple[torch.Tensor, torch.Tensor]:
     """Return C (tokens, N) and the weighted H_t = sum_p w h h^T (tokens, N, N), of a mixer with one group."""
-    w, total, start = view.output_weights, [], 0
-    for c in chunks(view.projected, size=4):  # four steps at a time: their states are made
-        made = (c.L * c.dt[..., None, :])[..., None, :] * c.x.transpose(-1, -2)[..., None, :, :]  # (b, 1, K, Q, P, Q)
-        h = torch.einsum("bgkqps,bgsn->bqkpn", made, c.B)
-        h = h + torch.einsum("bgkq,bgkpn->bqkpn", c.decay, c.entry)  # (b, Q, K, P, N)
-        stop = start + h.shape[1]
-        h = (h * w[:, start:stop, ..., None].sqrt()).flatten(2, 3)  # (b, Q, K P, N)
+    (x, B, decay), w, total = steps(view.projected), view.output_weights, []
+    state = x.new_zeros(*x.shape[1:], B.shape[-1])  # (b, H, P, N)
+    for t in range(len(x)):
+        state = decay[t] * state + x[t][..., None] * B[t][..., None, :]
+        h = (state * w[:, t, ..., None].sqrt()).flatten(1, 2)  # (b, H P, N)
         total.append(h.transpose(-1, -2) @ h)
-        start = stop
-    return view.C.float().flatten(0, 1).squeeze(1), torch.cat(total, 1).flatten(0, 1)
+    return view.C.float().flatten(0, 1).squeeze(1), torch.stack(total, 1).flatten(0, 1)
 
 
 def joint(C: torch.Tensor, H: torch.Tensor, encode: torch.Tensor, decode: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Made, Subject, in_turns, random_tokens, span, table
+from common import Made, Subject, forward, in_turns, random_tokens, span, table
 from safetensors.torch import save_file
 from torch import nn
 
@@ -67,50 +67,28 @@ def with_sparse(model: Any) -> Any:
     return made
 
 
-@torch.no_grad()
-def speeds(models: dict[str, Any], repeats: int) -> list[list[str]]:
-    """Return how many times as fast as dense each model is: a forward, and in_proj alone, of many tokens and of one."""
-    config = models["dense"].config
-    ids, layers = random_tokens(*BATCH, config.vocab_size), {n: m.backbone.layers[0].mixer for n, m in models.items()}
-    many = torch.randn(ids.numel(), config.hidden_size, generator=torch.Generator().manual_seed(0))
-    jobs: dict[str, tuple[Any, int, int]] = {  # what -> job of a model, times in a turn, tokens
-        "forward, {} x {} tokens".format(*BATCH): (lambda n: models[n](input_ids=ids, use_cache=False), 1, len(many)),
-        f"in_proj alone, {len(many):,} tokens": (lambda n: layers[n].in_proj(many), 10, len(many)),
-        "in_proj alone, 1 token": (lambda n: layers[n].in_proj(many[:1]), 300, 1),
-    }
-    rows = []
-    for what, (job, times, tokens) in jobs.items():
-        turns = {
-            name: partial(lambda name, job, times: [job(name) for _ in range(times)], name, job, times)
-            for name in models
-        }
-        taken = in_turns(turns, repeats)
-        per_second = median_interval([tokens * times / s for s in taken["dense"]])[0]
-        ratios = [median_interval([a / b for a, b in zip(taken["dense"], s, strict=True)]) for s in taken.values()]
-        rows.append([what, f"{per_second:,.0f}", *map(span, ratios[1:])])
-    return rows
-
-
 def tables(s: Any) -> Made:
     """Return sizes and speed. Settings: repeats."""
-    subject = Subject("mamba2-books-4m", s.data)
-    models = {"dense": subject.model} | {f"{part:.0%}": copy.deepcopy(subject.model) for part in SPARSITIES}
+    subject, rows = Subject("mamba2-books-4m", s.data), []
+    models, dense = {"dense": subject.model}, file_sizes(subject.model)[0]
     for part in SPARSITIES:
+        models[f"{part:.0%}"] = copy.deepcopy(subject.model)
         sspruner.prune(models[f"{part:.0%}"], "magnitude", axis="weight", sparsity=part)
-    rows, dense = [], list[int]()
     for label, model in models.items():
-        zeros = sum(int((m.weight == 0).sum()) for m in linear(model).values())
-        counts = sum(m.weight.numel() for m in linear(model).values()), sum(p.numel() for p in model.parameters())
-        sizes = [
-            size for dtype in (torch.float32, torch.bfloat16) for size in file_sizes(copy.deepcopy(model).to(dtype))
-        ]
-        dense = dense or [sizes[0]] * 3 + [sizes[3]] * 3
-        cells = [f"{size / 1e6:.2f} ({size / whole:.2f})" for size, whole in zip(sizes, dense, strict=True)]
+        weights = [layer.weight for layer in linear(model).values()]
+        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        counts = [sum(p.numel() for p in some) for some in (weights, model.parameters())]
+        cells = [f"{size / 1e6:.2f} ({size / dense:.2f})" for size in file_sizes(model)]
         rows.append([label, "{:.1%} ({:.1%})".format(*(zeros / count for count in counts)), *cells])
-    head = ["model", "zeros in linear layers (in all)", *[f"{kind}, {d}" for d in ("fp32", "bf16") for kind in KINDS]]
-    text = table("Size on disk, MB (of the dense file)", head, rows)
-    variants = {name if name == "dense" else f"{name}, zeros": model for name, model in models.items()}
-    variants |= {f"{part:.0%}, CSR": with_sparse(models[f"{part:.0%}"]) for part in SPARSITIES}
+    head = ["model", "zeros in linear layers (in all)", *KINDS]
+    made = [table("Size on disk, MB (of the dense file), fp32", head, rows)]
+    variants = {f"{label}, zeros" if label != "dense" else label: model for label, model in models.items()}
+    variants |= {f"{label}, CSR": with_sparse(model) for label, model in models.items() if label != "dense"}
+    ids = random_tokens(*BATCH, len(subject.tokenizer))
+    took = in_turns({label: partial(forward, model, ids) for label, model in variants.items()}, s.repeats)
+    ratios = [median_interval([a / b for a, b in zip(took["dense"], times, strict=True)]) for times in took.values()]
+    per_second = ids.numel() / median_interval(took["dense"])[0]
+    rows = [["forward, {} x {} tokens".format(*BATCH), f"{per_second:,.0f}", *map(span, ratios[1:])]]
     head = ["what", "dense, tokens per second", *[*variants][1:]]
-    text += "\n" + table("Speed: times as fast as dense, median (95 % interval)", head, speeds(variants, s.repeats))
-    return [text], f"seed 0; {s.repeats} repeats of times"
+    made.append(table("Speed: times as fast as dense, median (95 % interval)", head, rows))
+    return made, f"seed 0; {s.repeats} repeats of times"
