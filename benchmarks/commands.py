@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import NO, Made, Subject, in_chunks, span, table
+from common import NO, Made, Subject, span, table
 
 import sspruner
 from sspruner.benchmarking.record import Timing
@@ -58,8 +58,8 @@ def speed(s: Any) -> Made:
     for shape in recipe["shapes"]:
         how: dict[str, Any] = {"layers": 2 if s.quick else None, "dtype": DTYPES[recipe.get("dtype", "float32")]}
         models = shape_models([shape], recipe["state"], recipe.get("balanced", ()), device=device, **how)
-        if device == "cpu":
-            models = {label: in_chunks(model, options.load.prompt) for label, model in models.items()}
+        for block in [block for model in models.values() for block in model.backbone.layers]:
+            block.mixer.chunk_size = min(block.mixer.chunk_size, options.load.prompt)  # a prefill is padded to it
         found = sspruner.bench(models, options, device=device)
         machine, have = found.machine, {(row.model, row.batch, row.phase): row for row in found.rows}
         for phase, batch, code in [(p, b, c) for p in recipe["phases"] for b in options.load.batches for c in codes]:

@@ -83,14 +83,13 @@ class Subject:
         scoring = {key: how.pop(key) for key in ("axis", "options", "seed") if key in how}
         key = (id(data), scorer, json.dumps(scoring))
         if key not in self._scores:
-            self._scores[key] = (data, sspruner.score(self.model, scorer, calibration=data, **scoring))
-        scores, more = self._scores[key][1], {}
+            self._scores[key] = sspruner.score(self.model, scorer, calibration=data, **scoring)
         if how.get("allocation") == "adaptive":
             if key not in self._curves:
-                multiple = how.get("multiple_of", 1)
-                self._curves[key] = sspruner.sensitivity(self.model, scores, data, multiple_of=multiple).curves
-            more = {"curves": self._curves[key]}
-        return sspruner.plan(self.graph, scores, **how, **more)
+                more = {"multiple_of": how.get("multiple_of", 1)}
+                self._curves[key] = sspruner.sensitivity(self.model, self._scores[key], data, **more).curves
+            how["curves"] = self._curves[key]
+        return sspruner.plan(self.graph, self._scores[key], **how)
 
     def masked(self, plan: sspruner.Plan) -> Any:
         """Return what `measure` takes: the model under the mask of a plan."""
@@ -135,14 +134,6 @@ def random_model(hidden: int = 256, heads: int = 8, head_dim: int = 64, state: i
     config.expand, config.vocab_size = heads * head_dim // hidden, 4096
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def in_chunks(model: Any, size: int) -> Any:
-    """Set the chunk size of a model's scans, to which a prefill is padded, and return the model."""
-    for module in model.modules():
-        if hasattr(module, "chunk_size"):
-            module.chunk_size = size
-    return model
 
 
 def random_tokens(batch: int, length: int, vocabulary: int = 4096) -> torch.Tensor:
@@ -207,12 +198,8 @@ def in_turns(jobs: dict[str, Callable[[], Any]], repeats: int, warm_up: bool = T
 
 def over(seconds: Sequence[float], others: Sequence[float]) -> str:
     """Return the ratio of two jobs' seconds within a repeat: median (least to most)."""
-    return middle([a / b for a, b in zip(seconds, others, strict=True)])
-
-
-def middle(values: Sequence[float], digits: int = 2) -> str:
-    """Return `median (least to most)`."""
-    return span((median(values), min(values), max(values)), digits)
+    ratios = [a / b for a, b in zip(seconds, others, strict=True)]
+    return span((median(ratios), min(ratios), max(ratios)))
 
 
 def growth(job: Callable[[], Any]) -> int:
@@ -273,6 +260,6 @@ def progress(text: str) -> None:
 
 def table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a Markdown table under a bold title; all columns but the first are right-aligned."""
-    head = list(head)
-    lines = [f"\n**{title}**\n", head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(line if isinstance(line, str) else f"| {' | '.join(line)} |" for line in lines)
+    first, *others = head
+    lines = [[first, *others], ["---", *["---:"] * len(others)], *rows]
+    return "\n".join([f"\n**{title}**\n", *(f"| {' | '.join(line)} |" for line in lines)])

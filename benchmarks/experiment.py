@@ -123,17 +123,18 @@ class Experiment:
 
     table: str
     sections: tuple[Section, ...]
+    note: str = ""
 
     @classmethod
     def load(cls, file: Path, models: Sequence[str] = ()) -> Experiment:
         """Read an experiment, or its part on some models; what stands beside `sections` holds for all of them."""
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
         data.pop("shared", None)  # only for anchors
-        table, parts = data.pop("table"), [data | one for one in data.pop("sections", [{}])]
+        table, note, parts = data.pop("table"), data.pop("note", ""), data.pop("sections", [{}])
+        parts = [data | one for one in parts]
         for part in parts:
-            part.pop("sections", None)
             part["models"] = tuple(name for name in part["models"] if name in (models or part["models"]))
-        return cls(table, tuple(Section(**part) for part in parts if part["models"]))
+        return cls(table, tuple(Section(**part) for part in parts if part["models"]), f"; {note}" if note else "")
 
 
 @dataclass
@@ -169,8 +170,8 @@ class Found:
         return torch.stack(good).mean(0) if good else None
 
 
-def run(s: Any) -> tuple[str, list[Found]]:
-    """Measure what is missing of an experiment. Return the name of its table, and its sections by model."""
+def run(s: Any) -> tuple[Experiment, list[Found]]:
+    """Measure what is missing of an experiment, and return its sections by model."""
     experiment = Experiment.load(s.file, getattr(s, "models", ()))
     subjects: dict[tuple[str, str], Subject] = {}
     found = []
@@ -181,7 +182,7 @@ def run(s: Any) -> tuple[str, list[Found]]:
             if key not in subjects:
                 subjects = {key: Subject(folder if folder.is_dir() else name, s.data, section.dtype)}  # one at a time
             found.append(measured(subjects[key], section, s.work / "cells" / name))
-    return experiment.table, found
+    return experiment, found
 
 
 def measured(subject: Subject, section: Section, work: Path) -> Found:

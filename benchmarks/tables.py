@@ -18,27 +18,30 @@ LEAST = 0.005  # a share of less damage than this is a ratio to nothing
 
 
 def tables(s: Any) -> Made:
-    """Run an experiment, and draw its table; or a command's recipe."""
+    """Run an experiment, and draw its tables; or a command's recipe."""
     if hasattr(commands, s.file.stem):
         command: Made = getattr(commands, s.file.stem)(s)
         return command
-    name, found = run(s)
-    made: Made = globals()[name](found)
-    return made
+    experiment, found = run(s)
+    made: list[str] = globals()[experiment.table](found)
+    section = found[0].section
+    reported = section.reported.get("windows", f"{section.passages} passages")
+    return made, f"seed 0; {section.observed['windows']} windows observed, {reported} reported{experiment.note}"
 
 
-def damage(found: list[Found]) -> Made:
+def damage(found: list[Found]) -> list[str]:
     """Draw perplexity and KL by row and cut, and ratios of perplexity of pairs of rows."""
     (one,) = found
     cuts, pairs = list(one.section.cuts), [pair for pair in one.section.show["pairs"] if set(pair) <= set(one.rows)]
-    head, seeds = ["scorer", *[f"{cut} (keeps {kept(one, cut)})" for cut in cuts]], max(map(len, one.cells.values()))
-    made = [table(f"{one.model}: perplexity by {one.section.axis} cut; dense {dense(one)}", head, grid(one, ppl))]
-    made.append(table("KL to the dense model, nats per token", head, grid(one, kl)))
-    made.append(table(f"{RATIO}above 1: the first does more damage", ["pair", *cuts], [ratios(one, *p) for p in pairs]))
-    return made, f"seeds {tuple(range(seeds))} (random scorer, calibration), 0 (reported windows); {sizes(one)}"
+    head = ["scorer", *[f"{cut} (keeps {kept(one, cut)})" for cut in cuts]]
+    return [
+        table(f"{one.model}: perplexity by {one.section.axis} cut; dense {dense(one)}", head, grid(one, ppl)),
+        table("KL to the dense model, nats per token", head, grid(one, kl)),
+        table(f"{RATIO}above 1: the first does more damage", ["pair", *cuts], [ratios(one, *pair) for pair in pairs]),
+    ]
 
 
-def published(found: list[Found]) -> Made:
+def published(found: list[Found]) -> list[str]:
     """Draw increases of perplexity that others published, beside ours for the same cuts."""
     (one,) = found
     show, rows = one.section.show, []
@@ -46,84 +49,70 @@ def published(found: list[Found]) -> Made:
         for cut, theirs in zip(one.section.cuts, show["published"][row], strict=False):
             values = theirs / show["dense"] - 1, mean(one.cells[row, cut][0]) / mean(one.dense) - 1
             rows.append([f"{row}, {cut}", *[f"{100 * value:+.1f} %" for value in values]])
-    note = f"seed 0; {sizes(one)}; published: {show['source']}, dense {show['dense']}"
-    return [table("Increase of perplexity, published and ours", ["scorer, state removed", *show["head"]], rows)], note
+    return [table("Increase of perplexity, published and ours", ["scorer, state removed", *show["head"]], rows)]
 
 
-def allocation(found: list[Found]) -> Made:
+def allocation(found: list[Found]) -> list[str]:
     """Draw one line for each cut, one column for each allocation."""
     rows, names = [], found[0].rows
     for one, cut in lines(found):
-        label = f"{one.model} {one.section.axis}, {one.section.base['scorer']}, {cut}"
-        last = one.cells[names[-1], cut][0].record["kept"]
-        rows.append([label, dense(one), *(ppl_kl(one, row, cut) for row in names), f"{last[0]} to {last[-1]}"])
-    made = table(
-        "Perplexity (KL to dense, nats per token) by allocation", ["cut", "dense", *names, f"sizes, {names[-1]}"], rows
-    )
-    return [made], f"seed 0; {sizes(found[0], 'observed, the first 4,096 for curves')}; one-shot"
+        label, last = f"{one.model} {one.section.axis}, {one.section.base['scorer']}, {cut}", one.cells[names[-1], cut]
+        ends = f"{last[0].record['kept'][0]} to {last[0].record['kept'][-1]}"
+        rows.append([label, dense(one), *(ppl_kl(one, row, cut) for row in names), ends])
+    head = ["cut", "dense", *names, f"sizes, {names[-1]}"]
+    return [table("Perplexity (KL to dense, nats per token) by allocation", head, rows)]
 
 
-def refit(found: list[Found]) -> Made:
+def refit(found: list[Found]) -> list[str]:
     """Draw one line for each cut: with and without a refit, and the share of the increase that is left."""
     rows, names = [], found[0].rows
-    for one in found:
-        (cut,), base, start = one.section.cuts, one.section.base, mean(one.dense)
-        none, *refits = (mean(one.cells[row, cut][0]) for row in names[:3])
-        label = f"{one.model} {base['axis']}{', balanced' * (base['scorer'] == 'balanced')}, {cut}"
-        left = [f"{(value - start) / (none - start):.2f}" for value in refits]
+    for one, cut in lines(found):
+        none, *refits = (mean(one.cells[row, cut][0]) - mean(one.dense) for row in names[:3])
+        label = f"{one.model} {one.section.axis}{', balanced' * (one.section.base['scorer'] == 'balanced')}, {cut}"
+        left = [f"{value / none:.2f}" for value in refits]
         rows.append([label, dense(one), *(ppl_kl(one, row, cut) for row in names), *left])
     head = ["cut", "dense", *names, *[f"share left, {row}" for row in names[1:3]]]
-    return [table("Refit: perplexity (KL to dense, nats per token)", head, rows)], (
-        f"seed 0; {sizes(found[0], 'observed and fitted')}; one-shot scores"
-    )
+    return [table("Refit: perplexity (KL to dense, nats per token)", head, rows)]
 
 
-def shift(found: list[Found]) -> Made:
+def shift(found: list[Found]) -> list[str]:
     """Draw one line for each axis and fraction that is kept: corrections, over the dense model, mean of the draws."""
     rows, names = [], found[0].rows
     for one, cut in lines(found):
         values = [one.mean(row, cut) for row in names]
         cells = [NO if nll is None else f"{float((nll - one.dense.nll).mean().exp()):.3f}" for nll in values]
         rows.append([f"{one.model}, {one.section.axis}{one.section.show.get('more', '')}, keep {cut}", *cells])
-    made = table("Perplexity over the dense model's, with branches so much stronger", ["axis", *names], rows)
-    return [made], f"seeds 0 and 1; {sizes(found[0], 'observed for the bias')}"
+    return [table("Perplexity over the dense model's, with branches so much stronger", ["axis", *names], rows)]
 
 
-def reference(found: list[Found]) -> Made:
+def reference(found: list[Found]) -> list[str]:
     """Draw the dense models' perplexity on two texts, and that of a cut on one."""
-    section = found[0].section
-    files, count = [text["file"] for text in (section.also, section.reported)], section.reported["windows"]
-    rows = [
-        [
-            f"{one.model}, {one.section.dtype}",
-            f"{perplexity(one.dense.record['also']):.2f}",
-            dense(one),
-            *grid(one, ppl)[0][1:],
-        ]
-        for one in found
-    ]
-    made = table(f"Perplexity, first {count * 256:,} tokens", ["run in", *files, f"{files[1]}, 75% cut by ghost"], rows)
-    return [made], f"seed 0; {section.observed['windows']} x 256 tokens observed for the cut"
+    section, rows = found[0].section, []
+    for one, cut in lines(found):
+        cells = f"{perplexity(one.dense.record['also']):.2f}", dense(one), ppl(one, one.rows[0], cut)
+        rows.append([f"{one.model}, {one.section.dtype}", *cells])
+    files = [text["file"] for text in (section.also, section.reported)]
+    title = f"Perplexity, first {section.reported['windows'] * 256:,} tokens"
+    return [table(title, ["run in", *files, f"{files[1]}, 75% cut by ghost"], rows)]
 
 
-def auto(found: list[Found]) -> Made:
+def auto(found: list[Found]) -> list[str]:
     """Draw every scorer on other text, and the one that costs least on the text that chooses."""
     made = []
     for one in found:
-        cuts, beside = list(one.section.cuts), one.section.show["beside"]
         rows = [row for row in grid(one, ppl) if NO not in row]
         took, costs = ["auto takes"], ["auto (over the best here)"]
-        for cut in cuts:
-            tried = {row: one.cells[row, cut][0] for row, *_ in rows if row not in beside}
+        for cut in one.section.cuts:
+            tried = {row: one.cells[row, cut][0] for row, *_ in rows if row not in one.section.show["beside"]}
             took.append(min(tried, key=lambda row, tried=tried: float(tried[row].also.mean())))  # type: ignore[misc]
             own, best = mean(tried[took[-1]]), min(map(mean, tried.values()))
             costs.append(f"{own:.2f} ({own / best:.4f})")
         title = f"{one.model}, axis {one.section.axis}: perplexity on books-test; dense {dense(one)}"
-        made.append(table(title, ["scorer", *cuts], [*rows, took, costs]))
-    return made, f"seed 0; {sizes(found[0], 'observed and chosen on')}; one-shot scores"
+        made.append(table(title, ["scorer", *one.section.cuts], [*rows, took, costs]))
+    return made
 
 
-def last_words(found: list[Found]) -> Made:
+def last_words(found: list[Found]) -> list[str]:
     """Draw how far off the last word of LAMBADA's passages is, in nats."""
     made, head = [], ["cut", "nats per last word", "more than dense, same passages", "hit, %"]
     for one in found:
@@ -132,12 +121,12 @@ def last_words(found: list[Found]) -> Made:
             values = with_error(cell.word_nll), with_error(cell.word_nll - one.dense.word_nll)
             rows.append([f"{row}, {cut}", *values, f"{100 * float(cell.word.mean()):.2f}"])
         made.append(table(f"{one.model}: LAMBADA's last word", head, rows))
-    return made, f"seed 0; {sizes(found[0])}; ± standard error over these; one-shot"
+    return made
 
 
-def positions(found: list[Found]) -> Made:
+def positions(found: list[Found]) -> list[str]:
     """Draw perplexity over the dense model's by position, a table for each model; sections are lengths of windows."""
-    made, ends, length = [], found[0].section.show["ends"], found[0].section.reported["seq_len"]
+    made, ends = [], found[0].section.show["ends"]
     head = ["cut", *[f"{a + 1} to {b}" for a, b in zip((0, *ends[:-1]), ends, strict=True)]]
     for model in dict.fromkeys(one.model for one in found):
         parts = [one for one in found if one.model == model]
@@ -148,79 +137,68 @@ def positions(found: list[Found]) -> Made:
                 rows.append([label, *map(ratio, (cell.nll - part.dense.nll).T)])
         title = f"{model}: perplexity over the dense model's, by position (95 % interval over windows)"
         made.append(table(title, head, rows))
-    return made, f"seed 0; 8192 tokens observed; windows of {length} reported; one-shot scores"
+    return made
 
 
-def calibration_size(found: list[Found]) -> Made:
+def calibration_size(found: list[Found]) -> list[str]:
     """Draw the increase of perplexity on two texts, by source and size of the calibration text."""
     (one,) = found
-    rows, texts = Rows(), {"books": "nll", "WikiText-2": "also"}
+    rows, shown = Rows(), []
 
-    def increase(start: float, key: str, one: Found, row: str, cut: str) -> str:
+    def increase(key: str, one: Found, row: str, cut: str) -> str:
+        start = perplexity(one.dense.record[key])
         return spread([100 * (perplexity(cell.record[key]) / start - 1) for cell in one.cells[row, cut]])
 
-    starts = {test: perplexity(one.dense.record[key]) for test, key in texts.items()}
-    for test, key in texts.items():
-        rows += [
-            [row.replace(", from", f", on {test}, from"), *cells]
-            for row, *cells in grid(one, partial(increase, starts[test], key))
-        ]
-    shown = ", ".join(f"{test} {start:.2f}" for test, start in starts.items())
-    title = f"Increase of perplexity, %, by calibration tokens (dense: {shown})"
-    note = f"{one.section.reported['windows']} x 256 tokens reported of each text; "
-    note += "mean ± standard deviation over 3 seeds at 512 and 2,048 tokens, else seed 0"
-    return [table(title, ["cut and calibration", *one.section.cuts], rows)], note
+    for test, key in {"books": "nll", "WikiText-2": "also"}.items():
+        made = grid(one, partial(increase, key))
+        rows += [[row.replace(", from", f", on {test}, from"), *cells] for row, *cells in made]
+        shown.append(f"{test} {perplexity(one.dense.record[key]):.2f}")
+    title = f"Increase of perplexity, %, by calibration tokens (dense: {', '.join(shown)})"
+    return [table(title, ["cut and calibration", *one.section.cuts], rows)]
 
 
-def recall(found: list[Found]) -> Made:
+def recall(found: list[Found]) -> list[str]:
     """Draw accuracy on associative recall by row and states kept; of the random scorer the mean over seeds."""
     (one,) = found
-    size, reported, observed = one.section.show, one.section.reported, one.section.observed
 
     def right(one: Found, row: str, cut: str) -> str:
         values = one.mean(row, cut, "right")
         return NO if values is None else with_error(values)
 
-    title = f"Associative recall, {size['pairs']} pairs, Mamba2 with {size['states']} states per head: "
-    title += f"accuracy by states kept; dense {with_error(one.dense.right)}"
-    return [table(title, ["scorer", *one.section.cuts], grid(one, right))], (
-        f"{reported['windows']} test sequences of {4 * size['pairs']} tokens, ± standard error over them; "
-        f"{observed['windows']} sequences observed; seeds {reported['seed']} (test), {observed['seed']} (calibration), "
-        "0 to 2 (random: mean of these; ± is without their spread)"
-    )
+    title = f"Associative recall, {one.section.show['model']}: accuracy by states kept; dense "
+    return [table(title + with_error(one.dense.right), ["scorer", *one.section.cuts], grid(one, right))]
 
 
-def distil(found: list[Found]) -> Made:
+def distil(found: list[Found]) -> list[str]:
     """Draw what training takes back, ratios to the dense model trained alike, and learning rates that were tried."""
     one, *tried = found
     untrained, *budgets = one.section.cuts
     start, shown, pairs, rows = mean(one.dense), Rows(), Rows(), Rows()
     for row, how in one.section.rows_of(one.model).items():
         before = mean(one.cells[row, untrained][0])
-        cost = before - start
-        large = cost > LEAST * start
-        cells = [one.cells[row, cut][0] if (row, cut) in one.cells else None for cut in budgets]
-        share = [f" ({100 * (before - mean(cell)) / cost:.0f}%)" if cell and large else "" for cell in cells]
-        after = [f"{mean(cell):.2f}{more}" if cell else NO for cell, more in zip(cells, share, strict=True)]
-        shown.append([row, f"{before:.2f}", f"{100 * cost / start:+.2f}%" if "against" in how else NO, *after])
+        cost, cells = before - start, []
+        for cell in [one.cells.get((row, cut), [None])[0] for cut in budgets]:
+            share = f" ({100 * (before - mean(cell)) / cost:.0f}%)" if cell and cost > LEAST * start else ""
+            cells.append(f"{mean(cell):.2f}{share}" if cell else NO)
+        shown.append([row, f"{before:.2f}", f"{100 * cost / start:+.2f}%" if "against" in how else NO, *cells])
         pairs += [[row, *ratios(one, row, how["against"])[1:]]] if "against" in how else []
     for part in tried:
         (row,), ways = part.rows, part.section.cuts
         values = {cut: perplexity(part.cells[row, cut][0].record["also"]) for cut in ways}
         rates = {cut: how["train"]["rate"] for cut, how in ways.items() if "train" in how}
-        best = rates[min(rates, key=values.__getitem__)]
-        cells_of = [f"{values[cut]:.2f} at {rate:g}" for cut, rate in rates.items()]
-        rows.append([row, f"{values[untrained]:.2f}", *cells_of, f"{best:g}"])
-    title = f"Perplexity after training (share of the damage that it took back); dense {start:.2f}"
-    made = [table(title, ["cut", untrained, "damage", *budgets], shown)]
+        cells = [f"{values[cut]:.2f} at {rate:g}" for cut, rate in rates.items()]
+        rows.append([row, f"{values[untrained]:.2f}", *cells, f"{rates[min(rates, key=values.__getitem__)]:g}"])
     title = "Perplexity of the cut over that of the dense model, both trained for the same tokens (95 % interval)"
-    made.append(table(title, ["cut", "neither trained", *budgets], pairs))
-    title = f"Perplexity on books-val.txt after {budgets[0]}, by learning rate"
-    made.append(table(title, ["cut", untrained, "first", "second", "third", "chosen"], rows))
-    return made, f"{training(found)}; shares of at least {LEAST:.1%} damage"
+    tried_head = ["cut", untrained, "first", "second", "third", "chosen"]
+    return [
+        table(f"Perplexity after training (share of the damage that it took back); dense {start:.2f}",
+              ["cut", untrained, "damage", *budgets], shown),
+        table(title, ["cut", "neither trained", *budgets], pairs),
+        table(f"Perplexity on books-val.txt after {budgets[0]}, by learning rate", tried_head, rows),
+    ]  # fmt: skip
 
 
-def gradual(found: list[Found]) -> Made:
+def gradual(found: list[Found]) -> list[str]:
     """Draw perplexity of masks made at once, trained, and made while the model trained; then the same of units."""
     one, *units = found
     cuts = list(one.section.cuts)
@@ -229,16 +207,16 @@ def gradual(found: list[Found]) -> Made:
     made.append(table(f"{RATIO}below 1: gradual is better", ["pair", *cuts], pairs))
     for part in units:
         ways = list(part.section.cuts)
-        pairs = [(part.cells[row, ways[-1]][0].nll, part.cells[row, ways[-2]][0].nll) for row in part.rows]
+        pairs = [(part.cells[row, way][0].nll for way in (ways[-1], ways[-2])) for row in part.rows]
         rows = [[*row, ratio(own - trained)] for row, (own, trained) in zip(grid(part, percent), pairs, strict=True)]
         head = ["cut, learning rate", *ways, "gradual / trained (95 % interval)"]
         made.append(table("Units that end in a slice: perplexity (over dense), 50,000 tokens", head, rows))
-    return made, f"{training(found)}; a mask every 2 steps up to 70 % of them"
+    return made
 
 
-def scorers(found: list[Found]) -> Made:
+def scorers(found: list[Found]) -> list[str]:
     """Draw perplexity, KL and the last word by row and cut of each axis, a ratio, and why cells are missing."""
-    return [one_axis(one) for one in found], "seeds 0 and up (random scorer, calibration), 0 (reported)"
+    return [one_axis(one) for one in found]
 
 
 def one_axis(one: Found) -> str:
@@ -248,22 +226,15 @@ def one_axis(one: Found) -> str:
     hit = any(True in cell.record.get("word", ()) for cell in every)
     kinds = {"ppl": ppl, "KL": partial(value, "kl", 4, 1), "word": partial(value, "word_nll", 2, 1)}
     kinds |= {"hit": partial(value, "word", 1, 100)} if hit else {}
-    rows = [
-        [
-            row,
-            *[show(one, row, cut) for show in kinds.values() for cut in cuts],
-            NO if row == against else over(one, row, against, at),
-        ]
-        for row in one.rows
-    ]
+    rows = [[row, *[show(one, row, cut) for show in kinds.values() for cut in cuts]] for row in one.rows]
+    rows = [[*row, NO if row[0] == against else over(one, row[0], against, at)] for row in rows]
     title = f"{one.model}, {one.section.axis}: dense perplexity {dense(one)}, "
     title += f"last word {float(one.dense.word_nll.mean()):.2f} nats"
     title += f", {100 * float(one.dense.word.mean()):.1f} % hit" if hit else ""
     head = ["scorer", *[f"{name} {cut}" for name in kinds for cut in cuts], f"ppl {at} to that of {against}"]
     same = [f"{cut} {kept(one, cut)}" for cut in cuts if kept(one, cut).isdigit()]
-    made = table(title, head, rows) + "\n\n" + (f"Kept: {', '.join(same)}. " if same else "")
-    made += f"{sizes(one).removesuffix(' reported')} and {one.section.passages} passages reported."
-    made += "" if hit else f" No last word of the {one.section.passages} is hit, by the dense model or by any row."
+    made = table(title, head, rows) + (f"\n\nKept: {', '.join(same)}." if same else "")
+    made += "" if hit else f"\n\nNo last word of the {one.section.passages} is hit, by the dense model or by any row."
     failed: dict[str, list[str]] = defaultdict(list)  # reason -> rows and cuts
     for (row, cut), cells in one.cells.items():
         if "error" in cells[0]:
@@ -271,14 +242,14 @@ def one_axis(one: Found) -> str:
     return made + "".join(f"\n\n– {'; '.join(where)}: {reason}" for reason, where in failed.items())
 
 
-def lines(found: list[Found]) -> list[tuple[Found, str]]:
-    """Return every section with each of its cuts."""
-    return [(one, cut) for one in found for cut in one.section.cuts]
-
-
 def grid(one: Found, show: Show) -> Rows:
     """Return a line for each row, with a cell for each cut."""
     return [[row, *[show(one, row, cut) for cut in one.section.cuts]] for row in one.rows]
+
+
+def lines(found: list[Found]) -> list[tuple[Found, str]]:
+    """Return every section with each of its cuts."""
+    return [(one, cut) for one in found for cut in one.section.cuts]
 
 
 def ratios(one: Found, row: str, against: str) -> list[str]:
@@ -336,24 +307,6 @@ def dense(one: Found) -> str:
 
 def kept(one: Found, cut: str) -> str:
     """Return what is kept in the groups of a cut; nothing where rows differ."""
-    found = {
-        tuple(sorted(set(c.record["kept"]))) for row in one.rows for c in one.cells.get((row, cut), ()) if "kept" in c
-    }
+    cells = [cell for row in one.rows for cell in one.cells.get((row, cut), ()) if "kept" in cell]
+    found = {tuple(sorted(set(cell.record["kept"]))) for cell in cells}
     return ", ".join(map(str, found.pop())) if len(found) == 1 else ""
-
-
-def sizes(one: Found, observed: str = "observed") -> str:
-    """Return what was observed and reported, for provenance."""
-    reported = f"{one.section.reported['windows']} x 256 reported" if one.section.reported else ""
-    return (
-        f"{one.section.observed['windows']} x 256 tokens {observed}, {reported or f'{one.section.passages} passages'}"
-    )
-
-
-def training(found: list[Found]) -> str:
-    """Return the sizes of an experiment that trains, and how long that took, for provenance."""
-    runs = [cell.record for one in found for cells in one.cells.values() for cell in cells if "tokens" in cell]
-    once = {str(run["nll"]): (run["tokens"], run["seconds"]) for run in runs}.values()
-    tokens, seconds = (sum(column) for column in zip(*once, strict=True))
-    done = f"{tokens:,} tokens trained on in {seconds / 60:.0f} minutes, {tokens / seconds:.0f} a second"
-    return f"seed 0, one run each; steps of 8 x 256 tokens; {sizes(found[0])}; {done}"

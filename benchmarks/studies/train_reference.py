@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 from common import Made, Subject, progress
-from torch import nn
+from torch import Tensor, nn
 
 import sspruner
 from sspruner.evaluation.damage import mean_loss
@@ -26,31 +26,20 @@ SCAN = "transformers.models.mamba.modeling_mamba.mamba_selective_scan"
 FILES, WINDOWS = ("books-val.txt", "books-test.txt"), 320
 
 
-def selective_scan(
-    x: torch.Tensor,  # (b, D, T)
-    dt: torch.Tensor,  # (b, D, T)
-    A: torch.Tensor,  # (D, N)
-    B: torch.Tensor,  # (b, N, T)
-    C: torch.Tensor,  # (b, N, T)
-    D: torch.Tensor,  # (D,)
-    z: torch.Tensor,  # (b, D, T)
-    delta_bias: torch.Tensor,  # (D,)
-    **_: Any,
-) -> torch.Tensor:
-    """Compute what transformers' Mamba does step by step, in fp32, and return it: (b, D, T).
+def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, **more: Any) -> Tensor:
+    """Compute what transformers' Mamba does step by step, in fp32: (b, D, T), as x, dt and z; B and C (b, N, T).
 
     Its own loop indexes tensors of all steps, so that the gradient of every step is a tensor of all steps: too slow to
-    train. Here the steps are views that are taken apart once.
+    train. Here the steps, which come first, are taken apart once.
     """
-    x, B, C = x.float(), B.float(), C.float()
-    dt = nn.functional.softplus(dt.float() + delta_bias[:, None])
-    decay = (dt[..., None, :] * A[..., None]).exp()  # (b, D, N, T)
-    enters = (dt * x)[:, :, None] * B[:, None]
-    h, y = torch.zeros_like(enters[..., 0]), []
-    for a, u, c in zip(decay.unbind(-1), enters.unbind(-1), C.unbind(-1), strict=True):
+    dt = nn.functional.softplus(dt.float() + more["delta_bias"][:, None])
+    x, dt, B, C = (v.float().permute(2, 0, 1) for v in (x, dt, B, C))  # (T, b, D) and (T, b, N)
+    decay, enters = (dt[..., None] * A).exp(), (dt * x)[..., None] * B[:, :, None]  # (T, b, D, N)
+    h, y = torch.zeros_like(enters[0]), []
+    for a, u, c in zip(decay, enters, C, strict=True):
         h = a * h + u
         y.append((h @ c[..., None])[..., 0])
-    return (torch.stack(y, -1) + D[:, None] * x) * nn.functional.silu(z)
+    return (torch.stack(y) + D * x).permute(1, 2, 0) * nn.functional.silu(z)
 
 
 def new_model(family: str, config: dict[str, Any], vocabulary: int, seed: int) -> Any:
