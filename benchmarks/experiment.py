@@ -37,6 +37,7 @@ from sspruner.training.gradual import gradual
 from sspruner.training.text import Text
 
 Fields = dict[str, Any]
+Version = Callable[[], Any]
 OWN = ("models", "cuts", "against")  # keys of a row that do not change its cells
 BESIDE = ("observed", "train", "seeds")  # keys of a cell that are no fields of its recipe
 TRAINING: Fields = {"batch": 8, "at_once": 4, "seq_len": 256, "every": 20, "seed": 0}
@@ -212,7 +213,7 @@ class Bench:
 
     def cells(self, label: str, asked: dict[str, Fields]) -> dict[str, Cell]:
         """Return the cells of a row and a seed from their files; make those that are missing, and measure them."""
-        section, found, files, versions, more = self.section, dict[str, Cell](), {}, {}, {}
+        section, found, files, versions = self.section, dict[str, Cell](), {}, {}
         for cut, how in asked.items():
             sizes = [section.dtype, section.once, section.reported, section.also, section.passages, self.ends]
             key = json.dumps([how | {"seeds": 1}, sizes, code_of(how.get("scorer"))], sort_keys=True)
@@ -220,47 +221,45 @@ class Bench:
             if files[cut].exists():
                 continue
             try:
-                versions[cut], more[cut] = version_of(self.subject, section, how, files[cut].with_suffix(".run"))
+                versions[cut] = version_of(self.subject, section, how, files[cut].with_suffix(".run"))
             except Exception as error:  # a broken scorer must not take the other rows with it
                 said = "" if isinstance(error, sspruner.SSPrunerError) else f"{type(error).__name__}: "
                 found[cut] = Cell({"error": f"{said}{error}"})
-        for cut, record in zip(versions, self.measure([*versions.values()]) if versions else [], strict=True):
+        made = self.measure([version for version, _ in versions.values()]) if versions else []
+        for (cut, (_, kept)), record in zip(versions.items(), made, strict=True):
             progress(f"{self.subject.name} {section.axis} | {label} | {cut}")
-            files[cut].write_text(json.dumps({**record, **more[cut], "cell": asked[cut]}), encoding="utf-8")
+            files[cut].write_text(json.dumps(record | {"kept": kept, "cell": asked[cut]}), encoding="utf-8")
             shutil.rmtree(files[cut].with_suffix(".run"), ignore_errors=True)
         return {cut: found.get(cut) or Cell(json.loads(files[cut].read_text(encoding="utf-8"))) for cut in asked}
 
-    def measure(self, versions: list[Callable[[], Any]]) -> list[Fields]:
+    def measure(self, versions: list[Version]) -> list[Fields]:
         """Return what is measured of each version, as JSON: see `numbers`. also: nll on the second text."""
         if self.ends:
             return [by_position(version, self.reported, self.ends) for version in versions]
         tasks = self.reported.tokens if self.reported and self.section.reported["file"] == "recall" else None
         text = self.reported if tasks is None else None
         records = [numbers(values) for values in self.subject.measure(versions, text, self.passages, tasks)]
-        for record, values in zip(
-            records, self.subject.measure(versions, self.also) if self.also else (), strict=False
-        ):
-            record["also"] = numbers(values)["nll"]
+        if self.also:
+            others = self.subject.measure(versions, self.also)
+            return [r | {"also": numbers(values)["nll"]} for r, values in zip(records, others, strict=True)]
         return records
 
 
-def version_of(subject: Subject, section: Section, cell: Fields, run: Path) -> tuple[Callable[[], Any], Fields]:
+def version_of(subject: Subject, section: Section, cell: Fields, run: Path) -> tuple[Version, list[int]]:
     """Return a version of the model for `measure`, and what its groups keep. run: the folder of a training."""
-    how = {key: value for key, value in cell.items() if key not in BESIDE}
-    model, more = copy.deepcopy(subject.model), dict[str, Any]()
+    how, kept, data = {key: value for key, value in cell.items() if key not in BESIDE}, list[int](), None
     if "scorer" in cell:
         data = subject.text(**cell["observed"])
-        if section.once:
-            plan = planned(subject, how, data)
-            sizes = {name: group.units for name, group in subject.graph.on_axis(how["axis"]).items()}
-            sizes |= {name: reduction.after for name, reduction in plan.groups.items()}
-            return subject.masked(plan), {"kept": sorted(sizes.values())}
+    if data and section.once:
+        plan = planned(subject, how, data)
+        sizes = {name: group.units for name, group in subject.graph.on_axis(how["axis"]).items()}
+        sizes |= {name: reduction.after for name, reduction in plan.groups.items()}
+        return subject.masked(plan), sorted(sizes.values())
+    model = copy.deepcopy(subject.model)
+    if data:
         result = sspruner.prune(model, sspruner.Recipe.of(**how), calibration=data, tokenizer=subject.tokenizer)
-        more = {"kept": sorted({selection.after for selection in result.plan.groups.values()})}
-    if "train" in cell:
-        model, cost = trained(subject, model, cell, run)
-        more |= cost
-    return as_is(model), more
+        kept = sorted({selection.after for selection in result.plan.groups.values()})
+    return as_is(trained(subject, model, cell, run) if "train" in cell else model), kept
 
 
 def planned(subject: Subject, how: Fields, data: sspruner.Calibration) -> sspruner.Plan:
@@ -273,20 +272,16 @@ def planned(subject: Subject, how: Fields, data: sspruner.Calibration) -> ssprun
     return sspruner.refit(subject.model, plan, how["refit"], calibration=data).plan if "refit" in how else plan
 
 
-def trained(subject: Subject, model: Any, cell: Fields, run: Path) -> tuple[Any, Fields]:
+def trained(subject: Subject, model: Any, cell: Fields, run: Path) -> Any:
     """Train a cut model on books, or prune a model while it trains (mask_every). alpha 0: on the text alone."""
-    how, teacher = {"alpha": 0.5, **cell["train"]}, copy.deepcopy(subject.model)
+    how, teacher = cell["train"], copy.deepcopy(subject.model)
     settings = Settings(max_tokens=how["tokens"], learning_rate=how["rate"], **TRAINING)
     text = Text((str(subject.data / "books-train.txt"),), subject.tokenizer, settings.seq_len, seed=settings.seed)
     model.requires_grad_(True)
-    if "mask_every" in how:
-        asked: Fields = {key: cell[key] for key in ("axis", "sparsity")} | {"every": how["mask_every"]}
-        model, _, found = gradual(
-            model, text, run, settings=settings, **asked, teacher=teacher if how["alpha"] else None
-        )
-    else:
-        model, found = distil(model, teacher, text, run, settings=settings, alpha=how["alpha"])
-    return model, {"tokens": found.tokens, "seconds": round(found.seconds, 1)}
+    if "mask_every" not in how:
+        return distil(model, teacher, text, run, settings=settings, alpha=how["alpha"])[0]
+    asked: Fields = {"axis": cell["axis"], "sparsity": cell["sparsity"], "every": how["mask_every"]}
+    return gradual(model, text, run, settings=settings, **asked, teacher=teacher if how["alpha"] else None)[0]
 
 
 def numbers(values: Any) -> Fields:
@@ -299,7 +294,7 @@ def numbers(values: Any) -> Fields:
     return found | {name: values.items[key].tolist() for name, key in names.items() if key in values.items}
 
 
-def by_position(version: Callable[[], Any], text: Any, ends: list[int]) -> Fields:
+def by_position(version: Version, text: Any, ends: list[int]) -> Fields:
     """Return nll as means over runs of positions that end there, by window: (windows, runs)."""
     with version() as model:
         nll = losses(model, alone(text.tokens, text.mask), 1)  # (windows, T - 1)

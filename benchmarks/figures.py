@@ -57,11 +57,10 @@ def _positions(found: list[tuple[str, list[str], Lines]], file: Path) -> None:
     figure, axes = _axes(len(found))
     for ax, (title, columns, rows) in zip(axes, found, strict=True):
         for label, values in rows.items():
-            cut, _, length = label.rpartition(", calibrated at ")
-            if length == "256" and cut.partition(",")[0] not in ("random", "magnitude"):
-                dashes = {"75%": ":", "90%": "-", "97%": "--"}[cut.partition(", ")[2]]
-                style = _style(cut) | {"linestyle": dashes}
-                ax.plot([column.partition(" ")[2] for column in columns], values, label=cut, **style)
+            name, part, length = [*label.split(", "), "", ""][:3]
+            if length.endswith("256") and name not in ("random", "magnitude"):
+                style = _style(name) | {"linestyle": {"75%": ":", "90%": "-", "97%": "--"}[part]}
+                ax.plot([column.partition(" ")[2] for column in columns], values, label=f"{name}, {part}", **style)
         ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
         ax.set(title=title.partition(":")[0], xlabel="positions", ylabel="perplexity over dense")
         ax.tick_params(axis="x", labelrotation=30)
@@ -69,16 +68,17 @@ def _positions(found: list[tuple[str, list[str], Lines]], file: Path) -> None:
 
 
 def _calibration(found: tuple[str, list[str], Lines], file: Path) -> None:
-    _, columns, rows = found
-    lines, cuts = {"books-val": "-", "WikiText-2": "--", "self": ":"}, ("ghost, 90%", "balanced, 90%", "balanced, 97%")
+    dashes = {"from books-val": "-", "from WikiText-2": "--", "from self": ":"}
+    sizes = [int(size.replace(",", "")) for size in found[1]]
     figure, axes = _axes(2)
     for ax, test in zip(axes, ("books", "WikiText-2"), strict=True):
-        for cut, source in [(cut, source) for cut in cuts for source in lines]:
-            style = _style(cut) | {"linestyle": lines[source], "alpha": 0.5 if "97%" in cut else 1.0}
-            values = rows[f"{cut}, on {test}, from {source}"]
-            ax.plot([int(n.replace(",", "")) for n in columns], values, label=f"{cut}, from {source}", **style)
+        for label, values in found[2].items():
+            name, part, on, source = label.split(", ")
+            if on == f"on {test}" and part != "75%":
+                style = _style(name) | {"linestyle": dashes[source], "alpha": 0.5 if part == "97%" else 1.0}
+                ax.plot(sizes, values, label=f"{name}, {part}, {source}", **style)
         ax.set(title=f"tested on {test}", xlabel="calibration tokens", ylabel="increase of perplexity, %", xscale="log")
-        ax.set_xticks([int(n.replace(",", "")) for n in columns], columns)
+        ax.set_xticks(sizes, found[1])
         ax.minorticks_off()
         ax.axhline(0, color="0.7", linewidth=0.8)
     _save(figure, axes, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,15 +35,17 @@ def norm_scale(subject: Subject, plan: sspruner.Plan, data: sspruner.Calibration
     for site in subject.graph.layers:
         mixer, groups = model.get_submodule(site.path), site.layout.sizes["group"]
         weight = mixer.out_proj.weight.unflatten(-1, (groups, -1))  # (hidden size, groups, D / groups)
-        entering, leaving = Inputs(mixer), Inputs(mixer.out_proj)
+        entering, leaving = list[Any](), list[Any]()
+        hooks = [mixer.register_forward_pre_hook(partial(note, entering), with_kwargs=True)]
+        hooks.append(mixer.out_proj.register_forward_pre_hook(partial(note, leaving), with_kwargs=True))
         for tokens, _ in data.batches(8):
-            with sspruner.masked(model, replace(plan, updates=updates)), entering, leaving:
+            with sspruner.masked(model, replace(plan, updates=updates)):
                 model(input_ids=tokens, use_cache=False)
-        inputs = [args[0].flatten(0, 1).unflatten(-1, (groups, -1)) for args, _ in leaving.seen]
-        written = torch.cat(
-            [torch.einsum("tgd,ogd->tgo", u, weight).double() for u in inputs]
-        )  # (tokens, groups, hidden)
-        wanted = torch.cat([mixer(*args, **kwargs).flatten(0, 1).double() for args, kwargs in entering.seen])
+        for hook in hooks:
+            hook.remove()
+        inputs = [args[0].flatten(0, 1).unflatten(-1, (groups, -1)) for args, _ in leaving]
+        written = torch.cat([torch.einsum("tgd,ogd->tgo", u, weight).double() for u in inputs])  # (tokens, groups, H)
+        wanted = torch.cat([mixer(*args, **kwargs).flatten(0, 1).double() for args, kwargs in entering])
         left = torch.einsum("tgo,tho->gh", written, written)
         factors = torch.linalg.solve(left, torch.einsum("tgo,to->g", written, wanted)).float()
         with sspruner.masked(model, plan):
@@ -51,14 +54,6 @@ def norm_scale(subject: Subject, plan: sspruner.Plan, data: sspruner.Calibration
     return replace(plan, updates=updates)
 
 
-class Inputs:
-    """Context manager that notes the arguments of every call of a module."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module, self.seen = module, list[Any]()
-
-    def __enter__(self) -> None:
-        self.hook = self.module.register_forward_pre_hook(lambda _, *call: self.seen.append(call), with_kwargs=True)
-
-    def __exit__(self, *_: Any) -> None:
-        self.hook.remove()
+def note(seen: list[Any], _: torch.nn.Module, *call: Any) -> None:
+    """Add the arguments of a call."""
+    seen.append(call)

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import NO, Made, forward, in_turns, progress, random_tokens, table, timed, torchrun
+from common import NO, Made, forward, in_turns, random_tokens, table, timed, torchrun
 from torch import distributed
 
 import sspruner
@@ -99,30 +99,26 @@ def step(model: Any, tokens: torch.Tensor, objective: Callable[..., Any]) -> Non
 def checks(repeats: int) -> list[list[str]]:
     """Return the formulas on the reference model: predicted, measured, and their ratio."""
     model, tokens = sspruner.load("mamba2-books-4m", dtype="float32")[0], random_tokens(4, 256)
-    cut = {keep: sliced(model, 1, keep) for keep in (0.75, 0.5, 0.25)}
     still, student, teacher = (copy.deepcopy(model) for _ in range(3))
-    jobs = {"dense": partial(step, model, tokens, likelihood)}
-    jobs |= {
-        "distil": partial(step, student, tokens, distillation(teacher)),
-        "forward": partial(forward, still, tokens),
-    }
-    jobs |= {f"keep {keep}": partial(step, small, tokens, likelihood) for keep, small in cut.items()}
+    jobs = {"dense": partial(step, model, tokens, likelihood), "forward": partial(forward, still, tokens)}
+    jobs["distil"] = partial(step, student, tokens, distillation(teacher))
+    cut, work = {f"{keep:g}": sliced(model, 1, keep) for keep in (0.75, 0.5, 0.25)}, counted(model)[1]
+    jobs |= {keep: partial(step, small, tokens, likelihood) for keep, small in cut.items()}
     took = {name: median(seconds) for name, seconds in in_turns(jobs, repeats).items()}
-    (S, _), work = counted(cut[0.5]), counted(model)[1]
     found = [("a step / a forward", 3.0, took["dense"] / took["forward"])]
     found += [("a step of distillation / a plain one", 4 / 3, took["distil"] / took["dense"])]
     for keep, small in cut.items():
-        measured = took[f"keep {keep}"] / took["dense"]
-        found.append((f"a step of a slice of {keep} of the heads / a dense one", counted(small)[1] / work, measured))
+        what = f"a step of a slice of {keep} of the heads / a dense one"
+        found.append((what, counted(small)[1] / work, took[keep] / took["dense"]))
     for workers in (2, 4):
         done = torchrun(workers, "studies.scaling", repeats)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
-        seen, sent = json.loads(done.stdout.strip().splitlines()[-1]), 2 * 12 * S * (workers - 1) / workers
+        seen = json.loads(done.stdout.strip().splitlines()[-1])
+        sent = 2 * 12 * counted(cut["0.5"])[0] * (workers - 1) / workers
         found.append((f"bytes that a worker sends in a round, {workers} workers", sent, seen["sent"]))
         found.append((f"seconds of an exchange, {workers} workers", sent / seen["rate"], seen["seconds"]))
-    shown = lambda x: f"{x:,.3g}" if x < 1e4 else f"{x:,.0f}"  # noqa: E731
-    return [[what, shown(a), shown(b), f"{b / a:.2f}"] for what, a, b in found]
+    return [[what, *(f"{x:,.3g}" if x < 1e4 else f"{x:,.0f}" for x in (a, b)), f"{b / a:.2f}"] for what, a, b in found]
 
 
 def exchange(repeats: int) -> None:
@@ -150,22 +146,18 @@ def exchange(repeats: int) -> None:
 
 def tables(s: Any) -> Made:
     """Return distillation, TwIST, calibration, and the checks. Settings: repeats."""
-    checked = checks(s.repeats)
-    progress("checked")
-    distil, twist, calibration = [], [], []
-    for label, config in sizes().items():
-        more = rows(config, label)
-        distil, twist, calibration = distil + more[0], twist + more[1], [*calibration, more[2]]
-    work, network = "s of work", "s of network"
-    head = ["model", "GB in a GPU", "GB that a GPU sends", work, network, "h for a billion tokens"]
-    text = table("Distillation, a step of 524,288 tokens", head, distil)
-    head = ["model", "slice", "GB in a GPU", "GB that a worker sends in a round", work, network, head[-1]]
-    text += "\n" + table("TwIST, half of the heads, a step of as many tokens, 15 in a round", head, twist)
-    head = ["model", "parameters, billion", "billion operations a token", "GB of weights, bf16"]
-    head += [f"s on {gpus} GPUs" for gpus in (1, *GPUS[:2])]
-    text += "\n" + table("Calibration with 128 sequences of 2048 tokens", head, calibration)
-    text += "\n" + table("The formulas on this machine", ["what", "predicted", "measured", "ratio"], checked)
-    return [text], f"medians of {s.repeats}, in turns; seed 0"
+    checked, found = checks(s.repeats), [rows(config, label) for label, config in sizes().items()]
+    distil, twist = ([row for part in found for row in part[i]] for i in (0, 1))
+    costs = ["s of work", "s of network", "h for a billion tokens"]
+    a, b = ["GB in a GPU", "GB that a GPU sends"], ["slice", "GB in a GPU", "GB that a worker sends in a round"]
+    c = ["parameters, billion", "billion operations a token", "GB of weights, bf16"]
+    c += [f"s on {gpus} GPUs" for gpus in (1, *GPUS[:2])]
+    return [
+        table("Distillation, a step of 524,288 tokens", ["model", *a, *costs], distil),
+        table("TwIST, half of the heads, a step of as many tokens, 15 in a round", ["model", *b, *costs], twist),
+        table("Calibration with 128 sequences of 2048 tokens", ["model", *c], [part[2] for part in found]),
+        table("The formulas on this machine", ["what", "predicted", "measured", "ratio"], checked),
+    ], f"medians of {s.repeats}, in turns; seed 0"
 
 
 if __name__ == "__main__":
