@@ -27,7 +27,6 @@ from sspruner.evaluation.last_word import passages
 from sspruner.evaluation.measures import Inputs, Values, measure
 from sspruner.evaluation.paired import perplexity_ratio
 from sspruner.evaluation.recall import tasks_for
-from sspruner.graph.family import Projected
 
 HERE = Path(__file__).resolve().parent
 WINDOWS_PER_BATCH, QUIET = 8, 0.1  # QUIET: cores that others may use while something is timed
@@ -141,7 +140,7 @@ def random_tokens(batch: int, length: int, vocabulary: int = 4096) -> torch.Tens
     return torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def steps(p: Projected) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def steps(p: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dt x (T, b, H, P), B (T, b, H, N) and exp(dt A) (T, b, H, 1, 1): steps first, so each is contiguous."""
     heads = p.x.shape[2] // p.B.shape[2]
     x = (p.dt[..., None] * p.x).transpose(0, 1).contiguous()

@@ -74,7 +74,8 @@ class Section:
     def rows_of(self, model: str) -> dict[str, Fields]:
         """Return the rows of one model."""
         if isinstance(self.rows, str):
-            return {name: {"scorer": name} for name in candidates(self.axis, "select")} | self.show["beside"]
+            tried: dict[str, Fields] = {name: {"scorer": name} for name in candidates(self.axis, "select")}
+            return tried | self.show["beside"]
         return {label: row for label, row in self.rows.items() if model in row.get("models", self.models)}
 
     def cuts_of(self, row: Fields) -> dict[str, Fields]:

@@ -207,8 +207,8 @@ def gradual(found: list[Found]) -> list[str]:
     made.append(table(f"{RATIO}below 1: gradual is better", ["pair", *cuts], pairs))
     for part in units:
         ways = list(part.section.cuts)
-        pairs = [(part.cells[row, way][0].nll for way in (ways[-1], ways[-2])) for row in part.rows]
-        rows = [[*row, ratio(own - trained)] for row, (own, trained) in zip(grid(part, percent), pairs, strict=True)]
+        last = [ratio(part.cells[row, ways[-1]][0].nll - part.cells[row, ways[-2]][0].nll) for row in part.rows]
+        rows = [[*row, against] for row, against in zip(grid(part, percent), last, strict=True)]
         head = ["cut, learning rate", *ways, "gradual / trained (95 % interval)"]
         made.append(table("Units that end in a slice: perplexity (over dense), 50,000 tokens", head, rows))
     return made
@@ -224,7 +224,7 @@ def one_axis(one: Found) -> str:
     cuts, at, against = list(one.section.cuts), one.section.show["at"], one.section.show["against"]
     every = [one.dense, *(cell for row in one.cells.values() for cell in row)]
     hit = any(True in cell.record.get("word", ()) for cell in every)
-    kinds = {"ppl": ppl, "KL": partial(value, "kl", 4, 1), "word": partial(value, "word_nll", 2, 1)}
+    kinds: dict[str, Show] = {"ppl": ppl, "KL": partial(value, "kl", 4, 1), "word": partial(value, "word_nll", 2, 1)}
     kinds |= {"hit": partial(value, "word", 1, 100)} if hit else {}
     rows = [[row, *[show(one, row, cut) for show in kinds.values() for cut in cuts]] for row in one.rows]
     rows = [[*row, NO if row[0] == against else over(one, row[0], against, at)] for row in rows]

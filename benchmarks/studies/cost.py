@@ -6,31 +6,15 @@ import copy
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import common
 import torch
 import yaml
-from common import (
-    NO,
-    Made,
-    Subject,
-    forward,
-    growth,
-    in_fresh_process,
-    in_turns,
-    mib,
-    over,
-    progress,
-    random_model,
-    random_tokens,
-    steps,
-    table,
-    timed,
-    wait_until_quiet,
-)
+from common import NO, Made, Subject, forward, in_fresh_process, in_turns, mib, over, progress, random_tokens, table
 
 import sspruner
 from sspruner.benchmarking.shapes import shape_model
@@ -75,18 +59,16 @@ def prune_jobs(subject: Subject, data: Any) -> dict[str, Callable[[], Any]]:
     """Return a forward over the calibration, stock and quick, and prune."""
     dense, tokenizer = subject.model, subject.tokenizer
 
-    def forwards() -> None:
-        for tokens, _ in data.batches(16):
-            forward(dense, tokens)
+    def forwards(how: AbstractContextManager[None]) -> None:
+        with how:
+            for tokens, _ in data.batches(16):
+                forward(dense, tokens)
 
-    def quick() -> None:
-        with quick_on_cpu(dense, torch.device("cpu")):
-            forwards()
-
-    def whole() -> None:
-        sspruner.prune(copy.deepcopy(dense), "ghost", calibration=data, tokenizer=tokenizer)
-
-    return {"stock": forwards, "quick": quick, "whole": whole}
+    return {
+        "stock": lambda: forwards(nullcontext()),
+        "quick": lambda: forwards(quick_on_cpu(dense, torch.device("cpu"))),
+        "whole": lambda: sspruner.prune(copy.deepcopy(dense), "ghost", calibration=data, tokenizer=tokenizer),
+    }
 
 
 def compare_jobs(subject: Subject, data: Any) -> dict[str, Callable[[], Any]]:
@@ -96,8 +78,8 @@ def compare_jobs(subject: Subject, data: Any) -> dict[str, Callable[[], Any]]:
     plans = [sspruner.plan(graph, scored, sparsity=cut) for scored in scores.values() for cut in CUTS]
     size = max(1, 2048 // data.held_out.shape[1])
 
-    def evaluate(plans: list[Any]) -> None:
-        damages(model, plans, graph, data.held_out_batches(size))
+    def evaluate(plans: list[Any]) -> Any:
+        return damages(model, plans, graph, data.held_out_batches(size))
 
     return {
         "alone": lambda: [evaluate([plan]) for plan in plans],
@@ -129,7 +111,7 @@ class Storing(sspruner.Scorer):
 
     def energy(self, view: sspruner.SSMView) -> torch.Tensor:
         """Return sum_p h_t[p,n]^2 of every step and head: (T, b, H, N)."""
-        x, B, decay = steps(view.projected)
+        x, B, decay = common.steps(view.projected)
         h = x[..., :, None] * B[..., None, :]
         for t in range(1, len(h)):
             h[t].addcmul_(h[t - 1], decay[t])
@@ -154,7 +136,7 @@ class Streaming(Storing):
 
     def energy(self, view: sspruner.SSMView) -> torch.Tensor:
         """Return sum_p h_t[p,n]^2 of every step and head: (T, b, H, N)."""
-        x, B, decay = steps(view.projected)
+        x, B, decay = common.steps(view.projected)
         state, energy = x.new_zeros(*x.shape[1:], B.shape[-1]), x.new_empty(*x.shape[:3], B.shape[-1])
         square = torch.empty_like(state)  # (b, H, P, N)
         for t in range(len(x)):
@@ -171,68 +153,61 @@ def model_and_data(name: str, data: Path, size: tuple[int, int]) -> tuple[Any, s
     if name != "130M":
         subject = Subject(name, data)
         return subject.model, subject.text("books-val.txt", size[0], seq_len=size[1])
-    model = random_model(hidden=768, heads=24, layers=24)
+    model = common.random_model(hidden=768, heads=24, layers=24)
     return model, sspruner.calibration(random_tokens(*size), model, samples=size[0], held_out=0)
 
 
 def run(model: Any, data: sspruner.Calibration, row: Row) -> float:
     """Return the seconds of the phase `scoring` of a prune in mask mode, or of the forward. The model stays."""
     if not row:
-        return timed(lambda: forward(model, data.tokens))
+        return common.timed(lambda: forward(model, data.tokens))
     scorer = OWN.get(row["scorer"], row["scorer"])
     result = sspruner.prune(model, calibration=data, sparsity=0.5, mode="mask", **row | {"scorer": scorer})
     sspruner.unmask(model)
     return float(result.report.seconds["scoring"])
 
 
-def measure(name: str, data: Path, size: tuple[int, int], row: Row, repeats: int, threads: int) -> Row:
+def measure(name: str, row: Row, repeats: int, data: Path, size: tuple[int, int], threads: int) -> Row:
     """Return bytes of a row, or of the plain forward, and seconds of both. For a fresh process."""
     torch.set_num_threads(threads)
-    small, ids = random_model(hidden=64, heads=2), random_tokens(2, 32)
+    small, ids = common.random_model(hidden=64, heads=2), random_tokens(2, 32)
     with suppress(sspruner.SSPrunerError):
         run(small, sspruner.calibration(ids, small, samples=2, held_out=0), row)  # libraries are loaded by now
     try:
         model, seen = model_and_data(name, data, size)
-        found = {"bytes": growth(lambda: run(model, seen, row)), "weights": model.get_memory_footprint()}
-        wait_until_quiet()
+        found = {"bytes": common.growth(lambda: run(model, seen, row)), "weights": model.get_memory_footprint()}
+        common.wait_until_quiet()
         turns = [(run(model, seen, {}), run(model, seen, row)) for _ in range(repeats)]
         return found | {"forward": [plain for plain, _ in turns], "scoring": [own for _, own in turns]}
     except sspruner.SSPrunerError as error:
         return {"error": str(error)}
 
 
-def cells(found: Row, plain: Row) -> list[str]:
-    """Return the cells of a row. found, plain: of the scorer and of the forward."""
-    if "error" in found:
-        return [NO] * 5
-    whole = (plain["weights"] + found["bytes"]) / (plain["weights"] + plain["bytes"])
-    times = [f"{median(found['scoring']):.2f}", over(found["scoring"], found["forward"])]
-    return [*times, mib(found["bytes"]), f"{found['bytes'] / plain['bytes']:.2f}", f"{whole:.2f}"]
-
-
 def one_table(name: str, recipe: Row, s: Any) -> str:
     """Return the table of a model."""
     model, size, without = (recipe["models"][name].get(key, ()) for key in ("model", "tokens", "without"))
-    plain = in_fresh_process(measure, model, s.data, size, {}, 0, torch.get_num_threads())
-    lines, failed, taken = [], "", {}
+    how, lines, failed = (s.data, size, torch.get_num_threads()), [], ""
+    plain = in_fresh_process(measure, model, {}, 0, *how)
     rows = [(axis, label, row) for axis, rows in recipe["rows"].items() for label, row in rows.items()]
-    for axis, label, row in rows[:2] if s.quick else rows:
-        if row["scorer"] in without:
-            continue
-        found = in_fresh_process(measure, model, s.data, size, row | {"axis": axis}, s.repeats, torch.get_num_threads())
-        lines.append([label, axis, *cells(found, plain)])
-        progress(f"{name}: {' | '.join(lines[-1])} {found.get('error', '')}")
-        failed += f"\n\n– {label}, {axis}: {found['error']}" if "error" in found else ""
-        taken[label] = found.get("bytes")
-    head = ["scorer", "axis", "scoring, s", "/ forward (least to most)", "peak extra MiB", "/ forward's"]
-    weights, extra = mib(plain["weights"]), mib(plain["bytes"])
-    title = f"{name} tokens: weights {weights} MiB, a forward takes {extra} MiB more"
-    made = table(title, [*head, "/ forward's, weights counted"], lines) + failed
+    taken = dict[str, int]()
+    for axis, label, row in [row for row in rows if row[2]["scorer"] not in without][: 2 if s.quick else None]:
+        found, cells = in_fresh_process(measure, model, row | {"axis": axis}, s.repeats, *how), [NO] * 5
+        if "error" in found:
+            failed += f"\n\n– {label}, {axis}: {found['error']}"
+        else:
+            taken[label] = found["bytes"]
+            whole = (plain["weights"] + found["bytes"]) / (plain["weights"] + plain["bytes"])
+            cells = [f"{median(found['scoring']):.2f}", over(found["scoring"], found["forward"]), mib(found["bytes"])]
+            cells += [f"{found['bytes'] / plain['bytes']:.2f}", f"{whole:.2f}"]
+        lines.append([label, axis, *cells])
+        progress(f"{name}: {' | '.join(lines[-1])}")
     for turn in ("taylor", "taylor, fisher"):
-        if taken.get(turn) and taken.get(f"{turn}, one-shot"):
-            ratio = taken[turn] / taken[f"{turn}, one-shot"]
-            made += f"\n\nPeak extra memory of {turn}, layer by layer to one-shot: {ratio:.2f}."
-    return made
+        if {turn, f"{turn}, one-shot"} <= set(taken):
+            share = taken[turn] / taken[f"{turn}, one-shot"]
+            failed += f"\n\nPeak extra memory of {turn}, layer by layer to one-shot: {share:.2f}."
+    head = ["scorer", "axis", "scoring, s", "/ forward (least to most)", "peak extra MiB", "/ forward's"]
+    title = f"{name} tokens: weights {mib(plain['weights'])} MiB, a forward takes {mib(plain['bytes'])} MiB more"
+    return table(title, [*head, "/ forward's, weights counted"], lines) + failed
 
 
 def scorer_cost(s: Any) -> Made:
@@ -253,7 +228,7 @@ def prune_on_disk(model: Path, work: Path, scorer: str) -> list[str]:
     loaded, _ = sspruner.load(model, offload=work / "working")
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(loaded.config.vocab_size, (sum(ON_DISK.values()), 32), generator=generator)
-    data = sspruner.calibration(tokens, loaded, **ON_DISK)
+    data = sspruner.calibration(tokens, loaded, samples=ON_DISK["samples"], held_out=ON_DISK["held_out"])
     result = sspruner.prune(loaded, scorer, sparsity=0.5, calibration=data)
     sspruner.save(result.model, work / "out", result=result)
     report, whole = result.report, time.perf_counter() - start

@@ -60,7 +60,8 @@ def least(c: torch.Tensor, C: torch.Tensor, right: torch.Tensor, G: torch.Tensor
     left = products.view(i, i, j, j).transpose(1, 2).reshape(i * j, i * j)
     left.diagonal().add_(size)
     goal = torch.einsum("ti,tn,tnj->ij", c, C, right) / len(C) + size * start
-    return torch.linalg.solve(left, goal.flatten()).view(i, j)
+    found: torch.Tensor = torch.linalg.solve(left, goal.flatten())
+    return found.view(i, j)
 
 
 class Refined(Balanced):

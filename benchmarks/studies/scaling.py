@@ -79,7 +79,7 @@ def rows(config: Any, label: str) -> tuple[list[list[str]], list[list[str]], lis
     for gpus in GPUS:
         share, steps = (gpus - 1) / gpus, BATCH / gpus / FLOPS
         # fp32 weights, gradients, two moments; buckets of gradients; bf16 copies; the teacher in bf16.
-        held = (16 + 4 + 2 + 2) * P
+        held = (16 + 4 + 2.0 + 2) * P
         distil.append(costs(f"{label}, {gpus} GPUs", gpus, held, (3 + 1) * work * steps, 2 * 4 * P * share, 1))
         held = (16 + 2) * S + 12 * P / gpus
         row = costs(f"{label}, {gpus} workers", gpus, held, 3 * part * steps, 2 * 12 * S * share, EVERY)
@@ -100,7 +100,10 @@ def checks(repeats: int) -> list[list[str]]:
     """Return the formulas on the reference model: predicted, measured, and their ratio."""
     model, tokens = sspruner.load("mamba2-books-4m", dtype="float32")[0], random_tokens(4, 256)
     still, student, teacher = (copy.deepcopy(model) for _ in range(3))
-    jobs = {"dense": partial(step, model, tokens, likelihood), "forward": partial(forward, still, tokens)}
+    jobs: dict[str, Callable[[], Any]] = {
+        "dense": partial(step, model, tokens, likelihood),
+        "forward": partial(forward, still, tokens),
+    }
     jobs["distil"] = partial(step, student, tokens, distillation(teacher))
     cut, work = {f"{keep:g}": sliced(model, 1, keep) for keep in (0.75, 0.5, 0.25)}, counted(model)[1]
     jobs |= {keep: partial(step, small, tokens, likelihood) for keep, small in cut.items()}
@@ -136,7 +139,7 @@ def exchange(repeats: int) -> None:
         rounds, sends = [], []
         for number in range(repeats + 1):
             workers = [subnets.places(hand) for hand in deal.draw(f"round {number}", world())]
-            rounds.append(together(lambda workers=workers: shards.push(workers, shards.pull(workers))))
+            rounds.append(together(lambda workers=workers: shards.push(workers, shards.pull(workers))))  # type: ignore[misc]
             sends.append(together(lambda: distributed.all_to_all_single(torch.empty_like(plain), plain)))
         if rank() == 0:
             rate = 4 * plain.numel() * (world() - 1) / world() / min(sends[1:])

@@ -56,7 +56,8 @@ class Sparse(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product. x: (..., in)."""
-        return torch.sparse.mm(self.weight, x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+        product: torch.Tensor = torch.sparse.mm(self.weight, x.flatten(0, -2).T).T
+        return product.unflatten(0, x.shape[:-1])
 
 
 def with_sparse(model: Any) -> Any:
