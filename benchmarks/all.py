@@ -3,7 +3,7 @@
     python benchmarks/all.py --data ../shared/data
     python benchmarks/all.py damage refit                   # some parts
     python benchmarks/all.py --quick --work /tmp/quick      # that every part works; the page is left alone
-    python benchmarks/all.py --large                        # beside them: 2.7B on disk, GHOST on the 130M shape
+    python benchmarks/all.py --large                        # those that take long, too
     python benchmarks/all.py --list                         # the parts, and the file that makes each
 
 What a part prints is kept in the work folder, and a part that is there already is not run again. Two parts run at a
@@ -73,9 +73,7 @@ def run(part: Part, given: argparse.Namespace) -> bool:
     out = output(part, given)
     if out.exists():
         return True
-    arguments = [part.name, "--data", str(given.data), "--work", str(given.work)]
-    if given.quick:
-        arguments.append("--quick")
+    arguments = [part.name, "--data", str(given.data), "--work", str(given.work), *["--quick"] * given.quick]
     environment = os.environ if part.timed else os.environ | {"OMP_NUM_THREADS": "1"}
     begun = time.perf_counter()
     done = subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, env=environment)

@@ -74,8 +74,8 @@ class Section:
     def rows_of(self, model: str) -> dict[str, Fields]:
         """Return the rows of one model."""
         if isinstance(self.rows, str):
-            tried: dict[str, Fields] = {name: {"scorer": name} for name in candidates(self.axis, "select")}
-            return tried | self.show["beside"]
+            beside: dict[str, Fields] = self.show["beside"]
+            return {name: {"scorer": name} for name in candidates(self.axis, "select")} | beside
         return {label: row for label, row in self.rows.items() if model in row.get("models", self.models)}
 
     def cuts_of(self, row: Fields) -> dict[str, Fields]:
@@ -125,18 +125,19 @@ class Experiment:
 
     table: str
     sections: tuple[Section, ...]
-    note: str = ""
+    note: str
 
     @classmethod
     def load(cls, file: Path, models: Sequence[str] = ()) -> Experiment:
         """Read an experiment, or its part on some models; what stands beside `sections` holds for all of them."""
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
         data.pop("shared", None)  # only for anchors
-        table, note, parts = data.pop("table"), data.pop("note", ""), data.pop("sections", [{}])
-        parts = [data | one for one in parts]
-        for part in parts:
-            part["models"] = tuple(name for name in part["models"] if name in (models or part["models"]))
-        return cls(table, tuple(Section(**part) for part in parts if part["models"]), f"; {note}" if note else "")
+        table, note, parts = data.pop("table"), data.pop("note"), data.pop("sections", [{}])
+        sections = [Section(**data | part) for part in parts]
+        sections = [
+            replace(one, models=tuple(n for n in one.models if n in (models or one.models))) for one in sections
+        ]
+        return cls(table, tuple(one for one in sections if one.models), note)
 
 
 @dataclass

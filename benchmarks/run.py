@@ -59,11 +59,9 @@ class Part:
     @property
     def function(self) -> Callable[[Any], Any]:
         """Return the function that makes it: `tables` of its study, unless that names another, or of tables.py."""
-        module, _, name = self.study.partition(".")
-        made: Callable[[Any], Any] = getattr(
-            import_module(f"studies.{module}" if module else "tables"), name or "tables"
-        )
-        return made
+        study, _, name = self.study.partition(".")
+        module = import_module(f"studies.{study}" if study else "tables")
+        return getattr(module, name or "tables")  # type: ignore[no-any-return]
 
 
 def read_parts() -> dict[str, Part]:

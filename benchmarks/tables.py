@@ -26,7 +26,7 @@ def tables(s: Any) -> Made:
     made: list[str] = globals()[experiment.table](found)
     section = found[0].section
     reported = section.reported.get("windows", f"{section.passages} passages")
-    return made, f"seed 0; {section.observed['windows']} windows observed, {reported} reported{experiment.note}"
+    return made, f"seed 0; {section.observed['windows']} windows observed, {reported} reported; {experiment.note}"
 
 
 def damage(found: list[Found]) -> list[str]:
@@ -45,10 +45,11 @@ def published(found: list[Found]) -> list[str]:
     """Draw increases of perplexity that others published, beside ours for the same cuts."""
     (one,) = found
     show, rows = one.section.show, []
-    for row in one.rows:
-        for cut, theirs in zip(one.section.cuts, show["published"][row], strict=False):
-            values = theirs / show["dense"] - 1, mean(one.cells[row, cut][0]) / mean(one.dense) - 1
-            rows.append([f"{row}, {cut}", *[f"{100 * value:+.1f} %" for value in values]])
+    for (row, cut), (cell,) in one.cells.items():
+        theirs = show["published"][row][list(one.section.cuts).index(cut)] / show["dense"]
+        rows.append(
+            [f"{row}, {cut}", *[f"{100 * (value - 1):+.1f} %" for value in (theirs, mean(cell) / mean(one.dense))]]
+        )
     return [table("Increase of perplexity, published and ours", ["scorer, state removed", *show["head"]], rows)]
 
 

@@ -56,8 +56,7 @@ class Sparse(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product. x: (..., in)."""
-        product: torch.Tensor = torch.sparse.mm(self.weight, x.flatten(0, -2).T).T
-        return product.unflatten(0, x.shape[:-1])
+        return torch.sparse.mm(self.weight, x.flatten(0, -2).T).T.reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 def with_sparse(model: Any) -> Any:
