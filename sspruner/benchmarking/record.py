@@ -13,7 +13,7 @@ from sspruner.errors import InputError
 from sspruner.evaluation.paired import Interval
 from sspruner.files import strict_json
 from sspruner.files.fields import integer, items, number, table, text, versioned
-from sspruner.files.output import atomic_file
+from sspruner.files.output import write_file
 from sspruner.files.provenance import versions
 
 DECODE, PREFILL = "decode", "prefill"
@@ -176,8 +176,7 @@ class Bench:
 
     def save(self, path: str | Path) -> None:
         """Write bench.json atomically."""
-        with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
+        write_file(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Bench:

@@ -219,12 +219,11 @@ def check_json(path: Path | None) -> None:
 
 def emit(text: str, path: Path | None) -> None:
     """Write `text` to a file, atomically, or to standard output if the path is `-`."""
-    from sspruner.files.output import atomic_file
+    from sspruner.files.output import write_file
 
     if path is None:
         return
     if str(path) == "-":
         say(text.removesuffix("\n"))
         return
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(path, text)

@@ -26,7 +26,7 @@ from sspruner.evaluation.last_word import Passage, passages, read_passages
 from sspruner.evaluation.measures import Inputs, Values, check_metrics, inputs_for, measure, summary
 from sspruner.evaluation.paired import Interval
 from sspruner.files import strict_json
-from sspruner.files.output import atomic_file, check_results
+from sspruner.files.output import check_results, write_file
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_plan
@@ -128,8 +128,7 @@ def compare(
                 labelled = partial(_labelled, progress, label) if progress else None
                 cells = _measured(model, graph, row, inputs, dense, labelled)
                 if file:
-                    with atomic_file(file) as temporary:
-                        temporary.write_text(strict_json.dumps({"key": row_key, "cells": row_to_json(cells)}))
+                    write_file(file, strict_json.dumps({"key": row_key, "cells": row_to_json(cells)}))
             comparison = replace(comparison, cells=comparison.cells | {label: cells})
             if given.on_row:
                 given.on_row(comparison)

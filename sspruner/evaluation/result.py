@@ -10,7 +10,7 @@ from sspruner.errors import InputError
 from sspruner.evaluation.paired import Interval
 from sspruner.files import strict_json
 from sspruner.files.fields import integer, items, table, text, versioned
-from sspruner.files.output import atomic_file
+from sspruner.files.output import write_file
 from sspruner.files.provenance import versions
 
 
@@ -107,8 +107,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write evaluation.json atomically."""
-        with atomic_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
+        write_file(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:

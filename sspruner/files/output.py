@@ -122,6 +122,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_file(path: str | Path, text: str) -> None:
+    """Write a text file atomically. Bytes of file names that are not valid text are written as escapes."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def _readable(*files: Path) -> None:
     """Set the file mode that the user's umask defines: safetensors writes files readable by their owner alone."""
     umask = os.umask(0)

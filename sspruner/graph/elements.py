@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def element_groups(model: nn.Module, sites: list[Site], blocks: str) -> dict[str, DependencyGroup]:
     """Return the dependency groups of the axes `weight` and `decay`, one for each parameter, shared or not."""
     outer = (f"{blocks}.",) if blocks else tuple(f"{site.path}." for site in sites if site.family)
-    runs = {f"{site.path}.{slot.tensor}": _runs(site, slot.tensor) for site in sites for slot in site.layout.slots}
+    runs = {f"{site.path}.{tensor}": _runs(site, tensor) for site in sites for tensor in _tensors(site)}
     groups: dict[int, DependencyGroup] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and path.startswith(outer):
@@ -38,6 +38,10 @@ def element_groups(model: nn.Module, sites: list[Site], blocks: str) -> dict[str
 def _group(layer: str, axis: str, name: str, tensor: torch.Tensor, runs: dict[str, torch.Tensor]) -> DependencyGroup:
     rows, columns = tensor.shape
     return DependencyGroup(layer, axis, rows, columns, (), tensor=name, runs=runs)
+
+
+def _tensors(site: Site) -> set[str]:
+    return {slot.tensor for slot in site.layout.slots}
 
 
 def _runs(site: Site, tensor: str) -> dict[str, torch.Tensor]:

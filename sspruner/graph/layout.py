@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -23,6 +24,7 @@ from sspruner.graph.group import DependencyGroup, Member
 ENCODE, DECODE = "state_encode", "state_decode"  # parameters of a mixer with a projected state
 Dims = tuple[str, ...]
 Size = tuple[Dims, ...]  # a sum of products of dimensions
+Place = tuple[tuple[int, ...], tuple[int, ...], int, int]  # of a run: sizes of outer and own dims, period, first row
 
 
 @dataclass(frozen=True)
@@ -141,20 +143,43 @@ class Layout:
         return tuple("row" if d == "state" else d for d in dims)
 
     def rows_of(self, slot: Slot, rows: Rows) -> torch.Tensor:
-        """Return the row numbers of one run in the shape of its dimensions: int64 (*outer, *rows.dims), on the CPU."""
-        before = sum(self.count(r.dims) for r in slot.rows[: slot.rows.index(rows)])
-        width = sum(self.count(r.dims) for r in slot.rows)
-        # The device is explicit because the loader cuts inside `torch.device("meta")`.
-        outer = torch.arange(self.count(slot.outer), device="cpu") * width + before
-        inner = torch.arange(self.count(rows.dims), device="cpu")
-        return (outer[:, None] + inner).reshape([self.sizes[d] for d in slot.outer + rows.dims])
+        """Return the row numbers of one run in the shape of its dimensions: int64 (*outer, *rows.dims), on the CPU.
+
+        Equal runs of all layers share one tensor: do not change it.
+        """
+        return _row_numbers(*self._place(slot, rows))
 
     def index_map(self, slot: Slot, rows: Rows, axis: str, groups: Dims) -> torch.Tensor:
-        """Return the rows of `slot` that belong to each unit of `axis`: int64 (groups, units, rows per unit)."""
+        """Return the rows of `slot` that belong to each unit of `axis`: int64 (groups, units, rows per unit).
+
+        Equal runs of all layers share one tensor: do not change it.
+        """
         dims = slot.outer + rows.dims
-        order = [*groups, axis, *[d for d in dims if d != axis and d not in groups]]
-        index = self.rows_of(slot, rows).permute([dims.index(d) for d in order])
-        return index.reshape(self.count(groups), self.sizes[axis], -1)
+        order = (*groups, axis, *(d for d in dims if d != axis and d not in groups))
+        shape = (self.count(groups), self.sizes[axis], -1)
+        return _index_map(self._place(slot, rows), tuple(map(dims.index, order)), shape)
+
+    def _place(self, slot: Slot, rows: Rows) -> Place:
+        before = sum(self.count(r.dims) for r in slot.rows[: slot.rows.index(rows)])
+        width = sum(self.count(r.dims) for r in slot.rows)
+        return self._shape(slot.outer), self._shape(rows.dims), width, before
+
+    def _shape(self, dims: Dims) -> tuple[int, ...]:
+        return tuple(self.sizes[d] for d in dims)
+
+
+@lru_cache(maxsize=512)
+def _row_numbers(outer: tuple[int, ...], inner: tuple[int, ...], width: int, before: int) -> torch.Tensor:
+    with torch.inference_mode(False):  # autograd may use it later, though a model was traced in inference mode
+        # The device is explicit because the loader cuts inside `torch.device("meta")`.
+        first = torch.arange(prod(outer), device="cpu") * width + before
+        return (first[:, None] + torch.arange(prod(inner), device="cpu")).reshape(outer + inner)
+
+
+@lru_cache(maxsize=512)
+def _index_map(place: Place, order: tuple[int, ...], shape: tuple[int, int, int]) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return _row_numbers(*place).permute(order).reshape(shape)
 
 
 #: Bytes per element of the recurrent state: transformers keeps it in fp32, whatever the weights. mamba_ssm's caches

@@ -98,8 +98,10 @@ def experts(module: Any, hidden: int) -> Layout | None:
 
     Expert weights have shape (experts, out, in); the router and, where present, the latent projections are included.
     """
+    if not hasattr(module, "experts"):
+        return None
     weights = {name: p for name, p in module.named_parameters() if p.ndim == 3}
-    if not weights or not any(name.startswith("experts.") for name in weights):
+    if not any(name.startswith("experts.") for name in weights):
         return None
     read, write = (Rows("hidden", HIDDEN),), (Rows("out", HIDDEN),)
     slots = [Slot(name, 1, read) for name, p in module.named_parameters() if name in ("gate.weight", "router.weight")]

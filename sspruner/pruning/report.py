@@ -12,7 +12,7 @@ from torch import nn
 from sspruner.evaluation.damage import Damage
 from sspruner.files import strict_json
 from sspruner.files.fields import flag, integer, number, table, text, versioned
-from sspruner.files.output import atomic_file
+from sspruner.files.output import write_file
 from sspruner.files.provenance import hub_name, peak_memory_bytes, versions
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
@@ -101,9 +101,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write report.json atomically."""
-        with atomic_file(path) as temporary:
-            # File names may contain bytes that are not valid text; JSON writes them as escapes.
-            temporary.write_text(self.to_json(), encoding="utf-8", errors="backslashreplace")
+        write_file(path, self.to_json())
 
 
 def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:

@@ -17,7 +17,7 @@ from sspruner.compute.device import on_device, resolve_device
 from sspruner.errors import InputError
 from sspruner.evaluation.damage import damages
 from sspruner.files import strict_json
-from sspruner.files.output import atomic_file
+from sspruner.files.output import write_file
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, axis_of
@@ -53,8 +53,7 @@ class Sensitivity:
         """Write the curves as JSON, atomically."""
         data = {"version": 1, "tokens": self.tokens, "made_with": dict(self.made_with)}
         data |= {"curves": {name: dict(curve) for name, curve in self.curves.items()}}
-        with atomic_file(path) as temporary:
-            temporary.write_text(strict_json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_file(path, strict_json.dumps(data, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:

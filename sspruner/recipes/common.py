@@ -16,7 +16,19 @@ Kind = TypeVar("Kind")
 FILE = "recipe.yaml"
 
 
-class Recorded:
+class Composed:
+    """Base of dataclasses whose fields are dataclasses themselves, the parts."""
+
+    @classmethod
+    def of(cls, **short: Any) -> Self:
+        """Build from the fields of the parts: `DistilRecipe.of(alpha=0.9, max_tokens=10**6)`.
+
+        Raises InputError for an unknown field, with the nearest known one.
+        """
+        return build(cls, short)
+
+
+class Recorded(Composed):
     """Base of recipes that are read from YAML, written as YAML, and part of a record in JSON."""
 
     @classmethod
@@ -29,7 +41,7 @@ class Recorded:
         write(self, path)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as a record holds it: every field that has a value."""
+        """Return the recipe as in report.json: every field that has a value."""
         return to_data(self)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from sspruner.errors import InputError
-from sspruner.recipes.common import build
+from sspruner.recipes.common import Composed
 from sspruner.recipes.flags import FromText, number, read_texts, text, whole
 from sspruner.recipes.flags import text as one_text  # where a field is named text
 from sspruner.recipes.lists import names_in, numbers_in
@@ -95,16 +95,11 @@ class TextWindows:
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Composed):
     """Options of `evaluate`, its measures and text: `EvaluateOptions.of(metrics=["recall"], max_length=256)`."""
 
     measures: Measures = field(default_factory=Measures)
     windows: TextWindows = field(default_factory=TextWindows)
-
-    @classmethod
-    def of(cls, **short: Any) -> EvaluateOptions:
-        """Build options from the fields of their parts. Raises InputError for an unknown one."""
-        return build(cls, short)
 
 
 def _increase(value: Any, option: str) -> Any:
@@ -200,14 +195,9 @@ class Ceiling:
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(Composed):
     """Options of `bench`: `BenchOptions.of(batches=(1, 16), prompt=128)`."""
 
     load: Load = field(default_factory=Load)
     variants: Variants = field(default_factory=Variants)
     ceiling: Ceiling = field(default_factory=Ceiling)
-
-    @classmethod
-    def of(cls, **short: Any) -> BenchOptions:
-        """Build options from the fields of their parts. Raises InputError for an unknown one."""
-        return build(cls, short)

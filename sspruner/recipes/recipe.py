@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from cyclopts import Parameter
 
-from sspruner.errors import InputError
+from sspruner.recipes.common import Recorded, build
 from sspruner.recipes.parts import Budget, CalibrationText, Elements, Limits, Method, Remove, Target
-from sspruner.recipes.yaml import nearest, read, to_data, write
 
 #: The calibration text may also be given as `calibration=`, as on the command line.
 _SHORT = {"calibration": "source", "target": "runtime"}
@@ -18,7 +16,7 @@ _SHORT = {"calibration": "source", "target": "runtime"}
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Recorded):
     """What to remove, how much, by which method, on which text, and for which runtime.
 
     `Recipe.load("r.yaml")` reads one, `recipe.save("r.yaml")` writes one; `Recipe.of("ghost", sparsity=0.5)` makes one
@@ -37,35 +35,7 @@ class Recipe:
     def of(cls, scorer: Any = None, **short: Any) -> Recipe:
         """Make a recipe from the fields of its parts: `Recipe.of("ghost", axis="head", sparsity=0.5)`.
 
-        limits: a `Limits`; or leave it out and pass its fields. Raises InputError for an unknown field, with the
-        nearest known one.
+        A whole part may also be passed: `limits=Limits(...)`. Raises InputError for an unknown field, with the nearest
+        known one.
         """
-        remaining = {"scorer": scorer, **short} if scorer is not None else dict(short)
-        whole = {name: remaining.pop(name) for name in ("limits",) if remaining.get(name) is not None}
-        remaining.pop("limits", None)
-        parts: dict[str, Any] = {}
-        for part in fields(cls):
-            kind: Any = part.default_factory
-            names = {f.name: f.name for f in fields(kind)}
-            names |= {short_name: name for short_name, name in _SHORT.items() if name in names}
-            values = {names[name]: remaining.pop(name) for name in list(remaining) if name in names}
-            if values:
-                parts[part.name] = kind(**{name: value for name, value in values.items() if value is not None})
-        if remaining:
-            known = [f.name for part in fields(cls) for f in fields(part.default_factory)]  # type: ignore[arg-type]
-            unknown = next(iter(remaining))
-            raise InputError(f"unknown argument {unknown!r}{nearest(unknown, [*known, *_SHORT])}")
-        return cls(**parts | whole)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from a YAML file. Raises InputError that names the file, the key's path and the nearest key."""
-        return read(cls, path)
-
-    def save(self, path: str | Path) -> None:
-        """Write the recipe as YAML, atomically: every field that has a value, defaults included."""
-        write(self, path)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the recipe as in report.json: every field that has a value."""
-        return to_data(self)
+        return build(cls, {"scorer": scorer, **short}, _SHORT)

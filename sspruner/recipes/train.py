@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 
 from sspruner.errors import InputError
-from sspruner.recipes.common import Recorded, build
+from sspruner.recipes.common import Recorded
 from sspruner.recipes.flags import METHOD, FromText, number, read_texts, text, texts, whole
 from sspruner.recipes.lists import names_in
 from sspruner.recipes.texts import several
@@ -207,43 +207,37 @@ class Twist:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class DistilRecipe(Recorded):
-    """Settings for distilling a pruned model from text and from its dense model; the argument of `distil`."""
+    """Settings for distilling a pruned model from text and from its dense model; the argument of `distil`.
+
+    `DistilRecipe.of(alpha=0.9, max_tokens=10**6)` makes one from the fields of its parts.
+    """
 
     method: Distillation = field(default_factory=Distillation)
     text: TrainText = field(default_factory=TrainText)
     settings: Settings = field(default_factory=Settings)
 
-    @classmethod
-    def of(cls, **short: Any) -> DistilRecipe:
-        """Make a recipe from the fields of its parts: `DistilRecipe.of(alpha=0.9, max_tokens=10**6)`."""
-        return build(cls, short)
-
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class GradualRecipe(Recorded):
-    """Settings for pruning a model during training; the argument of `gradual`."""
+    """Settings for pruning a model during training; the argument of `gradual`.
+
+    `GradualRecipe.of(axis="state", sparsity=0.5)` makes one from the fields of its parts.
+    """
 
     method: Gradual = field(default_factory=Gradual)
     text: TrainText = field(default_factory=TrainText)
     settings: Settings = field(default_factory=Settings)
 
-    @classmethod
-    def of(cls, **short: Any) -> GradualRecipe:
-        """Make a recipe from the fields of its parts: `GradualRecipe.of(axis="state", sparsity=0.5)`."""
-        return build(cls, short)
-
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class TwistRecipe(Recorded):
-    """Settings for training random sub-networks; the argument of `twist`."""
+    """Settings for training random sub-networks; the argument of `twist`.
+
+    `TwistRecipe.of(axis="head", keep=0.5)` makes one from the fields of its parts.
+    """
 
     method: Twist = field(default_factory=Twist)
     text: TrainText = field(default_factory=TrainText)
     settings: Settings = field(default_factory=Settings)
-
-    @classmethod
-    def of(cls, **short: Any) -> TwistRecipe:
-        """Make a recipe from the fields of its parts: `TwistRecipe.of(axis="head", keep=0.5)`."""
-        return build(cls, short)

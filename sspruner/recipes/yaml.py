@@ -179,7 +179,6 @@ def write(recipe: Any, path: str | Path) -> None:
     """Write a recipe as YAML, atomically."""
     import yaml
 
-    from sspruner.files.output import atomic_file
+    from sspruner.files.output import write_file
 
-    with atomic_file(path) as temporary:
-        temporary.write_text(yaml.safe_dump(to_data(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_file(path, yaml.safe_dump(to_data(recipe), sort_keys=False, allow_unicode=True))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 import tempfile
 from io import StringIO
 from pathlib import Path
@@ -30,6 +28,7 @@ from sspruner.surgery.predict import zeros_left
 from support.elements import masks, mixed, random_mask
 from support.examples import examples
 from support.round_trip import STOCK, check_round_trip
+from support.stock_process import run_stock
 from support.tensors import same, tensors
 from support.tiny import close, half, logits, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
@@ -149,10 +148,7 @@ def test_zeros_load_in_a_process_that_never_imports_sspruner(tmp_path: Path) -> 
     sspruner.apply(model, everywhere(sspruner.trace(model)))
     folder, ids = sspruner.save(model, tmp_path / "model"), tokens(2, 9)
     assert "sspruner" not in json.loads((folder / "config.json").read_text())
-    command = [sys.executable, "-c", STOCK, str(folder), json.dumps(ids.tolist())]
-    out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert out.returncode == 0, out.stderr
-    result = json.loads(out.stdout.splitlines()[-1])
+    result = run_stock(STOCK, str(folder), json.dumps(ids.tolist()), log=tmp_path / "read.log")
     assert torch.equal(torch.tensor(result["logits"]), logits(model, ids).double())
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from sspruner.plans.reduction import Selection
 from sspruner.surgery.record import fields
 from support.examples import examples
 from support.round_trip import GREEDY, STOCK, check_round_trip, uniform
+from support.stock_process import run_stock
 from support.tiny import half, logits, models, plans, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 
@@ -103,10 +102,7 @@ def test_a_uniform_cut_loads_in_a_process_that_never_imports_sspruner(tmp_path: 
     sspruner.apply(model, uniform(model, (0, 2, 3)))
     folder = sspruner.save(model, tmp_path / "model")
     ids = tokens(2, 9)
-    command = [sys.executable, "-c", STOCK, str(folder), json.dumps(ids.tolist())]
-    out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert out.returncode == 0, out.stderr
-    result = json.loads(out.stdout.splitlines()[-1])
+    result = run_stock(STOCK, str(folder), json.dumps(ids.tolist()), log=tmp_path / "read.log")
     assert result["state"] == 3
     assert torch.equal(torch.tensor(result["logits"]), logits(model, ids).double())
     assert result["made"] == model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY).tolist()

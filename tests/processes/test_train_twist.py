@@ -16,7 +16,7 @@ import torch
 from torch import distributed, nn
 
 import sspruner
-from sspruner.compute.processes import rank, world
+from sspruner.compute.processes import barrier, rank, world
 from sspruner.errors import InputError
 from sspruner.surgery.slice import slice_model
 from sspruner.training import twist as module
@@ -221,6 +221,7 @@ def begun(folder: str) -> None:
 
     def step(model: Any, batch: torch.Tensor, optimizer: Any, settings: Settings, number: int, *rest: Any) -> Any:
         if number == 3:
+            barrier()  # who leaves while another still writes the checkpoint cuts it off
             raise InputError("enough")
         return real(model, batch, optimizer, settings, number, *rest)
 

@@ -16,6 +16,9 @@ from torch import distributed
 import sspruner
 
 MOST = 4
+PRELOADED = ["pytest", "hypothesis", "torch.distributed", "datasets", "sspruner.testing.models"]
+FAMILIES = ("mamba", "mamba2", "zamba2", "granitemoehybrid")
+PRELOADED += [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
 Together = Callable[..., list[Any]]
 
 
@@ -38,10 +41,12 @@ def work(number: int, count: int, meeting: str, function: Callable[..., Any], ar
 def group(folder: Path) -> Iterator[Together]:
     """Return together(count, function, *arguments), which returns the results of `count` processes.
 
-    A process starts when it is first needed: importing torch and transformers in each takes as long as many tests.
+    A process starts when it is first needed. All are forks of one that has imported what takes as long as many tests.
     """
     calls = iter(range(10**6))
-    pools = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(MOST)]
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    pools = [ProcessPoolExecutor(1, mp_context=context) for _ in range(MOST)]
 
     def call(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         meeting = str(folder / str(next(calls)))

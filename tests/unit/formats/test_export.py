@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +15,14 @@ from sspruner.testing.plans import directions
 from support.command import run as cli
 from support.projected import PROJECTED, every_state
 from support.round_trip import GREEDY
+from support.stock_process import run_stock
 from support.tiny import half, logits, tiny_model, tokens
 from support.zoo import zoo
 
 READ = """
 import copy, json, sys
-sys.modules["sspruner"] = sys.modules["sspruner_plugins"] = None  # importing them fails
 import torch
 from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
 def load(folder):  # a copy: weights that are mapped from a file may lie unaligned, and BLAS then rounds otherwise
     return copy.deepcopy(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)).eval()
 model = load(sys.argv[1])
@@ -45,11 +41,8 @@ print(json.dumps({"logits": logits.double().tolist(), "made": made.tolist(), "sa
 
 
 def read_back(folder: Path, ids: torch.Tensor, home: Path) -> dict[str, Any]:
-    command = [sys.executable, "-c", READ, str(folder), json.dumps(ids.tolist()), json.dumps(GREEDY)]
-    environment = os.environ | {"HF_HOME": str(home / "hub"), "HF_MODULES_CACHE": str(home / "modules")}
-    out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=home, env=environment)
-    assert out.returncode == 0, out.stderr
-    found: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+    arguments = [str(folder), json.dumps(ids.tolist()), json.dumps(GREEDY)]
+    found: dict[str, Any] = run_stock(READ, *arguments, log=home / "read.log")
     return found
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +20,14 @@ from support.command import run as cli
 from support.examples import examples
 from support.projected import every_state
 from support.round_trip import GREEDY, uniform
+from support.stock_process import run_stock
 from support.tiny import half, logits, models, plans, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 
 READ = """
 import copy, json, sys
-sys.modules["sspruner"] = sys.modules["sspruner_plugins"] = None  # importing them fails
 import torch
 from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
 ids = torch.tensor(json.loads(sys.argv[1]))
 found = {}
 for folder in sys.argv[3:]:  # copies: weights that are mapped from a file may lie unaligned, and BLAS rounds otherwise
@@ -49,12 +45,7 @@ WITHIN = ("block", "mixer")  # axes that remove modules: zeros cannot stand for 
 
 def read_back(folders: list[Path], ids: torch.Tensor, home: Path) -> list[dict[str, Any]]:
     arguments = [json.dumps(ids.tolist()), json.dumps(GREEDY), *map(str, folders)]
-    environment = os.environ | {"HF_HOME": str(home / "hub")}
-    out = subprocess.run(
-        [sys.executable, "-c", READ, *arguments], capture_output=True, text=True, check=False, cwd=home, env=environment
-    )
-    assert out.returncode == 0, out.stderr
-    found = json.loads(out.stdout.splitlines()[-1])
+    found = run_stock(READ, *arguments, log=home / "read.log")
     return [found[str(folder)] for folder in folders]
 
 
