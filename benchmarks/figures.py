@@ -17,7 +17,7 @@ COLOURS = {
     "balanced": "#0072B2",
 }  # fmt: skip
 IN_TABLE_ONLY = ("ghost, output", "balanced, no weights", "rrqr")  # level with others
-Lines = dict[str, list[float]]
+Table = tuple[str, list[str], dict[str, list[float]]]  # title, columns, rows
 
 
 def draw(page: Path, folder: Path) -> None:
@@ -26,12 +26,12 @@ def draw(page: Path, folder: Path) -> None:
 
     matplotlib.use("Agg")
     text = page.read_text(encoding="utf-8")
-    _recall([table for part in ("recall-64", "recall-128") for table in _tables(text, part)], folder / "recall.png")
-    _positions(list(_tables(text, "positions")), folder / "positions.png")
+    _recall([*_tables(text, "recall-64"), *_tables(text, "recall-128")], folder / "recall.png")
+    _positions([*_tables(text, "positions")], folder / "positions.png")
     _calibration(next(_tables(text, "calibration_size")), folder / "calibration.png")
 
 
-def _tables(page: str, part: str) -> Iterator[tuple[str, list[str], Lines]]:
+def _tables(page: str, part: str) -> Iterator[Table]:
     """Yield title, columns, and the first number of every cell by row, of the tables of a part."""
     text = page.partition(f"<!-- {part}: begin -->")[2].partition(f"<!-- {part}: end -->")[0]
     for found in re.finditer(r"^\*\*(.+)\*\*\n\n((?:\|.+\n)+)", text, re.MULTILINE):
@@ -39,21 +39,20 @@ def _tables(page: str, part: str) -> Iterator[tuple[str, list[str], Lines]]:
         yield found[1], head[1:], {row[0]: [float(cell.split()[0]) for cell in row[1:]] for row in rows}
 
 
-def _recall(found: list[tuple[str, list[str], Lines]], file: Path) -> None:
+def _recall(found: list[Table], file: Path) -> None:
     figure, axes = _axes(len(found))
     for ax, (title, kept, rows) in zip(axes, found, strict=True):
         for label, values in rows.items():
             if label not in IN_TABLE_ONLY:
                 ax.plot([int(k) for k in kept], values, label=label.replace(", output", ""), **_style(label))
-        ax.axhline(
-            float(title.split("dense ")[1].split()[0]), color="black", linewidth=0.8, linestyle=":", label="dense"
-        )
-        pairs, states = re.findall(r"(\d+) (?:pairs|states)", title)
-        ax.set(title=f"{pairs} pairs, {states} states", xlabel="states kept", ylabel="accuracy", ylim=(0, 1.03))
+        dense = float(title.split("dense ")[1].split()[0])
+        ax.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense")
+        ax.set(title=title.split(":")[0].removeprefix("Associative recall, "), xlabel="states kept", ylim=(0, 1.03))
+        ax.set(ylabel="accuracy")
     _save(figure, axes, file)
 
 
-def _positions(found: list[tuple[str, list[str], Lines]], file: Path) -> None:
+def _positions(found: list[Table], file: Path) -> None:
     figure, axes = _axes(len(found))
     for ax, (title, columns, rows) in zip(axes, found, strict=True):
         for label, values in rows.items():
@@ -67,10 +66,9 @@ def _positions(found: list[tuple[str, list[str], Lines]], file: Path) -> None:
     _save(figure, axes, file)
 
 
-def _calibration(found: tuple[str, list[str], Lines], file: Path) -> None:
+def _calibration(found: Table, file: Path) -> None:
     dashes = {"from books-val": "-", "from WikiText-2": "--", "from self": ":"}
-    sizes = [int(size.replace(",", "")) for size in found[1]]
-    figure, axes = _axes(2)
+    sizes, (figure, axes) = [int(size.replace(",", "")) for size in found[1]], _axes(2)
     for ax, test in zip(axes, ("books", "WikiText-2"), strict=True):
         for label, values in found[2].items():
             name, part, on, source = label.split(", ")

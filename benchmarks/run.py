@@ -1,8 +1,6 @@
 """Run one part of parts.yaml and print its tables: an experiment of recipes/, or a study.
 
-    python benchmarks/run.py damage --data ../shared/data
-    python benchmarks/run.py joint --quick
-    python benchmarks/run.py reference --set 'models=[mamba2-books-4m]'
+    python benchmarks/run.py reference --data ../shared/data --quick --set 'models=[mamba2-books-4m]'
 
 WORK in a setting is the work folder. `--set` changes any setting of the part; its value is YAML.
 """

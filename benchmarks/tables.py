@@ -56,7 +56,7 @@ def published(found: list[Found]) -> list[str]:
 def allocation(found: list[Found]) -> list[str]:
     """Draw one line for each cut, one column for each allocation."""
     rows, names = [], found[0].rows
-    for one, cut in lines(found):
+    for one, cut in ((part, cut) for part in found for cut in part.section.cuts):
         label, last = f"{one.model} {one.section.axis}, {one.section.base['scorer']}, {cut}", one.cells[names[-1], cut]
         ends = f"{last[0].record['kept'][0]} to {last[0].record['kept'][-1]}"
         rows.append([label, dense(one), *(ppl_kl(one, row, cut) for row in names), ends])
@@ -67,7 +67,7 @@ def allocation(found: list[Found]) -> list[str]:
 def refit(found: list[Found]) -> list[str]:
     """Draw one line for each cut: with and without a refit, and the share of the increase that is left."""
     rows, names = [], found[0].rows
-    for one, cut in lines(found):
+    for one, cut in ((part, cut) for part in found for cut in part.section.cuts):
         none, *refits = (mean(one.cells[row, cut][0]) - mean(one.dense) for row in names[:3])
         label = f"{one.model} {one.section.axis}{', balanced' * (one.section.base['scorer'] == 'balanced')}, {cut}"
         left = [f"{value / none:.2f}" for value in refits]
@@ -79,7 +79,7 @@ def refit(found: list[Found]) -> list[str]:
 def shift(found: list[Found]) -> list[str]:
     """Draw one line for each axis and fraction that is kept: corrections, over the dense model, mean of the draws."""
     rows, names = [], found[0].rows
-    for one, cut in lines(found):
+    for one, cut in ((part, cut) for part in found for cut in part.section.cuts):
         values = [one.mean(row, cut) for row in names]
         cells = [NO if nll is None else f"{float((nll - one.dense.nll).mean().exp()):.3f}" for nll in values]
         rows.append([f"{one.model}, {one.section.axis}{one.section.show.get('more', '')}, keep {cut}", *cells])
@@ -89,7 +89,7 @@ def shift(found: list[Found]) -> list[str]:
 def reference(found: list[Found]) -> list[str]:
     """Draw the dense models' perplexity on two texts, and that of a cut on one."""
     section, rows = found[0].section, []
-    for one, cut in lines(found):
+    for one, cut in ((part, cut) for part in found for cut in part.section.cuts):
         cells = f"{perplexity(one.dense.record['also']):.2f}", dense(one), ppl(one, one.rows[0], cut)
         rows.append([f"{one.model}, {one.section.dtype}", *cells])
     files = [text["file"] for text in (section.also, section.reported)]
@@ -246,11 +246,6 @@ def one_axis(one: Found) -> str:
 def grid(one: Found, show: Show) -> Rows:
     """Return a line for each row, with a cell for each cut."""
     return [[row, *[show(one, row, cut) for cut in one.section.cuts]] for row in one.rows]
-
-
-def lines(found: list[Found]) -> list[tuple[Found, str]]:
-    """Return every section with each of its cuts."""
-    return [(one, cut) for one in found for cut in one.section.cuts]
 
 
 def ratios(one: Found, row: str, against: str) -> list[str]:

@@ -137,12 +137,11 @@ class Streaming(Storing):
     def energy(self, view: sspruner.SSMView) -> torch.Tensor:
         """Return sum_p h_t[p,n]^2 of every step and head: (T, b, H, N)."""
         x, B, decay = common.steps(view.projected)
-        state, energy = x.new_zeros(*x.shape[1:], B.shape[-1]), x.new_empty(*x.shape[:3], B.shape[-1])
-        square = torch.empty_like(state)  # (b, H, P, N)
+        state, energy = x.new_zeros(*x.shape[1:], B.shape[-1]), []  # (b, H, P, N)
         for t in range(len(x)):
             state.mul_(decay[t]).addcmul_(x[t][..., None], B[t][..., None, :])
-            torch.sum(torch.mul(state, state, out=square), -2, out=energy[t])
-        return energy
+            energy.append(state.square().sum(-2))
+        return torch.stack(energy)
 
 
 OWN: dict[str, type[sspruner.Scorer]] = {"storing": Storing, "streaming": Streaming}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +138,8 @@ def reference(s: Any) -> Made:
     text = Text((str(s.data / "books-train.txt"),), tokenizer, 256, seed=seed)
     how: dict[str, Any] = {"batch": 8, "at_once": 8, "bf16": True, "seed": seed, "weight_decay": 0.1}
     settings = Settings(max_tokens=s.tokens, learning_rate=3e-3, **how)
-    with patch(SCAN, selective_scan):
-        run = train(model, text, settings, likelihood, Path(f"{s.out}-run"))
+    with tempfile.TemporaryDirectory() as folder, patch(SCAN, selective_scan):
+        run = train(model, text, settings, likelihood, Path(folder))
     sspruner.save(model.to(torch.bfloat16), s.out, tokenizer, overwrite=True)
     facts: dict[str, Any] = {"tokens": run.tokens, "steps": run.steps, "minutes": round(run.seconds / 60, 1)}
     subject = Subject(s.out, s.data)

@@ -47,23 +47,16 @@ def file_sizes(model: Any) -> list[int]:
         return [file.stat().st_size for file in files]
 
 
-class Sparse(nn.Module):
-    """A linear layer without bias, by torch's product of a CSR tensor with a dense one."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product. x: (..., in)."""
-        return torch.sparse.mm(self.weight, x.flatten(0, -2).T).T.reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+def sparse_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return x W^T by torch's product of a CSR tensor with a dense one. x: (..., in)."""
+    return torch.sparse.mm(weight, x.flatten(0, -2).T).T.reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 def with_sparse(model: Any) -> Any:
-    """Return a copy whose linear layers are Sparse."""
+    """Return a copy whose linear layers multiply by CSR tensors."""
     made = copy.deepcopy(model)
-    for name, layer in linear(made).items():
-        made.set_submodule(name, Sparse(layer))
+    for layer in linear(made).values():
+        layer.forward = partial(sparse_product, layer.weight.detach().to_sparse_csr())  # type: ignore[method-assign]
     return made
 
 
