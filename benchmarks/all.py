@@ -1,10 +1,7 @@
 """`make bench`: every table of docs/benchmarks.md, each by its own command, between its marks in it; pictures.
 
-    python benchmarks/all.py --data ../shared/data
     python benchmarks/all.py damage refit                   # some parts
     python benchmarks/all.py --quick --work /tmp/quick      # that every part works; the page is left alone
-    python benchmarks/all.py --large                        # those that take long, too
-    python benchmarks/all.py --list                         # the parts, and the file that makes each
 
 What a part prints is kept in the work folder, and a part that is there already is not run again. Two parts run at a
 time, one thread each; those that measure time or memory run alone, after the others.

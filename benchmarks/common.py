@@ -161,34 +161,15 @@ def timed(job: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def cpu_seconds_of_others() -> float:
-    """Return the CPU seconds used so far by all processes but this one, and by other guests (Linux; else 0)."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system, _idle, _wait, irq, soft, steal = map(int, stat.read_text().split()[1:9])
-    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-
-def wait_until_quiet(limit: int = 10) -> None:
-    """Return after a second in which others used little CPU, or after `limit` seconds."""
-    for _ in range(limit):
-        before = cpu_seconds_of_others()
-        time.sleep(1)
-        if cpu_seconds_of_others() - before <= QUIET:
-            return
-
-
 def in_turns(jobs: dict[str, Callable[[], Any]], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
     """Return the seconds of every job in every repeat; jobs take turns, after one round that is not timed.
 
-    Each repeat waits for the machine to be quiet, and begins with another job.
+    Each repeat begins with another job. What else the machine does then falls on all jobs: compare within a repeat.
     """
     took: dict[str, list[float]] = {name: [] for name in jobs}
     for job in jobs.values() if warm_up else ():
         job()
     for turn in range(repeats):
-        wait_until_quiet()
         first = turn % len(jobs)
         for name in [*jobs][first:] + [*jobs][:first]:
             took[name].append(timed(jobs[name]))
@@ -204,10 +185,8 @@ def over(seconds: Sequence[float], others: Sequence[float]) -> str:
 def growth(job: Callable[[], Any]) -> int:
     """Return by how many bytes this process's resident memory grew at its peak while `job` ran (Linux)."""
     before = resident.start()
-    if before is None:
-        raise SystemExit("this system does not tell what is resident")
     job()
-    return resident.peak() - before
+    return resident.peak() - (before or 0)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

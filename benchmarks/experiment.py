@@ -1,12 +1,11 @@
 """Run experiments of recipes/: scorers x cuts, each cell a `sspruner.Recipe`, measured on text that no scorer saw.
 
-A file names the table that is drawn (a function of tables.py) and one section or several: the models, fields that all
-recipes have (base), rows and cuts with the fields of each, what is observed and what is reported. Beside fields of a
-recipe, a row and a cut may have these: `observed`, `seeds`, and `train`, which trains the cut model, or prunes it while
-it trains (mask_every); a row also `models`, `cuts`, and `against`. A cell without a scorer is the dense model.
+A file names the table that is drawn (a function of tables.py) and one section or several. Beside fields of a recipe, a
+row and a cut may have these: `observed`, `seeds`, and `train`, which trains the cut model, or prunes it while it trains
+(mask_every); a row also `models`, `cuts`, and `against`. A cell without a scorer is the dense model.
 
-Every cell is kept in the work folder under a hash of what it is: of its recipe, the sizes and the scorer's code. One
-that failed is made again. Changes of the engine are not noticed: remove the folder.
+Every cell is kept in the work folder under a hash of its recipe, the sizes and the scorer's code. One that failed is
+made again. Changes of the engine are not noticed: remove the folder.
 """
 
 from __future__ import annotations

@@ -44,8 +44,9 @@ def tool_speed(s: Any) -> Made:
     for label, unit in (("its evaluations, each alone", "alone"), ("the same, dense once", "together")):
         rows.append(row(f"compare, 5 scorers x 4 cuts / {label}", "float32", took, unit, "at most 1.3"))
     head = ["what", "weights", "whole, s", "unit, s", "ratio (least to most)", "target"]
-    note = f"seed 0; {s.repeats} interleaved repeats; prune: {s.samples} x 256 tokens observed; "
-    note += f"compare: {data.mask.sum()} tokens observed, {data.held_out_mask.sum()} others measured"
+    note = (
+        f"seed 0; {s.repeats} interleaved repeats; windows: {s.samples} (prune), {len(data.tokens)} (compare) observed"
+    )
     return [table("The tool against the model: medians", head, rows)], note
 
 
@@ -96,9 +97,9 @@ def tool_speed_large(s: Any) -> Made:
     seconds = sspruner.prune(model, "ghost", calibration=data).report.seconds
     phases = [f"{seconds[phase]:.0f}" for phase in ("scoring", "evaluation", "proof")]
     head = ["shape", "scoring, s", "evaluation, s", "proof, s", "in all, minutes (target: below 15)"]
-    note = f"seed 0, random weights; {len(data.tokens)} x 256 tokens observed, {len(data.held_out)} x 256 held out"
     rows = [["130M, fp32", *phases, f"{sum(seconds.values()) / 60:.1f}"]]
-    return [table("GHOST on the 130M shape, half of every state", head, rows)], note
+    made = table("GHOST on the 130M shape, half of every state", head, rows)
+    return [made], f"seed 0, random weights; {s.samples} x 256 tokens observed, 4 x 256 held out"
 
 
 class Storing(sspruner.Scorer):
@@ -175,7 +176,6 @@ def measure(name: str, row: Row, repeats: int, data: Path, size: tuple[int, int]
     try:
         model, seen = model_and_data(name, data, size)
         found = {"bytes": common.growth(lambda: run(model, seen, row)), "weights": model.get_memory_footprint()}
-        common.wait_until_quiet()
         turns = [(run(model, seen, {}), run(model, seen, row)) for _ in range(repeats)]
         return found | {"forward": [plain for plain, _ in turns], "scoring": [own for _, own in turns]}
     except sspruner.SSPrunerError as error:
