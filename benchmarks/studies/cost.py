@@ -28,11 +28,7 @@ Row = dict[str, Any]  # fields of a recipe; none: the plain forward
 
 
 def tool_speed(s: Any) -> Made:
-    """Compare prune with a forward, and compare with its evaluations, in one run. Settings: repeats, samples.
-
-    A forward is that of the stock model with its own settings over the calibration tokens, and beside it the same with
-    what `sspruner.compute.quick` does.
-    """
+    """Compare prune with a forward, and compare with its evaluations, in one run. Settings: repeats, samples."""
     rows = []
     for dtype in ("float32", "bfloat16"):
         subject = Subject("mamba2-books-4m", s.data, dtype)
