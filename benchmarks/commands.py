@@ -70,7 +70,8 @@ def speed(s: Any) -> Made:
             cells += [faster(row, dense) for row in smaller]
             cells.append(", ".join(f"{row.ceiling / dense.ceiling:.2f}" if row and dense else NO for row in smaller))
             rows.append([f"{shape}, {phase}, batch {batch}{code or ', stock' * (len(codes) > 1)}", *cells])
-    head = ["what", "dense, ms a step", "of the ceiling", *["over stock"] * (len(codes) > 1)]
+    milliseconds = "dense, ms a step" if recipe["phases"] == ["decode"] else "dense, ms"
+    head = ["what", milliseconds, "of the ceiling", *["over stock"] * (len(codes) > 1)]
     head += [*(f"{cut} / dense" for cut in cuts), "bytes and operations allow"]
     title = f"{recipe['title']}: how many times as fast as the dense model with the same code; median (low to high)"
     note = f"{machine['name']}; seed 0; {options.load.repeats} repeats in turns, {options.load.generate} steps each"
