@@ -16,7 +16,7 @@ from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.measure import BenchOptions
 from sspruner.recipes.yaml import from_data
 
-RECALL, SMALLER = "recall-64", {"recall-32": 0.5, "recall-16": 0.75}  # smaller models -> the cut of the same size
+SMALLER = {"recall-32": 0.5, "recall-16": 0.75}  # smaller models -> the cut of the same size
 
 
 def compare(s: Any) -> Made:
@@ -34,11 +34,11 @@ def compare_recall(s: Any) -> Made:
     """Compare scorers on the recall model with dense models that have as few states, trained in as many steps."""
     recipe, made = CompareRecipe.load(s.file), []
     for small, sparsity in SMALLER.items():
-        subject, baseline = Subject(s.work / RECALL, s.data), sspruner.load(s.work / small, dtype="float32")[0]
+        subject, baseline = Subject(s.work / "recall-64", s.data), sspruner.load(s.work / small, dtype="float32")[0]
         data = subject.text("recall", recipe.calibration.samples, held_out=2, seed=2_000_000)
         cells = replace(recipe, cells=replace(recipe.cells, sparsities=(sparsity,)))
         found = sspruner.compare(subject.model, cells, calibration=data, baseline=baseline)
-        made.append(found.named(RECALL, "", small).to_markdown())
+        made.append(found.named("recall-64", "", small).to_markdown())
     return made, "seed 0"
 
 

@@ -112,13 +112,6 @@ def as_is(model: Any) -> Any:
     return lambda: nullcontext(model)
 
 
-def by_token(values: Values) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return negative log-likelihood and KL to the dense model of each window, nats per token: (windows,) each."""
-    assert values.text is not None
-    assert values.text.kl is not None
-    return values.text.nll / values.text.tokens, values.text.kl / values.text.tokens
-
-
 def perplexity(nll: Sequence[float]) -> float:
     """Return the perplexity of negative log-likelihoods, nats per token."""
     return math.exp(sum(nll) / len(nll))
@@ -138,14 +131,6 @@ def random_model(hidden: int = 256, heads: int = 8, head_dim: int = 64, state: i
 def random_tokens(batch: int, length: int, vocabulary: int = 4096) -> torch.Tensor:
     """Return seeded tokens: int64 (batch, length)."""
     return torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-def steps(p: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return dt x (T, b, H, P), B (T, b, H, N) and exp(dt A) (T, b, H, 1, 1): steps first, so each is contiguous."""
-    heads = p.x.shape[2] // p.B.shape[2]
-    x = (p.dt[..., None] * p.x).transpose(0, 1).contiguous()
-    B = p.B.repeat_interleave(heads, 2).transpose(0, 1).contiguous()
-    return x, B, (p.dt * p.A).exp().transpose(0, 1)[..., None, None]
 
 
 @torch.no_grad()

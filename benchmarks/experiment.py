@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import Subject, as_is, by_token, progress
-from variants import branch_scale, norm_scale
+from common import Subject, as_is, progress
 
 import sspruner
 from sspruner.evaluation.windows import alone, losses
@@ -265,11 +264,7 @@ def version_of(subject: Subject, section: Section, cell: Fields, run: Path) -> t
 
 def planned(subject: Subject, how: Fields, data: sspruner.Calibration) -> sspruner.Plan:
     """Return the plan of a recipe's fields, from scores of the dense model, with its refit."""
-    plan = subject.plan(data, **{key: value for key, value in how.items() if key not in ("mode", "refit", "branch")})
-    if "branch" in how:
-        return branch_scale(subject, plan, how["branch"])
-    if how.get("refit") == "norm":
-        return norm_scale(subject, plan, data)
+    plan = subject.plan(data, **{key: value for key, value in how.items() if key not in ("mode", "refit")})
     return sspruner.refit(subject.model, plan, how["refit"], calibration=data).plan if "refit" in how else plan
 
 
@@ -287,10 +282,9 @@ def trained(subject: Subject, model: Any, cell: Fields, run: Path) -> Any:
 
 def numbers(values: Any) -> Fields:
     """Return nll and kl by window, nats per token; word_nll and word by passage; right by recall task."""
-    found: Fields = {}
-    if values.text is not None:
-        nll, kl = by_token(values)
-        found |= {"nll": nll.tolist(), "kl": kl.tolist()}
+    text, found = values.text, dict[str, Any]()
+    if text is not None:
+        found = {"nll": (text.nll / text.tokens).tolist(), "kl": (text.kl / text.tokens).tolist()}
     names = {"word_nll": "lambada_nll", "word": "lambada_accuracy", "right": "recall_accuracy"}
     return found | {name: values.items[key].tolist() for name, key in names.items() if key in values.items}
 

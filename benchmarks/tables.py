@@ -76,16 +76,6 @@ def refit(found: list[Found]) -> list[str]:
     return [table("Refit: perplexity (KL to dense, nats per token)", head, rows)]
 
 
-def shift(found: list[Found]) -> list[str]:
-    """Draw one line for each axis and fraction that is kept: corrections, over the dense model, mean of the draws."""
-    rows, names = [], found[0].rows
-    for one, cut in ((part, cut) for part in found for cut in part.section.cuts):
-        values = [one.mean(row, cut) for row in names]
-        cells = [NO if nll is None else f"{float((nll - one.dense.nll).mean().exp()):.3f}" for nll in values]
-        rows.append([f"{one.model}, {one.section.axis}{one.section.show.get('more', '')}, keep {cut}", *cells])
-    return [table("Perplexity over the dense model's, with branches so much stronger", ["axis", *names], rows)]
-
-
 def reference(found: list[Found]) -> list[str]:
     """Draw the dense models' perplexity on two texts, and that of a cut on one."""
     section, rows = found[0].section, []

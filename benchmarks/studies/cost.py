@@ -98,6 +98,14 @@ def tool_speed_large(s: Any) -> Made:
     return [made], f"seed 0, random weights; {s.samples} x 256 tokens observed, 4 x 256 held out"
 
 
+def steps(p: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dt x (T, b, H, P), B (T, b, H, N) and exp(dt A) (T, b, H, 1, 1): steps first, so each is contiguous."""
+    heads = p.x.shape[2] // p.B.shape[2]
+    x = (p.dt[..., None] * p.x).transpose(0, 1).contiguous()
+    B = p.B.repeat_interleave(heads, 2).transpose(0, 1).contiguous()
+    return x, B, (p.dt * p.A).exp().transpose(0, 1)[..., None, None]
+
+
 class Storing(sspruner.Scorer):
     """GHOST's score from states that are stored for all steps: what the closed form avoids."""
 
@@ -108,7 +116,7 @@ class Storing(sspruner.Scorer):
 
     def energy(self, view: sspruner.SSMView) -> torch.Tensor:
         """Return sum_p h_t[p,n]^2 of every step and head: (T, b, H, N)."""
-        x, B, decay = common.steps(view.projected)
+        x, B, decay = steps(view.projected)
         h = x[..., :, None] * B[..., None, :]
         for t in range(1, len(h)):
             h[t].addcmul_(h[t - 1], decay[t])
@@ -133,7 +141,7 @@ class Streaming(Storing):
 
     def energy(self, view: sspruner.SSMView) -> torch.Tensor:
         """Return sum_p h_t[p,n]^2 of every step and head: (T, b, H, N)."""
-        x, B, decay = common.steps(view.projected)
+        x, B, decay = steps(view.projected)
         state, energy = x.new_zeros(*x.shape[1:], B.shape[-1]), []  # (b, H, P, N)
         for t in range(len(x)):
             state.mul_(decay[t]).addcmul_(x[t][..., None], B[t][..., None, :])
