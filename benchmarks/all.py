@@ -1,10 +1,7 @@
 """`make bench`: every table of docs/benchmarks.md, each by its own command, between its marks in it; pictures.
 
-    python benchmarks/all.py --data ../shared/data
     python benchmarks/all.py damage refit                   # some parts
     python benchmarks/all.py --quick --work /tmp/quick      # that every part works; the page is left alone
-    python benchmarks/all.py --large                        # beside them: 2.7B on disk, GHOST on the 130M shape
-    python benchmarks/all.py --list                         # the parts, and the file that makes each
 
 What a part prints is kept in the work folder, and a part that is there already is not run again. Two parts run at a
 time, one thread each; those that measure time or memory run alone, after the others.
@@ -21,9 +18,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import insert, progress
+from common import progress
 from figures import draw
-from run import HERE, Part, read_parts
+from run import HERE, Part, arguments, read_parts
 
 RUN, DOCS = HERE / "run.py", HERE.parent / "docs"
 PARTS = read_parts()
@@ -31,11 +28,8 @@ PARTS = read_parts()
 
 def main() -> None:
     """Run parts, put what they print between the marks of the pages, and draw the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(str(__doc__))
     parser.add_argument("parts", nargs="*", metavar="PART", help="some of them; default: all that do not take long")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the texts")
-    parser.add_argument("--work", type=Path, default=Path("/var/tmp/sspruner-bench"), help="what parts printed")
-    parser.add_argument("--quick", action="store_true", help="a little of each part; the page is left alone")
     parser.add_argument("--large", action="store_true", help="those that take long, too")
     parser.add_argument("--list", action="store_true", help="show the parts, and the file that makes each")
     given = parser.parse_args()
@@ -44,7 +38,7 @@ def main() -> None:
     usual = [p for p in PARTS.values() if (given.large or not p.large) and (not p.gpu or shutil.which("nvidia-smi"))]
     parts = [PARTS[name] for name in given.parts] or usual
     if given.list:
-        print("\n".join(f"{p.name}: {p.file.relative_to(HERE.parent)}" for p in parts))
+        print("\n".join(f"{p.name}: {p.files[0].relative_to(HERE.parent)}" for p in parts))
         return
     given.work.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -60,7 +54,8 @@ def main() -> None:
         for part in parts:
             if part.name not in failed and not part.trains:
                 insert(DOCS / part.page, part.name, output(part, given).read_text(encoding="utf-8"))
-        draw(given.work, DOCS / "figures")
+        if any(part.page == "benchmarks.md" for part in parts):
+            draw(DOCS / "benchmarks.md", DOCS / "figures")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -75,11 +70,7 @@ def run(part: Part, given: argparse.Namespace) -> bool:
     out = output(part, given)
     if out.exists():
         return True
-    arguments = [part.name, "--data", str(given.data), "--work", str(given.work)]
-    if given.quick:
-        arguments.append("--quick")
-    elif part.drawn:
-        arguments += ["--json", str(given.work / f"{part.name}.json")]
+    arguments = [part.name, "--data", str(given.data), "--work", str(given.work), *["--quick"] * given.quick]
     environment = os.environ if part.timed else os.environ | {"OMP_NUM_THREADS": "1"}
     begun = time.perf_counter()
     done = subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, env=environment)
@@ -90,6 +81,16 @@ def run(part: Part, given: argparse.Namespace) -> bool:
         return False
     out.write_text(done.stdout.replace(str(given.work), "WORK"), encoding="utf-8")
     return True
+
+
+def insert(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"{page}: there is no {begin} with an {end} after it")
+    page.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

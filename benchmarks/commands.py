@@ -1,4 +1,4 @@
-"""Recipes of commands: of `sspruner compare`, and of `sspruner bench` for published shapes on a CPU and a GPU."""
+"""Run recipes of commands: of `sspruner compare`, and of `sspruner bench` on a CPU and a GPU, with random weights."""
 
 from __future__ import annotations
 
@@ -7,122 +7,87 @@ from typing import Any
 
 import torch
 import yaml
-from common import Made, Subject, progress, span, table
+from common import NO, Made, Subject, span, table
 
 import sspruner
-from sspruner.benchmarking.shapes import shape_models
+from sspruner.benchmarking.record import Timing
+from sspruner.benchmarking.shapes import DTYPES, shape_models
 from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.measure import BenchOptions
 from sspruner.recipes.yaml import from_data
 
-CPU_SHAPES, KEEP = ("mamba2-130m", "mamba2-370m"), (64, 32, 16)
-GPU_SHAPES, STATE, DIRECTIONS = ("mamba2-1.3b", "mamba2-2.7b"), 64, 16
+SMALLER = {"recall-32": 0.5, "recall-16": 0.75}  # smaller models -> the cut of the same size
 
 
 def compare(s: Any) -> Made:
-    """Scorers and cuts of the reference model, observed on a part of a text and measured on another."""
+    """Compare scorers and cuts of the reference model, observed on a part of a text and measured on another."""
     recipe = CompareRecipe.load(s.file)
     windows, passages = (4, 4) if s.quick else (recipe.calibration.samples, 200)
     subject = Subject("mamba2-books-4m", s.data)
-    data = subject.text(recipe.calibration.source, windows, recipe.calibration.seq_len, held_out=windows)
+    data = subject.text(recipe.calibration.source, windows, held_out=windows)
     recipe = replace(recipe, cells=replace(recipe.cells, lambada=None))  # the passages are given
-    found = sspruner.compare(
-        subject.model,
-        recipe,
-        calibration=data,
-        passages=subject.passages(passages),
-        on_row=lambda found: progress(", ".join(found.cells)),
-    )
-    return found.to_markdown(), "seed 0", None
+    found = sspruner.compare(subject.model, recipe, calibration=data, passages=subject.passages(passages))
+    return [found.to_markdown()], "seed 0"
 
 
-def bench_options(s: Any) -> BenchOptions:
-    """Read the options of a speed benchmark; a little of them if it is quick."""
-    options: BenchOptions = from_data(BenchOptions, yaml.safe_load(s.file.read_text(encoding="utf-8")))
-    few = replace(options.load, batches=options.load.batches[:1], repeats=1, generate=1)
-    return replace(options, load=few) if s.quick else options
+def compare_recall(s: Any) -> Made:
+    """Compare scorers on the recall model with dense models that have as few states, trained in as many steps."""
+    recipe, made = CompareRecipe.load(s.file), []
+    for small, sparsity in SMALLER.items():
+        subject, baseline = Subject(s.work / "recall-64", s.data), sspruner.load(s.work / small, dtype="float32")[0]
+        data = subject.text("recall", recipe.calibration.samples, held_out=2, seed=2_000_000)
+        cells = replace(recipe, cells=replace(recipe.cells, sparsities=(sparsity,)))
+        found = sspruner.compare(subject.model, cells, calibration=data, baseline=baseline)
+        made.append(found.named("recall-64", "", small).to_markdown())
+    return made, "seed 0"
 
 
-def decode(s: Any) -> Made:
-    """What a smaller state gains at decode on a CPU: stock step and accelerated, dense and pruned, in turns.
+def speed(s: Any) -> Made:
+    """Measure what a smaller and a projected state gain at decode and prefill, with the stock step and accelerated.
 
     Each speed-up compares runs of one repeat with the same code, so that the gain of a smaller state and the gain of
     better code stay apart.
     """
-    options, rows, numbers = bench_options(s), [], {}
-    for shape in CPU_SHAPES:
-        models = shape_models([shape], KEEP, layers=2 if s.quick else None)
-        for model in models.values():
-            for block in model.backbone.layers:
-                block.mixer.chunk_size = options.load.prompt  # a prefill is padded to it
-        found = sspruner.bench(models, options, device="cpu")
-        rows += _codes(found, shape)
-        numbers[shape] = found.to_json()
-        progress(shape)
-    head = ["what", "dense, ms a step", "of the ceiling", "over stock", *[f"state {k} / dense" for k in KEEP]]
-    head.append("bytes and operations allow")
-    title = "Decode: how many times as fast as the dense model with the same code; median (low to high)"
-    load = options.load
-    note = (
-        f"seed 0; {load.repeats} repeats in turns, {load.generate} steps each; fp32; {2 if s.quick else 'all'} layers"
-    )
-    return table(title, head, rows), note, numbers
+    recipe = yaml.safe_load(s.file.read_text(encoding="utf-8"))
+    options, device = bench_options(recipe, s.quick), recipe.get("device", "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device; nothing was measured and nothing was written")
+    cuts = [f"{kind} {size}" for kind in ("state", "balanced") for size in recipe.get(kind, ())]
+    codes = {"": "", ", accelerated": ", accelerated"} if options.variants.accelerate else {"": ""}
+    rows, machine = [], {}
+    for shape in recipe["shapes"]:
+        how: dict[str, Any] = {"layers": 2 if s.quick else None, "dtype": DTYPES[recipe.get("dtype", "float32")]}
+        models = shape_models([shape], recipe["state"], recipe.get("balanced", ()), device=device, **how)
+        for block in [block for model in models.values() for block in model.backbone.layers]:
+            block.mixer.chunk_size = min(block.mixer.chunk_size, options.load.prompt)  # a prefill is padded to it
+        found = sspruner.bench(models, options, device=device)
+        machine, have = found.machine, {(row.model, row.batch, row.phase): row for row in found.rows}
+        for phase, batch, code in [(p, b, c) for p in recipe["phases"] for b in options.load.batches for c in codes]:
+            dense, stock = (have.get((name, batch, phase)) for name in (shape + code, shape))
+            cells = [f"{dense.ms.value:.1f}", f"{100 * dense.fraction:.0f} %"] if dense else [NO, NO]
+            cells += [faster(dense, stock) if code else "1"] if len(codes) > 1 else []
+            smaller = [have.get((f"{shape}, {cut}{code}", batch, phase)) for cut in cuts]
+            cells += [faster(row, dense) for row in smaller]
+            cells.append(", ".join(f"{row.ceiling / dense.ceiling:.2f}" if row and dense else NO for row in smaller))
+            rows.append([f"{shape}, {phase}, batch {batch}{code or ', stock' * (len(codes) > 1)}", *cells])
+    milliseconds = "dense, ms a step" if recipe["phases"] == ["decode"] else "dense, ms"
+    head = ["what", milliseconds, "of the ceiling", *["over stock"] * (len(codes) > 1)]
+    head += [*(f"{cut} / dense" for cut in cuts), "bytes and operations allow"]
+    title = f"{recipe['title']}: how many times as fast as the dense model with the same code; median (low to high)"
+    note = f"{machine['name']}; seed 0; {options.load.repeats} repeats in turns, {options.load.generate} steps each"
+    return [table(title, head, rows)], note
 
 
-def _codes(found: Any, shape: str) -> list[list[str]]:
-    """Return, for each batch, a row for the stock code and one for the faster step."""
-    rows = []
-    for batch in dict.fromkeys(row.batch for row in found.rows):
-        for name, code in (("stock", ""), ("accelerated", ", accelerated")):
-            dense = found.row(shape + code, batch)
-            cuts = [found.row(f"{shape}, state {k}{code}", batch) for k in KEEP]
-            cells = [f"{dense.to_json()['ms'][0]:.1f}", _fraction(dense)]
-            cells += [span(dense.speedup(found.row(shape, batch))) if code else "1"]
-            cells += [*[span(cut.speedup(dense)) for cut in cuts]]
-            cells += [", ".join(f"{cut.ceiling / dense.ceiling:.2f}" for cut in cuts)]
-            rows.append([f"{shape}, batch {batch}, {name}", *cells])
-    return rows
+decode = gpu = projection_cost = speed
 
 
-def gpu(s: Any) -> Made:
-    """Decode and prefill on a GPU: dense, half of the state, and the balanced basis; the table names the card."""
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu: torch sees no CUDA device; nothing was measured and nothing was written")
-    options, rows, numbers, machine, path = bench_options(s), [], {}, {}, ""
-    for shape in GPU_SHAPES:
-        layers = 2 if s.quick else None
-        models = shape_models([shape], [STATE], [DIRECTIONS], layers=layers, dtype=torch.bfloat16, device="cuda")
-        found = sspruner.bench(models, options, device="cuda")
-        rows += _phases(found, shape, options.load.batches)
-        numbers[shape], machine, path = found.to_json(), found.machine, found.rows[0].path
-        del models
-        torch.cuda.empty_cache()
-    head = ["what", "dense, tokens/s", "of the ceiling"]
-    for cut in (f"state {STATE}", f"balanced {DIRECTIONS}"):
-        head += [f"{cut} / dense", "bytes and operations allow", "of its ceiling"]
-    note = f"{path}; {machine['bandwidth'] / 1e9:,.0f} GB/s and {machine['flops'] / 1e12:,.0f} TFLOP/s measured; seed 0"
-    return table(f"{machine['name']}: speed-up over dense, median (low to high)", head, rows), note, numbers
+def bench_options(recipe: dict[str, Any], quick: bool) -> BenchOptions:
+    """Return the options of a speed benchmark; a little of them if it is quick."""
+    options: BenchOptions = from_data(BenchOptions, {key: recipe[key] for key in ("load", "variants") if key in recipe})
+    few = replace(options.load, batches=options.load.batches[:1], repeats=1, generate=1)
+    return replace(options, load=few) if quick else options
 
 
-def _phases(found: Any, shape: str, batches: tuple[int, ...]) -> list[list[str]]:
-    """Return one row for each phase and batch; what did not fit is a dash."""
-    have = {(row.model, row.batch, row.phase): row for row in found.rows}
-    rows = []
-    for phase in ("decode", "prefill"):
-        for batch in batches:
-            dense = have.get((shape, batch, phase))
-            cells = [f"{dense.tokens_per_second[0]:,.0f}", _fraction(dense)] if dense else ["–", "–"]
-            for label in (f"{shape}, state {STATE}", f"{shape}, balanced {DIRECTIONS}"):
-                row = have.get((label, batch, phase))
-                if row is None:
-                    cells += ["–", "–", "–"]
-                elif dense is None:
-                    cells += [f"{row.tokens_per_second[0]:,.0f} tokens/s", "–", _fraction(row)]
-                else:
-                    cells += [span(row.speedup(dense)), f"{row.ceiling / dense.ceiling:.2f}", _fraction(row)]
-            rows.append([f"{shape}, {phase}, batch {batch}", *cells])
-    return rows
-
-
-def _fraction(row: Any) -> str:
-    return f"{100 * row.to_json()['fraction']:.0f} %"
+def faster(row: Timing | None, than: Timing | None) -> str:
+    """Return how many times as fast as another timing one is; – for what did not fit into memory."""
+    return span(row.speedup(than)) if row and than else NO

@@ -37,7 +37,7 @@ def tasks_for(model: Any, count: int, seed: int) -> torch.Tensor:
     """Return recall tasks in a model's vocabulary: int64 (count, 4 pairs).
 
     The number of pairs is that of its training (`recall_pairs` in its config, from
-    benchmarks/studies/train_recall.py), else PAIRS; fewer in a small vocabulary.
+    benchmarks/studies/train.py), else PAIRS; fewer in a small vocabulary.
     """
     vocabulary = embedding(model).num_embeddings
     pairs = min(int(getattr(getattr(model, "config", None), "recall_pairs", PAIRS)), vocabulary // 2)
