@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import math
@@ -97,6 +98,14 @@ def test_every_study_and_every_recipe_is_used_by_a_part_or_a_study(bench: Module
     used = {file for part in bench.PARTS.values() for file in part.files}
     used.add(BENCHMARKS / "studies/__init__.py")
     assert {*BENCHMARKS.glob("recipes/*"), *BENCHMARKS.glob("studies/*.py")} == used
+
+
+def test_importing_a_study_changes_no_other_module() -> None:
+    """Code at the top of a file that sets a module's attribute would change the tests that run after its import."""
+    for file in BENCHMARKS.rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            assert not [t for t in targets if isinstance(t, ast.Attribute)], f"{file.name}:{node.lineno}"
 
 
 def test_every_study_has_tables_and_imports(bench: ModuleType) -> None:
