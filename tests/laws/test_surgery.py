@@ -18,6 +18,8 @@ from sspruner.plans.reduction import Selection
 from sspruner.surgery import proof
 from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask
+from sspruner.surgery.predict import removed_state_bytes
+from sspruner.surgery.proof import measured_state_bytes
 from sspruner.surgery.record import fields
 from sspruner.surgery.slice import slice_model
 from support.examples import examples
@@ -46,6 +48,16 @@ def test_masked_equals_sliced(data: st.DataObject) -> None:
     masked = sspruner.apply(copy.deepcopy(model), plan, mode="mask").float()  # exact: fp32 holds every bf16
     sliced = sspruner.apply(model, plan, mode="slice").float()
     close(logits(sliced, ids), logits(masked, ids), masked, ids)
+
+
+@pytest.mark.parametrize(("family", "axis"), [("bamba", "mixer"), ("zamba2", "block"), ("mamba", "block")])
+def test_what_is_dropped_takes_its_state_with_it(family: str, axis: str) -> None:
+    """The bytes in the model's own cache, before and after; the proof compares them with what the plan predicts."""
+    model = zoo(family)
+    before, plan = measured_state_bytes(model, tokens()), half_plan(model, axis)
+    predicted = removed_state_bytes(plan, sspruner.trace(model))
+    sspruner.apply(model, plan)
+    assert 0 < before - measured_state_bytes(model, tokens()) == predicted
 
 
 @examples(25)

@@ -29,9 +29,8 @@ from faults import AREAS, LIST, ROOT, Fault, ListError, find_tests, load_faults
 from rich.console import Console
 from rich.table import Table
 
-LEFT_OUT = (
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "results", "pruned", "mutants",
-)  # fmt: skip
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "mutants")
+LEFT_OUT_AT_THE_TOP = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "build", "dist", "results", "pruned")
 FAST = "not slow"  # what `make test` runs
 LOG = "pytest.log"  # beside the copy
 SECONDS = 1800  # after which a test run counts as failed
@@ -67,7 +66,11 @@ class Outcome:
 def copy_project(root: Path, folder: Path) -> Path:
     """Copy the project without what is built, cached or not its own; and without the list itself."""
     tree = folder / "tree"
-    shutil.copytree(root, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+    def left_out(place: str, names: list[str]) -> set[str]:
+        return LEFT_OUT(place, names) | (LEFT_OUT_AT_THE_TOP(place, names) if Path(place) == root else set())
+
+    shutil.copytree(root, tree, ignore=left_out)
     for package in ("sspruner", "sspruner_plugins"):  # bytecode that is checked against the text, not against its time
         compileall.compile_dir(tree / package, quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
     return tree
@@ -174,8 +177,10 @@ def run(
 
         nodes = sorted(node.values())
         if console:
-            console.print(f"{len(nodes)} tests without any fault ...", highlight=False)
-        for _ in pool.map(lambda part: lent(check_baseline, part), filter(None, (nodes[i::jobs] for i in range(jobs)))):
+            count = "all" if all_tests else len(nodes)
+            console.print(f"{count} tests without any fault ...", highlight=False)
+        parts = [()] if all_tests else [part for i in range(jobs) if (part := nodes[i::jobs])]
+        for _ in pool.map(lambda part: lent(check_baseline, part), parts):
             pass
         named = [() if all_tests else tuple(node[test] for test in fault.tests) for fault in faults]
         yield from pool.map(lambda fault, part: lent(try_fault, fault, part), faults, named)

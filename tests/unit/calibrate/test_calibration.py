@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sspruner
@@ -26,6 +26,7 @@ class Letters:
 MODEL = tiny_model()
 
 
+@settings(max_examples=100)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 12))
 def test_observed_and_held_out_never_overlap(rows: int, samples: int, held_out: int) -> None:
     ids = torch.arange(rows * 2).view(rows, 2) % VOCABULARY

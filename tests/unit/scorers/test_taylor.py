@@ -83,7 +83,7 @@ def test_first_order_is_the_slope_of_the_loss(family: str, axis: str) -> None:
         assert float(scores[name][g, u]) == pytest.approx(abs(slope), rel=1e-2, abs=1e-3 * float(scores[name].max()))
 
 
-@pytest.mark.cover
+@pytest.mark.cover(families=4, least=6)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("family", "axis"),
