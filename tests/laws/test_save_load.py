@@ -96,6 +96,18 @@ def test_only_the_layers_that_stay_have_to_be_equal(tmp_path: Path) -> None:
     assert torch.equal(logits(stock, tokens()), logits(model, tokens()))
 
 
+@pytest.mark.parametrize(
+    ("family", "axis"), [("mamba2", "state"), ("bamba", "group"), ("jamba", "mlp"), ("zamba", "head")]
+)
+def test_an_even_cut_is_loaded_at_its_sizes(family: str, axis: str, tmp_path: Path) -> None:
+    """The config says the cut sizes; the model is built at the sizes before, and cut once."""
+    model = zoo(family)
+    sspruner.apply(model, half(sspruner.trace(model), axis))
+    loaded, _ = sspruner.load(sspruner.save(model, tmp_path / "model"))
+    assert {n: p.shape for n, p in loaded.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+
+
 @pytest.mark.slow
 def test_a_uniform_cut_loads_in_a_process_that_never_imports_sspruner(tmp_path: Path) -> None:
     model = tiny_model(groups=2, layers=2)
