@@ -479,6 +479,7 @@ HYBRID_PLANS: dict[str, tuple[str, dict[str, Any], Says]] = {
 }
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("mode", ["slice", "mask"])
 @pytest.mark.parametrize("case", HYBRID_PLANS)
 def test_plans_of_hybrids(case: str, mode: str, here: Path) -> None:

@@ -219,6 +219,7 @@ def test_a_family_without_a_tokenizer(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_whole_layers_go_by_their_influence(hybrid: Path, cheap: list[object], tmp_path: Path) -> None:
     args = [
         "--axis",

@@ -139,6 +139,7 @@ def test_every_recipe_loads_with_its_class(bench: ModuleType) -> None:
     assert cells > 200
 
 
+@pytest.mark.slow
 def test_an_experiment_measures_what_prune_cuts(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

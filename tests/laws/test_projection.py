@@ -217,6 +217,7 @@ def test_unmask_restores_every_bit(model: Any, dtype: torch.dtype, data: st.Data
     assert str(sspruner.trace(model)) == str(graph)
 
 
+@pytest.mark.slow
 @examples(15)
 @given(st.one_of(zoo_models(PROJECTED), models(least_state=2)), st.data())
 def test_saved_and_loaded(model: Any, data: st.DataObject) -> None:

@@ -95,6 +95,7 @@ def composed(first: Plan, second: Plan) -> Plan:
     return Plan(groups)
 
 
+@pytest.mark.slow
 @examples(25)
 @given(zoo_models(), st.data())
 def test_slicing_twice_is_slicing_once_with_composed_indices(once: torch.nn.Module, data: st.DataObject) -> None:
@@ -275,7 +276,7 @@ def test_the_proof_catches_a_wrong_cut(fault, axis: str, dtype: torch.dtype, mon
         sspruner.apply(model, plan)
 
 
-@pytest.mark.cover
+@pytest.mark.cover(families=1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_proof_catches_every_forgotten_fold(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each fold of each family is needed: without it, on every axis that it is for, sliced is not masked."""

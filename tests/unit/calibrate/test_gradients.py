@@ -428,6 +428,7 @@ def saved() -> Iterator[Saved]:
         yield counter
 
 
+@pytest.mark.slow
 def test_one_graph_of_one_block_at_a_time(saved: Saved) -> None:
     model = tiny_model(layers=8)
     WAYS["mean"](model)

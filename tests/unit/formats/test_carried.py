@@ -115,6 +115,7 @@ settings_of_generation = st.fixed_dictionaries(
 )  # temperature and top_k without do_sample: published configs are like that, too
 
 
+@pytest.mark.slow
 @pytest.mark.ci_cover(most=3)
 @pytest.mark.cover
 @pytest.mark.parametrize("to", WRITERS)

@@ -93,6 +93,7 @@ def test_several_axes_in_one_plan(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "falcon_h1", "jamba", "nemotron_h"])
 def test_a_cut_model_is_cut_again(family, tmp_path):

@@ -328,6 +328,7 @@ def test_values_of_a_scorer_are_where_a_refit_starts():
     assert name.replace("bias", "weight") in found.plan.updates
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refitted_plan_goes_through_files(family, tmp_path):

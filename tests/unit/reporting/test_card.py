@@ -90,6 +90,7 @@ def one_line(text: str) -> str:
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20) | st.text("`|\\ #*_[]<>~$\n-a", min_size=1)
 
 
+@pytest.mark.slow
 @examples(40)
 @example(name="a `b` | c", command="sspruner prune 'a\n```\n# b'", source="``|", options={"`": "|"})
 @given(name=names, command=names, source=names, options=st.dictionaries(names, names, max_size=2))

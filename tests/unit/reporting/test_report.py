@@ -483,6 +483,7 @@ def test_a_missing_library_is_one_line(
     refused(tmp_path, ("pip install 'sspruner[report]'", *missing), "report", tmp_path)
 
 
+@pytest.mark.slow
 def test_outputs_are_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(BENCH))
     (tmp_path / "compare.json").write_text(json.dumps(WHOLE["compare.json"]))

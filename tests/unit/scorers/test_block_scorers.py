@@ -164,6 +164,7 @@ def test_the_losses_are_those_of_a_model_that_runs_without(family: str, axis: st
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "axis"), CASES)
 def test_a_model_is_ranked_by_its_losses(family: str, axis: str) -> None:
     model, ids = zoo(family), tokens(3, 19)

@@ -203,6 +203,7 @@ def mixed(model: torch.nn.Module, mixer: torch.nn.Module, ids: torch.Tensor) -> 
     return found.double()
 
 
+@pytest.mark.slow
 @examples(15)
 @given(
     zoo_models(("mamba2", "zamba2", "falcon_h1", "mamba", "zamba")),

@@ -200,6 +200,7 @@ def test_every_axis_that_ghost_offers_is_tested() -> None:
             assert importance(zoo(family), tokens(), axis=axis)
 
 
+@pytest.mark.slow
 @examples(15)
 @given(EVERY_AXIS)
 def test_ghost_in_batches_is_ghost_at_once(drawn: tuple[torch.nn.Module, str]) -> None:

@@ -147,6 +147,7 @@ def choices(cls: type) -> list[dict[str, Any]]:
     return [dict(zip(names, chosen, strict=True)) for chosen in product(*(values[n] for n in names))]
 
 
+@pytest.mark.slow
 @pytest.mark.ci_cover(most=9)
 @pytest.mark.cover
 @pytest.mark.parametrize("name", BY_NAME)

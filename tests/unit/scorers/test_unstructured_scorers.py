@@ -134,6 +134,7 @@ def test_wanda_on_single_weights_of_a_model(family: str) -> None:
         torch.testing.assert_close(score.double(), expected[name.replace(":", ".")], rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
 @pytest.mark.parametrize("family", FAMILY)

@@ -52,6 +52,7 @@ def same(one: sspruner.Scores, other: sspruner.Scores) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=3)
 @pytest.mark.parametrize(("family", "axes", "scorers"), TOGETHER, ids=str)
 def test_together_as_alone(family: str, axes: list[str], scorers: list[str]) -> None:
@@ -146,6 +147,7 @@ def block_runs(model: torch.nn.Module, scorers: Any, axes: list[str]) -> Counter
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 def test_blocks_run_for_all_as_often_as_for_one(family: str) -> None:
     """Once to be observed, once for the inputs of the linear layers if anyone wants them, once to go on."""

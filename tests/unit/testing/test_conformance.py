@@ -28,6 +28,7 @@ NOT_MEANT = {
 }
 
 
+@pytest.mark.slow
 def test_ghost_conforms() -> None:
     check_scorer("ghost", max_examples=FEW)
 
