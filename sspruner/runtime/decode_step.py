@@ -9,7 +9,7 @@ results differ by rounding only.
 from __future__ import annotations
 
 import sys
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def install_step(mixer: Any) -> None:
     """Install the faster step in a mixer. Does nothing if it is installed."""
     if not has_step(mixer):
         setattr(mixer, BEFORE, vars(mixer).get("forward"))
-        mixer.forward = MethodType(_forward, mixer)
+        mixer.forward = partial(_forward, mixer)  # not a bound method: those of other classes cannot be pickled
 
 
 def remove_step(mixer: Any) -> None:
@@ -51,7 +51,7 @@ def remove_step(mixer: Any) -> None:
 
 def has_step(mixer: Any) -> bool:
     """Return whether the faster step is installed; a projection made after it installs another forward."""
-    return getattr(vars(mixer).get("forward"), "__func__", None) is _forward
+    return getattr(vars(mixer).get("forward"), "func", None) is _forward
 
 
 def _forward(
@@ -63,7 +63,7 @@ def _forward(
     """
     if _is_step(self, hidden_states, cache_params):
         return _step(self, hidden_states, cache_params, attention_mask)
-    before = getattr(self, BEFORE) or MethodType(type(self).forward, self)
+    before = getattr(self, BEFORE) or partial(type(self).forward, self)
     out: torch.Tensor = before(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
     return out
 

@@ -11,7 +11,7 @@ an exported model has a copy beside its weights and runs without sspruner.
 from __future__ import annotations
 
 import sys
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def project_state(mixer: Any, encode: torch.Tensor, decode: torch.Tensor) -> Non
     requires_grad = mixer.in_proj.weight.requires_grad
     mixer.state_encode = nn.Parameter(encode, requires_grad=requires_grad)
     mixer.state_decode = nn.Parameter(decode, requires_grad=requires_grad)
-    mixer.forward = MethodType(_forward, mixer)
+    mixer.forward = partial(_forward, mixer)  # not a bound method: those of other classes cannot be pickled
 
 
 def unproject_state(mixer: Any) -> None:
