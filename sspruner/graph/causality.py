@@ -23,12 +23,14 @@ def check_causal(mixer: Any, path: str) -> None:
 
     Runs once per mixer class and process; skipped for mixers on the meta device.
     """
-    weight = next((p for p in mixer.parameters() if p.ndim == 2 and p.is_floating_point()), None)
+    # What the mixer's input is multiplied by has its dtype; A_log, which may be the first parameter, is often fp32.
+    matrices = [p for p in mixer.parameters() if p.ndim == 2 and p.is_floating_point()]
+    weight = getattr(getattr(mixer, "in_proj", None), "weight", matrices[0] if matrices else None)
     if weight is None or type(mixer) in _passed or any(p.is_meta for p in mixer.parameters()):
         return
     if type(mixer).__module__.startswith("mamba_ssm.") and weight.device.type == "cpu":
         return  # its kernels run on a GPU alone; a model on the CPU can still be traced
-    width = mixer.in_proj.weight.shape[1] if hasattr(mixer, "in_proj") else weight.shape[1]
+    width = weight.shape[1]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, TOKENS, width, generator=generator).to(weight)
     changed = hidden.clone()

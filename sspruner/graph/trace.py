@@ -16,6 +16,7 @@ from sspruner.graph.group import Block, DependencyGroup, Member
 from sspruner.graph.known import installed_families
 from sspruner.graph.layout import dependency_group, members
 from sspruner.graph.parts import PARTS, output_head
+from sspruner.graph.plain import check_plain
 from sspruner.graph.site import Site, within
 from sspruner.graph.ssm_graph import SSMGraph
 
@@ -23,8 +24,8 @@ from sspruner.graph.ssm_graph import SSMGraph
 def trace(model: nn.Module) -> SSMGraph:
     """Return the SSMGraph of `model`, which is not changed and may be on the meta device.
 
-    Raises ModelError if the model has no layer of a known family, a layer of size 0, or a mixer whose installed code is
-    not causal.
+    Raises ModelError if the model has no layer of a known family, a layer of size 0, a tensor that something else
+    computes (an adapter, a mask of another library), or a mixer whose installed code is not causal.
     """
     families = installed_families()
     family = families.get(getattr(getattr(model, "config", None), "model_type", None) or "")
@@ -37,6 +38,8 @@ def trace(model: nn.Module) -> SSMGraph:
             f"{type(model).__name__}: no state-space layer found (it has {common_names}); "
             f"known mixers: {', '.join(sorted(f.mixer_class for f in families.values()))}"
         )
+    for site in sites:
+        check_plain(model.get_submodule(site.path), site.path, site.layout)
     for site in sites:  # only axes are checked: other dimensions may be 0, such as the MLP rows of mamba_ssm's mixers
         sizes = {name: size for name, size in site.layout.sizes.items() if name in site.layout.axes}
         if empty := [f"{name} {size}" for name, size in sizes.items() if size < 1]:
