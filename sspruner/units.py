@@ -61,10 +61,13 @@ def parse_parameters(text: str, option: str) -> float:
 
 
 def parse_increase(text: str, option: str) -> float:
-    """Parse `1%` or `0.01` as a fraction. Raises InputError for anything else."""
+    """Parse `1%` or `0.01` as a fraction. Raises InputError for anything else, and for `1`, which is 100% or 1%."""
     if text.strip().endswith("%"):
         return _number(text.strip()[:-1], option, r"", "a percentage such as 1%") / 100
-    return _number(text, option, r"", "a percentage such as 1%, or a fraction such as 0.01")
+    value = _number(text, option, r"", "a percentage such as 1%, or a fraction such as 0.01")
+    if value >= 1:
+        raise InputError(f"{option} {text}: as a fraction this is {value:.0%}; did you mean {text.strip()}%?")
+    return value
 
 
 def _number(text: str, option: str, suffix: str, expected: str) -> float:

@@ -44,6 +44,7 @@ def command(
     """
     import sspruner
     from sspruner.files.output import check_output
+    from sspruner.io.save import loading
 
     check_output(folder.out, folder.overwrite)
     plan = sspruner.Plan.load(file.plan)
@@ -51,7 +52,7 @@ def command(
     loaded, tokenizer = sspruner.load(model, **reading.arguments)
     sspruner.apply(loaded, plan, mode=how.mode)
     sspruner.save(loaded, folder.out, tokenizer, overwrite=folder.overwrite)
-    say(f"{plan}\napplied ({how.mode}), saved to {folder.out}")
+    say(f"{plan}\napplied ({how.mode}), saved to {folder.out}\n{loading(loaded, folder.out)}")
 
 
 app = command_app(NAME, command)

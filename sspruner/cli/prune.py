@@ -43,6 +43,7 @@ def command(
     from sspruner.compute.processes import barrier, rank
     from sspruner.compute.progress import bars
     from sspruner.files.output import check_output, remove_working
+    from sspruner.io.save import loading
     from sspruner.io.source import name_of
     from sspruner.pruning.prepare import check_recipe
     from sspruner.pruning.table import result_table
@@ -75,7 +76,10 @@ def command(
             show(result_table(result.report))
             if result.scores.from_cache:
                 say(f"scores of {result.report.scorer}{from_cache(result.scores)}")
-            say(f"saved to {output.out}" if output.out else "nothing saved; add --out DIR to keep the pruned model")
+            if output.out:
+                say(f"saved to {output.out}\n{loading(result.model, output.out)}")
+            else:
+                say("nothing saved; add --out DIR to keep the pruned model")
     barrier()
 
 

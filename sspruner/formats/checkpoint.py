@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sspruner.errors import ModelError
@@ -45,14 +45,33 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def wide_tensors(folder: Path) -> set[str]:
+    """Return the names of a checkpoint's fp32 tensors if it has narrower ones beside them, from safetensors headers.
+
+    A checkpoint of fp32 alone has none: there the config's dtype decides.
+    """
+    dtypes: dict[str, str] = {}
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    dtypes |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError):  # reported where the weights are read
+                return set()
+    return {name for name, dtype in dtypes.items() if dtype == "F32"} if {"BF16", "F16"} & {*dtypes.values()} else set()
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files with a checkpoint's weights. Raises ModelError if there are none, or if one is missing."""
+    """Return the files with a checkpoint's weights: of several, those that transformers takes.
+
+    Raises ModelError if there are none, or if one is missing.
+    """
     for name in NAMES:
+        if (folder / name).is_file():
+            return [folder / name]
         index = folder / (name + INDEX)
         if index.is_file():
             return [folder / shard for shard in shards(index)]
-        if (folder / name).is_file():
-            return [folder / name]
     raise ModelError(f"model {folder}: no weights in this folder; expected {' or '.join(NAMES)}")
 
 

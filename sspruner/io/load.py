@@ -12,6 +12,7 @@ import torch
 from sspruner.compute.finite import check_finite
 from sspruner.compute.processes import world
 from sspruner.errors import InputError, ModelError
+from sspruner.formats.checkpoint import wide_tensors
 from sspruner.formats.native import read_native
 from sspruner.formats.sizes import check_counts
 from sspruner.io.placement import check_device_map
@@ -24,8 +25,9 @@ from sspruner.io.source import (
     reference_folder,
     watched_init,
     weight_bytes_in,
+    weights_in,
 )
-from sspruner.surgery.record import recorded, restore_stock, weights_subfolder
+from sspruner.surgery.record import recorded, restore_stock, take_subfolder
 
 GENERATION = "generation_config.json"
 
@@ -90,7 +92,8 @@ def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
     config, weights = read_native(Path(where), data)
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     try:
-        with watched_init(type(config), [], f"model {where}", weight_bytes_in(Path(where))):
+        wide = _saved_wide(Path(where), dtype)
+        with watched_init(type(config), [], f"model {where}", weight_bytes_in(Path(where)), wide):
             loaded, info = model_class.from_pretrained(
                 None,
                 config=config,
@@ -130,10 +133,14 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
     try:
         cut = copy.deepcopy(config)
         cuts = recorded(config)
+        folder = take_subfolder(config)
         restore_stock(config)  # the original model is built, then cut
-        folder = weights_subfolder(config)
-        size = weight_bytes_in(Path(where) / folder) if is_local(where) else None
-        with watched_init(type(config), cuts, f"model {where}", size):
+        size, wide = None, set[str]()
+        if is_local(where):
+            folder = weights_in(Path(where))
+            size = weight_bytes_in(Path(where) / folder)
+            wide = _saved_wide(Path(where) / folder, dtype)
+        with watched_init(type(config), cuts, f"model {where}", size, wide):
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
@@ -176,10 +183,19 @@ def _apart(
         except Exception as error:  # the hub raises many types
             raise ModelError(f"model {where}: cannot be fetched: {brief(error)}") from error
     built = skeleton(where, trust_remote_code=trust_remote_code)
-    weights = Path(where) / weights_subfolder(built.config)
+    weights = Path(where) / weights_in(Path(where))
     resolved_dtype = getattr(torch, dtype) if dtype != "auto" else built.config.dtype or saved_dtype(weights)
-    built = skeleton(where, dtype=resolved_dtype, buffers=True, trust_remote_code=trust_remote_code)
+    wide = _saved_wide(weights, dtype)
+    built = skeleton(where, dtype=resolved_dtype, buffers=True, wide=wide, trust_remote_code=trust_remote_code)
     return offload(built, where, weights, folder, device_map, max_memory)
+
+
+def _saved_wide(folder: Path, dtype: str) -> set[str]:
+    """Return the names of the parameters that keep fp32 in a model of a narrower dtype: with "auto", as saved."""
+    try:
+        return wide_tensors(folder) if dtype == "auto" else set()
+    except ModelError:  # no weights, or a file is missing: reported where they are read
+        return set()
 
 
 def _check_complete(where: str, info: dict[str, Any], cut: bool) -> None:

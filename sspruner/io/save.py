@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import shlex
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from sspruner.plans.tensors import FOLDER
 from sspruner.pruning.report import Report
 from sspruner.reporting.card import write_card
 from sspruner.surgery.mask import added_biases, masked_projections
-from sspruner.surgery.record import RECORD, WEIGHTS, noted
+from sspruner.surgery.record import RECORD, WEIGHTS, noted, subfolder
 
 
 def save(
@@ -54,8 +56,7 @@ def save(
 
 def write_folder(model: Any, folder: Path, tokenizer: Any, report: Report | None) -> None:
     """Write what `sspruner.load` reads, and a card, which says what the report does if there is one."""
-    with _noted(model):
-        weights = weights_folder(model)
+    with _unchanged(model.config), _noted(model), _located(model) as weights:
         if offloaded(model):
             write_weights(model, folder / weights)
         else:
@@ -64,24 +65,52 @@ def write_folder(model: Any, folder: Path, tokenizer: Any, report: Report | None
             (folder / weights / "config.json").rename(folder / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        reader = "sspruner" if weights or stock_difference(model) else "stock"
+        reader = "stock" if stock_reads(model) else "sspruner"
         write_card(folder, model, reader, report, tokenizer=tokenizer is not None)
+
+
+@contextmanager
+def _unchanged(config: Any) -> Iterator[None]:
+    """Context manager that restores the config, in which `save_pretrained` notes the class and the dtype."""
+    before = dict(vars(config))
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(before)
+
+
+def stock_reads(model: Any) -> bool:
+    """Return whether stock classes load what `save` writes of this model, and compute the same."""
+    return (not getattr(model.config, RECORD, None) or stock_can_build(model)) and not stock_difference(model)
+
+
+def loading(model: Any, out: str | Path) -> str:
+    """Return in one line what loads a saved model: stock classes, or sspruner with the export that those need."""
+    with _noted(model):
+        stock = stock_reads(model)
+    if stock:
+        return f"load it: AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    export = f"sspruner export {shlex.quote(str(out))} --to hf-remote --out NEW"
+    return f"load it: sspruner.load({str(out)!r}); for transformers alone, first: {export}"
 
 
 def _noted(model: Any) -> AbstractContextManager[None]:
     return noted(getattr(model, "config", None), added_biases(model), masked_projections(model))
 
 
-def weights_folder(model: Any) -> str:
-    """The subfolder for the weights, noted in the config's record: "" unless they are out of reach of stock classes.
+@contextmanager
+def _located(model: Any) -> Iterator[str]:
+    """Yield the subfolder for the weights, recorded in the config meanwhile: "" unless stock classes cannot load them.
 
     Without weights beside config.json those refuse; else they fill what does not fit with random values.
     """
-    record = getattr(model.config, RECORD, None)
-    if not record:
-        return ""
-    record["weights"] = "" if stock_can_build(model) else WEIGHTS
-    return str(record["weights"])
+    if not getattr(model.config, RECORD, None):
+        yield ""
+        return
+    folder = "" if stock_can_build(model) else WEIGHTS
+    with subfolder(model.config, folder):
+        yield folder
 
 
 def stock_can_build(model: Any) -> bool:

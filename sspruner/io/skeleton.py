@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sspruner.errors import InputError, ModelError
 from sspruner.formats.native import native_config
 from sspruner.formats.sizes import check_counts
 from sspruner.io.source import cannot, check_folder, finish_cut, is_local, reference_folder, watched_init
-from sspruner.surgery.record import recorded, restore_stock
+from sspruner.surgery.record import recorded, restore_stock, take_subfolder
 
 
 def skeleton(
@@ -20,6 +21,7 @@ def skeleton(
     *,
     dtype: torch.dtype | None = None,
     buffers: bool = False,
+    wide: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> Any:
     """Build the model that `load` would read, on the meta device, in eval mode, with the recorded cuts.
@@ -28,6 +30,7 @@ def skeleton(
 
     dtype    by default the config's; float32 if it has none, then `model.config.dtype` stays None
     buffers  create the buffers that no checkpoint has, on the CPU
+    wide     parameters that stay fp32, whatever `dtype`
 
     Raises InputError for a wrong path, ModelError for a config that cannot be read, makes no model, or describes an
     absurdly large one.
@@ -46,8 +49,9 @@ def skeleton(
         else:
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
         cut, cuts = copy.deepcopy(config), recorded(config)
+        take_subfolder(config)
         restore_stock(config)  # the original model is built, then cut
-        with torch.device("meta"), watched_init(type(config), cuts, f"model {where}"):
+        with torch.device("meta"), watched_init(type(config), cuts, f"model {where}", wide=wide):
             built = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
             )

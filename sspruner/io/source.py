@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from sspruner.formats.checkpoint import INDEX, shards
 from sspruner.formats.native import is_native
 from sspruner.formats.sizes import check_sizes
 from sspruner.graph.trace import trace
-from sspruner.surgery.record import WEIGHTS, RecordedCut, check_recorded, fields
+from sspruner.surgery.record import RECORD, WEIGHTS, RecordedCut, check_recorded, fields
 from sspruner.surgery.slice import cut_buffer, slice_model
 from sspruner.surgery.tensors import add_bias
 
@@ -27,10 +27,15 @@ DEFAULT = "mamba2-books-4m"
 
 @contextmanager
 def watched_init(
-    config_class: type, cuts: list[RecordedCut], where: str, weight_bytes: int | None = None
+    config_class: type,
+    cuts: list[RecordedCut],
+    where: str,
+    weight_bytes: int | None = None,
+    wide: Collection[str] = (),
 ) -> Iterator[None]:
     """Context manager that checks models of a config class for absurd sizes after `__init__`, and cuts them.
 
+    wide: names of tensors that were saved as fp32 in a narrower model; A_log, D and dt_bias among them stay fp32.
     from_pretrained builds modules on the meta device and then loads weights by name: modules that have their
     final sizes by then are filled exactly, by stock code, conversions included.
     """
@@ -44,6 +49,8 @@ def watched_init(
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        kept = {name for name in wide if _may_be_wide(self, name)}
+        self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *kept}
         check_sizes(self, where, None if cuts else weight_bytes)
         if not cuts:
             return
@@ -68,6 +75,36 @@ def watched_init(
 def weight_bytes_in(folder: Path) -> int:
     """Return the bytes of the files in a folder that may be weights."""
     return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+
+
+def _may_be_wide(model: Any, name: str) -> bool:
+    """Return whether a parameter may be fp32 in a narrower model: mixers compute with it in fp32, whatever its dtype.
+
+    Not the D of a Mamba1 mixer: its product with x would reach out_proj in fp32.
+    """
+    owner, _, leaf = name.rpartition(".")
+    try:
+        mixer = model.get_submodule(owner)
+    except AttributeError:  # a name that the loader converts
+        return False
+    return leaf in ("A_log", "dt_bias") or (leaf == "D" and not hasattr(mixer, "x_proj"))
+
+
+def weights_in(where: Path) -> str:
+    """Return the subfolder in which a folder's weights lie: what its config.json, which was saved last, records, or "".
+
+    Where one of the two places is empty, it is the other. Raises ModelError where that cannot be told:
+    `save` never leaves weights beside the config of a model whose weights it puts into the subfolder.
+    """
+    record = json.loads((where / "config.json").read_text(encoding="utf-8")).get(RECORD)
+    recorded = isinstance(record, dict) and record.get("weights")
+    beside, inside = (bool(weight_bytes_in(where / folder)) for folder in ("", WEIGHTS))
+    if recorded and beside and inside:
+        raise ModelError(
+            f"model {where}: weights lie beside config.json and in {WEIGHTS}/, and it cannot be told which belong to "
+            f"it; remove the older ones (config.json records {WEIGHTS}/)"
+        )
+    return WEIGHTS if inside and (recorded or not beside) else ""
 
 
 def tie(model: Any) -> None:

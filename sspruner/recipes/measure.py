@@ -13,8 +13,8 @@ from sspruner.recipes.common import Composed
 from sspruner.recipes.flags import FromText, number, read_texts, text, whole
 from sspruner.recipes.flags import text as one_text  # where a field is named text
 from sspruner.recipes.lists import names_in, numbers_in
-from sspruner.recipes.texts import seed_in_64_bits
-from sspruner.units import parse_bandwidth, parse_flops, parse_increase
+from sspruner.recipes.texts import increase_of, seed_in_64_bits
+from sspruner.units import parse_bandwidth, parse_flops
 
 if TYPE_CHECKING:
     Quantity = float | None
@@ -103,16 +103,12 @@ class EvaluateOptions(Composed):
     windows: TextWindows = field(default_factory=TextWindows)
 
 
-def _increase(value: Any, option: str) -> Any:
-    return parse_increase(value, option) if isinstance(value, str) else value
-
-
 @Parameter(name="*", group=GATES)
 @dataclass(frozen=True)
 class Gates:
     """Limits on the increase of damage over the dense model; beyond them the exit code is 1."""
 
-    max_ppl_increase: Annotated[Quantity, text("PERCENT"), FromText(_increase, "--max-ppl-increase")] = None
+    max_ppl_increase: Annotated[Quantity, text("PERCENT"), FromText(increase_of, "--max-ppl-increase")] = None
     """Exit code 1 if perplexity rises by more over --against, e.g. 2%."""
 
     max_lambada_drop: Annotated[float | None, number("POINTS")] = None

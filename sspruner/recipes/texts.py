@@ -95,8 +95,9 @@ def parameters_of(value: Any, option: str) -> Any:
 
 
 def increase_of(value: Any, option: str) -> Any:
-    """Read `1%` as a fraction."""
-    return parse_increase(value, option) if isinstance(value, str) else value
+    """Read `1%` as a fraction. A whole number is read as the text of it, which may be meant as a percentage."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return parse_increase(str(value), option) if whole or isinstance(value, str) else value
 
 
 def names_of(given: Iterable[str] | None) -> list[str]:

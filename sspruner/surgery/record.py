@@ -92,12 +92,30 @@ def recorded(config: Any) -> list[RecordedCut]:
     return cuts
 
 
-def weights_subfolder(config: Any) -> str:
-    """Return the subfolder of the weights that a config records. Raises PlanError for names that `save` never uses."""
-    folder = (getattr(config, RECORD, None) or {}).get("weights", "")
+def take_subfolder(config: Any) -> str:
+    """Return the subfolder of the weights that a saved config records, and remove it from the config.
+
+    A model in memory has no folder: where it is saved next, the weights may lie elsewhere. Raises PlanError for names
+    that `save` never uses.
+    """
+    data = getattr(config, RECORD, None) or {}
+    folder = data.get("weights", "")
     if folder not in ("", WEIGHTS):
         raise PlanError(f"config.json, key 'sspruner': 'weights' is {str(folder)[:100]!r}; known: '' and {WEIGHTS!r}")
+    if "weights" in data:
+        setattr(config, RECORD, {key: value for key, value in data.items() if key != "weights"})
     return str(folder)
+
+
+@contextmanager
+def subfolder(config: Any, folder: str) -> Iterator[None]:
+    """Context manager that records the subfolder of the weights in the config while it is written."""
+    data = getattr(config, RECORD)
+    setattr(config, RECORD, {**data, "weights": folder})
+    try:
+        yield
+    finally:
+        setattr(config, RECORD, data)
 
 
 def restore_stock(config: Any) -> None:

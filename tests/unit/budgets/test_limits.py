@@ -205,3 +205,11 @@ def test_a_limit_that_is_exceeded_says_by_what():
     assert "2 sequences take 6,000 B" in dense.exceeds(Limits(max_batch=2, memory=5999), dense)
     assert "params 800: 1,000 parameters" in dense.exceeds(Limits(parameters=0.8), dense)
     assert "params 999: 1,000 parameters" in dense.exceeds(Limits(parameters=999), dense)
+
+
+@pytest.mark.parametrize("value", ["1", "2.5", 1, 100])
+def test_an_increase_that_may_be_meant_as_a_percentage_is_refused(value):
+    with pytest.raises(sspruner.InputError, match=rf"--max-ppl-increase {value}: as a fraction .* mean {value}%\?"):
+        Limits(perplexity_increase=value)
+    assert Limits(perplexity_increase="100%").perplexity_increase == 1
+    assert Limits(perplexity_increase=1.0).perplexity_increase == 1  # as recipes are written
