@@ -22,7 +22,7 @@ from support.paths import ROOT
 settings.register_profile(
     "fast", max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("ci", parent=settings.get_profile("fast"), max_examples=15)
+settings.register_profile("ci", parent=settings.get_profile("fast"), max_examples=12)
 settings.register_profile("deep", parent=settings.get_profile("fast"), max_examples=100, derandomize=False)
 settings.register_profile(  # deliberate faults (tests/mutants): a failure is not shrunk
     "mutants", parent=settings.get_profile("fast"), phases=[Phase.explicit, Phase.generate]

@@ -275,7 +275,8 @@ def vars_of(module: torch.nn.Module) -> dict[str, object]:
 
 def config_fields(model: PreTrainedModel) -> dict[str, object]:
     """The config as written, without what says where it was read."""
-    return {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    of_the_file = ("_name_or_path", "transformers_version", "architectures", "dtype")
+    return {k: v for k, v in model.config.to_dict().items() if k not in of_the_file}
 
 
 def renamed(shared: set[frozenset[str]], plan: Plan) -> set[frozenset[str]]:

@@ -82,7 +82,7 @@ def test_what_stock_classes_can_build_they_load_exactly(family: str, tmp_path: P
         assert_same(found, copy.deepcopy(model), ids, 0)
 
 
-@pytest.mark.ci_cover(families=6)
+@pytest.mark.ci_cover(families=4)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_axis_is_padded_for_stock_classes(family: str, tmp_path: Path) -> None:

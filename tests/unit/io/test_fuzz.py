@@ -351,6 +351,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.ci_cover(families=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "native"])
 def test_absurd_sizes_are_refused_before_anything_is_allocated(kind: str, good: Path) -> None:

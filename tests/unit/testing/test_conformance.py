@@ -33,7 +33,7 @@ def test_ghost_conforms() -> None:
     check_scorer("ghost", max_examples=FEW)
 
 
-@pytest.mark.ci_cover(families=10)
+@pytest.mark.ci_cover(families=6)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(installed_scorers()) - {"ghost"}))
 def test_every_scorer_conforms(name: str) -> None:
