@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 from support.cover import cover
 from support.paths import ROOT
 
-# `make test` takes `fast`, `make test-slow` takes `ci`; both draw the same examples every time.
+# `make test` takes `fast`, CI takes `ci`; both draw the same examples every time.
 settings.register_profile(
     "fast", max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
