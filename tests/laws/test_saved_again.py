@@ -77,6 +77,7 @@ def test_what_save_pretrained_writes_is_what_loads(
     check_loads(folder, model, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS)
 def test_saved_by_turns(cut: Callable[[Any], Plan], tmp_path: Path) -> None:
     """By `save_pretrained` before any `sspruner.save`, over what that wrote, and the other way around."""

@@ -32,6 +32,7 @@ def data_of(model: Any) -> sspruner.Calibration:
     return sspruner.calibration(tokens(7, 24), model, samples=4, held_out=3)
 
 
+@pytest.mark.slow
 def test_every_cell_is_that_of_its_own_steps() -> None:
     model = tiny_model(groups=2, layers=3, state=6)
     before, data = tensors(model), data_of(model)

@@ -122,6 +122,7 @@ def bytes_of(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
 
 
+@pytest.mark.slow
 @given(share=st.floats(0, 1.5), dtype=st.sampled_from(["float32", "bfloat16"]))
 @examples(20)
 def test_auto_fills_memory_up_to_its_limit(share, dtype):

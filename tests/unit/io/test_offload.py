@@ -57,6 +57,7 @@ def check_prune(model: Any, root: Path, **arguments: Any) -> None:
     check_same(ours, theirs, (root / "disk", root / "memory"))
 
 
+@pytest.mark.slow
 @pytest.mark.ci_cover(families=6)
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)

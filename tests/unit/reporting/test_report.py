@@ -263,6 +263,7 @@ WHOLE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @examples(4)
 @given(content=folders())
 @example(content=WHOLE)

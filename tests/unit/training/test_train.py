@@ -208,6 +208,7 @@ def test_divergence_and_hidden_error_are_zero_only_for_equals() -> None:
     assert float(hidden_error((a, a), (b, a))) == 0 < float(hidden_error((a, b), (a, a)))
 
 
+@pytest.mark.slow
 def test_a_cut_student_recovers_and_zeros_stay(tmp_path: Path) -> None:
     """Of a mask of single elements, too; weights come back in the dtype that they had."""
     teacher, student = tiny_model(seed=1), tiny_model(seed=1, dtype=torch.bfloat16)

@@ -105,6 +105,7 @@ def watched(patch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_elements_go_as_scheduled_and_never_come_back(alpha: float, tmp_path: Path) -> None:
     model = tiny_model()
