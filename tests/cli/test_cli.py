@@ -458,6 +458,7 @@ def test_any_character_can_be_printed(
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["continuation"]["pruned"] == FOREIGN
 
 
+@pytest.mark.slow
 def test_help_and_wrong_usage_do_not_import_torch() -> None:
     program = """if True:
         import contextlib, io, sys

@@ -101,6 +101,7 @@ def here(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("command", COMMANDS)
 def test_code_in_the_folder_runs_only_if_it_is_trusted(command: str, here: Path, own: Path, marker: Path) -> None:

@@ -400,6 +400,7 @@ def stock(model: PreTrainedModel, folder: Any) -> PreTrainedModel:
     return copy.deepcopy(AutoModelForCausalLM.from_pretrained(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=6)
 @pytest.mark.parametrize(("family", "axis", "how", "tolerance"), STOCK, ids=str)
 def test_stock_classes_load_a_uniform_cut(family, axis, how, tolerance, tmp_path):
@@ -413,6 +414,7 @@ def test_stock_classes_load_a_uniform_cut(family, axis, how, tolerance, tmp_path
         assert torch.equal(loaded, logits(model, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize(("family", "layers", "unit"), [
     *((family, "MMM", 1) for family in ("mamba", "mamba2", "falcon_mamba")),

@@ -34,6 +34,7 @@ def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObj
         check_round_trip(model, Path(folder) / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_axis_at_once_is_saved_and_loaded(family: str, tmp_path: Path) -> None:

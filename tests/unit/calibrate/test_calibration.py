@@ -89,6 +89,7 @@ def test_sampling_is_seeded_and_stays_in_the_vocabulary(model: torch.nn.Module, 
     assert model.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_draws_what_the_whole_model_says(family: str) -> None:
     """Step by step with the family's own cache: the same draws as from a forward over everything so far."""

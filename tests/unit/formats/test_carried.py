@@ -62,6 +62,7 @@ def test_shards_are_at_most_5_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert asked == ["5GB"] * len(SHARDED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True], ids=["stock", "weights"])
 @pytest.mark.parametrize("to", SHARDED)
 def test_shards_are_read_back(

@@ -15,6 +15,8 @@ from support.tiny import tokens
 from support.zoo import FAMILIES, rounding, zoo, zoo_models
 from support.zoo_variants import PURE, VARIANTS, cache_name, cached, sharing
 
+pytestmark = pytest.mark.slow  # facts about transformers
+
 MAMBA1 = ("mamba", "falcon_mamba", "jamba", "zamba")
 MAMBA2 = tuple(family for family in FAMILIES if family not in MAMBA1)
 

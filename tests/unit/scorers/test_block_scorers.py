@@ -144,6 +144,7 @@ def slow_loss(model: torch.nn.Module, ids: torch.Tensor, lengths: Sequence[int])
     return float(torch.stack(losses).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize(("family", "axis"), CASES)
 def test_the_losses_are_those_of_a_model_that_runs_without(family: str, axis: str) -> None:

@@ -491,6 +491,7 @@ def plain_gradients(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tenso
     return {n: p.grad for n, p in model.named_parameters(remove_duplicate=False)}
 
 
+@pytest.mark.slow
 @pytest.mark.ci_cover(families=10)
 @pytest.mark.cover
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

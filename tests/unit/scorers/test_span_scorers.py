@@ -337,6 +337,7 @@ def test_a_zeroed_entry_of_a_log_is_a_decay_rate_of_one() -> None:
 # all of them
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @every_scorer
 def test_a_state_keeps_its_score_wherever_it_stands(name: str, options: dict, families: tuple[str, ...]) -> None:
@@ -367,6 +368,7 @@ def permute_states(model: torch.nn.Module, generator: torch.Generator) -> dict[s
     return orders
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @every_scorer
 @examples(10)

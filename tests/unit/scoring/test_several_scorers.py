@@ -349,6 +349,7 @@ def test_bad_input(args: str, says: tuple[str, ...], cheap: list[object], tmp_pa
     refused(tmp_path, says, "score", "model", *cheap[1:], *args.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scorer", "axis", "changes"), [
     ("flap", "head", "flap"), ("sparsegpt", "weight", "sparsegpt"), ("state=ghost,head=flap", "state,head", "flap"),
     ("wanda", "weight", ""), ("ghost", "state", ""),
