@@ -61,6 +61,11 @@ def wide_tensors(folder: Path) -> set[str]:
     return {name for name, dtype in dtypes.items() if dtype == "F32"} if {"BF16", "F16"} & {*dtypes.values()} else set()
 
 
+def holds_weights(folder: Path) -> bool:
+    """Check whether a folder holds a model's weights; other files of tensors, such as training_args.bin, are none."""
+    return any((folder / f"{name}{end}").is_file() for name in NAMES for end in ("", INDEX))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files with a checkpoint's weights: of several, those that transformers takes.
 

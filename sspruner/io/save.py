@@ -114,7 +114,7 @@ def _located(model: Any) -> Iterator[str]:
 
 
 def stock_can_build(model: Any) -> bool:
-    """Whether the model's class makes tensors of the same names and shapes from its config alone."""
+    """Check whether the model's class makes tensors of the same names and shapes from its config alone."""
     from transformers import CONFIG_MAPPING
 
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sspruner.errors import InputError, ModelError
-from sspruner.formats.checkpoint import INDEX, shards
+from sspruner.formats.checkpoint import INDEX, holds_weights, shards
 from sspruner.formats.native import is_native
 from sspruner.formats.sizes import check_sizes
 from sspruner.graph.trace import trace
@@ -98,7 +98,7 @@ def weights_in(where: Path) -> str:
     """
     record = json.loads((where / "config.json").read_text(encoding="utf-8")).get(RECORD)
     recorded = isinstance(record, dict) and record.get("weights")
-    beside, inside = (bool(weight_bytes_in(where / folder)) for folder in ("", WEIGHTS))
+    beside, inside = (holds_weights(where / folder) for folder in ("", WEIGHTS))
     if recorded and beside and inside:
         raise ModelError(
             f"model {where}: weights lie beside config.json and in {WEIGHTS}/, and it cannot be told which belong to "

@@ -120,3 +120,10 @@ def test_folders_of_version_0_1_0(tmp_path: Path) -> None:
     config["sspruner"]["weights"] = "weights"
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     check_loads(tmp_path / "other", model, tmp_path)
+
+
+def test_other_files_beside_the_config_are_no_weights(tmp_path: Path) -> None:
+    """Such as those of a Trainer: the weights are still those in the subfolder."""
+    model = cut_and_saved(heads, tmp_path / "cut")
+    torch.save({}, tmp_path / "cut" / "training_args.bin")
+    check_loads(tmp_path / "cut", model, tmp_path)
