@@ -12,9 +12,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
 
-# What takes longer; CI runs it after the others, and both parts with more examples of property tests.
+# What takes longer; CI runs it after the others.
 test-slow: .venv/installed
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -m "slow and not exhaustive"
+	$(BIN)/python -m pytest -m "slow and not exhaustive"
 
 # Every case of every product, with many more examples: for a long break.
 test-all: .venv/installed

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before it is imported: what is not here is not looked for, minutes long
 # Tiny models lose more to thread hand-over than they gain, above all when two suites share a machine.
@@ -18,11 +19,10 @@ from hypothesis import HealthCheck, Phase, settings
 from support.cover import cover
 from support.paths import ROOT
 
-# `make test` takes `fast`, CI takes `ci`; both draw the same examples every time.
+# `make test` and CI take `fast`, which draws the same examples every time; `make test-all` takes `deep`.
 settings.register_profile(
     "fast", max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("ci", parent=settings.get_profile("fast"), max_examples=12)
 settings.register_profile("deep", parent=settings.get_profile("fast"), max_examples=100, derandomize=False)
 settings.register_profile(  # deliberate faults (tests/mutants): a failure is not shrunk
     "mutants", parent=settings.get_profile("fast"), phases=[Phase.explicit, Phase.generate]
@@ -34,15 +34,28 @@ DATA = Path(os.environ.get("SSPRUNER_DATA", ROOT.parent / "shared" / "data"))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `cover`, `make test` runs a few cases only; of one marked `ci_cover`, CI does."""
-    for marker, also in (("cover", ["slow"]), ("ci_cover", ["slow", "exhaustive"])):
-        marked = [item for item in items if item.get_closest_marker(marker)]
-        for name, group in groupby(marked, key=lambda item: item.nodeid.partition("[")[0]):
-            same = list(group)
-            kept = cover(_cases(same), name, **same[0].get_closest_marker(marker).kwargs)
-            for item in (item for index, item in enumerate(same) if index not in kept):
-                for left_out in also:
-                    item.add_marker(left_out)
+    """Of a test marked `cover`, `make test` runs a few cases, and CI twice as many. Of one marked `ci_cover`, CI runs
+    as many as it says.
+    """
+    tests = groupby(items, key=lambda item: item.nodeid.partition("[")[0])
+    for name, same in [(name, list(group)) for name, group in tests]:
+        fast, ci = (same[0].get_closest_marker(marker) for marker in ("cover", "ci_cover"))
+        if fast:
+            _leave_out(same, name, fast.kwargs, ["slow"])
+        if ci or fast:
+            _leave_out(same, name, ci.kwargs if ci else _twice(**fast.kwargs), ["slow", "exhaustive"])
+
+
+def _leave_out(items: list[pytest.Item], name: str, size: dict[str, int], markers: list[str]) -> None:
+    """Mark the cases of a test that a cover of that size does without."""
+    kept = cover(_cases(items), name, **size)
+    for item in (item for index, item in enumerate(items) if index not in kept):
+        for marker in markers:
+            item.add_marker(marker)
+
+
+def _twice(families: int = 2, least: int = 1, most: int | None = None) -> dict[str, Any]:
+    return {"families": 2 * families, "least": 2 * least, "most": most and 2 * most}
 
 
 def _cases(items: list[pytest.Item]) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ import torch
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
-    packages = {name: version(name) for name in ("sspruner", "torch", "transformers", "safetensors")}
-    return {"python": platform.python_version(), **packages}
+    return {"python": platform.python_version(), **_packages()}
+
+
+@cache
+def _packages() -> dict[str, str]:
+    return {name: version(name) for name in ("sspruner", "torch", "transformers", "safetensors")}
 
 
 def peak_memory_bytes() -> int:

@@ -197,6 +197,7 @@ def test_several_axes_with_ratios_and_layers_left_alone(hybrid: Path, cheap: lis
     same_as_masked(hybrid, out)
 
 
+@pytest.mark.slow
 def test_a_family_without_a_tokenizer(tmp_path: Path) -> None:
     """Mamba1, text sampled from the model itself, two axes; then a second cut on a third."""
     dense = saved_zoo(tmp_path / "mamba", "mamba", tokenizer=False)

@@ -64,6 +64,7 @@ def test_a_full_disk(command: str, here: Path) -> None:
         refused(here, ("cannot be written", "nothing is left of it"), *COMMANDS[command])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["prune", "export mamba-ssm", "export hf"])
 @pytest.mark.parametrize("size", [8_000, 200_000])
 def test_a_disk_that_fills_up_later(command: str, size: int, here: Path) -> None:

@@ -94,6 +94,7 @@ def test_a_recipe_for_the_main_job_alone() -> None:
     assert "--recipe" in {name for a in dict(commands())["prune"].assemble_argument_collection() for name in a.names}
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_run_makes_the_same_again(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT * 20, encoding="utf-8")

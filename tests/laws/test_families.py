@@ -208,6 +208,7 @@ def mixer_by_hand(path: str, mixer: torch.nn.Module, plan: Plan) -> tuple[int, i
 # 3. composition, save and load
 
 
+@pytest.mark.slow
 @pytest.mark.cover(families=3)
 @each_family
 @few(2)

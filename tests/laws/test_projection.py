@@ -181,7 +181,7 @@ def loss_at(loss: Any, parameter: torch.Tensor, direction: torch.Tensor, step: f
     return found
 
 
-@pytest.mark.ci_cover(families=1)
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @each_family
 def test_compiles_in_one_graph_as_stock_does(family: str) -> None:

@@ -156,6 +156,7 @@ def same_cut(every: list[Any], alone: dict[str, Any]) -> None:
     same([found["importance"] for found in every], alone["importance"], 1e-5)  # behind cut blocks roundings add up
 
 
+@pytest.mark.slow
 @pytest.mark.ci_cover(most=6)
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize(("name", "options"), [(name, options) for name, options in observing() if not options])

@@ -199,6 +199,7 @@ def killed(folder: str) -> None:
     torch.save(torch.cat(seen), place / f"seen-{rank()}.pt")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_killed_worker_costs_nothing_but_time(together: Together, tmp_path: Path) -> None:
     """torchrun starts all workers again; they go on from the last checkpoint, with all the data after it."""

@@ -12,7 +12,7 @@ SCALE = settings.default.max_examples / USUAL  # type: ignore[union-attr]
 
 
 def scaled(count: int) -> int:
-    """Return the number of examples: fewer than `count`, but at least one, in `fast` and `ci`, more in `deep`."""
+    """Return the number of examples: fewer than `count`, but at least one, in `fast`, more in `deep`."""
     return max(1, math.ceil(count * SCALE - 1e-9))
 
 

@@ -110,6 +110,7 @@ def test_sizes_are_those_of_the_model(family, dtype):
     assert sizes(model, sspruner.trace(model)) == measured(model)
 
 
+@pytest.mark.slow
 @examples(40)
 @given(data=st.data(), projected=st.booleans())
 def test_predicted_sizes_are_those_of_the_real_cut(data, projected):

@@ -132,6 +132,7 @@ def test_the_whole_model_is_a_plain_loop_over_sequences(family: str) -> None:
         check(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @each_family
 def test_block_by_block_on_the_dense_model_is_the_whole_model(family: str) -> None:

@@ -279,6 +279,7 @@ def test_the_offer_for_hf_is_the_exact_check(family: str) -> None:
             assert builds == fits(cut, target("hf"))
 
 
+@pytest.mark.slow
 @examples(25)
 @given(st.data())
 def test_prune_gives_what_the_target_takes_or_refuses(data: st.DataObject) -> None:

@@ -44,6 +44,7 @@ def theirs(model: nn.Module, graph: Any, group: DependencyGroup) -> dict[tuple[s
     return tp_group(graph, *(getattr(m, root) for m in sharing), units=group.units, rows=rows)
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_around_the_mixers_are_torch_prunings(family: str) -> None:

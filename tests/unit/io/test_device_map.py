@@ -90,6 +90,7 @@ def test_any_map_any_cut(data):
         check_same(ours, theirs, (root / "apart", root / "memory"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", [MIXERS[0], MIXERS[2]], ids=["Mamba2", "Mamba1"])
 def test_a_native_checkpoint(mixer, tmp_path):
     write(native_model(**mixer), tmp_path / "model", FILES[0])

@@ -340,6 +340,7 @@ def sspruner_scorers():
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_killed_process_goes_on_from_the_command_line(tmp_path):
     """kill -9 in the middle of the walk; then the same command with --resume, and one that was never killed."""

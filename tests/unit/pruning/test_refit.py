@@ -411,6 +411,7 @@ def test_prune_refits_and_reports_the_damage_without(reference):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_refit_on_the_command_line(tmp_path):
     small = ["--samples", "8", "--seq-len", "64", "--seed", "1"]

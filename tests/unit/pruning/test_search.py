@@ -346,6 +346,7 @@ def test_uniform_best_is_the_smallest_size_within_the_limit():
     assert result.report.one_shot
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_limit_on_the_command_line(tmp_path):
     small = ["--samples", "6", "--seq-len", "64", "--seed", "1"]

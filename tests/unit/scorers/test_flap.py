@@ -216,6 +216,7 @@ def test_a_pruned_layer_errs_less_with_the_bias(mode: str, axis: str, options: d
     torch.testing.assert_close(error.mean((0, 1)), torch.zeros_like(compensation), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "axis"), [("zamba2", "mlp"), ("mamba", "channel"), ("zamba", "head")])
 def test_it_prunes_other_families(family: str, axis: str) -> None:
     result = sspruner.prune(zoo(family), "flap", axis=axis, sparsity=0.5, calibration=calibrated(tokens(4, 19)))

@@ -109,6 +109,7 @@ def _scan_output(model: torch.nn.Module, layer: str, ids: torch.Tensor) -> torch
     return seen[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "axis"), [("mamba", "state"), ("zamba", "state"), ("zamba", "head")])
 def test_ghost_is_what_mamba1s_own_scan_loses(family: str, axis: str) -> None:
     """With a gate that is the same constant everywhere, what enters out_proj is y times that constant."""
@@ -216,6 +217,7 @@ def test_ghost_in_batches_is_ghost_at_once(drawn: tuple[torch.nn.Module, str]) -
             torch.testing.assert_close(apart[group], scores, rtol=loose(model), atol=loose(model) * largest)
 
 
+@pytest.mark.slow
 @examples(15)
 @given(EVERY_AXIS, st.lists(st.integers(2, 19), min_size=2, max_size=4))
 def test_ghost_does_not_see_padding(drawn: tuple[torch.nn.Module, str], lengths: list[int]) -> None:

@@ -308,6 +308,7 @@ def test_a_pruned_model_is_zero_where_the_plan_says(budget: dict[str, Any], one_
             assert keep.sum(1).unique().numel() == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_it_disturbs_a_trained_model_less_than_wanda(reference: tuple) -> None:
     dense, _ = reference

@@ -87,6 +87,7 @@ def test_a_list_of_one_and_a_tuple() -> None:
     assert list(score(model, ("ghost", "random"))) == ["ghost", "random"]
 
 
+@pytest.mark.slow
 def test_classes_and_one_scorer_for_each_axis() -> None:
     model, axes = zoo("zamba2"), ["head", "mlp"]
     cls, _ = find_scorer("wanda")

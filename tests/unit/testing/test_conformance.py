@@ -33,7 +33,7 @@ def test_ghost_conforms() -> None:
     check_scorer("ghost", max_examples=FEW)
 
 
-@pytest.mark.ci_cover(families=6)
+@pytest.mark.ci_cover(families=3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(installed_scorers()) - {"ghost"}))
 def test_every_scorer_conforms(name: str) -> None:
@@ -361,6 +361,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.ci_cover(most=24)
 @pytest.mark.cover(most=12)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda cls: cls.__name__)
@@ -418,6 +419,7 @@ def test_properties_can_be_left_out() -> None:
     check_scorer(Unseeded, families=["mamba2"], max_examples=1, axes=[])  # nothing asked
 
 
+@pytest.mark.slow
 def test_the_kit_leaves_no_trace() -> None:
     state, threads, grad = torch.random.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled()
     names = {name for name, _ in manager.plugin_manager().list_name_plugin()}

@@ -140,6 +140,7 @@ FAMILY_FAULTS: dict[str, tuple[Callable[[], Family], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAMILY_FAULTS)
 def test_the_kit_catches_a_family(fault: str) -> None:
     make, says = FAMILY_FAULTS[fault]
@@ -151,6 +152,7 @@ def test_the_kit_catches_a_family(fault: str) -> None:
     assert text.count("make_model(") == 1
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_saved_is_said_so() -> None:
     with pytest.raises(AssertionError, match="family 'plain': a cut model cannot be saved and loaded"):
         check_family(PLAIN["Plain"](), plain_model, max_examples=1)

@@ -32,6 +32,7 @@ def made(model: Any, plan: Plan) -> tuple[Any, dict[str, Any], Subnets]:
     return *subnets.make(plan, values), subnets
 
 
+@pytest.mark.slow
 @pytest.mark.ci_cover(families=6)
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
