@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sspruner.calibrate.token_steps import differentiable
+from sspruner.compute.finite import refuse_not_finite
 from sspruner.compute.forward import forward
 from sspruner.compute.precision import in_fp32
 from sspruner.compute.processes import gathered, total
@@ -36,8 +37,7 @@ def mean_gradients(model: nn.Module, batches: Batches, tokens: int) -> Gradients
     check_some(tokens)
     with _differentiable(model):
         for ids, mask in batches:
-            logits = forward(model, ids, mask, use_cache=False).logits
-            torch.autograd.backward(next_token_loss(logits, ids, mask) / tokens)
+            torch.autograd.backward(_loss(model, ids, mask) / tokens)
         return _by_name(model, {p: p.grad for p in model.parameters() if p.grad is not None})
 
 
@@ -60,8 +60,7 @@ def mean_and_fisher(model: nn.Module, batches: Batches, tokens: int) -> tuple[Gr
                 if not predicted:
                     continue
                 sequences += 1
-                logits = forward(model, ids, mask, use_cache=False).logits
-                torch.autograd.backward(next_token_loss(logits, ids, mask) / predicted)
+                torch.autograd.backward(_loss(model, ids, mask) / predicted)
                 with torch.no_grad():
                     for p in model.parameters():
                         if p.grad is not None:
@@ -71,6 +70,14 @@ def mean_and_fisher(model: nn.Module, batches: Batches, tokens: int) -> tuple[Gr
         count = sum(gathered(sequences))  # collective call, also for a process without predicted tokens
         fisher = {p: square / count for p, square in squares.items()}
         return _by_name(model, sums), _by_name(model, fisher)
+
+
+def _loss(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the summed loss. Raises ModelError that names the first module whose output is not finite."""
+    loss = next_token_loss(forward(model, ids, mask, use_cache=False).logits, ids, mask)
+    if not loss.isfinite():
+        refuse_not_finite(model, lambda: forward(model, ids, mask, use_cache=False))
+    return loss
 
 
 def next_token_loss(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sspruner.compute.device import moved, resident, working_on, works_on
+from sspruner.compute.finite import refuse_not_finite
 from sspruner.compute.forward import forward
 from sspruner.compute.products import Products
 from sspruner.errors import ModelError
@@ -254,7 +255,17 @@ class Replay:
         """Run `block` in its current form and make its outputs the inputs of the next block."""
         with self.on_device(block):
             for batch, hidden in enumerate(self.hidden):
-                self.hidden[batch] = tuple(h.cpu() for h in self.run(block, batch, hidden))
+                out = self.run(block, batch, hidden)
+                if not all(h[self.masks[batch].to(h.device)].isfinite().all() for h in out):
+                    self.check_finite(block)
+                self.hidden[batch] = tuple(h.cpu() for h in out)
+
+    @torch.no_grad()
+    def check_finite(self, block: str) -> None:
+        """Raise ModelError that names the first module in a block whose output is not finite, if there is one."""
+        with self.on_device(block) as module:
+            for batch, hidden in enumerate(self.hidden):
+                refuse_not_finite(module, partial(self.run, block, batch, hidden), block)
 
     def run(self, block: str, batch: int, flowing: Flow, *, wide: bool = False) -> Flow:
         """Run a block, which is on the device, on the inputs `flowing` with the batch's other arguments.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sspruner.compute.acceleration import accelerating
+from sspruner.compute.finite import refuse_not_finite
 from sspruner.compute.forward import forward
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
@@ -43,6 +45,8 @@ def sample_from(
             # Families name their cache differently; forward takes it under the name it returns it.
             cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
             probabilities = out.logits[:, -1].float().softmax(-1)  # (count, vocabulary)
+            if not probabilities.isfinite().all():
+                refuse_not_finite(model, partial(forward, model, tokens, use_cache=False))
             tokens = torch.cat([tokens, probabilities.multinomial(1, generator=generator)], 1)
             if progress:
                 progress("sampling calibration text", done, seq_len - 1)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sspruner.calibrate.documents import Reading
+from sspruner.calibrate.encode import encode
 from sspruner.calibrate.sample import sample_from
 from sspruner.compute.forward import embedding
+from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
 from sspruner.recipes.texts import seed_in_64_bits
 
 TOKENS_PER_BATCH = 4096  # tokens in one micro-batch
-TEXT_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".csv", ".text"}
+HELD_OUT = 16  # windows that are held out to report damage, unless the user says how many
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
 
@@ -65,48 +65,69 @@ def _batches(tokens: torch.Tensor, mask: torch.Tensor, size: int) -> Iterator[tu
         yield tokens[start : start + size], mask[start : start + size]
 
 
-# Nine parameters: it is the public door for text of every kind, and `mask` means something for one of them alone.
+@undisturbed
+# Ten parameters: it is the public door for text of every kind; `mask` and `text_column` are for some of them.
 def calibration(
-    source: str | Path | list[str] | torch.Tensor,
+    source: Any,
     model: nn.Module,
     tokenizer: Any = None,
     *,
     samples: int = 32,
     seq_len: int = 256,
-    held_out: int = 16,
+    held_out: int = HELD_OUT,
     seed: int = 0,
     mask: torch.Tensor | None = None,
+    text_column: str = "",
     progress: Progress | None = None,
 ) -> Calibration:
     """Make calibration windows from any source.
 
-    source: "self" (sampled from the model), a UTF-8 text file, the name of a `datasets` dataset as
-    NAME[:CONFIG[:SPLIT]] with a column `text`, a list of strings (each a sequence, padded on the right), or a
-    token tensor int64 (S, T) with an optional bool mask (S, T) that is False where padding.
+    source: "self" (sampled from the model); a file of plain text, JSON lines, JSON, CSV, TSV, Parquet or Arrow; a
+    folder of such files, or one that `save_to_disk` wrote; the name of a `datasets` dataset as NAME[:CONFIG[:SPLIT]];
+    token ids int64 (S, T), with an optional bool mask (S, T) that is False where padding. Or any iterable: of strings
+    or of token ids (each a sequence, padded on the right), of rows with a column of text, of conversations.
 
-    Takes `samples` windows to observe and `held_out` others; if there are fewer, a quarter is held out.
-    Raises InputError if the source is missing, empty, too short, not UTF-8, or does not fit the vocabulary.
+    Takes `samples` windows to observe and `held_out` others; if there are fewer, a quarter is held out, or none with
+    held_out=0. text_column: the column of a row's text; default `text`, else `messages`.
+    Raises InputError if the source is missing, empty, too short, not text, or does not fit the vocabulary.
     """
     if samples < 1 or seq_len < 2 or held_out < 0:
         raise InputError(f"samples={samples}, seq_len={seq_len}, held_out={held_out}: need at least 1, 2 and 0")
     seed_in_64_bits(seed, "seed")
-    if isinstance(source, torch.Tensor):
-        name, tokens = "tokens", source
-        if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
-            raise InputError(f"calibration tokens have shape {tuple(tokens.shape)}; expected (sequences, tokens >= 2)")
-    elif isinstance(source, list):
-        name = "strings"
-        tokens, mask = _pad(_encode_all(source, _required(tokenizer)), seq_len)
-    elif str(source) == "self":
-        name = "self"
-        tokens = sample_from(model, samples + held_out, seq_len, seed=seed, progress=progress)
+    wanted = samples + held_out
+    if (given := _as_tokens(source)) is not None:
+        name, tokens = "tokens", given
+    elif mask is not None:
+        raise InputError("calibration mask: belongs to token ids (S, T); other sources say themselves where padding is")
+    elif isinstance(source, str) and source == "self":
+        name = "self"  # the same text whether or not some of it is held out
+        tokens = sample_from(model, samples + (held_out or HELD_OUT), seq_len, seed=seed, progress=progress)
     else:
-        name = str(source)
-        tokens = _windows(read_text(name), _required(tokenizer), seq_len, samples + held_out, seed, name)
+        found = encode(source, tokenizer, Reading("calibration", text_column, tokenizer), wanted, wanted * seq_len)
+        name = found.name
+        if found.running:
+            tokens = _windows(found.sequences[0], seq_len, wanted, seed, name)
+        else:
+            tokens, mask = _pad([ids for ids in found.sequences if len(ids) > 1], seq_len, name)
     if mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
     _check(tokens, mask, model, name)
-    return _split(tokens.cpu().long(), mask.cpu().bool(), samples, held_out, name, seed)
+    # Copies, since tokens made in inference mode would forbid gradients.
+    return _split(tokens.cpu().long().clone(), mask.cpu().bool().clone(), samples, held_out, name, seed)
+
+
+def _as_tokens(source: Any) -> torch.Tensor | None:
+    """Return a tensor, or an array of numbers, as tokens (S, T); None for other sources."""
+    if not hasattr(source, "ndim") or getattr(source, "dtype", None) is None:
+        return None
+    if not isinstance(source, torch.Tensor):
+        if source.dtype.kind not in "iu":
+            return None
+        source = torch.as_tensor(source).long()
+    tokens: torch.Tensor = source
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
+        raise InputError(f"calibration tokens have shape {tuple(tokens.shape)}; expected (sequences, tokens >= 2)")
+    return tokens
 
 
 def _split(
@@ -122,90 +143,22 @@ def _split(
     return Calibration(tokens[observed], mask[observed], tokens[kept_out], mask[kept_out], source, seed, separate)
 
 
-def _required(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise InputError("calibration from text needs a tokenizer and this model has none; give tokens or 'self'")
-    return tokenizer
-
-
-def read_text(name: str, what: str = "calibration") -> str:
-    """Return the text of a UTF-8 file, or the joined column `text` of a dataset. `what` names its purpose in errors."""
-    if not name.strip():
-        raise InputError(f"{what}: the name is empty; give self, a text file or a dataset")
-    path = Path(name).expanduser()
-    if path.is_file():
-        data = path.read_bytes()
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{what} file {name}: not UTF-8 (byte {error.start}); convert it") from error
-    elif path.suffix in TEXT_SUFFIXES:
-        raise InputError(f"{what} file {name}: no such file")
-    else:
-        text = "\n\n".join(read_dataset(name, what))
-    if not text.strip():
-        raise InputError(f"{what} {name}: empty")
-    return text
-
-
-def read_dataset(name: str, what: str = "calibration", default_split: str = "train") -> list[str]:
-    """Return the `text` column of a `datasets` dataset: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT."""
-    import datasets
-
-    path, config, split = [*name.split(":"), "", ""][:3]
-    try:
-        with quiet():
-            rows = datasets.load_dataset(path, config or None, split=split or default_split)
-    except Exception as error:  # the hub, a loader or a parser may fail in any way
-        brief = str(error.__cause__ or error).strip().split("\n")[0]
-        raise InputError(f"{what} {name}: no such file, and datasets cannot load it: {brief}") from error
-    if "text" not in rows.column_names:
-        raise InputError(f"{what} {name}: no column 'text'; it has {', '.join(rows.column_names)}")
-    texts = [text for text in rows["text"] if text is not None]
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{what} {name}: its column 'text' holds {type(texts[0]).__name__}, not text")
-    return texts
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Context manager that silences datasets' progress bars and log messages. Errors are raised."""
-    import datasets
-
-    silent, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if not silent:
-            datasets.enable_progress_bars()
-
-
-def _encode_all(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    if not any(t.strip() for t in texts):
-        raise InputError("calibration strings: empty")
-    return [ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if len(ids) > 1]
-
-
-def _pad(sequences: list[list[int]], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(sequences: list[torch.Tensor], seq_len: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (tokens, mask), truncated to seq_len and padded on the right with 0."""
     if not sequences:
-        raise InputError("calibration strings: every one is shorter than 2 tokens")
+        raise InputError(f"calibration {name}: every one is shorter than 2 tokens")
     width = min(seq_len, max(map(len, sequences)))
     tokens = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, ids in enumerate(sequences):
         ids = ids[:width]
-        tokens[row, : len(ids)] = torch.tensor(ids)
+        tokens[row, : len(ids)] = ids
         mask[row, : len(ids)] = True
     return tokens, mask
 
 
-def _windows(text: str, tokenizer: Any, seq_len: int, count: int, seed: int, name: str) -> torch.Tensor:
-    """Draw up to `count` non-overlapping windows of a text: (S, seq_len)."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _windows(ids: torch.Tensor, seq_len: int, count: int, seed: int, name: str) -> torch.Tensor:
+    """Draw up to `count` non-overlapping windows of a text, int64 (tokens,): (S, seq_len)."""
     if len(ids) < seq_len:
         raise InputError(f"calibration {name}: {len(ids)} tokens, shorter than one sequence of --seq-len {seq_len}")
     windows = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)

@@ -95,7 +95,9 @@ def command(
         source: Any = text.source
         size: dict[str, Any] = {"samples": text.samples, "seq_len": text.seq_len, "seed": scored.seed}
         if files.curves:  # score and measure on the same text
-            source = sspruner.calibration(text.source, loaded, tokenizer, **size, progress=progress)
+            source = sspruner.calibration(
+                text.source, loaded, tokenizer, **size, text_column=text.text_column, progress=progress
+            )
         scores_by_name = sspruner.score(
             loaded,
             scorers,
@@ -106,6 +108,7 @@ def command(
             cache=not machine.no_cache,
             progress=progress,
             options=scored.options,
+            text_column=text.text_column,
             **size,
         )
         if files.curves:

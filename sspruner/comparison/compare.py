@@ -21,6 +21,7 @@ from sspruner.comparison.record import Comparison, Cut, row_from_json, row_to_js
 from sspruner.compute.device import on_device, resolve_device
 from sspruner.compute.forward import embedding
 from sspruner.compute.quick import quick_on_cpu
+from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError, PlanError
 from sspruner.evaluation.last_word import Passage, passages, read_passages
 from sspruner.evaluation.measures import Inputs, Values, check_metrics, inputs_for, measure, summary
@@ -65,6 +66,7 @@ class Given:
     on_row: Callable[[Comparison], None] | None = None
 
 
+@undisturbed
 def compare(
     model: nn.Module,
     recipe: Any = None,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.sources import Progress
+from sspruner.compute.finite import refuse_not_finite
 from sspruner.compute.forward import forward
 from sspruner.compute.processes import gathered
 from sspruner.compute.quick import quick_on_cpu
@@ -54,7 +55,10 @@ def damages(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     progress: Progress | None = None,
 ) -> list[Damage]:
-    """Return the damage of several plans; the dense model runs once on each batch."""
+    """Return the damage of several plans; the dense model runs once on each batch.
+
+    Raises ModelError if the dense model's outputs are not finite.
+    """
     windows = [alone(tokens, mask) for tokens, mask in batches]
     run = logits_of(model)
 
@@ -66,7 +70,10 @@ def damages(
         return logits
 
     with quick_on_cpu(model, next(model.parameters()).device):
-        return damages_of(watched(windows, progress, "measuring", len(windows)), run, [cut(plan) for plan in plans])
+        found = damages_of(watched(windows, progress, "measuring", len(windows)), run, [cut(plan) for plan in plans])
+        if not all(math.isfinite(each.dense_perplexity) for each in found):
+            refuse_not_finite(model, lambda: [run(batch) for batch in windows])
+    return found
 
 
 def damages_of(batches: Iterable[Windows], dense: Logits, pruned: Sequence[Logits]) -> list[Damage]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sspruner.calibrate.documents import Reading
+from sspruner.calibrate.encode import encode, source_name
 from sspruner.calibrate.sample import sample_from
-from sspruner.calibrate.sources import Progress, micro_batch_size, read_text
+from sspruner.calibrate.sources import Progress, micro_batch_size
 from sspruner.compute.device import check_whole, on_device, resolve_device
 from sspruner.compute.forward import embedding
 from sspruner.compute.quick import quick_on_cpu
+from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
 from sspruner.evaluation import paired
 from sspruner.evaluation.harness import TaskMetric, check_harness, run_tasks
@@ -37,6 +39,7 @@ PASSKEY_SHORTEST = 256
 Both = tuple[nn.Module, nn.Module | None]
 
 
+@undisturbed
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -53,7 +56,8 @@ def evaluate(
     Args:
         tokenizer: tokenizer that reads text; also needed for passkeys and tasks.
         options: `EvaluateOptions`; or its fields as `short` arguments: `evaluate(model, tokenizer, text="t.txt",
-            tokens=4096)`. `text` may also be tokens, int64 (texts, T); the first `tokens` tokens in all are measured.
+            tokens=4096)`. `text` may also be tokens, int64 (texts, T), or anything else that `sspruner.calibration`
+            takes; the first `tokens` tokens in all are measured.
             `limit` LAMBADA passages are drawn with the seed. Default metrics: all that can be measured.
         against: the model to compare with, usually the dense one. With text "self", the text is sampled from it.
         device: the compute device; CUDA if there is one, else the CPU.
@@ -109,8 +113,8 @@ def _protocol(both: Both, options: EvaluateOptions, pairs: int, passkeys: int, d
     model, against = both
     measures, text = options.measures, options.windows
     return {
-        "text": "tokens" if isinstance(text.text, torch.Tensor) else str(text.text),
-        "text_from": ("dense" if against is not None else "model") if str(text.text) == "self" else None,
+        "text": source_name(text.text),
+        "text_from": ("dense" if against is not None else "model") if source_name(text.text) == "self" else None,
         "tokens": text.tokens,
         "window": text.max_length,
         "stride": text.step,
@@ -287,15 +291,13 @@ def _texts(text: TextWindows, both: Both, tokenizer: Any, seed: int, progress: P
         if source.ndim != 2 or source.shape[1] < 2 or not len(source):
             raise InputError(f"text: tokens of shape {tuple(source.shape)}; expected (texts, tokens >= 2)")
         texts = list(source.cpu().long())
-    elif str(source) == "self":
+    elif isinstance(source, str) and source == "self":
         report = None if progress is None else lambda _, done, total: progress("sampling text", done, total)
         count = max(1, tokens // length)
         texts = list(sample_from(against or model, count, length + 1, seed=seed, progress=report))
         tokens = count * (length + 1)  # the first token of each is not measured
     else:
-        if tokenizer is None:
-            raise InputError(f"text {source}: needs a tokenizer, and this model has none; give tokens or 'self'")
-        texts = [torch.tensor(tokenizer(read_text(str(source), "text"), add_special_tokens=False)["input_ids"])]
+        texts = encode(source, tokenizer, Reading("text", text.text_column, tokenizer), tokens, tokens).sequences
     kept = []
     for ids in texts:
         ids = ids[: max(0, tokens)]
@@ -303,7 +305,7 @@ def _texts(text: TextWindows, both: Both, tokenizer: Any, seed: int, progress: P
         if len(ids) > 1:
             kept.append(ids)
     if not kept:
-        raise InputError(f"text {source if isinstance(source, (str, Path)) else 'tokens'}: shorter than two tokens")
+        raise InputError(f"text {source_name(source)}: shorter than two tokens")
     low, high = (int(getattr(torch.cat(kept), end)()) for end in ("min", "max"))
     vocabulary = embedding(model).num_embeddings
     if low < 0 or high >= vocabulary:

@@ -12,7 +12,6 @@ filter, and no second guess.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.calibrate.sources import read_dataset, read_text
+from sspruner.calibrate.documents import TABLES, Reading, kind, pieces
 from sspruner.compute.forward import forward
 from sspruner.errors import InputError
 
@@ -79,24 +78,15 @@ def passages(
 
 
 def read_passages(name: str) -> list[str]:
-    """Read passages from a local .jsonl, an object with `text` on each line, or from a `datasets` dataset.
+    """Read passages, the rows of a table, of a folder of tables, or of a `datasets` dataset.
 
-    A dataset is NAME[:CONFIG[:SPLIT]]; the default split is test. Raises InputError for anything else, with the number
-    of a bad line.
+    A dataset is NAME[:CONFIG[:SPLIT]]; the default split is test. Raises InputError for anything else, and for plain
+    text, which does not say where a passage ends.
     """
-    if not Path(name).expanduser().is_file() and Path(name).suffix != ".jsonl":
-        return read_dataset(name, "lambada", "test")
-    texts = []
-    for number, line in enumerate(read_text(name, "lambada").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            texts.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            texts.append(None)
-        if not isinstance(texts[-1], str):
-            raise InputError(f'lambada file {name}: line {number} is not JSON with a "text"')
-    return texts
+    path = Path(name).expanduser()
+    if path.is_file() and kind(path) not in TABLES:
+        raise InputError(f"lambada file {name}: plain text has no passages; give {', '.join(TABLES)} or a dataset")
+    return [text for text, _ in pieces(name, Reading("lambada", split="test"))]
 
 
 def _split(tokenizer: Any, text: str, number: int, max_length: int) -> Passage:

@@ -8,6 +8,7 @@ from torch import nn
 
 from sspruner.calibrate.sources import Progress
 from sspruner.compute.progress import shown
+from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
 from sspruner.pruning.decide import decide, refitted, score_for
 from sspruner.pruning.prepare import prepare
@@ -15,9 +16,10 @@ from sspruner.pruning.report import report_of
 from sspruner.pruning.result import Result
 from sspruner.pruning.stages import Machine
 from sspruner.recipes.recipe import Recipe
-from sspruner.scoring.score import Source
+from sspruner.scoring.score import Source, blamed_rightly
 
 
+@undisturbed
 def prune(
     model: nn.Module,
     recipe: Any = None,
@@ -56,8 +58,8 @@ def prune(
     recipe = as_recipe(recipe, short)
     with shown(progress) as callback:
         job = prepare(model, recipe, Machine(calibration, tokenizer, device, cache, resume, callback))
-        scored = score_for(job)
-        decision = refitted(job, decide(job, scored))
+        with blamed_rightly(model, job.data, job.run.device):
+            decision = refitted(job, decide(job, score_for(job)))
         outcome = job.cutter.cut(job, decision)
         return Result(model, decision.plan, decision.scores, report_of(job, decision, outcome), recipe)
 

@@ -29,6 +29,7 @@ from sspruner.calibrate.replay import Flow, Replay
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import resolve_device
 from sspruner.compute.quick import quick_on_cpu
+from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError, ModelError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.site import Site, within
@@ -71,6 +72,7 @@ class _Writer:
         return f"{self.weight.removesuffix('weight')}bias"
 
 
+@undisturbed
 @torch.no_grad()
 def refit(
     model: nn.Module,

@@ -14,6 +14,7 @@ from sspruner.axes import WHOLE_MODEL
 from sspruner.budgets.decide import select
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import on_device, resolve_device
+from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
 from sspruner.evaluation.damage import damages
 from sspruner.files import strict_json
@@ -70,6 +71,7 @@ class Sensitivity:
         return result
 
 
+@undisturbed
 def sensitivity(
     model: nn.Module,
     scores: Scores,

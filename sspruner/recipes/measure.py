@@ -39,7 +39,7 @@ class Measures:
     """Some of perplexity, position, length, recall, passkey, separated by commas; or none."""
 
     lambada: Annotated[str | None, text("TEXT")] = None
-    """LAMBADA: a .jsonl with `text`, or a datasets name."""
+    """LAMBADA: a table with `text`, such as .jsonl, or a datasets name."""
 
     tasks: Annotated[tuple[str, ...], text("NAME,NAME"), FromText(names_in, "--tasks")] = ()
     """Tasks of lm-eval, separated by commas."""
@@ -67,11 +67,14 @@ class Measures:
 class TextWindows:
     """The text whose tokens are predicted, and its windows.
 
-    In Python `text` may also be tokens, int64 (texts, T).
+    In Python `text` may also be anything else that `sspruner.calibration` takes.
     """
 
     text: Annotated[Source, one_text("TEXT")] = "self"
-    """Text file, datasets name, or self: sampled from --against, or from the model."""
+    """File, folder or datasets name, as for --calibration, or self: sampled from --against, or from the model."""
+
+    text_column: Annotated[str, one_text("NAME", default="text, else messages")] = ""
+    """Column of this text in tables and datasets."""
 
     tokens: Annotated[int, whole()] = 8192
     """Number of tokens to measure, from the start of the text."""

@@ -246,13 +246,17 @@ class CalibrationText:
     """The text for scoring, and for measuring damage during the search."""
 
     source: Annotated[str, text("TEXT", name="--calibration")] = "self"
-    """Text file, datasets name (NAME[:CONFIG[:SPLIT]]), or self: sampled from the model."""
+    """File (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; .gz), folder of such, datasets name
+    (NAME[:CONFIG[:SPLIT]]), or self: sampled from the model."""
 
     samples: Annotated[int, whole()] = 32
     """Calibration sequences."""
 
     seq_len: Annotated[int, whole()] = 256
     """Tokens per calibration sequence."""
+
+    text_column: Annotated[str, text("NAME", default="text, else messages")] = ""
+    """Column of the calibration text in tables and datasets."""
 
 
 @Parameter(name="*", group=TARGET)

@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 from sspruner.errors import InputError
 from sspruner.recipes.common import Recorded
 from sspruner.recipes.flags import METHOD, FromText, number, read_texts, text, texts, whole
+from sspruner.recipes.flags import text as one_text  # where a field is named text
 from sspruner.recipes.lists import names_in
 from sspruner.recipes.texts import seed_in_64_bits, several
 
@@ -24,11 +25,14 @@ class TrainText:
     """The text to train on."""
 
     text: Annotated[tuple[str, ...], texts("TEXT"), FromText(several, "--text")] = ()
-    """Text to train on: a UTF-8 file, .jsonl with `text`, or a datasets name (NAME[:CONFIG[:SPLIT]]). Repeatable:
-    blocks of all in equal parts."""
+    """Text to train on: a file (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; .gz), folder of such, or datasets
+    name (NAME[:CONFIG[:SPLIT]]). Repeatable: blocks of all in equal parts."""
 
     held_out: Annotated[int, whole()] = 16
     """Blocks at the beginning of each text that are never trained on."""
+
+    text_column: Annotated[str, one_text("NAME", default="text, else messages")] = ""
+    """Column of the training text in tables and datasets."""
 
     def __post_init__(self) -> None:
         """Read one text as a tuple of one."""

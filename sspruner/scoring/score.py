@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sspruner.axes import WHOLE_MODEL
-from sspruner.calibrate.sources import Calibration, Progress, calibration
-from sspruner.compute.device import check_whole, on_device
+from sspruner.calibrate.sources import HELD_OUT, Calibration, Progress, calibration
+from sspruner.compute.device import check_whole, offloaded, on_device
+from sspruner.compute.finite import refuse_not_finite
+from sspruner.compute.forward import forward
 from sspruner.compute.processes import from_one, rank
 from sspruner.compute.progress import shown
-from sspruner.errors import InputError
+from sspruner.compute.settings import undisturbed
+from sspruner.errors import InputError, PluginError
 from sspruner.files.journal import Journal
 from sspruner.recipes.parts import CalibrationText, Scoring
 from sspruner.recipes.yaml import nearest
@@ -25,9 +29,10 @@ from sspruner.scoring.run import Run
 from sspruner.scoring.scores import Scores
 from sspruner.scoring.walk import walk
 
-Source = Calibration | str | Path | list[str] | torch.Tensor
+Source = Any  # a `Calibration`, or what `sspruner.calibration` takes
 
 
+@undisturbed
 def score(
     model: nn.Module,
     scorer: OneScorer | Sequence[OneScorer] = "ghost",
@@ -49,7 +54,8 @@ def score(
         cache: take scores that were made before, where model, scorer, its code, options, calibration and seed are the
             same (docs/calibration.md).
         progress: called with (phase, done, total); True shows bars on standard error.
-        short: samples and seq_len of the calibration, seed, and options, the arguments of the scorer's constructor;
+        short: samples, seq_len and text_column of the calibration, which holds nothing out; seed, and options, the
+            arguments of the scorer's constructor;
             `name.option` is for that scorer alone.
 
     Raises InputError for an unknown scorer, axis or option, PluginError if the scorer breaks its contract. The
@@ -67,18 +73,19 @@ def score(
     with shown(progress) as callback:
         if run.needs_data:
             with on_device(model, run.device):
-                data = calibrated(calibration, model, tokenizer, text, scoring.seed, callback)
-        found = score_dense(run, data, cache, callback)
+                data = calibrated(calibration, model, tokenizer, text, scoring.seed, callback, held_out=0)
+        with blamed_rightly(model, data, run.device):
+            found = score_dense(run, data, cache, callback)
     return found if several else next(iter(found.values()))
 
 
 def _score_parts(short: dict[str, Any]) -> tuple[CalibrationText, Scoring]:
     """Sort short arguments into the parts of a recipe that they belong to. Raises InputError for an unknown one."""
-    known = ("samples", "seq_len", "options", "seed")
+    known = ("samples", "seq_len", "text_column", "options", "seed")
     if unknown := next((name for name in short if name not in known), None):
         raise InputError(f"unknown argument {unknown!r}{nearest(unknown, known)}")
-    text = {name: short[name] for name in known[:2] if name in short}
-    return CalibrationText(**text), Scoring(**{name: short[name] for name in known[2:] if name in short})
+    text = {name: short[name] for name in known[:3] if name in short}
+    return CalibrationText(**text), Scoring(**{name: short[name] for name in known[3:] if name in short})
 
 
 def score_dense(
@@ -105,8 +112,27 @@ def score_dense(
     return {job.label: (ordered | made)[job.label] for job in order if job.label not in run.refused}
 
 
+@contextmanager
+def blamed_rightly(model: nn.Module, data: Calibration | None, device: torch.device) -> Iterator[None]:
+    """Context manager that raises ModelError instead of PluginError if the dense model itself is not finite."""
+    try:
+        yield
+    except PluginError:
+        if data is not None and offloaded(model) is None:
+            with on_device(model, device):
+                for tokens, mask in data.batches(logits=True):
+                    refuse_not_finite(model, partial(forward, model, tokens, mask, use_cache=False))
+        raise
+
+
 def calibrated(
-    source: Source, model: nn.Module, tokenizer: Any, text: CalibrationText, seed: int, progress: Progress | None
+    source: Source,
+    model: nn.Module,
+    tokenizer: Any,
+    text: CalibrationText,
+    seed: int,
+    progress: Progress | None,
+    held_out: int = HELD_OUT,
 ) -> Calibration:
     """Return the calibration itself, or make one from a source; the model is on the device that samples.
 
@@ -117,7 +143,15 @@ def calibrated(
         if isinstance(source, Calibration):
             return source
         return calibration(
-            source, model, tokenizer, samples=text.samples, seq_len=text.seq_len, seed=seed, progress=progress
+            source,
+            model,
+            tokenizer,
+            samples=text.samples,
+            seq_len=text.seq_len,
+            held_out=held_out,
+            seed=seed,
+            text_column=text.text_column,
+            progress=progress,
         )
 
     return from_one(make)

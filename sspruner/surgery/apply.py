@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from sspruner.compute.device import offloaded
+from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError, PlanError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.ssm_graph import SSMGraph
@@ -16,6 +17,7 @@ from sspruner.surgery.slice import slice_model
 from sspruner.surgery.tensors import add_bias, new_biases
 
 
+@undisturbed
 def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
     """Apply `plan` to `model`, in place, and return it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import added_parameters, removed_parameters, removed_state_bytes, zeros_left
 from sspruner.surgery.project import project_states
 from sspruner.surgery.record import fields, record
+from sspruner.surgery.restore import restored_on_error
 from sspruner.surgery.slice import slice_model
 from sspruner.surgery.tensors import new_biases, tensor, write_for_good
 
@@ -70,18 +71,51 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
 
     Raises ProofError if masked and sliced logits differ by more than rounding explains, if parameters or the state
     bytes measured in the model's own cache did not shrink by the predicted amount, or if new values or zeros are not in
-    place. The model is then unusable.
+    place. After any error the model is what it was, to the bit.
     """
-    added = added_parameters(model, plan, graph)
-    biases = new_biases(model, plan.updates)
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
     probe = probe.to(next(model.parameters()).device)
     before = _parameters(model), measured_state_bytes(model, probe)
-    config = getattr(model, "config", None)
-    fields_before = fields(config)
     with masked(model, plan, graph), in_fp32(model):
         reference, limit = _reference(model, probe, graph, generator)
+    with restored_on_error(model, plan, graph):
+        result, expected = _sliced(model, plan, graph, probe)
+        after = _parameters(model), measured_state_bytes(model, probe)
+        error = relative(result, reference)
+        if not error <= limit:  # also catches NaN
+            raise ProofError(f"proof failed: sliced and masked logits differ by {error:.1e}, more than {limit:.0e}")
+        for quantity, i, more, gone in (
+            ("parameters", 0, expected.added, expected.parameters),
+            ("state bytes per sequence", 1, 0, expected.state_bytes),
+        ):
+            removed = before[i] + more - after[i]
+            if removed != gone:
+                raise ProofError(f"proof failed: {removed:,} {quantity} are gone, the plan predicts {gone:,}")
+        for name, zero in expected.zeros.items():
+            count = int((tensor(model, name)[zero.to(probe.device)] == 0).sum())
+            if count != int(zero.sum()):
+                raise ProofError(
+                    f"proof failed: {name} has {count:,} zeros where the plan predicts {int(zero.sum()):,}"
+                )
+    zeros = sum(int(zero.sum()) for zero in expected.zeros.values())
+    return Proof(error, limit, expected.parameters, expected.state_bytes, expected.added, zeros)
+
+
+class _Expected(NamedTuple):
+    """What a plan predicts: numbers removed, numbers added, and where zeros stay."""
+
+    parameters: int
+    state_bytes: int
+    added: int
+    zeros: dict[str, torch.Tensor]
+
+
+def _sliced(model: nn.Module, plan: Plan, graph: SSMGraph, probe: torch.Tensor) -> tuple[torch.Tensor, _Expected]:
+    """Slice the model and record the cut. Returns the cut model's logits in fp32, and what the plan predicts."""
+    added, biases = added_parameters(model, plan, graph), new_biases(model, plan.updates)
+    config = getattr(model, "config", None)
+    fields_before = fields(config)
     graph = write_for_good(model, plan, graph)
     _check_written(model, plan, graph)
     state = removed_state_bytes(plan, graph)
@@ -94,23 +128,7 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
         except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as fault:
             raise ProofError(f"proof failed: the cut model does not run ({type(fault).__name__}: {fault})") from fault
     record(config, fields_before, plan, graph, biases)
-    after = _parameters(model), measured_state_bytes(model, probe)
-
-    error = relative(result, reference)
-    if not error <= limit:  # also catches NaN
-        raise ProofError(f"proof failed: sliced and masked logits differ by {error:.1e}, more than {limit:.0e}")
-    for quantity, i, more, expected in (
-        ("parameters", 0, added, parameters),
-        ("state bytes per sequence", 1, 0, state),
-    ):
-        removed = before[i] + more - after[i]
-        if removed != expected:
-            raise ProofError(f"proof failed: {removed:,} {quantity} are gone, the plan predicts {expected:,}")
-    for name, zero in zeros.items():
-        count = int((tensor(model, name)[zero.to(probe.device)] == 0).sum())
-        if count != int(zero.sum()):
-            raise ProofError(f"proof failed: {name} has {count:,} zeros where the plan predicts {int(zero.sum()):,}")
-    return Proof(error, limit, parameters, state, added, sum(int(zero.sum()) for zero in zeros.values()))
+    return result, _Expected(parameters, state, added, zeros)
 
 
 @torch.no_grad()

@@ -15,29 +15,30 @@ from typing import Any
 
 import torch
 
-from sspruner.calibrate.sources import quiet
+from sspruner.calibrate.documents import Reading, pieces, texts_of
+from sspruner.calibrate.encode import source_name
 from sspruner.errors import InputError
 from sspruner.recipes.train import Settings, TrainText
 
 SHUFFLED = 1024  # size of the shuffle buffer, in blocks
-CHARACTERS = 2**16  # of plain text tokenised together, up to the last white space
-DOCUMENTS = 64  # of a dataset, tokenised together
+PIECES = 64  # documents, or parts of plain text, that are tokenised together
 
 
 @dataclass(frozen=True)
 class Text:
     """Sources of text, as blocks of tokens.
 
-    sources: files (.jsonl and .json with a column `text`, anything else as plain UTF-8), or datasets as
-    NAME[:CONFIG[:SPLIT]]. Each block is from one of them, drawn with equal probability.
+    sources: names of files, folders or datasets (calibrate/documents.py); in Python also lists of strings, and rows
+    such as those of a `Dataset`. Each block is from one of them, drawn with equal probability.
     held_out: number of blocks at the beginning of each source that are never trained on.
     """
 
-    sources: tuple[str, ...]
+    sources: tuple[Any, ...]
     tokenizer: Any
     seq_len: int
     held_out: int = 16
     seed: int = 0
+    column: str = ""
 
     @classmethod
     def of(cls, text: TrainText, settings: Settings, tokenizer: Any) -> Text:
@@ -49,11 +50,17 @@ class Text:
             raise InputError("training text: the recipe names none")
         if tokenizer is None:
             raise InputError("training text needs a tokenizer, and this model has none: give --tokenizer")
-        return cls(text.text, tokenizer, settings.seq_len, text.held_out, settings.seed)
+        return cls(text.text, tokenizer, settings.seq_len, text.held_out, settings.seed, text.text_column)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that identify this text, as JSON."""
-        return {"text": list(self.sources), "held_out": self.held_out, "text_seed": self.seed}
+        column = {"text_column": self.column} if self.column else {}
+        return {
+            "text": [source_name(source) for source in self.sources],
+            "held_out": self.held_out,
+            "text_seed": self.seed,
+            **column,
+        }
 
     def held_out_blocks(self) -> torch.Tensor:
         """Return the held-out blocks, int64 (sources * held_out, seq_len).
@@ -70,18 +77,18 @@ class Text:
         streams = [self._repeated(source, number) for number, source in enumerate(self.sources)]
         return islice((next(rng.choice(streams)) for _ in count()), skip, None)
 
-    def _first(self, source: str) -> list[torch.Tensor]:
-        blocks = list(islice(packed(source, self.tokenizer, self.seq_len), self.held_out + 1))
+    def _first(self, source: Any) -> list[torch.Tensor]:
+        blocks = list(islice(packed(source, self.tokenizer, self.seq_len, self.column), self.held_out + 1))
         if len(blocks) <= self.held_out:
             raise InputError(
-                f"training text {source}: {len(blocks)} blocks of {self.seq_len} tokens, of which {self.held_out} are "
-                "held out; give more text, or less --held-out or --seq-len"
+                f"training text {source_name(source)}: {len(blocks)} blocks of {self.seq_len} tokens, of which "
+                f"{self.held_out} are held out; give more text, or less --held-out or --seq-len"
             )
         return blocks[: self.held_out]
 
-    def _repeated(self, source: str, number: int) -> Iterator[torch.Tensor]:
+    def _repeated(self, source: Any, number: int) -> Iterator[torch.Tensor]:
         for epoch in count():
-            blocks = islice(packed(source, self.tokenizer, self.seq_len), self.held_out, None)
+            blocks = islice(packed(source, self.tokenizer, self.seq_len, self.column), self.held_out, None)
             yield from shuffled(blocks, random.Random(f"{self.seed} {number} {epoch}"))
 
 
@@ -96,7 +103,7 @@ def shuffled(blocks: Iterator[torch.Tensor], rng: random.Random, size: int = SHU
     yield from buffer
 
 
-def packed(source: str, tokenizer: Any, seq_len: int) -> Iterator[torch.Tensor]:
+def packed(source: Any, tokenizer: Any, seq_len: int, column: str = "") -> Iterator[torch.Tensor]:
     """Yield a source as blocks, int64 (seq_len,).
 
     Documents follow one another, each followed by an end-of-text token if the tokenizer has one. The last incomplete
@@ -106,7 +113,8 @@ def packed(source: str, tokenizer: Any, seq_len: int) -> Iterator[torch.Tensor]:
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
-    for texts in pieces(source):
+    parts = _pieces(source, Reading("training text", column, tokenizer, stream=True))
+    while texts := list(islice(parts, PIECES)):
         encoded = tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
         for piece, (_, last) in zip(encoded, texts, strict=True):
             ids += piece + (end if last else [])
@@ -115,50 +123,10 @@ def packed(source: str, tokenizer: Any, seq_len: int) -> Iterator[torch.Tensor]:
         ids = ids[whole:]
 
 
-def pieces(source: str) -> Iterator[list[tuple[str, bool]]]:
-    """Yield lists of (text, whether a document ends with it)."""
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix not in (".json", ".jsonl"):
-        for text, last in _read(path):
-            yield [(text, last)]
-    else:
-        rows = iter(_rows(source, path))
-        while texts := list(islice(rows, DOCUMENTS)):
-            yield [(text, True) for text in texts]
-
-
-def _read(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield a plain text in parts that end with white space."""
-    left = ""
-    try:
-        with path.open(encoding="utf-8") as file:
-            while more := file.read(CHARACTERS):
-                text = left + more
-                cut = max(text.rfind(" "), text.rfind("\n")) + 1 or len(text)
-                yield text[:cut], False
-                left = text[cut:]
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"training text {path}: cannot be read as UTF-8 ({error})") from error
-    yield left, True
-
-
-def _rows(source: str, path: Path) -> Iterable[str]:
-    """Yield the column `text` of a JSON lines file or a dataset, as a stream."""
-    import datasets
-
-    name, config, split = [*source.split(":"), "", ""][:3]
-    try:
-        with quiet():
-            if path.is_file():
-                rows = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
-            else:
-                rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise InputError(f"training text {source}: a row without a string `text`; it has {', '.join(row)}")
-            yield row["text"]
-    except InputError:
-        raise
-    except Exception as error:  # the hub, a loader or a parser may fail in any way
-        brief = str(error.__cause__ or error).strip().split("\n")[0]
-        raise InputError(f"training text {source}: no such file, and datasets cannot load it: {brief}") from error
+def _pieces(source: Any, reading: Reading) -> Iterator[tuple[str, bool]]:
+    """Yield (text, whether a document ends with it). Raises InputError for a source that can be read only once."""
+    if isinstance(source, (str, Path)):
+        return pieces(str(source), reading)
+    if isinstance(source, Iterator) or not isinstance(source, Iterable):
+        raise InputError(f"{reading.what} {source_name(source)}: can be read only once; give a list or a `Dataset`")
+    return ((text, True) for text in texts_of(source, source_name(source), reading))

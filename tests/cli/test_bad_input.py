@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sspruner
+from sspruner.calibrate.gradients import check_differentiable
 from sspruner.plugins.manager import plugin_manager
 from sspruner.scoring.known import installed_scorers
 from support.command import STATE, TEXT, done, refused, saved_model, saved_zoo
@@ -310,11 +311,11 @@ CALIBRATIONS: dict[str, tuple[str, Callable[[Path], Any], Says]] = {
     "blank": ("x.txt", lambda p: p.write_text(" \n\n "), ("calibration x.txt: empty",)),
     "short": ("x.txt", lambda p: p.write_text("too short"), ("x.txt: 3 tokens, shorter than", "--seq-len 32")),
     "latin-1": ("x.txt", lambda p: p.write_bytes(b"caf\xe9 " * 99), ("x.txt: not UTF-8 (byte 3)",)),
-    "empty folder": ("data", Path.mkdir, ("calibration data: no such file, and datasets cannot load it", "data")),
+    "empty folder": ("data", Path.mkdir, ("calibration data: an empty folder; give plain text",)),
     "no text column": ("data", dataset({"body": "a"}), ("data: no column 'text'; it has body",)),
     "no text": ("data", dataset({"text": 3}), ("data: its column 'text' holds int, not text",)),
     "null text": ("data", dataset({"text": None}), ("calibration data: empty",)),
-    "no such split": ("data::dev", dataset({"text": "a"}), ("data::dev", "datasets cannot load it", "dev")),
+    "no such split": ("data::dev", dataset({"text": "a"}), ("calibration data::dev: no split 'dev'; it has train",)),
     "damaged": ("data", lambda p: (p.mkdir(), (p / "a.jsonl").write_text("{")), ("data", "JSON parse error")),
 }
 
@@ -675,8 +676,12 @@ def test_gradients_of_a_model_that_has_none(scorer: str, kind: str, job: str) ->
 
 def test_gradients_under_inference_mode() -> None:
     model = zoo("mamba2")
-    with torch.inference_mode(), pytest.raises(sspruner.InputError, match="leave it first"):
-        sspruner.score(model, "taylor", calibration=tokens())
+    with torch.inference_mode():
+        inside = sspruner.score(model, "taylor", calibration=tokens())
+        with pytest.raises(sspruner.InputError, match="leave it first"):
+            check_differentiable(model)
+    outside = sspruner.score(model, "taylor", calibration=tokens())
+    assert all(torch.equal(value, outside.importance[name]) for name, value in inside.importance.items())
 
 
 def test_text_in_which_nothing_is_predicted() -> None:

@@ -447,12 +447,13 @@ def test_a_global_plan_keeps_the_best_units_of_every_layer(seed: int, sparsity: 
 def test_global_prune_is_one_shot() -> None:
     model = zoo("mamba2")
     ids = torch.randint(31, (4, 19), generator=torch.Generator().manual_seed(0))
-    result = sspruner.prune(model, "ghost", sparsity=0.5, allocation="global", calibration=ids)
+    data = sspruner.calibration(ids, model)
+    result = sspruner.prune(model, "ghost", sparsity=0.5, allocation="global", calibration=data)
     assert result.report.one_shot
     assert result.report.budget["allocation"] == "global"
     dense = zoo("mamba2")
     made = sspruner.plan(
-        sspruner.trace(dense), sspruner.score(dense, "ghost", calibration=ids), sparsity=0.5, allocation="global"
+        sspruner.trace(dense), sspruner.score(dense, "ghost", calibration=data), sparsity=0.5, allocation="global"
     )
     assert result.plan.groups == made.groups
     kept = sum(s["after"] for s in result.report.layers.values())

@@ -28,7 +28,7 @@ EVERYTHING = Recipe(
     Budget("global", "none", 2, {"a": 0.25}, {"*": 4}, {"b": 8}, 0.5, 3),
     Limits(state_bytes=25e6, max_batch=2, memory=8e10, parameters=0.8, perplexity_increase=0.01, kl=0.1),
     Method({"variant": "means", "n": [1, None]}, 7, "mask", {"state": "ghost"}, "select", True, "bias"),
-    CalibrationText("text.txt", 4, 64),
+    CalibrationText("text.txt", 4, 64, "body"),
     Target("vllm", 2),
 )
 

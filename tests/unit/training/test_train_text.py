@@ -7,13 +7,14 @@ import random
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sspruner.calibrate import documents
 from sspruner.errors import InputError
-from sspruner.training import text as module
 from sspruner.training.text import Text, packed, shuffled
 from support.letters import Letters
 from support.training_text import sources
@@ -33,7 +34,7 @@ def test_a_plain_text_is_cut_into_blocks_whole(
     file = tmp_path_factory.mktemp("text") / "a.txt"
     file.write_text(text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHARACTERS", characters)
+        patch.setattr(documents, "CHARACTERS", characters)
         blocks = list(packed(str(file), Letters(), length))
     wanted = [*Letters().ids(text), 0]
     assert joined(blocks) == wanted[: len(wanted) // length * length]
@@ -54,9 +55,9 @@ def test_rows_of_json_lines_are_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.txt", b"\xff\xfe\xff", "cannot be read as UTF-8"),
-        ("a.jsonl", b'{"other": "x"}\n', "a row without a string `text`; it has other"),
-        ("a.jsonl", b'{"text": 7}\n', "a row without a string `text`"),
+        ("a.txt", b"\xff\xfe\xff", "not UTF-8 \\(byte 0\\)"),
+        ("a.jsonl", b'{"other": "x"}\n', "no column 'text'; it has other"),
+        ("a.jsonl", b'{"text": 7}\n', "its column 'text' holds int, not text"),
         ("a.jsonl", b"{{{", "datasets cannot load it"),
         ("none/at-all", None, "no such file, and datasets cannot load it"),
     ],
@@ -102,3 +103,17 @@ def test_held_out_is_never_trained_on_and_a_restart_reads_on(
 def test_a_text_that_is_all_held_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="of which 30 are held out"):
         Text(sources(tmp_path), Letters(), 8, held_out=30).held_out_blocks()
+
+
+def test_text_from_python() -> None:
+    """Rows and strings are documents; what can be read only once cannot be read again."""
+    texts = [letter * 3 for letter in "abcdefgh"]
+    wanted = [token for text in texts for token in (*Letters().ids(text), 0)]
+    rows = [{"text": text} for text in texts]
+    for source in (texts, rows, datasets.Dataset.from_list(rows)):
+        assert joined(list(packed(source, Letters(), 4))) == wanted
+    text = Text((rows,), Letters(), 4, held_out=2)
+    assert text.identity()["text"] == ["list"]
+    assert len(list(islice(text.training_blocks(), 20))) == 20
+    with pytest.raises(InputError, match="training text generator: can be read only once"):
+        list(packed((row for row in rows), Letters(), 4))
