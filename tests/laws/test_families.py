@@ -299,6 +299,7 @@ def renamed(shared: set[frozenset[str]], plan: Plan) -> set[frozenset[str]]:
 # 4. permuting the units of an axis changes nothing
 
 
+@pytest.mark.slow
 @pytest.mark.cover(families=10, least=15)
 @each_unit_axis
 @few(2)

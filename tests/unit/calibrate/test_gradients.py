@@ -284,6 +284,7 @@ def fails_backward(model: nn.Module) -> None:
     module.forward = lambda h: forward(h) + (h.sum(-1, keepdim=True) * 0).sqrt()
 
 
+@pytest.mark.slow
 @each_way
 @pytest.mark.parametrize("works", [True, False], ids=["", "after an error"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

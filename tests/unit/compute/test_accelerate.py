@@ -90,6 +90,7 @@ def test_every_family(family: str, kind: str) -> None:
     same_steps(model, ids, max(1e-5, 32 * rounding(model, ids)))
 
 
+@pytest.mark.slow
 @each_family
 def test_a_cache_that_was_reordered(family: str) -> None:
     model, ids = zoo(family), tokens(3, 12)
@@ -123,6 +124,7 @@ def test_the_update_is_the_recurrence(b: int, groups: int, per: int, P: int, N: 
     torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_bf16_is_no_further_from_fp64_than_stock() -> None:
     """Over many models: roundings are fewer, for the update is taken in fp32."""
     far: dict[str, list[float]] = {"stock": [], "accelerated": []}

@@ -25,6 +25,7 @@ def too_large(block: int, family: str = "mamba2") -> Any:
     return model.half()
 
 
+@pytest.mark.cover(most=6)
 @pytest.mark.parametrize("scorer", ["magnitude", "random", "ghost", "balanced", "flap", "block-influence"])
 @pytest.mark.parametrize("block", [0, 1])
 def test_the_first_module_is_named_for_every_scorer(scorer: str, block: int) -> None:

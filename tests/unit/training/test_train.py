@@ -66,6 +66,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(
     assert not same(whole, tiny_model())
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_says_so(tmp_path: Path) -> None:
     model, asked = tiny_model(), replace(SMALL, max_tokens=60 * 32, every=50)
     found = train(model, text(tmp_path), asked, likelihood, tmp_path)
