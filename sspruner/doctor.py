@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 import sspruner
-from sspruner.compute.forward import forward
+from sspruner.compute.forward import cache_in, forward
 from sspruner.compute.kernels import KERNELS
 from sspruner.errors import PluginError
 from sspruner.graph.family import Family, Projected, SelectiveProjected
@@ -193,7 +193,7 @@ def _decoded(model: Any, ids: torch.Tensor, prefill: int) -> torch.Tensor:
     logits = []
     for positions in torch.split(torch.arange(TOKENS), [prefill] + [1] * (TOKENS - prefill)):
         out = forward(model, ids[:, positions], use_cache=True, position_ids=positions[None], **cache)
-        cache = {name: out[name] for name in ("cache_params", "past_key_values") if out.get(name) is not None}
+        cache = cache_in(out)
         logits.append(out.logits)
     return torch.cat(logits, 1)
 

@@ -10,11 +10,9 @@ import torch
 
 from sspruner.benchmarking import resident
 from sspruner.benchmarking.ceiling import synchronise
-from sspruner.compute.forward import accepted
+from sspruner.compute.forward import accepted, cache_in
 from sspruner.compute.kernels import KERNELS
 from sspruner.errors import InputError
-
-CACHES = ("cache_params", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def run_once(model: Any, ids: torch.Tensor, generate: int, *, cuda_graph: bool =
     watch = _Peak(model, device, memory)
     start = _now(device)
     out = _call(model, ids, 0, {})
-    cache, token = _cache(out), out.logits[:, -1:].argmax(-1)
+    cache, token = cache_in(out), out.logits[:, -1:].argmax(-1)
     del out
     prefill, prefill_peak = _now(device) - start, watch.bytes()
     watch = _Peak(model, device, memory, cache_bytes(cache))
@@ -48,7 +46,7 @@ def run_once(model: Any, ids: torch.Tensor, generate: int, *, cuda_graph: bool =
     start = _now(device)
     for t in range(generate):
         out = _call(model, token, ids.shape[1] + t, cache)
-        cache, token = _cache(out), out.logits[:, -1:].argmax(-1)
+        cache, token = cache_in(out), out.logits[:, -1:].argmax(-1)
     step = (_now(device) - start) / generate
     return Times(prefill, step, prefill_peak, watch.bytes())
 
@@ -57,7 +55,7 @@ def run_once(model: Any, ids: torch.Tensor, generate: int, *, cuda_graph: bool =
 def prefilled(model: Any, ids: torch.Tensor) -> Any:
     """Return a function that runs one decode step after `ids` at each call."""
     out = _call(model, ids, 0, {})
-    cache, token = _cache(out), out.logits[:, -1:].argmax(-1)
+    cache, token = cache_in(out), out.logits[:, -1:].argmax(-1)
     position = ids.shape[1]
 
     @torch.no_grad()
@@ -108,10 +106,6 @@ def _call(model: Any, ids: torch.Tensor, position: int, cache: dict[str, Any]) -
     options = {"use_cache": True, "position_ids": positions, "logits_to_keep": 1, **cache}
     taken = accepted(model)
     return model(input_ids=ids, **{name: value for name, value in options.items() if name in taken})
-
-
-def _cache(out: Any) -> dict[str, Any]:
-    return {name: out[name] for name in CACHES if out.get(name) is not None}
 
 
 def _now(device: torch.device) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sspruner.compute.acceleration import accelerating
 from sspruner.compute.finite import refuse_not_finite
-from sspruner.compute.forward import forward
+from sspruner.compute.forward import cache_in, forward, no_tokens, predicts_tokens
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
 
@@ -29,9 +29,11 @@ def sample_from(
 
     The end-of-text token does not stop a sequence: the tokens after it start a new text, as in training data.
     """
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "bos_token_id"):  # mamba_ssm
         raise InputError(f"calibration 'self': {type(model).__name__} cannot be sampled here; give text or tokens")
+    if not predicts_tokens(model):
+        raise InputError(f"calibration 'self': {no_tokens(model)}, so none can be sampled; give text or tokens")
     device = next(model.parameters()).device
     bos = next(i for i in (config.bos_token_id, config.eos_token_id, 0) if isinstance(i, int))
     generator = torch.Generator(device).manual_seed(seed)
@@ -42,8 +44,7 @@ def sample_from(
             # Positions are explicit, because some models do not count them from the cache (Bamba).
             position = torch.full((count, 1), done - 1, device=device)
             out = forward(model, tokens[:, -1:], use_cache=True, position_ids=position, **cache)
-            # Families name their cache differently; forward takes it under the name it returns it.
-            cache = {key: out[key] for key in ("cache_params", "past_key_values") if out.get(key) is not None}
+            cache = cache_in(out)
             probabilities = out.logits[:, -1].float().softmax(-1)  # (count, vocabulary)
             if not probabilities.isfinite().all():
                 refuse_not_finite(model, partial(forward, model, tokens, use_cache=False))

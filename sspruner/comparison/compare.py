@@ -19,7 +19,7 @@ from sspruner.budgets.resolve import resolve_budget
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.comparison.record import Comparison, Cut, row_from_json, row_to_json
 from sspruner.compute.device import on_device, resolve_device
-from sspruner.compute.forward import embedding
+from sspruner.compute.forward import check_predicts_tokens, embedding
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError, PlanError
@@ -101,6 +101,7 @@ def compare(
     Scorers that also change weights are compared by their selection only.
     """
     recipe, given = _parse_arguments(recipe, short)
+    check_predicts_tokens(model, "compare")
     given, seed = _prepared(model, recipe, given, tokenizer), recipe.method.seed
     folder = None if out is None else check_results(out, MARKS)
     compute = resolve_device(device)

@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from sspruner.errors import ModelError
+from sspruner.errors import InputError, ModelError
+
+#: Names under which families take and return a cache: since transformers 5.24 the first, before one of the others.
+CACHES = ("cache", "cache_params", "past_key_values")
+
+
+def cache_in(out: Any) -> dict[str, Any]:
+    """Return the cache in an output under the name by which the model takes it again; {} if there is none."""
+    for name in CACHES:
+        cache = out.get(name) if hasattr(out, "get") else getattr(out, name, None)
+        if cache is not None:
+            return {name: cache}
+    return {}
 
 
 def forward(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> Any:
@@ -31,7 +43,7 @@ def forward(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = 
 def accepted(model: Any) -> set[str]:
     """Return the names of the arguments of this package that a model's forward accepts."""
     parameters = inspect.signature(model.forward).parameters
-    names = {*parameters, "cache_params", "past_key_values"}
+    names = {*parameters, *CACHES}
     native = hasattr(model, "allocate_inference_cache")  # passes unknown keywords on to its mixers
     if not native and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         names |= {"attention_mask", "use_cache"}  # some models of transformers only pass these on
@@ -45,3 +57,38 @@ def embedding(model: Any) -> nn.Embedding:
     if table is None:
         raise ModelError(f"{type(model).__name__}: no embedding found; it cannot be run on tokens")
     return table
+
+
+def output_of(out: Any) -> torch.Tensor:
+    """Return the tensor that a model puts out: logits, else its last hidden states, else the first tensor there is."""
+    named = next((getattr(out, n) for n in ("logits", "last_hidden_state") if getattr(out, n, None) is not None), out)
+    while isinstance(named, dict | tuple | list) and len(named):
+        values = list(named.values()) if isinstance(named, dict) else named
+        named = next((v for v in values if isinstance(v, torch.Tensor)), values[0])
+    if not isinstance(named, torch.Tensor):
+        raise ModelError(f"the model puts out {type(out).__name__}, in which there is no tensor")
+    return named
+
+
+@torch.no_grad()
+def predicts_tokens(model: Any) -> bool:
+    """Check whether a model puts out logits over its vocabulary, (b, T, V): perplexity, KL and losses need them."""
+    if hasattr(model, "allocate_inference_cache"):  # mamba_ssm
+        return hasattr(model, "lm_head")
+    if hasattr(model, "get_output_embeddings"):
+        return model.get_output_embeddings() is not None
+    table = embedding(model)
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    logits = getattr(forward(model, tokens), "logits", None)
+    return isinstance(logits, torch.Tensor) and logits.shape == (1, 2, table.num_embeddings)
+
+
+def check_predicts_tokens(model: Any, what: str) -> None:
+    """Raise InputError for a model without logits over its vocabulary. what: what needs them."""
+    if not predicts_tokens(model):
+        raise InputError(f"{what}: needs a language model, and {no_tokens(model)}")
+
+
+def no_tokens(model: Any) -> str:
+    """Return the sentence for what is left out or refused where a model predicts no tokens."""
+    return f"{type(model).__name__} puts out no logits over its vocabulary"

@@ -15,7 +15,7 @@ from sspruner.calibrate.encode import encode, source_name
 from sspruner.calibrate.sample import sample_from
 from sspruner.calibrate.sources import Progress, micro_batch_size
 from sspruner.compute.device import check_whole, on_device, resolve_device
-from sspruner.compute.forward import embedding
+from sspruner.compute.forward import check_predicts_tokens, embedding
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
@@ -336,6 +336,7 @@ def _check(model: nn.Module, against: nn.Module | None, tokenizer: Any, measures
     for each in (model, against):
         if each is not None:
             check_whole(each, "evaluate")
+            check_predicts_tokens(each, "evaluate")
     if measures.tasks:
         check_harness()
     if against is not None:

@@ -19,14 +19,16 @@ from sspruner.graph.parts import PARTS, output_head
 from sspruner.graph.plain import check_plain
 from sspruner.graph.site import Site, within
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.usable import check_usable
 
 
 def trace(model: nn.Module) -> SSMGraph:
     """Return the SSMGraph of `model`, which is not changed and may be on the meta device.
 
-    Raises ModelError if the model has no layer of a known family, a layer of size 0, a tensor that something else
-    computes (an adapter, a mask of another library), or a mixer whose installed code is not causal.
+    Raises ModelError if the model is wrapped or quantised, if it has no layer of a known family, a layer of size 0, a
+    tensor that something else computes (an adapter, a mask of another library), or a mixer that is not causal.
     """
+    check_usable(model)
     families = installed_families()
     family = families.get(getattr(getattr(model, "config", None), "model_type", None) or "")
     sites = _sites(model, families, known=family is not None)

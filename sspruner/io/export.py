@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sspruner.compute.device import offloaded
+from sspruner.compute.forward import check_predicts_tokens
 from sspruner.errors import InputError, ModelError
 from sspruner.files.output import atomic_folder
 from sspruner.formats.fitting import check_fits
@@ -84,6 +85,8 @@ def export(
         raise ModelError("export reads the whole model: save an offloaded one with sspruner.save, and load that")
     if to != "sspruner" and is_masked(model):
         raise ModelError("the model is masked; cut it with mode slice, or call sspruner.unmask(model) first")
+    if to != "sspruner":
+        check_predicts_tokens(model, f"export --to {to}")
     written = padded(model) if to == "hf-padded" else model
     if runtime:
         check_fits(written, runtime)

@@ -22,6 +22,7 @@ from sspruner.io.source import (
     check_folder,
     finish_cut,
     is_local,
+    model_class_of,
     reference_folder,
     watched_init,
     weight_bytes_in,
@@ -86,14 +87,12 @@ def load(
 
 def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
     """Load a checkpoint of mamba_ssm into transformers' classes."""
-    from transformers import AutoModelForCausalLM
-
     check_counts(data)
     config, weights = read_native(Path(where), data)
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class = model_class_of(config)
     try:
         wide = _saved_wide(Path(where), dtype)
-        with watched_init(type(config), [], f"model {where}", weight_bytes_in(Path(where)), wide):
+        with watched_init(model_class, [], f"model {where}", weight_bytes_in(Path(where)), wide):
             loaded, info = model_class.from_pretrained(
                 None,
                 config=config,
@@ -135,13 +134,13 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
         cuts = recorded(config)
         folder = take_subfolder(config)
         restore_stock(config)  # the original model is built, then cut
-        size, wide = None, set[str]()
+        size, wide, model_class = None, set[str](), model_class_of(config)
         if is_local(where):
             folder = weights_in(Path(where))
             size = weight_bytes_in(Path(where) / folder)
             wide = _saved_wide(Path(where) / folder, dtype)
-        with watched_init(type(config), cuts, f"model {where}", size, wide):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+        with watched_init(model_class, cuts, f"model {where}", size, wide):
+            loaded, info = (model_class or AutoModelForCausalLM).from_pretrained(
                 where,
                 config=config,
                 subfolder=folder,

@@ -13,6 +13,7 @@ import torch
 
 from sspruner.axes import ELEMENT_AXES
 from sspruner.compute.device import offloaded
+from sspruner.errors import ModelError
 from sspruner.files.output import atomic_folder
 from sspruner.formats.checkpoint import write_model
 from sspruner.formats.stock import stock_difference
@@ -38,8 +39,14 @@ def save(
     With `result` (what `sspruner.prune` returned) also plan.json, report.json, recipe.yaml and, in the subfolder
     `sspruner`, scores.safetensors and the plan's tensors, if it has some; the card then says what the cut cost, too.
     The folder appears whole or not at all. Weights that stock classes cannot load lie in its subfolder `weights`.
-    Raises InputError if the folder exists and is not empty, unless `overwrite` is given and it holds an earlier model.
+    Raises InputError if the folder exists and is not empty, unless `overwrite` is given and it holds an earlier model;
+    ModelError for a model that no folder can describe.
     """
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise ModelError(
+            f"{type(model).__name__} is no model of transformers, which a folder could describe: keep it whole with "
+            "torch.save(model, FILE), or save the model of transformers that is inside it"
+        )
     with atomic_folder(out, overwrite) as folder:
         write_folder(model, folder, tokenizer, result.report if result else None)
         if result is not None:

@@ -12,7 +12,15 @@ import torch
 from sspruner.errors import InputError, ModelError
 from sspruner.formats.native import native_config
 from sspruner.formats.sizes import check_counts
-from sspruner.io.source import cannot, check_folder, finish_cut, is_local, reference_folder, watched_init
+from sspruner.io.source import (
+    cannot,
+    check_folder,
+    finish_cut,
+    is_local,
+    model_class_of,
+    reference_folder,
+    watched_init,
+)
 from sspruner.surgery.record import recorded, restore_stock, take_subfolder
 
 
@@ -51,10 +59,12 @@ def skeleton(
         cut, cuts = copy.deepcopy(config), recorded(config)
         take_subfolder(config)
         restore_stock(config)  # the original model is built, then cut
-        with torch.device("meta"), watched_init(type(config), cuts, f"model {where}", wide=wide):
-            built = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
-            )
+        model_class, resolved = model_class_of(config), dtype or config.dtype or torch.float32
+        with torch.device("meta"), watched_init(model_class, cuts, f"model {where}", wide=wide):
+            if model_class is None:
+                built = AutoModelForCausalLM.from_config(config, dtype=resolved, trust_remote_code=trust_remote_code)
+            else:
+                built = model_class._from_config(config, dtype=resolved)
     except (InputError, ModelError):
         raise
     except Exception as error:  # transformers raises many types for a bad config or name

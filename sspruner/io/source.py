@@ -25,26 +25,36 @@ REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each b
 DEFAULT = "mamba2-books-4m"
 
 
+def model_class_of(config: Any) -> Any:
+    """Return the class of a model: of transformers the one that its config names (`architectures`), else a language
+    model's. None for code of its own.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    default = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    named = getattr(transformers, str(next(iter(getattr(config, "architectures", None) or ()), "")), None)
+    fits = isinstance(named, type) and getattr(named, "config_class", None) is type(config)
+    return named if default is not None and fits else default
+
+
 @contextmanager
 def watched_init(
-    config_class: type,
+    model_class: Any,
     cuts: list[RecordedCut],
     where: str,
     weight_bytes: int | None = None,
     wide: Collection[str] = (),
 ) -> Iterator[None]:
-    """Context manager that checks models of a config class for absurd sizes after `__init__`, and cuts them.
+    """Context manager that checks models of a class for absurd sizes after `__init__`, and cuts them.
 
     wide: names of tensors that were saved as fp32 in a narrower model; A_log, D and dt_bias among them stay fp32.
     from_pretrained builds modules on the meta device and then loads weights by name: modules that have their
     final sizes by then are filled exactly, by stock code, conversions included.
     """
-    from transformers import AutoModelForCausalLM
-
-    if config_class not in AutoModelForCausalLM._model_mapping:  # custom code that the user trusts
+    if model_class is None:  # custom code that the user trusts
         yield
         return
-    model_class: Any = AutoModelForCausalLM._model_mapping[config_class]
     original = model_class.__init__
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> None:

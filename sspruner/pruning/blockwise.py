@@ -22,7 +22,7 @@ from sspruner.budgets.budget import ResolvedBudget
 from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import offloaded, resident
-from sspruner.compute.forward import embedding
+from sspruner.compute.forward import check_predicts_tokens, embedding
 from sspruner.compute.precision import in_fp32
 from sspruner.errors import InputError, ProofError
 from sspruner.evaluation.damage import Damage, damages_of
@@ -51,6 +51,7 @@ def check_offloaded(
 ) -> None:
     """Raise InputError for options that need more of the model than one block at a time."""
     shared = {site.path for site in run.graph.sites if site.aliases}
+    check_predicts_tokens(run.model, "--offload or --device-map")
     why = {
         "cut blocks are written on the way: load it with offload=FOLDER, too": offloaded(run.model).folder is None,
         "the model was cut already: save it, and load that": bool(offloaded(run.model).kept),

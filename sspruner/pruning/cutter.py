@@ -8,10 +8,11 @@ import torch
 
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.compute.device import offloaded, on_device
+from sspruner.compute.forward import predicts_tokens
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
 from sspruner.evaluation.continuation import continuation
-from sspruner.evaluation.damage import damages
+from sspruner.evaluation.damage import Damage, damages
 from sspruner.files.journal import Journal
 from sspruner.pruning.blockwise import check_offloaded, cut_by_blocks, journal_for
 from sspruner.pruning.stages import Cutter, Decision, Machine, Outcome, PruneJob
@@ -41,11 +42,12 @@ class InMemory:
         plans = {name: plan for name, plan in plans.items() if plan is not None}
         with on_device(model, run.device):
             dense = _continuation(job)
-            with job.clock("evaluation"):
-                batches = job.data.held_out_batches()
-                costs = dict(
-                    zip(plans, damages(model, [p for p in plans.values() if p], run.graph, batches), strict=True)
-                )
+            costs: dict[str, Damage] = {}
+            if predicts_tokens(model):
+                with job.clock("evaluation"):
+                    batches = job.data.held_out_batches()
+                    measured = damages(model, [p for p in plans.values() if p], run.graph, batches)
+                    costs = dict(zip(plans, measured, strict=True))
         with on_device(model, run.device):
             proof = None
             with job.clock("proof"):
@@ -58,8 +60,8 @@ class InMemory:
         if dense is not None:
             prompt = job.machine.tokenizer.decode(_prompt(job), skip_special_tokens=True)
             texts = {"prompt": prompt, "dense": dense, "pruned": pruned}
-        cost = costs.get("cut", costs["selected"])
-        return Outcome(cost, costs["selected"], costs.get("one size"), proof, texts)
+        selected = costs.get("selected")
+        return Outcome(costs.get("cut", selected), selected, costs.get("one size"), proof, texts)
 
 
 class BlockByBlock:
@@ -112,10 +114,10 @@ def _prompt(job: PruneJob) -> torch.Tensor:
 
 
 def _continuation(job: PruneJob) -> str | None:
-    """Continue the prompt greedily; None without a tokenizer, and for mamba_ssm models (a different generate
-    method).
+    """Continue the prompt greedily; None without a tokenizer, for models that predict no tokens, and for those of
+    mamba_ssm (a different generate method).
     """
     tokenizer = job.machine.tokenizer
-    if tokenizer is None or not hasattr(job.model, "generation_config"):
+    if tokenizer is None or not hasattr(job.model, "generation_config") or not predicts_tokens(job.model):
         return None
     return continuation(job.model, tokenizer, _prompt(job), NEW_TOKENS)

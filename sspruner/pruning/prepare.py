@@ -12,6 +12,7 @@ from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import check_budget, rounded
 from sspruner.budgets.resolve import resolve_budget
 from sspruner.compute.device import on_device
+from sspruner.compute.forward import no_tokens, predicts_tokens
 from sspruner.errors import InputError
 from sspruner.formats.fitting import check_cut, check_request, trial
 from sspruner.formats.targets import Fit, chosen, fit_to
@@ -53,6 +54,8 @@ def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
     run = Run(
         model, scorers, recipe.remove.axes, dict(method.options), method.seed, machine.device, tolerant=len(scorers) > 1
     )
+    if (asked := _asks_for_damage(recipe, len(run.jobs))) and not predicts_tokens(model):
+        raise InputError(f"{asked} measures perplexity, and {no_tokens(model)}; say how much with sparsity or keep")
     budget, fit = _fitted(run, recipe)
     lines = [] if limits else rounded(run.groups, budget)  # limits only choose sizes that the target supports
     one_shot = method.one_shot or len(run.jobs) > 1 or budget.compares_layers(run.groups, run.granularity)
@@ -70,6 +73,15 @@ def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
     if method.refit != "none":
         check_calibration(model, run.graph, run.groups, method.refit, data)
     return PruneJob(recipe, machine, run, budget, fit, lines, one_shot, dense, data, clock, cutter)
+
+
+def _asks_for_damage(recipe: Recipe, scorers: int) -> str:
+    """Return what of a recipe needs the damage of cuts on calibration text, "" if nothing does."""
+    if recipe.limits.of_damage:
+        return "a limit of damage"
+    if recipe.budget.allocation in ("adaptive", "uniform-best"):
+        return f"allocation {recipe.budget.allocation}"
+    return "a choice between scorers" if scorers > 1 else ""
 
 
 def _fitted(run: Run, recipe: Recipe) -> tuple[ResolvedBudget, Fit | None]:

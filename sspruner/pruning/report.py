@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sspruner.compute.forward import no_tokens
 from sspruner.evaluation.damage import Damage
 from sspruner.files import strict_json
 from sspruner.files.fields import flag, integer, number, table, text, versioned
@@ -37,6 +38,7 @@ class Report:
     sparsity    zeros among single elements (`sparsity_of`), {} if the plan has no axis of single elements
     recipe      the recipe (`Recipe.to_json`), {} in reports of version 0.1
     base_model  name of the base model on the hub (`hub_name`), "" if it is not from the hub
+    left_out    why perplexity and KL were not measured, "" if they were
     """
 
     scorer: str
@@ -64,6 +66,7 @@ class Report:
     base_model: str = ""
     target: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    left_out: str = ""
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -128,8 +131,9 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
             "held_out_tokens": int(data.held_out_mask.sum()),
             "held_out_is_separate": data.held_out_is_separate,
         },
-        dense=job.dense | {"perplexity": outcome.without_refit.dense_perplexity},
+        dense=job.dense | ({"perplexity": outcome.damage.dense_perplexity} if outcome.damage else {}),
         pruned=model_size(job.model, cut_graph) | measured(outcome.damage),
+        left_out="" if outcome.damage else f"perplexity and KL: {no_tokens(job.model)}",
         layers={
             name: {"before": group.units, "after": int(decision.kept[name][0].sum())}
             for name, group in run.groups.items()
@@ -177,9 +181,9 @@ def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
     }
 
 
-def measured(cost: Damage) -> dict[str, float]:
-    """Return damage under the names that reports use."""
-    return {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl}
+def measured(cost: Damage | None) -> dict[str, float]:
+    """Return damage under the names that reports use; {} if it was not measured."""
+    return {} if cost is None else {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl}
 
 
 def sparsity_of(model: nn.Module, graph: SSMGraph, axes: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sspruner.axes import WHOLE_MODEL
 from sspruner.budgets.decide import select
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import on_device, resolve_device
+from sspruner.compute.forward import check_predicts_tokens
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
 from sspruner.evaluation.damage import damages
@@ -95,6 +96,7 @@ def damage_curves(
     model: nn.Module, scores: Scores, calibration: Calibration, multiple_of: int, progress: Progress | None = None
 ) -> Sensitivity:
     """Measure `sensitivity` on the device that the model is on."""
+    check_predicts_tokens(model, "sensitivity")
     graph = trace(model)
     plans: dict[tuple[str, int], Plan] = {}
     for name, importance in scores.importance.items():

@@ -105,15 +105,15 @@ class Decision:
 class Outcome:
     """Measurements of a cut.
 
-    damage           of the plan that was cut, on held-out text
+    damage           of the plan that was cut, on held-out text; None if the model predicts no tokens
     without_refit    of the plan before its refit; equal to `damage` without one
     one_size         of the plan with one size for all layers, if there is one
     proof            None in mask mode
     continuation     the texts that the dense and the pruned model generate after a prompt; None without a tokenizer
     """
 
-    damage: Damage
-    without_refit: Damage
+    damage: Damage | None
+    without_refit: Damage | None
     one_size: Damage | None
     proof: Proof | None
     continuation: dict[str, Any] | None

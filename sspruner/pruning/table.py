@@ -35,9 +35,11 @@ def result_table(report: Report) -> RenderableType:
         ("weight bytes", "weight_bytes", as_bytes),
         ("perplexity, held out", "perplexity", "{:.3f}".format),
     ):
-        table.add_row(label, show(dense[key]), show(pruned[key]), percent(dense[key], pruned[key]))
-    table.add_row("KL to dense, nats/token", "", f"{pruned['kl_to_dense']:.4f}", "")
-    if report.refit:
+        if key in pruned:
+            table.add_row(label, show(dense[key]), show(pruned[key]), percent(dense[key], pruned[key]))
+    if "kl_to_dense" in pruned:
+        table.add_row("KL to dense, nats/token", "", f"{pruned['kl_to_dense']:.4f}", "")
+    if report.refit and "perplexity" in pruned:
         without = report.refit["without"]
         change = percent(dense["perplexity"], without["perplexity"])
         table.add_row(f"without refit {report.refit['kind']}: perplexity", "", f"{without['perplexity']:.3f}", change)
@@ -84,9 +86,10 @@ def _by_cost(scorers: dict[str, Any]) -> list[tuple[str, Any]]:
 def _notes(report: Report) -> list[Text]:
     data = report.calibration
     where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
+    measured = f"perplexity and KL on {data['held_out_tokens']:,} others ({where})"
     lines = [
-        f"calibration: {data['source']}, {data['tokens']:,} tokens; "
-        f"perplexity and KL on {data['held_out_tokens']:,} others ({where}); seed {report.seed}",
+        f"calibration: {data['source']}, {data['tokens']:,} tokens; {measured if not report.left_out else 'left out: '}"
+        f"{report.left_out}; seed {report.seed}",
         f"seconds: {', '.join(f'{phase} {s:.1f}' for phase, s in report.seconds.items())}; "
         f"peak memory {as_bytes(report.peak_memory_bytes)}",
     ]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sspruner.compute.forward import predicts_tokens
 from sspruner.errors import InputError, ModelError
 from sspruner.files.provenance import hub_name
 from sspruner.graph.trace import trace
@@ -59,7 +60,7 @@ def model_card(model: Any, reader: str, report: Report | None, *, tokenizer: boo
     pruned = bool(report or cuts or is_masked(model))
     data = ModelCardData(
         library_name=READERS[reader][0],
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if predicts_tokens(model) else None,
         base_model=base_model or None,
         tags=["sspruner", *(["pruned"] if pruned else []), model.config.model_type],
     )
@@ -107,9 +108,11 @@ def _of_report(report: Report) -> list[str]:
             ("weights", "weight_bytes", as_bytes),
             ("recurrent state per sequence, fp32", "state_bytes", as_bytes),
         )
+        if key in pruned
     ]
-    cost.insert(1, f"| KL to the model before, nats per token | | {pruned['kl_to_dense']:.4f} | |")
-    if report.refit:
+    if "kl_to_dense" in pruned:
+        cost.insert(1, f"| KL to the model before, nats per token | | {pruned['kl_to_dense']:.4f} | |")
+    if report.refit and "perplexity" in pruned:
         without = report.refit["without"]
         cost.insert(2, f"| without the refit: perplexity | | {without['perplexity']:.3f} | |")
         cost.insert(3, f"| without the refit: KL | | {without['kl_to_dense']:.4f} | |")
@@ -121,7 +124,7 @@ def _of_report(report: Report) -> list[str]:
         "\n".join(["| how | |", "|---|---|", *(f"| {what} | {value} |" for what, value in how.items() if value)]),
         "## What it cost",
         "\n".join(["| | before | after | change |", "|---|---:|---:|---:|", *cost]),
-        _measured(data),
+        f"Left out: {_cell(report.left_out)}." if report.left_out else _measured(data),
         _proof(report),
     ]
 

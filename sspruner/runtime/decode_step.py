@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sspruner.runtime.projected_state import coordinates
+from sspruner.runtime.projected_state import check_no_cache, coordinates
 
 ALONE = 2**16  # bytes: a sequence with a larger state is updated alone, since torch is faster on fewer dimensions
 SLICE = 2**20  # bytes of smaller states that are updated at once
@@ -55,16 +55,19 @@ def has_step(mixer: Any) -> bool:
 
 
 def _forward(
-    self: Any, hidden_states: torch.Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
+    self: Any, hidden_states: torch.Tensor, *args: Any, attention_mask: Any = None, **kwargs: Any
 ) -> torch.Tensor:
     """Run the faster step for one token of each sequence and a filled cache, else the previous forward.
 
-    hidden_states: (b, T, D).
+    hidden_states: (b, T, D). The cache is given as `cache` since transformers 5.24, and as `cache_params` before.
     """
-    if _is_step(self, hidden_states, cache_params):
-        return _step(self, hidden_states, cache_params, attention_mask)
+    named = [name for name in ("cache", "cache_params") if kwargs.get(name) is not None]
+    check_no_cache({name: value for name, value in kwargs.items() if name not in named})
+    cache = kwargs[named[0]] if named else None
+    if not args and _is_step(self, hidden_states, cache):
+        return _step(self, hidden_states, cache, attention_mask)
     before = getattr(self, BEFORE) or partial(type(self).forward, self)
-    out: torch.Tensor = before(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+    out: torch.Tensor = before(hidden_states, *args, attention_mask=attention_mask, **kwargs)
     return out
 
 

@@ -36,6 +36,13 @@ def unproject_state(mixer: Any) -> None:
     del mixer.forward, mixer.state_encode, mixer.state_decode
 
 
+def check_no_cache(kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for a cache under a name that is not known here: without it, decoding would have no state."""
+    for name, value in kwargs.items():
+        if hasattr(value, "update_recurrent_state"):
+            raise TypeError(f"a cache under the name {name!r}, which this version of the mixer's forward does not take")
+
+
 def coordinates(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """Transform the vectors of all groups: rows (b, T, G * N), basis (G, k, N) -> (b, T, G, k), in the dtype of rows.
 
@@ -55,9 +62,19 @@ def _projected(self: Any, hidden_states: torch.Tensor) -> Any:
 
 @force_accelerate_hooks("conv1d")  # type: ignore[untyped-decorator]
 def _forward(
-    self: Any, hidden_states: torch.Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
+    self: Any,
+    hidden_states: torch.Tensor,
+    cache_params: Any = None,
+    attention_mask: Any = None,
+    cache: Any = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """Compute the forward pass of the six mixers with a projected state. hidden_states: (b, T, hidden size)."""
+    """Compute the forward pass of the six mixers with a projected state. hidden_states: (b, T, hidden size).
+
+    The cache is `cache` since transformers 5.24, and `cache_params` before.
+    """
+    cache_params = cache if cache_params is None else cache_params
+    check_no_cache(kwargs)
     stock = sys.modules[type(self).__module__]
     b, T, _ = hidden_states.shape
     H, P, G, k = self.num_heads, self.head_dim, self.n_groups, self.state_encode.shape[1]

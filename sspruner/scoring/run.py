@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.gradients import check_differentiable
-from sspruner.compute.device import resolve_device
+from sspruner.compute.device import offloaded, resolve_device
 from sspruner.compute.finite import check_finite
+from sspruner.compute.forward import no_tokens, predicts_tokens
 from sspruner.compute.processes import from_one
 from sspruner.errors import InputError, PlanError, PluginError
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
+from sspruner.graph.usable import check_present
 from sspruner.plans.plan import basis_refused, check_updates
 from sspruner.plans.reduction import Basis
 from sspruner.scoring.job import Job, OneScorer
@@ -54,12 +56,20 @@ class Run:
         if is_masked(model):
             raise PlanError("the model is masked; call sspruner.unmask(model) first")
         self.model, self.axes, self.seed = model, axes, seed
-        check_finite(model)
         self.graph: SSMGraph = trace(model)
+        if offloaded(model) is None:
+            check_present(model)
+        check_finite(model)
         self.groups = {name: g for axis in axes for name, g in self.graph.on_axis(axis).items()}
         self.device = resolve_device(device)
         self.needs = {need for job in self.jobs for need in job.needs}
         self.needs_data = self.needs != {"weights"}
+        if (more := self.needs & {"gradients", "fisher", "loss"}) and not predicts_tokens(model):
+            label = next(job.label for job in self.jobs if job.needs & more)
+            raise InputError(
+                f"scorer {label!r} needs the loss of a language model, and {no_tokens(model)}; use a scorer that needs "
+                "weights or activations (`sspruner scorers`)"
+            )
         if self.needs & {"gradients", "fisher"}:
             check_differentiable(model)
         for job in self.jobs:

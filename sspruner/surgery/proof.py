@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sspruner.compute.forward import embedding, forward
+from sspruner.compute.forward import cache_in, embedding, forward, output_of, predicts_tokens
 from sspruner.compute.precision import in_fp32
 from sspruner.errors import ModelError, ProofError
 from sspruner.files.fields import integer, number, table
@@ -31,7 +31,6 @@ from sspruner.surgery.tensors import new_biases, tensor, write_for_good
 TOLERANCE = 1e-5
 ROUNDING = 2.0**-22
 SLACK = 32
-CACHES = ("cache_params", "past_key_values")  # names of the cache in the families' outputs
 PROBE_SHAPE = (2, 80)  # sequences x tokens: longer than one chunk and not a multiple of it
 
 
@@ -183,9 +182,7 @@ def measured_state_bytes(model: Any, probe: torch.Tensor) -> int:
     if hasattr(model, "allocate_inference_cache"):  # mamba_ssm: layer -> (conv state, state); attention: one tensor
         layers = model.allocate_inference_cache(len(probe), probe.shape[1]).values()
         return sum(int(c[1].numel()) * STATE_ITEMSIZE for c in layers if isinstance(c, tuple)) // len(probe)
-    out = forward(model, probe, use_cache=True)
-    named = [out.get(key) if hasattr(out, "get") else getattr(out, key, None) for key in CACHES]
-    cache = next((candidate for candidate in named if candidate is not None), None)
+    cache = _cache(model, probe[:1])
     if cache is None:
         raise ModelError(f"{type(model).__name__}: forward returns no cache, so its state cannot be measured")
     total = 0
@@ -193,7 +190,16 @@ def measured_state_bytes(model: Any, probe: torch.Tensor) -> int:
         states = getattr(layer, "recurrent_states", None) or []
         for state in states.values() if isinstance(states, dict) else states:
             total += state.numel() * state.element_size() if state is not None else 0
-    return total // len(probe)
+    return total
+
+
+def _cache(model: Any, probe: torch.Tensor) -> Any:
+    """Return the cache that a model fills, or that a model inside it does; None if there is none. probe: (1, T)."""
+    for each in (m for m in model.modules() if m is model or hasattr(m, "get_input_embeddings")):
+        out = forward(each, probe, use_cache=True)
+        if found := cache_in(out):
+            return next(iter(found.values()))
+    return None
 
 
 def _parameters(model: nn.Module) -> int:
@@ -201,8 +207,9 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = forward(model, probe, use_cache=False).logits.float()
-    return logits
+    """Return what the model puts out, in fp32. Classifiers get one sequence at a time, since they look for padding."""
+    parts = [probe] if predicts_tokens(model) else [*probe[:, None]]
+    return torch.cat([output_of(forward(model, part, use_cache=False)).float() for part in parts])
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sspruner.compute.forward import check_predicts_tokens
 from sspruner.compute.processes import rank, total, world
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
@@ -61,6 +62,7 @@ def train(
     Raises InputError if the loss or its gradient is not finite, or if a checkpoint cannot be written; the last good
     checkpoint stays.
     """
+    check_predicts_tokens(model, "train")
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
     memory = memory or {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import PreTrainedModel
 
@@ -24,6 +26,9 @@ VARIANTS = [(family, {}) for family in FAMILIES] + [
 
 
 def cache_name(model: PreTrainedModel) -> str:
+    """Return the name under which the installed class takes its cache: `cache` since transformers 5.24."""
+    if "cache" in inspect.signature(model.forward).parameters:
+        return "cache"
     return "cache_params" if model.config.model_type in PURE else "past_key_values"
 
 
@@ -31,7 +36,7 @@ def cached(model: PreTrainedModel, ids: torch.Tensor, chunks: list[int], positio
     """Return the logits of `ids`, fed in chunks through a cache; models with attention also get positions."""
     name, cache, logits = cache_name(model), {}, []
     for chunk, position in zip(ids.split(chunks, 1), torch.arange(ids.shape[1]).split(chunks), strict=True):
-        told = {"position_ids": position.expand_as(chunk)} if positions and name == "past_key_values" else {}
+        told = {"position_ids": position.expand_as(chunk)} if positions and model.config.model_type not in PURE else {}
         out = model(input_ids=chunk, use_cache=True, **cache, **told)
         cache = {name: out[name]}
         logits.append(out.logits.float())

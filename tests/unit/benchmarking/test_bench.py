@@ -155,10 +155,10 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_uses_the_cache(family: str) -> None:
     """Every family: what is cached is what its footprint says, and a bench of it ends."""
     model, seen = zoo(family), []
-    held = run._cache
+    held = run.cache_in
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_cache", lambda out: seen.append(held(out)) or held(out))
+        patch.setattr(run, "cache_in", lambda out: seen.append(held(out)) or held(out))
         run.run_once(model, tokens(3, 9), 2)
     size = taken(model, 11)
     assert cache_bytes(seen[-1]) == 3 * (size.state_bytes + size.conv_bytes + size.kv_bytes)

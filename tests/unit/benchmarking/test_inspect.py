@@ -13,7 +13,7 @@ import torch
 
 import sspruner
 from sspruner.benchmarking.footprint import Footprint, footprint
-from sspruner.compute.forward import forward
+from sspruner.compute.forward import cache_in, forward
 from sspruner.errors import ModelError
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.io.skeleton import skeleton
@@ -21,7 +21,6 @@ from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.recipes.parts import Limits
 from sspruner.surgery.apply import apply_sizes
-from sspruner.surgery.proof import CACHES
 from sspruner.surgery.sizes import sizes
 from support.command import done, refused
 from support.footprints import CONTEXT, config_alone, taken
@@ -34,7 +33,7 @@ def cached(model: Any) -> tuple[int, int, int]:
     """Bytes per sequence that the model's own cache holds after CONTEXT tokens: recurrent, convolution, keys/values."""
     batch = 2
     out = forward(model, tokens(batch, CONTEXT), use_cache=True)
-    cache = next(out[key] for key in CACHES if out.get(key) is not None)
+    (cache,) = cache_in(out).values()
     found = []
     for kinds in (("recurrent_states",), ("conv_states",), ("keys", "values")):
         held = [getattr(layer, kind, None) for layer in cache.layers for kind in kinds]

@@ -1,0 +1,128 @@
+"""Wrapped, split, empty and quantised models are refused by name, before any work, and are left as they were."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sspruner
+from sspruner.errors import ModelError
+from support.tiny import tokens
+from support.zoo import FAMILIES, zoo
+
+DATA = tokens(6, 20)
+
+
+def mixer(model: Any) -> Any:
+    return model.backbone.layers[1].mixer
+
+
+def int8(model: Any) -> Any:
+    """A dynamically quantised linear layer of torch, whose weight is a method."""
+    torch.backends.quantized.engine = "onednn"
+    layer = mixer(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer.in_proj = torch.ao.nn.quantized.dynamic.Linear.from_float(prepared(layer.in_proj))
+    return model
+
+
+def prepared(linear: nn.Linear) -> nn.Linear:
+    linear.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    return linear
+
+
+def with_dtype(dtype: torch.dtype) -> Callable[[Any], Any]:
+    def change(model: Any) -> Any:
+        linear = mixer(model).out_proj
+        linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+        return model
+
+    return change
+
+
+def packed(model: Any) -> Any:
+    """Like a layer of GPTQ or AWQ."""
+    mixer(model).out_proj.register_buffer("qweight", torch.zeros(3, 3, dtype=torch.int32))
+    return model
+
+
+def noted(model: Any) -> Any:
+    """A model that transformers has loaded with quantised weights."""
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    return model
+
+
+def schemed(model: Any) -> Any:
+    """Like a layer of compressed-tensors."""
+    mixer(model).in_proj.quantization_scheme = SimpleNamespace()
+    return model
+
+
+def hooked(model: Any) -> Any:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(mixer(model), AlignDevicesHook(io_same_device=True))
+    return model
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Of the name of torch's: that needs a process group."""
+
+    def __init__(self, inside: Any) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = inside
+
+
+CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "compiled": (torch.compile, r"OptimizedModule: torch\.compile wraps the model; give the model itself"),
+    "DataParallel": (nn.DataParallel, "DataParallel: wraps the model; give the model itself, model.module"),
+    "FSDP": (FullyShardedDataParallel, "FullyShardedDataParallel: FSDP has split its weights"),
+    "accelerate": (hooked, r"layers\.1\.mixer: accelerate moves its weights; load the model with sspruner.load"),
+    "dynamic int8": (int8, r"layers\.1\.mixer\.in_proj: Linear is quantised; prune first, then quantise"),
+    "int8": (with_dtype(torch.int8), r"layers\.1\.mixer\.out_proj\.weight: a weight of type int8 is quantised; prune"),
+    "fp8": (with_dtype(torch.float8_e4m3fn), r"out_proj\.weight: a weight of type float8_e4m3fn is quantised; prune"),
+    "packed": (packed, r"layers\.1\.mixer\.out_proj: Linear has packed weights; prune first"),
+    "scheme": (schemed, r"layers\.1\.mixer\.in_proj: Linear is quantised; prune first"),
+    "config": (noted, r"Mamba2ForCausalLM: its weights are quantised \(bitsandbytes\); prune first, then quantise"),
+    "meta": (lambda model: model.to("meta"), r"is on the meta device, without values; load the model with sspruner"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_refused_by_name(case: str) -> None:
+    make, message = CASES[case]
+    model = make(zoo("mamba2"))
+    before = {name: (type(value), value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
+    plan = sspruner.plan(sspruner.trace(zoo("mamba2")), sspruner.score(zoo("mamba2"), "magnitude"), sparsity=0.5)
+    for call in (
+        lambda: sspruner.prune(model, "magnitude", sparsity=0.5, calibration=DATA),
+        lambda: sspruner.prune(model, "ghost", sparsity=0.5, calibration=DATA),
+        lambda: sspruner.score(model, "ghost", calibration=DATA),
+        lambda: sspruner.apply(model, plan),
+    ):
+        with pytest.raises(ModelError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    now = {name: (type(value), value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
+    assert now == before
+
+
+def test_data_parallel_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistributedDataParallel needs a process group: here a class that says it is one."""
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", FullyShardedDataParallel)
+    with pytest.raises(ModelError, match="wraps the model; give the model itself"):
+        sspruner.trace(FullyShardedDataParallel(zoo("mamba2")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_as_they_are_made_are_usable(family: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert sspruner.trace(zoo(family).to(dtype)).layers
+    assert sspruner.trace(zoo(family).to("meta")).layers  # sizes alone
