@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .venv-oracle
 
-.PHONY: demo test test-slow test-all mutants lint bench wheel clean oracle-env oracle-test
+.PHONY: demo test test-slow test-all compat mutants lint bench wheel clean oracle-env oracle-test
 
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
@@ -19,6 +19,10 @@ test-slow: .venv/installed
 # Every case of every product, with many more examples: for a long break.
 test-all: .venv/installed
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
+
+# A part of the tests with the newest transformers that pyproject permits, in .compat/.
+compat: .venv/installed
+	$(BIN)/python tests/compat.py $(COMPAT)
 
 # Deliberate faults against the fast tests, and which test catches each; `make mutants MUTANTS='--only budgets --jobs 2'`.
 mutants: .venv/installed
@@ -44,7 +48,7 @@ oracle-test: .venv/installed $(ORACLE)/installed
 	$(BIN)/python -m pytest --numprocesses 0 tests/unit/formats/test_oracle_env.py
 
 clean:
-	rm -rf .venv $(ORACLE) build dist pruned
+	rm -rf .venv $(ORACLE) .compat build dist pruned
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sspruner needs Python 3.11 or newer; try: make PYTHON=python3.11")'

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -26,7 +28,7 @@ from sspruner.graph.known import installed_families
 from sspruner.scoring.known import installed_scorers
 from sspruner.testing.models import FAMILIES, VOCABULARY, zoo
 
-LEAST_TRANSFORMERS = (5, 15)  # in earlier versions some mixers read later tokens where there were no kernels
+LEAST_TRANSFORMERS = (5, 23)  # in 5.22 some mixers with several groups compute wrongly without kernels
 TOKENS = 19  # more than two chunks of the tiny models (8), and not a multiple of the chunk length
 PREFILLS = (1, 9)  # lengths of the prefill before token-by-token decoding
 TOLERANCE = 1e-4  # relative to the largest value; roundings are below 1e-5
@@ -43,11 +45,12 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the diagnosis. says: the finding; if not ok, also what to do."""
+    """One line of the diagnosis. says: the finding; if not ok, also what to do. skipped: nothing was tested."""
 
     name: str
     ok: bool
     says: str
+    skipped: bool = False
 
 
 def diagnose() -> Iterator[Check]:
@@ -82,9 +85,16 @@ def _transformers() -> Check:
     version = metadata.version("transformers")
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < LEAST_TRANSFORMERS:
         least = ".".join(map(str, LEAST_TRANSFORMERS))
-        return Check("transformers", False, f"{version} computes some mixers wrongly without their kernels: they look "
-                     f"ahead. pip install 'transformers>={least}'")  # fmt: skip
-    return Check("transformers", True, version)
+        return Check("transformers", False, f"{version} computes some mixers wrongly without their kernels. "
+                     f"pip install 'transformers>={least}'")  # fmt: skip
+    outside = "" if version in _tested("transformers") else f", outside of what was tested: {_tested('transformers')}"
+    return Check("transformers", True, f"{version}{outside}")
+
+
+def _tested(package: str) -> SpecifierSet:
+    """Return the versions of a package that sspruner's metadata permit, which are those it was tested with."""
+    required = (Requirement(line) for line in metadata.requires("sspruner") or [])
+    return next((each.specifier for each in required if each.name == package), SpecifierSet())
 
 
 def _kernels(name: str) -> Check:
@@ -117,15 +127,16 @@ def _gpu() -> str:
 
 def _self_tests(family: Family) -> Iterator[Check]:
     if family.name not in FAMILIES:
-        yield Check(family.name, True, "no self-test is known; sspruner.testing.check_family tests it on your models")
+        says = "no self-test is known; sspruner.testing.check_family tests it on your models"
+        yield Check(family.name, True, says, skipped=True)
         return
     if family.name not in CONFIG_MAPPING:
-        yield Check(family.name, True, "not in this transformers")
+        yield Check(family.name, True, "not in this transformers", skipped=True)
         return
     bound = [name for name in KERNELS if find_spec(name)]
     if bound and _gpu():
         yield Check(family.name, True, f"not tested: its code calls the kernels of {', '.join(bound)}, on a GPU alone; "
-                    "a model's causality is tested when it is pruned")  # fmt: skip
+                    "a model's causality is tested when it is pruned", skipped=True)  # fmt: skip
         return
     tests: dict[str, Callable[[Family, Any], str]] = {"causality": _causality, "recurrence": _recurrence}
     for name, test in tests.items():

@@ -28,7 +28,7 @@ def command(*, plugins: Plugins = Plugins(), output: Json = Json()) -> None:
     for check in diagnose():
         checks.append(check)
         if not output.only:
-            say(f"{'PASS' if check.ok else 'FAIL'}  {check.name}: {check.says}")
+            say(f"{'SKIP' if check.skipped else 'PASS' if check.ok else 'FAIL'}  {check.name}: {check.says}")
     ok = all(check.ok for check in checks)
     emit(dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2, ensure_ascii=False), output.json)
     if not ok:

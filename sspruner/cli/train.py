@@ -38,11 +38,30 @@ class Machine:
 
         return sspruner.load(model, tokenizer=self.tokenizer, trust_remote_code=self.trust_remote_code)
 
-    def read_teacher(self, model: str | None) -> Any:
+    def read_teacher(self, model: str) -> Any:
         """Load a model without its tokenizer."""
         import sspruner
 
         return sspruner.load(model, trust_remote_code=self.trust_remote_code)[0]
+
+    @staticmethod
+    def teacher_of(model: str) -> str:
+        """Return the name of the model that a pruned model's report says it was made from.
+
+        Raises InputError if there is no report, or if that model is not there any more.
+        """
+        from sspruner.io.source import REFERENCES
+        from sspruner.pruning.report import Report
+
+        why = "--teacher is missing: which dense model was this one pruned from?"
+        file = Path(model).expanduser() / "report.json"
+        if not file.is_file():
+            raise InputError(f"{why} {model} has no report.json that says it")
+        report = Report.load(file)
+        name = report.base_model or report.model.removesuffix(" (reference)")
+        if report.base_model or Path(name).expanduser().is_dir() or (REFERENCES / name).is_dir():
+            return name
+        raise InputError(f"{why} It was {name}, which is not here")
 
 
 @Parameter(name="*", group=OUTPUT)
@@ -98,8 +117,9 @@ def distil(
 
     folder = run.folder(recipe.text)
     with running(machine.device) as (where, progress):
+        teacher = recipe.method.teacher or machine.teacher_of(str(model))
         student, tokenizer = machine.read(model)
-        dense = machine.read_teacher(recipe.method.teacher)
+        dense = machine.read_teacher(teacher)
         text = Text.of(recipe.text, recipe.settings, tokenizer)
         student, record = train(student.to(where), dense.to(where), text, folder, recipe, progress=progress)
         finish(student.cpu(), tokenizer, record, folder, run)

@@ -52,7 +52,7 @@ def check_causal(mixer: Any, path: str) -> None:
     if not (after - before).abs().max() <= limit * before.abs().max():
         raise ModelError(
             f"{path}: the installed code of {type(mixer).__name__} lets a later token change earlier outputs; what it "
-            "computes is not this model. Install transformers >= 5.15, or the kernels that the model asks for"
+            "computes is not this model. Install transformers >= 5.23, or the kernels that the model asks for"
         )
     _passed.add(type(mixer))
 

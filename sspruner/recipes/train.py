@@ -127,7 +127,7 @@ class Settings(Optimisation):
 class Distillation:
     """The loss of the student."""
 
-    teacher: Annotated[str | None, text("MODEL", default="the reference model")] = None
+    teacher: Annotated[str | None, text("MODEL", default="what MODEL was pruned from, by its report")] = None
     """Dense model: folder or hub id."""
 
     alpha: Annotated[float, number()] = 0.5

@@ -144,7 +144,8 @@ def check_recorded(plan: Plan, graph: SSMGraph) -> None:
 def _write_sizes(config: Any, stock: dict[str, Any], plan: Plan, graph: SSMGraph) -> None:
     """Set the stock fields for sizes if one value fits every layer; else restore their original values.
 
-    With original values, stock classes refuse the checkpoint instead of reading it wrongly.
+    With original values, stock classes refuse the checkpoint instead of reading it wrongly. The rows of a projected
+    state would fit, so its field is the number of coordinates: stock classes would read the dense model otherwise.
     """
     if graph.family is None:
         return
@@ -152,9 +153,12 @@ def _write_sizes(config: Any, stock: dict[str, Any], plan: Plan, graph: SSMGraph
     layouts = [cut_layout(site, plan, graph) for site in graph.layers if not f"{site.path}.".startswith(removed)]
     values = {f: {layout.stock_total(size) for layout in layouts} for f, size in graph.family.config_sizes.items()}
     uniform = all(len(v) == 1 for v in values.values())
+    projected = [layout for layout in layouts if layout.is_projected]
+    state = {f: size for f, size in graph.family.config_sizes.items() if any("state" in term for term in size)}
+    coordinates = {f: min(layout.total(size) for layout in projected) for f, size in state.items() if projected}
     for field, value in values.items():
         stock.setdefault(field, getattr(config, field))
-        setattr(config, field, value.pop() if uniform else stock[field])
+        setattr(config, field, coordinates.get(field, value.pop() if uniform else stock[field]))
         if getattr(config, field) == stock[field]:
             del stock[field]
     factors = [s.before / s.after for name, s in plan.groups.items() if axis_of(name) == "hidden"]

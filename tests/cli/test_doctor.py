@@ -66,7 +66,7 @@ def failed(found: dict[str, Check]) -> list[str]:
 @pytest.mark.slow
 def test_all_is_well_here() -> None:
     lines = done("doctor").stdout.splitlines()
-    assert {line[:6] for line in lines} == {"PASS  "}
+    assert {line[:6] for line in lines} == {"PASS  ", "SKIP  "}
     names = [line[6:].partition(": ")[0] for line in lines]
     assert len(set(names)) == len(names)
     assert set(TESTED + NATIVE) == set(names) - {
@@ -85,7 +85,7 @@ def test_json_is_json(only: Callable[..., None], tmp_path: Path) -> None:
     only("mamba2")
     found = json.loads(done("doctor", "--json", "-").stdout)
     assert found["ok"] is True
-    assert [set(check) for check in found["checks"]] == [{"name", "ok", "says"}] * len(found["checks"])
+    assert [set(check) for check in found["checks"]] == [{"name", "ok", "says", "skipped"}] * len(found["checks"])
     assert done("doctor", "--json", tmp_path / "found.json").stdout.count("PASS") == len(found["checks"])
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8")) == found
     result = run("doctor", "--json", tmp_path / "nowhere" / "found.json")
@@ -153,7 +153,7 @@ def test_kernels_with_a_gpu_are_well_but_the_tiny_models_cannot_run_on_them(
     assert "mamba2 causality" not in found
 
 
-@pytest.mark.parametrize("version", ["5.14.9", "4.57.1", "5.2"])
+@pytest.mark.parametrize("version", ["5.22.2", "4.57.1", "5.2"])
 def test_a_transformers_that_looks_ahead(
     version: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,20 +162,22 @@ def test_a_transformers_that_looks_ahead(
     found = checks()
     assert failed(found) == ["transformers"]
     assert version in found["transformers"].says
-    assert "pip install 'transformers>=5.15'" in found["transformers"].says
+    assert "pip install 'transformers>=5.23'" in found["transformers"].says
 
 
-@pytest.mark.parametrize("version", ["5.15.0", "5.15.0.dev0", "5.100", "6.0.0rc1"])
+@pytest.mark.parametrize("version", ["5.23.0", "5.23.0.dev0", "5.100", "6.0.0rc1"])
 def test_a_transformers_that_does_not(version: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only("mamba2")
     monkeypatch.setattr(metadata, "version", lambda name: version)
-    assert not failed(checks())
+    found = checks()
+    assert not failed(found)
+    assert ("outside of what was tested: " in found["transformers"].says) == (version != "5.23.0")
 
 
 def test_the_least_transformers_is_that_of_the_package_and_of_the_self_test() -> None:
     least = ".".join(map(str, doctor.LEAST_TRANSFORMERS))
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert f"transformers>={least}" in pyproject["project"]["dependencies"]
+    assert any(line.startswith(f"transformers>={least},") for line in pyproject["project"]["dependencies"])
     assert f"transformers >= {least}" in Path(causality.__file__).read_text(encoding="utf-8")
 
 
@@ -248,11 +250,11 @@ def test_a_wrong_step_after_a_longer_prefill(only: Callable[..., None], monkeypa
     only("mamba2")
     right = Mamba2Mixer.forward
 
-    def forward(self: Any, hidden_states: torch.Tensor, cache_params: Any = None, **kwargs: Any) -> Any:
-        if cache_params is not None:
-            cache_params.longer = getattr(cache_params, "longer", False) or hidden_states.shape[1] > 1
-            hidden_states = hidden_states * (1.05 if cache_params.longer and hidden_states.shape[1] == 1 else 1)
-        return right(self, hidden_states, cache_params=cache_params, **kwargs)
+    def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        if (cache := kwargs.get("cache", kwargs.get("cache_params"))) is not None:
+            cache.longer = getattr(cache, "longer", False) or hidden_states.shape[1] > 1
+            hidden_states = hidden_states * (1.05 if cache.longer and hidden_states.shape[1] == 1 else 1)
+        return right(self, hidden_states, **kwargs)
 
     monkeypatch.setattr(Mamba2Mixer, "forward", forward)
     found = checks()
@@ -325,7 +327,7 @@ def test_a_family_that_transformers_lacks(only: Callable[..., None], monkeypatch
     only("mamba2", "jamba")
     monkeypatch.setattr(doctor, "CONFIG_MAPPING", {"mamba2": None})
     found = checks()
-    assert found["jamba"] == Check("jamba", True, "not in this transformers")
+    assert found["jamba"] == Check("jamba", True, "not in this transformers", skipped=True)
     assert {"mamba2 causality", "mamba2 recurrence"} <= set(found)
     assert not failed(found)
 
@@ -343,7 +345,7 @@ def test_a_family_of_a_plugin(tmp_path: Path) -> None:
         "    return [Mine()]\n"
     )
     try:
-        assert "\nPASS  mine: no self-test is known; " in done("doctor", "--plugin", plugin).stdout
+        assert "\nSKIP  mine: no self-test is known; " in done("doctor", "--plugin", plugin).stdout
     finally:
         manager.plugin_manager().unregister(name=str(plugin.resolve()))
 

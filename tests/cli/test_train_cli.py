@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import sspruner
+from sspruner.cli.train import Machine
 from support.command import done, refused
 
 SMALL = "--max-tokens 192 --batch 2 --at-once 2 --seq-len 16 --held-out 2 --every 2 --learning-rate 0.001 --device cpu"
@@ -36,6 +37,8 @@ def command(folder: Path, out: str, *more: str) -> list[str]:
         "train",
         "distil",
         str(folder / "cut"),
+        "--teacher",
+        "mamba2-books-4m",
         "--text",
         str(folder / "train.txt"),
         "--out",
@@ -115,6 +118,20 @@ def test_kill_9_costs_nothing_but_time(lines: int, folder: Path, whole: dict[str
 )
 def test_what_makes_no_sense_is_one_line(more: list[str], said: str, folder: Path) -> None:
     refused(folder, (said,), *command(folder, "refused", *more))
+
+
+def test_the_teacher_is_what_the_model_was_pruned_from(folder: Path, tmp_path: Path) -> None:
+    """As its report says; where that cannot be told the user is asked: it is never the reference model by default."""
+    model, tokenizer = sspruner.load()
+    result = sspruner.prune(model, "magnitude", sparsity=0.9, calibration=torch.randint(4096, (4, 16)))
+    for name, says in (("mamba2-books-4m (reference)", "mamba2-books-4m"), (str(folder / "cut"), str(folder / "cut"))):
+        sspruner.save(model, tmp_path / "cut", result=result.named(name, ""), overwrite=True)
+        assert Machine.teacher_of(str(tmp_path / "cut")) == says
+    sspruner.save(model, tmp_path / "gone", tokenizer, result=result.named("elsewhere/dense", ""))
+    arguments = ("--text", folder / "train.txt", "--out", folder / "x")
+    refused(folder, ("--teacher is missing", "cut has no report.json"), "train", "distil", folder / "cut", *arguments)
+    says = ("--teacher is missing", "It was elsewhere/dense, which is not here")
+    refused(folder, says, "train", "distil", tmp_path / "gone", *arguments)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from support import oracle
 from support.family_plans import AXES, MAMBA2, draw_plan, each_family, few, logits
 from support.tiny import tokens
 from support.zoo import FAMILIES, zoo, zoo_models
+from support.zoo_variants import cache_name
 
 MAMBA1 = tuple(family for family in FAMILIES if family not in MAMBA2)
 INSIDE = ("state", "head", "head_dim", "group", "channel", "dt_rank")
@@ -516,13 +517,14 @@ class Unknown(nn.Module):
         mixers = [copy.deepcopy(m) for m in known.modules() if isinstance(m, MambaMixer | Mamba2Mixer)]
         self.stack = nn.ModuleList(nn.ModuleDict({"ssm": m, "ln": nn.LayerNorm(m.hidden_size)}) for m in mixers)
         self.head = copy.deepcopy(known.get_output_embeddings())
+        self.name = cache_name(known)
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> MambaCausalLMOutput:
         h = self.embed(input_ids)
         cache = DynamicCache(config=self.sizes) if use_cache else None
         for block in self.stack:
-            h = h + block["ssm"](block["ln"](h), cache_params=cache)
-        return MambaCausalLMOutput(logits=self.head(h), cache_params=cache)
+            h = h + block["ssm"](block["ln"](h), **{self.name: cache})
+        return MambaCausalLMOutput(logits=self.head(h), **{self.name: cache})
 
 
 @pytest.mark.parametrize("config", [None, SimpleNamespace(model_type="unheard-of"), SimpleNamespace()], ids=str)

@@ -13,9 +13,10 @@ import torch
 
 import sspruner
 from sspruner.plans.plan import Plan
-from support.projected import every_state
+from support.projected import PROJECTED, every_state
 from support.round_trip import uniform
 from support.tiny import half, logits, tiny_model, tokens
+from support.zoo import zoo
 
 
 def evenly(model: Any) -> Plan:
@@ -127,3 +128,16 @@ def test_other_files_beside_the_config_are_no_weights(tmp_path: Path) -> None:
     model = cut_and_saved(heads, tmp_path / "cut")
     torch.save({}, tmp_path / "cut" / "training_args.bin")
     check_loads(tmp_path / "cut", model, tmp_path)
+
+
+@pytest.mark.cover(most=3)
+@pytest.mark.parametrize("family", PROJECTED)
+def test_stock_classes_never_read_a_projected_model_as_the_dense_one(family: str, tmp_path: Path) -> None:
+    """They refuse what `save_pretrained` writes: the config says how many coordinates there are, not how many rows."""
+    model = zoo(family)
+    sspruner.prune(model, "balanced", sparsity=0.5, calibration=tokens(8, 40))
+    model.save_pretrained(tmp_path / "again")
+    with pytest.raises((RuntimeError, ValueError)):
+        type(model).from_pretrained(tmp_path / "again")
+    loaded, _ = sspruner.load(tmp_path / "again")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())

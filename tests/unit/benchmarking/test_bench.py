@@ -22,6 +22,7 @@ from sspruner.benchmarking.run import Times, cache_bytes, run_once
 from sspruner.benchmarking.shapes import SHAPES, shape_config, shape_model, shape_models
 from sspruner.benchmarking.statistics import median_interval
 from sspruner.compute.acceleration import accelerated
+from sspruner.compute.forward import cache_in
 from sspruner.errors import InputError
 from sspruner.io.skeleton import skeleton
 from support.command import done, refused, saved_model
@@ -80,7 +81,7 @@ def test_peak_on_the_cpu_is_weights_cache_and_growth(monkeypatch: pytest.MonkeyP
     assert found.prefill_peak == weights + 7_000_000
     held = found.step_peak - found.prefill_peak if found.step_peak and found.prefill_peak else 0
     with torch.no_grad():
-        assert held == cache_bytes({"cache_params": model(ids, use_cache=True).cache_params}) > 0
+        assert held == cache_bytes(cache_in(model(ids, use_cache=True))) > 0
     assert run_once(model, ids, 1).step_peak is None
     monkeypatch.setattr(resident, "start", lambda: None)
     assert run_once(model, ids, 1, memory=True).prefill_peak is None

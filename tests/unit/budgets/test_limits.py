@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
+from sspruner.compute.forward import cache_in
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Projection, Selection
 from sspruner.recipes.parts import Limits
@@ -85,7 +86,8 @@ def conv_bytes(model: torch.nn.Module) -> int:
     with torch.no_grad():
         out = model(input_ids=probe, use_cache=True)
     found = 0
-    for layer in (out.get("cache_params") or out.get("past_key_values")).layers:
+    (cache,) = cache_in(out).values()
+    for layer in cache.layers:
         states = getattr(layer, "conv_states", None) or []
         for state in states.values() if isinstance(states, dict) else states:
             found += state.numel() * state.element_size() if state is not None else 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sspruner
 from sspruner.compute.acceleration import accelerated
-from sspruner.compute.forward import forward
+from sspruner.compute.forward import cache_in, forward
 from sspruner.errors import ModelError
 from sspruner.runtime import decode_step
 from sspruner.testing.plans import directions
@@ -31,7 +31,7 @@ def decoded(model: Any, ids: torch.Tensor, prefill: int = 7, order: list[int] | 
     steps = []
     for positions in torch.split(torch.arange(ids.shape[1]), [prefill] + [1] * (ids.shape[1] - prefill)):
         out = forward(model, ids[:, positions], use_cache=True, position_ids=positions[None], **cache)
-        cache = {name: out[name] for name in ("cache_params", "past_key_values") if out.get(name) is not None}
+        cache = cache_in(out)
         steps.append(out.logits.float())
         if order and len(steps) == 1:
             for held in cache.values():
@@ -189,13 +189,13 @@ def test_a_step_with_gradients_runs_the_code_of_before() -> None:
     model, ids = tiny_model(), tokens(2, 9)
     sspruner.accelerate(model)
     with torch.no_grad():
-        cache = forward(model, ids, use_cache=True).cache_params
+        cache = cache_in(forward(model, ids, use_cache=True))
     with pytest.MonkeyPatch.context() as patch:
         spy = Spy(patch)
-        forward(model, ids[:, :1], use_cache=True, cache_params=cache)
+        forward(model, ids[:, :1], use_cache=True, **cache)
         assert spy.calls == 0
         with torch.no_grad():
-            forward(model, ids[:, :1], use_cache=True, cache_params=cache)
+            forward(model, ids[:, :1], use_cache=True, **cache)
         assert spy.calls == 2
 
 
