@@ -11,6 +11,12 @@ class InputError(SSPrunerError):
     """A wrong argument: a path, a text, a number out of range."""
 
 
+class AlreadyMet(InputError):
+    """Limits that the dense model is within: nothing has to be removed. The command line ends with success."""
+
+    exit_code = 0
+
+
 class ModelError(SSPrunerError):
     """A model that cannot be read, or that sspruner cannot prune."""
 

@@ -55,6 +55,9 @@ def _reporting(command: Command, shared: bool) -> Command:
                 if known is None and not _together():
                     raise
                 code, line = known or (1, "".join(traceback.format_exception(error)))
+                if code == 0:
+                    say(line.removeprefix("sspruner: "))
+                    raise SystemExit(0) from None
                 raise SystemExit(fail(code, line)) from None
 
     return wrapper  # type: ignore[return-value]

@@ -19,13 +19,14 @@ from sspruner.formats.targets import Fit, chosen, fit_to
 from sspruner.pruning.cutter import cutter_for
 from sspruner.pruning.refit import KINDS, check_calibration
 from sspruner.pruning.report import model_size
-from sspruner.pruning.search import fraction_of_size
+from sspruner.pruning.search import check_not_met, fraction_of_size
 from sspruner.pruning.stages import Clock, Machine, PruneJob
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.choice import choose_scorers
 from sspruner.scoring.known import find_scorer
 from sspruner.scoring.run import Run
 from sspruner.scoring.score import calibrated
+from sspruner.surgery.sizes import sizes
 
 MODES = ("slice", "mask")
 
@@ -54,6 +55,7 @@ def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
     run = Run(
         model, scorers, recipe.remove.axes, dict(method.options), method.seed, machine.device, tolerant=len(scorers) > 1
     )
+    check_not_met(sizes(model, run.graph), limits)
     if (asked := _asks_for_damage(recipe, len(run.jobs))) and not predicts_tokens(model):
         raise InputError(f"{asked} measures perplexity, and {no_tokens(model)}; say how much with sparsity or keep")
     budget, fit = _fitted(run, recipe)

@@ -19,7 +19,7 @@ from sspruner.budgets.budget import Fit, ResolvedBudget
 from sspruner.budgets.decide import plan_within
 from sspruner.budgets.split import Curve
 from sspruner.calibrate.sources import Calibration, Progress
-from sspruner.errors import InputError, PlanError
+from sspruner.errors import AlreadyMet, InputError, PlanError
 from sspruner.evaluation.damage import Damage, damages
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
@@ -27,7 +27,7 @@ from sspruner.plans.plan import Plan, axis_of, check_plan
 from sspruner.pruning.sensitivity import damage_curves
 from sspruner.recipes.parts import Limits
 from sspruner.scoring.scores import Scores
-from sspruner.surgery.sizes import Sizes, sizes
+from sspruner.surgery.sizes import Sizes, sizes, used
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Make = Callable[[float], Plan]  # fraction to remove -> plan; raises InputError for an impossible one
@@ -46,10 +46,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Found:
-    """The fraction to remove that meets the limits, and the cuts that were tried, mildest first."""
+    """The fraction to remove that meets the limits, and the cuts that were tried, mildest first.
+
+    dense_perplexity: of the dense model on the same text, None where only the size was needed.
+    """
 
     sparsity: float
     curve: tuple[Point, ...]
+    dense_perplexity: float | None = None
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the curve as in the report."""
@@ -89,6 +93,7 @@ def meet(
         raise InputError("limits: no size of this axis can be cut to")
     dense, batches = sizes(model, graph), list(batches)
     seen: dict[int, Point] = {}
+    perplexities: list[float] = []  # of the dense model
 
     @cache
     def size(i: int) -> Sizes:
@@ -102,14 +107,14 @@ def meet(
             progress(f"measuring {possible[i]:.0%}", len(seen), len(possible))
         (damage,) = damages(model, [make(possible[i])], graph, batches)
         measured_size = size(i)
+        perplexities.append(damage.dense_perplexity)
         seen[i] = Point(
             possible[i], measured_size.parameters, measured_size.state_bytes, damage.pruned_perplexity, damage.kl
         )
         return damage
 
     if limits.of_size:
-        if not dense.exceeds(limits, dense):
-            raise InputError("limits: the dense model is within them; nothing has to be removed")
+        check_not_met(dense, limits)
         if why := size(len(possible) - 1).exceeds(limits, dense):
             raise InputError(f"{why} even with {possible[-1]:.1%} of the axis removed; cut another axis, too")
         chosen = _first(lambda i: not size(i).exceeds(limits, dense), len(possible))
@@ -119,7 +124,15 @@ def meet(
         chosen = _first(lambda i: bool(_too_much(cost(i), limits)), len(possible)) - 1
         if chosen < 0:
             raise InputError(f"even the mildest cut, {possible[0]:.1%}: {_too_much(cost(0), limits)}")
-    return Found(possible[chosen], tuple(seen[i] for i in sorted(seen)))
+    return Found(possible[chosen], tuple(seen[i] for i in sorted(seen)), next(iter(perplexities), None))
+
+
+def check_not_met(dense: Sizes, limits: Limits) -> None:
+    """Raise AlreadyMet, with the numbers, if the dense model is within all limits of size."""
+    if limits.of_size and not dense.exceeds(limits, dense):
+        raise AlreadyMet(
+            f"the dense model is within the limits: {used(dense, limits, dense)}; nothing was removed, nothing written"
+        )
 
 
 def _first(holds: Callable[[int], bool], count: int) -> int:
@@ -238,6 +251,8 @@ def settle(
         for label, scored in scores.items():
             try:
                 met[label] = meet(model, graph, partial(cut, scored), candidates, limits, batches, progress)
+            except AlreadyMet:
+                raise
             except InputError as error:
                 refused[label] = str(error)
         if not met:
@@ -255,7 +270,9 @@ def settle(
         label = choice.label
         evidence["scorers"] = choice.to_json() | refused
     if limits is not None:
-        evidence["curve"] = met[label].to_json()
+        evidence |= {"curve": met[label].to_json(), "chosen": met[label].sparsity}
+        if met[label].dense_perplexity is not None:
+            evidence["dense_perplexity"] = met[label].dense_perplexity
     budget = replace(budget, sparsity=removes[label])
     return Settled(label, budget, curves, evidence)
 

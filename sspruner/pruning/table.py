@@ -46,24 +46,29 @@ def result_table(report: Report) -> RenderableType:
         table.add_row("without refit: KL", "", f"{without['kl_to_dense']:.4f}", "")
     if report.sparsity:
         table.add_row("element sparsity", "", f"{100 * report.sparsity['sparsity']:.2f} %", "")
-    return Group(table, *_search(report.search), *_notes(report), *_continuations(report))
+    return Group(table, *_search(report), *_notes(report), *_continuations(report))
 
 
-def _search(search: dict[str, Any]) -> list[RenderableType]:
+def _search(report: Report) -> list[RenderableType]:
     """Return what the search measured: the curve of cuts, the scorers, and one size for all layers."""
     parts: list[RenderableType] = []
+    search = report.search
     if "curve" in search:
         table = Table(title="cuts looked at, on calibration text", title_justify="left")
         for header in ("removed", "state bytes", "parameters", "perplexity", "KL"):
             table.add_column(header, justify="right")
+        if "dense_perplexity" in search:
+            dense, perplexity = report.dense, search["dense_perplexity"]
+            size = as_bytes(dense["state_bytes"]), f"{dense['parameters']:,}"
+            table.add_row("dense", *size, f"{perplexity:.3f}", f"{0:.4f}")
         for point in search["curve"]:
             shown = ("–", "–") if point["kl"] is None else (f"{point['perplexity']:.3f}", f"{point['kl']:.4f}")
             size = as_bytes(point["state_bytes"]), f"{point['parameters']:,}"
-            table.add_row(f"{100 * point['sparsity']:.1f} %", *size, *shown)
+            chosen = "chosen: " if point["sparsity"] == search.get("chosen") else ""
+            table.add_row(f"{chosen}{100 * point['sparsity']:.1f} %", *size, *shown)
         parts.append(table)
     if "limits" in search:
-        limits = [f"{name.replace('_', ' ')} {limit:g}" for name, limit in search["limits"].items()]
-        parts.append(Text(f"limits: {', '.join(limits)}"))
+        parts += [Text(line) for line in _limits(report)]
     if "scorers" in search:
         costs = [f"{n} {c if isinstance(c, str) else format(c, '.3f')}" for n, c in _by_cost(search["scorers"])]
         parts.append(Text(f"perplexity by scorer, on calibration text: {', '.join(costs)}"))
@@ -76,6 +81,26 @@ def _search(search: dict[str, Any]) -> list[RenderableType]:
             )
         )
     return parts
+
+
+def _limits(report: Report) -> list[str]:
+    """Return a line for each limit: what was allowed, and what was reached."""
+    limits, search, pruned = report.search["limits"], report.search, report.pruned
+    chosen: dict[str, Any] = next((p for p in search.get("curve", ()) if p["sparsity"] == search.get("chosen")), {})
+    lines = []
+    if (limit := limits.get("perplexity_increase")) is not None and "dense_perplexity" in search:
+        reached = chosen["perplexity"] / search["dense_perplexity"] - 1
+        lines.append(f"perplexity: {100 * limit:+.2f} % allowed, {100 * reached:+.2f} % reached, on calibration text")
+    if (limit := limits.get("kl")) is not None and chosen.get("kl") is not None:
+        lines.append(f"KL: {limit:.4f} allowed, {chosen['kl']:.4f} reached, nats per token, on calibration text")
+    if (limit := limits.get("state_bytes")) is not None:
+        lines.append(f"state per sequence: {as_bytes(limit)} allowed, {as_bytes(pruned['state_bytes'])} used")
+    if (limit := limits.get("parameters")) is not None:
+        most = limit * (report.dense["parameters"] if limit <= 1 else 1)
+        lines.append(f"parameters: {most:,.0f} allowed, {pruned['parameters']:,} used")
+    if (limit := limits.get("memory")) is not None:
+        lines.append(f"memory for {limits['max_batch']:.0f} sequences with the weights: {as_bytes(limit)} allowed")
+    return lines
 
 
 def _by_cost(scorers: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from sspruner.plans.reduction import projections
 from sspruner.surgery.predict import added_parameters, dropped_modules, removed_parameters, removed_state_bytes
 from sspruner.surgery.project import added_by_projections
 from sspruner.surgery.slice import rows_to_drop
+from sspruner.units import as_bytes
 
 if TYPE_CHECKING:
     from sspruner.recipes.parts import Limits
@@ -44,6 +45,22 @@ class Sizes:
             if self.parameters > limit:
                 return f"params {limit:,.0f}: {self.parameters:,} parameters"
         return ""
+
+
+def used(now: Sizes, limits: Limits, dense: Sizes) -> str:
+    """Return how much of each limit of size is used, as text, "" without one. dense: the sizes of the uncut model."""
+    parts = []
+    if limits.state_bytes is not None:
+        parts.append(f"state per sequence {as_bytes(now.state_bytes)} of {as_bytes(limits.state_bytes)} allowed")
+    if limits.memory is not None and limits.max_batch is not None:
+        total = now.weight_bytes + limits.max_batch * (now.state_bytes + now.conv_bytes)
+        parts.append(
+            f"{limits.max_batch} sequences and the weights {as_bytes(total)} of {as_bytes(limits.memory)} allowed"
+        )
+    if limits.parameters is not None:
+        limit = limits.parameters * (dense.parameters if limits.parameters <= 1 else 1)
+        parts.append(f"{now.parameters:,} of {limit:,.0f} parameters allowed")
+    return ", ".join(parts)
 
 
 def sizes(model: nn.Module, graph: SSMGraph, plan: Plan | None = None) -> Sizes:

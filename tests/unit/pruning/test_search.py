@@ -22,6 +22,7 @@ from sspruner.recipes.parts import Limits
 from sspruner.scoring.choice import candidates, choose_scorers
 from sspruner.scoring.known import installed_scorers
 from sspruner.surgery.sizes import sizes
+from support.command import run, saved_model
 from support.command import run as cli
 from support.scoring import calibrated
 from support.tiny import tiny_model, tokens
@@ -74,7 +75,9 @@ def test_a_limit_of_size_takes_the_mildest_cut_that_fits(bytes_):
         s for s in search.fractions(GRAPH.on_axis("state"), 1) if sizes(MODEL, GRAPH, make(s)).state_bytes <= bytes_
     ]
     if GRAPH.state_bytes <= bytes_:
-        with pytest.raises(sspruner.InputError, match="the dense model is within them"):
+        with pytest.raises(
+            sspruner.InputError, match=r"the dense model is within the limits: state per sequence [\d.]+ k?B of"
+        ):
             met(limits)
     elif not fitting:
         with pytest.raises(sspruner.InputError, match=r"even with 91\.7% of the axis removed"):
@@ -354,15 +357,22 @@ def test_a_limit_on_the_command_line(tmp_path):
     done = cli("prune", "--max-kl", "0.02", "--multiple-of", "16", *small, "--json", str(report))
     assert done.exit_code == 0, done.output
     assert "cuts looked at, on calibration text" in done.stdout
+    assert done.stdout.count("chosen: ") == 1
+    assert "KL: 0.0200 allowed, 0.0" in done.stdout
+    assert " dense " in done.stdout
     data = json.loads(report.read_text())
     curve = {point["sparsity"]: point["kl"] for point in data["search"]["curve"]}
     assert curve[data["budget"]["sparsity"]] <= 0.02
     done = cli("prune", "--state-bytes", "400kB", "--scorer", "magnitude", *small)
     assert done.exit_code == 0, done.output
     assert "393.22 kB" in done.stdout
+    assert "state per sequence: 400.00 kB allowed, 393.22 kB used" in done.stdout
+    done = cli("prune", "--state-bytes", "4 GB", "--out", str(tmp_path / "out"), *small)
+    assert done.exit_code == 0, done.output
+    assert "the dense model is within the limits: state per sequence 1.57 MB of 4.00 GB allowed" in done.stdout
+    assert not (tmp_path / "out").exists()
     for wrong, says in (
         (["--max-ppl-increase", "0.0001%", "--keep", "3"], "leave out sparsity, keep and pattern"),
-        (["--state-bytes", "4 GB"], "the dense model is within them"),
         (["--memory", "4GB"], "max-batch and memory go together"),
         (["--params", "0.1x"], "even with"),
     ):
@@ -370,3 +380,15 @@ def test_a_limit_on_the_command_line(tmp_path):
         assert failed.exit_code == 2
         assert says in failed.stderr
         assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_limits_that_the_dense_model_is_within_are_success(tmp_path):
+    """Found before any work: the numbers are printed, and nothing is written."""
+    folder = saved_model(tmp_path / "m", layers=2)
+    for limit in (["--state-bytes", "1MB"], ["--params", "1x"], ["--memory", "1GB", "--max-batch", "2"]):
+        result = run("prune", folder, *limit, "--out", tmp_path / "out")
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        said = " ".join(result.stdout.split())
+        assert "the dense model is within the limits: " in said
+        assert "allowed; nothing was removed, nothing written" in said
+    assert not (tmp_path / "out").exists()
