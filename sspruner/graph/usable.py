@@ -46,6 +46,26 @@ def check_present(model: nn.Module) -> None:
             )
 
 
+def check_vocabulary(model: Any) -> None:
+    """Raise ModelError unless config, embedding and output head of a model of transformers agree on the vocabulary.
+
+    A model in which they do not could be cut and saved, and would not load.
+    """
+    said = getattr(getattr(model, "config", None), "vocab_size", None)
+    if said is None or not hasattr(model, "get_input_embeddings"):
+        return
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    sizes = {"config.vocab_size": said, "the embedding": table.weight.shape[0]}
+    if isinstance(head, nn.Linear):
+        sizes["the output head"] = head.weight.shape[0]
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{where} {size}" for where, size in sizes.items())
+        raise ModelError(
+            f"{type(model).__name__}: sizes of the vocabulary differ ({found}); make them one with "
+            "model.resize_token_embeddings(N)"
+        )
+
+
 def _unusable(module: Any) -> str:
     kind = type(module)
     if kind.__name__ == "FullyShardedDataParallel":

@@ -17,7 +17,7 @@ from sspruner.errors import InputError, PlanError, PluginError
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
-from sspruner.graph.usable import check_present
+from sspruner.graph.usable import check_present, check_vocabulary
 from sspruner.plans.plan import basis_refused, check_updates
 from sspruner.plans.reduction import Basis
 from sspruner.scoring.job import Job, OneScorer
@@ -57,6 +57,7 @@ class Run:
             raise PlanError("the model is masked; call sspruner.unmask(model) first")
         self.model, self.axes, self.seed = model, axes, seed
         self.graph: SSMGraph = trace(model)
+        check_vocabulary(model)
         if offloaded(model) is None:
             check_present(model)
         check_finite(model)

@@ -10,7 +10,7 @@ from sspruner.errors import InputError, PlanError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
-from sspruner.graph.usable import check_present
+from sspruner.graph.usable import check_present, check_vocabulary
 from sspruner.plans.plan import Plan, check_plan
 from sspruner.surgery.mask import is_masked, mask
 from sspruner.surgery.proof import slice_with_proof
@@ -34,6 +34,7 @@ def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
         raise PlanError("an offloaded model can be cut by sspruner.prune alone")
     graph = trace(model)
     check_present(model)
+    check_vocabulary(model)
     check_plan(plan, graph, fingerprint(model), model)
     if mode == "mask":
         mask(model, plan, graph)

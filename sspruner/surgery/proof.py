@@ -178,7 +178,10 @@ def _check_written(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
 
 
 def measured_state_bytes(model: Any, probe: torch.Tensor) -> int:
-    """Return the bytes of recurrent state per sequence in the cache that the model allocates. probe: int64 (b, T)."""
+    """Return the bytes of recurrent state per sequence in the cache that the model allocates. probe: int64 (b, T).
+
+    The fp64 states of Mamba1 in fp64 count as fp32, like all bytes of state here.
+    """
     if hasattr(model, "allocate_inference_cache"):  # mamba_ssm: layer -> (conv state, state); attention: one tensor
         layers = model.allocate_inference_cache(len(probe), probe.shape[1]).values()
         return sum(int(c[1].numel()) * STATE_ITEMSIZE for c in layers if isinstance(c, tuple)) // len(probe)
@@ -189,7 +192,7 @@ def measured_state_bytes(model: Any, probe: torch.Tensor) -> int:
     for layer in cache.layers:
         states = getattr(layer, "recurrent_states", None) or []
         for state in states.values() if isinstance(states, dict) else states:
-            total += state.numel() * state.element_size() if state is not None else 0
+            total += state.numel() * min(state.element_size(), STATE_ITEMSIZE) if state is not None else 0
     return total
 
 

@@ -126,3 +126,41 @@ def test_models_as_they_are_made_are_usable(family: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert sspruner.trace(zoo(family).to(dtype)).layers
     assert sspruner.trace(zoo(family).to("meta")).layers  # sizes alone
+
+
+def other_head(model: Any) -> None:
+    model.lm_head = nn.Linear(model.config.hidden_size, 40, bias=False)
+
+
+def other_embedding(model: Any) -> None:
+    model.set_input_embeddings(nn.Embedding(40, model.config.hidden_size))
+
+
+def other_config(model: Any) -> None:
+    model.config.vocab_size = 40
+
+
+@pytest.mark.parametrize("change", [other_head, other_embedding, other_config])
+def test_sizes_of_the_vocabulary_that_differ(change: Callable[[Any], None]) -> None:
+    """They are found before any work, not when the cut model is loaded."""
+    model = zoo("mamba2")
+    change(model)
+    plan = sspruner.plan(sspruner.trace(model), sspruner.score(zoo("mamba2"), "magnitude"), sparsity=0.5)
+    message = r"sizes of the vocabulary differ \(config\.vocab_size \d+, the embedding \d+, the output head \d+\)"
+    for call in (
+        lambda: sspruner.prune(model, "ghost", sparsity=0.5, calibration=DATA),
+        lambda: sspruner.score(model, "magnitude"),
+        lambda: sspruner.apply(model, plan),
+    ):
+        with pytest.raises(ModelError, match=message):
+            call()
+    model.resize_token_embeddings(50, mean_resizing=False)
+    if change is not other_head:
+        assert sspruner.prune(model, "ghost", sparsity=0.5, calibration=DATA).report.proof
+
+
+@pytest.mark.parametrize("family", ["mamba", "zamba", "mamba2", "zamba2"])
+def test_fp64(family: str) -> None:
+    proof = sspruner.prune(zoo(family).double(), "ghost", sparsity=0.5, calibration=DATA).report.proof
+    assert proof
+    assert proof.state_bytes_removed > 0
