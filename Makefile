@@ -22,7 +22,7 @@ test-all: .venv/installed
 
 # A part of the tests with the newest transformers that pyproject permits, in .compat/.
 compat: .venv/installed
-	$(BIN)/python tests/compat.py $(COMPAT)
+	$(BIN)/python tests/compat/run.py $(COMPAT)
 
 # Deliberate faults against the fast tests, and which test catches each; `make mutants MUTANTS='--only budgets --jobs 2'`.
 mutants: .venv/installed

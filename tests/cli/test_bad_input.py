@@ -573,6 +573,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
             plugins.unregister(module)
 
 
+@pytest.mark.cover(most=20)
 @pytest.mark.parametrize("case", PLUGINS)
 def test_plugins(case: str, here: Path, plugin: Callable[[str], Path]) -> None:
     old, new, says = PLUGINS[case]

@@ -24,6 +24,7 @@ def test_flags_are_those_of_the_list() -> None:
     )
 
 
+@pytest.mark.cover(most=5)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: str) -> None:
     says = done(*command.split(), "--help").stdout
@@ -46,6 +47,7 @@ def test_panels_of_the_main_job() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.cover(most=5)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_two_examples_that_parse(command: str) -> None:
     examples = done(*command.split(), "--help").stdout.partition("Examples:\n")[2].splitlines()

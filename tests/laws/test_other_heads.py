@@ -70,7 +70,7 @@ def assert_cut_as_masked(model: Any, **options: Any) -> Any:
     return result
 
 
-@pytest.mark.cover(most=4)
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bare_backbone(family: str, tmp_path: Path) -> None:
     model = backbone(family)
@@ -81,7 +81,7 @@ def test_a_bare_backbone(family: str, tmp_path: Path) -> None:
     assert torch.equal(put_out(again), put_out(model))
 
 
-@pytest.mark.cover(most=2)
+@pytest.mark.cover(most=1)
 @pytest.mark.parametrize("family", sorted(set(CLASSIFIERS) & set(FAMILIES)))
 def test_a_classifier(family: str, tmp_path: Path) -> None:
     model = classifier(family)
@@ -92,6 +92,7 @@ def test_a_classifier(family: str, tmp_path: Path) -> None:
     assert torch.equal(put_out(again), put_out(model))
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_a_module_of_the_users_own(family: str, each: bool, tmp_path: Path) -> None:
@@ -112,6 +113,7 @@ def test_a_classifier_as_stock_saves_it(tmp_path: Path) -> None:
     assert torch.equal(put_out(loaded), put_out(model))
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: Path) -> None:
     model = backbone("mamba2")
     folder = saved_zoo(tmp_path / "lm", "mamba2")

@@ -193,6 +193,7 @@ def sampled(seed: int) -> str | Importance:
     ).importance
 
 
+@pytest.mark.slow
 def test_text_of_the_model_itself_is_the_same_everywhere(together: Together) -> None:
     same(together(2, sampled, 5), sampled(5))
 
@@ -251,6 +252,7 @@ def cut_by_own() -> tuple[list[Any], list[torch.Tensor], list[torch.Tensor]]:
     )
 
 
+@pytest.mark.slow
 def test_one_process_says_what_is_cut(together: Together) -> None:
     first, second = together(2, cut_by_own)
     assert first[0] == second[0]
@@ -267,6 +269,7 @@ def scored_by(scorer: Any, seed: int = 0, sequences: int = 4, tolerant: bool = F
     return [*found], run.refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -284,6 +287,7 @@ def test_what_cannot_be_shared_is_refused_by_all(arguments: tuple[Any, ...], mes
             raise found
 
 
+@pytest.mark.slow
 def test_a_scorer_that_one_process_refuses_is_left_out_by_all(together: Together) -> None:
     for found in together(2, scored_by, Picky, 0, 4, True):
         assert found[0] == ["ghost"]
@@ -294,6 +298,7 @@ def loaded(folder: str) -> Any:
     return sspruner.load(offload=Path(folder) / str(rank()))
 
 
+@pytest.mark.slow
 def test_models_on_disk_are_for_one_process(tmp_path: Path, together: Together) -> None:
     for found in together(2, loaded, str(tmp_path)):
         assert "offload works in one process, not in 2" in str(found)
@@ -306,6 +311,7 @@ def from_cache(folder: str) -> tuple[bool, int]:
     return found.from_cache, len(list(Path(folder).rglob("*.safetensors")))
 
 
+@pytest.mark.slow
 def test_the_first_process_keeps_the_cache(tmp_path: Path, together: Together) -> None:
     assert [hit for hit, _ in together(2, from_cache, str(tmp_path))] == [False, False]
     assert together(2, from_cache, str(tmp_path)) == [(True, 1), (True, 1)]

@@ -147,6 +147,7 @@ def test_what_is_wrong_in_all_is_said_once(arguments: list[str], message: str) -
     assert not any(out.strip() for _, out, _ in found)
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """RANK and WORLD_SIZE of something else than torchrun."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):

@@ -218,7 +218,7 @@ def test_values_that_are_no_text(source: Any, message: str) -> None:
         windows(source)
 
 
-FILES: dict[str, tuple[bytes, str]] = {
+FILES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a.zip": (b"PK", ".zip is not read as text; give plain text, .jsonl"),
     "a.pkl": (b"\x80", ".pkl is not read as text"),
     "a.tar.gz": (b"\x80", ".tar is not read as text"),
@@ -226,8 +226,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     "a.jsonl.xz": (b"no xz", "cannot be unpacked"),
     "utf16.txt": ("text".encode("utf-16-le"), "holds NUL characters; convert it"),
     "latin.txt": (b"a" * documents.CHARACTERS + b"caf\xe9", f"not UTF-8 \\(byte {documents.CHARACTERS + 3}\\)"),
-    "bomb.txt.gz": (gzip.compress(b"a" * 2**27), "unpacks to over 200 times its size"),
-    "bomb.jsonl.gz": (gzip.compress(b'{"text":"' + b"a" * 2**27 + b'"}'), "unpacks to over 200 times its size"),
+    "bomb.txt.gz": (lambda: gzip.compress(b"a" * 2**27), "unpacks to over 200 times its size"),
+    "bomb.jsonl.gz": (lambda: gzip.compress(b'{"text":"' + b"a" * 2**27 + b'"}'), "unpacks to over 200 times its size"),
     "deep.json": (b"[" * 10**5, "datasets cannot load it"),
     "deep.jsonl": (b'{"text":' * 10**5, "datasets cannot load it"),
     "list.json": (b"[1, 2]", "."),
@@ -241,7 +241,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_are_no_text(name: str, tmp_path: Path) -> None:
     content, message = FILES[name]
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content())
     with pytest.raises(InputError, match=message) as error:
         windows(tmp_path / name)
     assert "\n" not in str(error.value)

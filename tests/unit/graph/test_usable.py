@@ -95,6 +95,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.cover(most=5)
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_refused_by_name(case: str) -> None:
     make, message = CASES[case]
@@ -121,6 +122,7 @@ def test_data_parallel_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         sspruner.trace(FullyShardedDataParallel(zoo("mamba2")))
 
 
+@pytest.mark.cover(most=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_as_they_are_made_are_usable(family: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -159,6 +161,7 @@ def test_sizes_of_the_vocabulary_that_differ(change: Callable[[Any], None]) -> N
         assert sspruner.prune(model, "ghost", sparsity=0.5, calibration=DATA).report.proof
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("family", ["mamba", "zamba", "mamba2", "zamba2"])
 def test_fp64(family: str) -> None:
     proof = sspruner.prune(zoo(family).double(), "ghost", sparsity=0.5, calibration=DATA).report.proof

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VERSIONS = ("5.24.0",)
 PARTS = {  # what changes between versions: caches, forwards, configs, the way that models are saved and loaded
     "families": ["tests/laws/test_families.py"],
