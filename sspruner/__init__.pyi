@@ -34,6 +34,7 @@ from .errors import (
 )
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.result import Evaluation as Evaluation
+from .graph.causality import not_causal as not_causal
 from .graph.family import Family as Family
 from .graph.fingerprint import fingerprint as fingerprint
 from .graph.ssm_graph import SSMGraph as SSMGraph

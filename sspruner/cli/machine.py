@@ -70,10 +70,17 @@ class Reading(Trust):
     dtype: Annotated[str, text("NAME")] = "auto"
     """auto (as saved), float32, bfloat16 or float16."""
 
+    merge_adapters: bool = False
+    """Merge the adapter (peft) in the model's folder into its base model."""
+
+    not_causal: bool = False
+    """The model is meant to look ahead (bidirectional)."""
+
     @property
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `sspruner.load`."""
-        return {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        names = ("dtype", "merge_adapters", "trust_remote_code")
+        return {name: getattr(self, name) for name in names} | {"causal": not self.not_causal}
 
 
 @Parameter(name="*", group=MACHINE)

@@ -1,7 +1,8 @@
 """Check that the installed model code is causal: a token must not change the outputs of earlier tokens.
 
 Without their kernels, some mixers of transformers before 5.14 read later tokens across chunk boundaries. Scores
-measured on such a forward pass would describe a different model.
+measured on such a forward pass would describe a different model. A model that is meant to look ahead is said to be so:
+by its family (`causal = False`), or by the user.
 """
 
 from __future__ import annotations
@@ -12,9 +13,17 @@ import torch
 
 from sspruner.errors import ModelError
 
+SAID = "_sspruner_not_causal"  # attribute of a model that the user said is not causal
+
 CHUNK, TOKENS = 8, 19  # more than two chunks, and not a multiple of the chunk length
 
 _passed: set[type] = set()  # mixer classes that passed the check in this process
+
+
+def not_causal(model: Any) -> Any:
+    """Say that a model is meant to look ahead (bidirectional): its mixers are not checked. Returns the model."""
+    setattr(model, SAID, True)
+    return model
 
 
 @torch.no_grad()
@@ -52,7 +61,8 @@ def check_causal(mixer: Any, path: str) -> None:
     if not (after - before).abs().max() <= limit * before.abs().max():
         raise ModelError(
             f"{path}: the installed code of {type(mixer).__name__} lets a later token change earlier outputs; what it "
-            "computes is not this model. Install transformers >= 5.23, or the kernels that the model asks for"
+            "computes is not this model. Install transformers >= 5.23, or the kernels that the model asks for; of a "
+            "model that is meant to look ahead, say so: --not-causal (sspruner.not_causal(model))"
         )
     _passed.add(type(mixer))
 

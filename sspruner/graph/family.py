@@ -58,6 +58,7 @@ class Family(ABC):
     config_lists   config fields with one entry per block, cut with the blocks
     basis_refused  reason why the state cannot be projected to another basis, "" if it can (then layout and project
                    must support `state_encode` and `state_decode`, see mamba2_type.py)
+    causal         False for mixers that are meant to look ahead
     mixer_axis     True if a block without its mixer still has another module (axis `mixer`)
     """
 
@@ -67,6 +68,7 @@ class Family(ABC):
     config_epsilon: str = ""
     config_lists: tuple[str, ...] = ()
     basis_refused: str = "the mixer's code has no projection of B and C"
+    causal: bool = True
     mixer_axis: bool = False
 
     def recognises(self, module: nn.Module) -> bool:

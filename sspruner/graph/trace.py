@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sspruner.errors import ModelError
-from sspruner.graph.causality import check_causal
+from sspruner.graph.causality import SAID, check_causal
 from sspruner.graph.elements import element_groups
 from sspruner.graph.family import Family
 from sspruner.graph.group import Block, DependencyGroup, Member
@@ -47,7 +47,8 @@ def trace(model: nn.Module) -> SSMGraph:
         if empty := [f"{name} {size}" for name, size in sizes.items() if size < 1]:
             raise ModelError(f"{site.path}: has {', '.join(empty)}; every size must be at least 1")
     for site in mixers:
-        check_causal(model.get_submodule(site.path), site.path)
+        if site.family and site.family.causal and not hasattr(model, SAID):
+            check_causal(model.get_submodule(site.path), site.path)
     groups = [
         dependency_group(site.layout, model.get_submodule(site.path), site.path, axis)
         for site in sites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sspruner.errors import InputError, ModelError
 from sspruner.formats.checkpoint import wide_tensors
 from sspruner.formats.native import read_native
 from sspruner.formats.sizes import check_counts
+from sspruner.graph.causality import not_causal
+from sspruner.io.adapters import holds_adapter
 from sspruner.io.placement import check_device_map
 from sspruner.io.source import (
     brief,
@@ -31,6 +34,9 @@ from sspruner.io.source import (
 from sspruner.surgery.record import recorded, restore_stock, take_subfolder
 
 GENERATION = "generation_config.json"
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # before the names of what DataParallel and others save
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -41,6 +47,8 @@ def load(
     offload: str | Path | None = None,
     device_map: str | Mapping[str, int | str] | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
+    merge_adapters: bool = False,
+    causal: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer) from a folder, a hub id, or a reference model: by its name, or without an argument.
@@ -56,6 +64,9 @@ def load(
     device_map  "auto" distributes blocks over GPUs, memory and disk, up to max_memory (bytes by place), like
                 accelerate; or a mapping from modules to places
 
+    causal      False for a model that is meant to look ahead (bidirectional): its mixers are then not checked
+    merge_adapters  merge the adapter (peft) that the folder holds into its base model; otherwise it is refused
+
     Raises InputError for a wrong path or place, ModelError for a model that is incomplete, corrupt, or has NaN or
     infinite weights.
     """
@@ -63,6 +74,10 @@ def load(
     native = None
     if is_local(where):
         where = str(Path(where).expanduser())
+        if merge_adapters and holds_adapter(Path(where)):
+            apart = offload is not None or device_map is not None
+            merged_model, its_tokenizer = _with_adapter(where, tokenizer, dtype, apart, trust_remote_code)
+            return merged_model if causal else not_causal(merged_model), its_tokenizer
         native = check_folder(Path(where))
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
@@ -82,7 +97,25 @@ def load(
     )
     if tokenizer and loaded_tokenizer is None:
         raise InputError(f"tokenizer {tokenizer}: there is none in this folder")
-    return loaded.eval(), loaded_tokenizer
+    return (loaded if causal else not_causal(loaded)).eval(), loaded_tokenizer
+
+
+def _with_adapter(where: str, tokenizer: Any, dtype: str, apart: bool, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Load an adapter's base model, merge the adapter, and load its tokenizer, or the base model's."""
+    from sspruner.io.adapters import base_of, merged
+
+    if apart:
+        raise InputError(
+            f"model {where}: an adapter is merged in memory: load it without offload, save it, and load that"
+        )
+
+    def load_base(name: str) -> Any:
+        return load(name, dtype=dtype, trust_remote_code=trust_remote_code)[0]
+
+    model = merged(where, load_base)
+    check_finite(model, where)
+    own = where if any(Path(where).glob("*token*")) else base_of(where)
+    return model, _tokenizer(str(tokenizer or own), trust_remote_code)
 
 
 def _native(where: str, data: dict[str, Any], dtype: str) -> Any:
@@ -204,10 +237,17 @@ def _check_complete(where: str, info: dict[str, Any], cut: bool) -> None:
     """
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
-        raise ModelError(f"model {where}: its weights lack {len(missing)} parameters, e.g. {missing[0]}")
-    unread = sorted(info["unexpected_keys"]) if cut else []
-    if unread:
+        wrapped = next(
+            (prefix for prefix in WRAPPERS if any(n.startswith(prefix) for n in info["unexpected_keys"])), ""
+        )
+        hint = f"; its names begin with {wrapped!r}, which a wrapper of the model added: save the model inside it"
+        lacks = f"its weights lack {len(missing)} parameters, e.g. {missing[0]}"
+        raise ModelError(f"model {where}: {lacks}{hint if wrapped else ''}")
+    unread = sorted(info["unexpected_keys"])
+    if unread and cut:
         raise ModelError(f"model {where}: config.json knows nothing of {len(unread)} of its weights, e.g. {unread[0]}")
+    if unread:
+        logger.warning("model %s: no parameter takes %d of its weights, e.g. %s", where, len(unread), unread[0])
     if mismatched:
         name, saved, expected = mismatched[0]
         raise ModelError(

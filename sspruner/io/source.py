@@ -23,6 +23,7 @@ REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each b
 
 
 DEFAULT = "mamba2-books-4m"
+ADAPTER = "adapter_config.json"
 
 
 def model_class_of(config: Any) -> Any:
@@ -164,6 +165,11 @@ def check_folder(path: Path) -> dict[str, Any] | None:
         raise InputError(f"model {path}: no such path")
     if not path.is_dir():
         raise InputError(f"model {path}: is a file; give the folder that holds config.json")
+    if (path / ADAPTER).is_file():  # transformers reads the adapter's base model, whatever weights lie beside it
+        raise InputError(
+            f"model {path}: holds an adapter (peft), which is no model by itself; --merge-adapters "
+            "(merge_adapters=True) merges it into its base model"
+        )
     config = path / "config.json"
     if not config.is_file():
         raise InputError(f"model {path}: no config.json in this folder; is it a Hugging Face model?")

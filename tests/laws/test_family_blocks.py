@@ -500,6 +500,28 @@ def test_a_mixer_that_looks_ahead_is_refused(family, ahead):
     with pytest.raises(ModelError, match=f"{right.__name__} lets a later token change earlier outputs") as error:
         sspruner.trace(model)
     assert "\n" not in str(error.value)
+    assert "--not-causal" in str(error.value)
+    assert sspruner.trace(sspruner.not_causal(model)).layers  # somebody says that it is meant to
+
+
+def test_a_family_that_looks_ahead(monkeypatch):
+    """It says so itself; its models are cut and proved like others."""
+    model = zoo("mamba2")
+    mixers = [m for m in model.modules() if hasattr(m, "A_log")]
+    right = type(mixers[0])
+
+    def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        back = right.forward(self, hidden_states.flip(1), *args, **kwargs).flip(1)
+        return right.forward(self, hidden_states, *args, **kwargs) + back
+
+    both_ways = type(right.__name__, (right,), {"forward": forward})
+    for mixer in mixers:
+        mixer.__class__ = both_ways
+    with pytest.raises(ModelError, match="lets a later token change"):
+        sspruner.trace(model)
+    monkeypatch.setattr(type(sspruner.trace(zoo("mamba2")).layers[0].family), "causal", False)
+    for scorer in ("magnitude", "ghost"):
+        assert sspruner.prune(copy.deepcopy(model), scorer, sparsity=0.5, calibration=tokens()).report.proof
 
 
 # 9. unknown models
