@@ -49,6 +49,12 @@ class Balanced(sspruner.Scorer):
         self.read = self.read + view.observability
 
     def importance(self) -> torch.Tensor:
+        size = torch.as_tensor(self.read).shape[-1]
+        if self.tokens < size:  # the Gramians have no more directions than tokens
+            raise sspruner.InputError(
+                f"{self.tokens} calibration tokens do not determine Gramians of {size} directions; raise --samples or "
+                f"--seq-len to at least {size} tokens in all"
+            )
         self.encode, self.decode, values = balance(torch.as_tensor(self.reached), torch.as_tensor(self.read))
         return values / self.tokens
 

@@ -10,7 +10,7 @@ from cyclopts import Token
 
 #: Fields that set the amount to remove. A flag of one set replaces those from the file.
 _FRACTIONS = {"sparsity", "keep", "pattern"}
-_LIMITS = {"state_bytes", "max_batch", "memory", "parameters", "perplexity_increase", "kl"}
+_LIMITS = {"state_bytes", "max_batch", "memory", "state_memory", "parameters", "perplexity_increase", "kl"}
 
 
 def fill_from_recipe(app: Any, commands: tuple[str, ...], arguments: Any) -> None:

@@ -98,6 +98,8 @@ def _limits(report: Report) -> list[str]:
     if (limit := limits.get("parameters")) is not None:
         most = limit * (report.dense["parameters"] if limit <= 1 else 1)
         lines.append(f"parameters: {most:,.0f} allowed, {pruned['parameters']:,} used")
+    if (limit := limits.get("state_memory")) is not None:
+        lines.append(f"memory for the states of {limits['max_batch']:.0f} sequences: {as_bytes(limit)} allowed")
     if (limit := limits.get("memory")) is not None:
         lines.append(f"memory for {limits['max_batch']:.0f} sequences with the weights: {as_bytes(limit)} allowed")
     return lines

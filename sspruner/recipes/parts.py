@@ -147,10 +147,13 @@ class Limits:
     """Instead of a fraction: maximum recurrent state per sequence, e.g. 25MB."""
 
     max_batch: Annotated[int | None, whole()] = None
-    """Instead of a fraction: fit this many sequences and the weights in --memory."""
+    """Instead of a fraction: fit this many sequences in --memory, with the weights, or in --state-memory."""
 
     memory: Annotated[Quantity, text("BYTES"), FromText(bytes_of, "--memory")] = None
     """Memory for --max-batch, e.g. 80GB: weights, and recurrent and convolution states."""
+
+    state_memory: Annotated[Quantity, text("BYTES"), FromText(bytes_of, "--state-memory")] = None
+    """Memory for --max-batch, e.g. 2GB, of recurrent and convolution states alone."""
 
     parameters: Annotated[Quantity, text("COUNT", name="--params"), FromText(parameters_of, "--params")] = None
     """Instead of a fraction: maximum number of parameters: 0.8x of the model's, or e.g. 900M."""
@@ -166,8 +169,10 @@ class Limits:
     def __post_init__(self) -> None:
         """Read texts such as 25MB and 1% as numbers."""
         read_texts(self)
-        if (self.max_batch is None) != (self.memory is None):
-            raise InputError("max-batch and memory go together: how many sequences, in how many bytes")
+        if (self.max_batch is None) != (self.memory is None and self.state_memory is None):
+            raise InputError(
+                "max-batch and memory go together, or max-batch and state-memory: how many sequences, in how many bytes"
+            )
         for name, value in self.to_json().items():
             if not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{name.replace('_', '-')} {value}: must be a number above 0")
@@ -179,7 +184,7 @@ class Limits:
     @property
     def of_size(self) -> bool:
         """Check whether the size of the pruned model is limited."""
-        return any(limit is not None for limit in (self.state_bytes, self.memory, self.parameters))
+        return any(limit is not None for limit in (self.state_bytes, self.memory, self.state_memory, self.parameters))
 
     @property
     def of_damage(self) -> bool:

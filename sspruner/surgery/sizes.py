@@ -40,6 +40,11 @@ class Sizes:
             used = self.weight_bytes + limits.max_batch * (self.state_bytes + self.conv_bytes)
             if used > limits.memory:
                 return f"memory {limits.memory:,.0f}: {limits.max_batch} sequences take {used:,} B with the weights"
+        if limits.state_memory is not None and limits.max_batch is not None:
+            used = limits.max_batch * (self.state_bytes + self.conv_bytes)
+            if used > limits.state_memory:
+                states = f"the states of {limits.max_batch} sequences take {used:,} B"
+                return f"state-memory {limits.state_memory:,.0f}: {states}"
         if limits.parameters is not None:
             limit = limits.parameters * (dense.parameters if limits.parameters <= 1 else 1)
             if self.parameters > limit:
@@ -57,6 +62,10 @@ def used(now: Sizes, limits: Limits, dense: Sizes) -> str:
         parts.append(
             f"{limits.max_batch} sequences and the weights {as_bytes(total)} of {as_bytes(limits.memory)} allowed"
         )
+    if limits.state_memory is not None and limits.max_batch is not None:
+        total = limits.max_batch * (now.state_bytes + now.conv_bytes)
+        allowed = as_bytes(limits.state_memory)
+        parts.append(f"states of {limits.max_batch} sequences {as_bytes(total)} of {allowed} allowed")
     if limits.parameters is not None:
         limit = limits.parameters * (dense.parameters if limits.parameters <= 1 else 1)
         parts.append(f"{now.parameters:,} of {limit:,.0f} parameters allowed")

@@ -19,6 +19,7 @@ from sspruner.surgery.proof import measured_state_bytes
 from sspruner.surgery.sizes import Sizes, sizes
 from sspruner.testing.plans import directions, plans, random_plan
 from support.examples import examples
+from support.tiny import tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 
 
@@ -216,3 +217,20 @@ def test_an_increase_that_may_be_meant_as_a_percentage_is_refused(value):
         Limits(perplexity_increase=value)
     assert Limits(perplexity_increase="100%").perplexity_increase == 1
     assert Limits(perplexity_increase=1.0).perplexity_increase == 1  # as recipes are written
+
+
+@pytest.mark.parametrize("family", ["mamba2", "jamba"])
+def test_memory_of_states_alone(family):
+    """The states of so many sequences, convolution included, and no weights."""
+    model = zoo(family)
+    now = sizes(model, sspruner.trace(model))
+    each = now.state_bytes + now.conv_bytes
+    assert not now.exceeds(Limits(max_batch=8, state_memory=8 * each), now)
+    why = now.exceeds(Limits(max_batch=8, state_memory=8 * each - 1), now)
+    assert why == f"state-memory {8 * each - 1:,}: the states of 8 sequences take {8 * each:,} B"
+    limits = {"max_batch": 8, "state_memory": 8 * each - 1}
+    result = sspruner.prune(model, "magnitude", calibration=tokens(4, 20), **limits)
+    assert not sizes(model, sspruner.trace(model)).exceeds(Limits(**limits), now)
+    assert "memory for the states of 8 sequences: " in str(result)
+    with pytest.raises(sspruner.InputError, match="max-batch and state-memory"):
+        Limits(state_memory=5)

@@ -26,7 +26,9 @@ EVERYTHING = Recipe(
     Remove(axis={"state": 0.5, "head": 0.25}, ignore=("layers.0.*", "ö")),
     Elements(pattern="2:4", granularity="row", rows=("B",)),
     Budget("global", "none", 2, {"a": 0.25}, {"*": 4}, {"b": 8}, 0.5, 3),
-    Limits(state_bytes=25e6, max_batch=2, memory=8e10, parameters=0.8, perplexity_increase=0.01, kl=0.1),
+    Limits(
+        state_bytes=25e6, max_batch=2, memory=8e10, state_memory=2e9, parameters=0.8, perplexity_increase=0.01, kl=0.1
+    ),
     Method({"variant": "means", "n": [1, None]}, 7, "mask", {"state": "ghost"}, "select", True, "bias"),
     CalibrationText("text.txt", 4, 64, "body"),
     Target("vllm", 2),

@@ -331,3 +331,14 @@ def test_each_layer_is_scored_behind_the_projections_before_it() -> None:
     change = (dense.importance[last] - expected).abs().max()
     assert change > 1e-3 * expected.max()
     assert (found - expected).abs().max() <= 0.05 * change
+
+
+def test_too_few_tokens_are_refused() -> None:
+    """Gramians of fewer tokens than directions have directions that nothing determines."""
+    model = zoo("mamba2")
+    size = sspruner.trace(model).layers[0].layout.sizes["state"]
+    with pytest.raises(
+        sspruner.InputError, match=rf"{size - 1} calibration tokens do not determine Gramians of {size}"
+    ):
+        sspruner.score(model, "balanced", calibration=tokens(1, size - 1))
+    assert sspruner.score(model, "balanced", calibration=tokens(1, size)).importance
