@@ -103,6 +103,7 @@ def test_kill_9_costs_nothing_but_time(lines: int, folder: Path, whole: dict[str
         torch.testing.assert_close(value, whole["weights"][name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize(
     ("more", "said"),

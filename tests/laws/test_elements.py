@@ -133,6 +133,7 @@ def test_a_shared_tensor_is_zeroed_once_and_everywhere() -> None:
     assert len([n for n in graph.elements if n.endswith("down_proj:weight")]) == 2  # two blocks in three hybrid layers
 
 
+@pytest.mark.slow
 @examples(10)
 @given(zoo_models(), st.data())
 def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObject) -> None:

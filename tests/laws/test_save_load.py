@@ -24,6 +24,7 @@ from support.tiny import half, logits, models, plans, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 
 
+@pytest.mark.slow
 @examples(20)
 @given(st.one_of(zoo_models(), models(least_state=2)), st.data())
 def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObject) -> None:

@@ -161,6 +161,7 @@ def test_keeping_everything_is_the_identity(model: torch.nn.Module, dtype: torch
     assert str(sspruner.trace(model)) == str(graph)
 
 
+@pytest.mark.slow
 @examples(25)
 @given(zoo_models(), st.data())
 def test_parameters_and_state_bytes_shrink_as_predicted(model: torch.nn.Module, data: st.DataObject) -> None:
@@ -276,6 +277,7 @@ def test_the_proof_catches_a_wrong_cut(fault, axis: str, dtype: torch.dtype, mon
         sspruner.apply(model, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.cover(families=1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_proof_catches_every_forgotten_fold(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,12 @@ def test_the_failure_of_one_is_that_of_all(model: Path, tmp_path: Path, plugin: 
 @pytest.mark.parametrize(
     ("what", "code", "message"),
     [
-        ("raise sspruner.InputError('not on this text')", 2, "scorer 'fails' on .*: not on this text"),
+        pytest.param(
+            "raise sspruner.InputError('not on this text')",
+            2,
+            "scorer 'fails' on .*: not on this text",
+            marks=pytest.mark.exhaustive,
+        ),
         ("os.kill(os.getpid(), 9)", 1, "another process of this run is gone"),
     ],
 )

@@ -374,6 +374,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_pruned_models_folder_shows_its_cut_and_scores(pruned: Path, tmp_path: Path) -> None:
     result = done("report", pruned, "--out", tmp_path / "page.html")
     assert result.stdout == f"written to {tmp_path / 'page.html'}\n"

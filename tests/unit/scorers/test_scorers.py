@@ -250,6 +250,7 @@ def test_means_is_the_product_of_means(model: torch.nn.Module) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize(("name", "options"), SCORERS)
 @given(model=models())
@@ -337,7 +338,7 @@ FAMILIES_AND_AXES = [
 ]
 
 
-@pytest.mark.cover
+@pytest.mark.cover(most=5)
 @pytest.mark.parametrize(("family", "axis"), FAMILIES_AND_AXES)
 def test_magnitude_is_the_norm_of_the_removed_weights(family: str, axis: str) -> None:
     """Independent of the view: the energy that the model's parameters lose when one unit goes."""
@@ -743,7 +744,8 @@ def self_text(reference: tuple) -> Calibration:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sparsity", [0.75, pytest.param(0.9, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sparsity", [0.75, 0.9])
 def test_ghost_hurts_less_than_magnitude_and_that_less_than_random(
     sparsity: float, reference: tuple, self_text: Calibration
 ) -> None:
