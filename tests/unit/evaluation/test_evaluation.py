@@ -195,7 +195,7 @@ def test_the_command_line(tmp_path: Path, passages_file: Path) -> None:
         (["--max-lambada-drop", "1", "--against", dense], "and --lambada"),
         (["--against", dense, "--metrics", "recall", "--max-ppl-increase", "2%"], "perplexity among --metrics"),
         (["--against", dense, "--max-ppl-increase", "2 %%"], "--max-ppl-increase"),
-        (["--lambada", text], "line 1 is not JSON"),
+        (["--lambada", text], "plain text has no passages; give .jsonl"),
         (["--lambada", tmp_path / "none.jsonl"], "lambada file"),
         (["--text", tmp_path / "none.txt"], "text file"),
     ):
