@@ -39,6 +39,7 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # before the name
 logger = logging.getLogger(__name__)
 
 
+# Nine parameters: the public door for models from everywhere; each belongs to the model or the machine, none to a cut.
 def load(
     model: str | Path | None = None,
     *,
@@ -63,9 +64,8 @@ def load(
                 at a time (docs/offload.md)
     device_map  "auto" distributes blocks over GPUs, memory and disk, up to max_memory (bytes by place), like
                 accelerate; or a mapping from modules to places
-
-    causal      False for a model that is meant to look ahead (bidirectional): its mixers are then not checked
     merge_adapters  merge the adapter (peft) that the folder holds into its base model; otherwise it is refused
+    causal      False for a model that is meant to look ahead (bidirectional): its mixers are then not checked
 
     Raises InputError for a wrong path or place, ModelError for a model that is incomplete, corrupt, or has NaN or
     infinite weights.

@@ -62,18 +62,10 @@ def _projected(self: Any, hidden_states: torch.Tensor) -> Any:
 
 @force_accelerate_hooks("conv1d")  # type: ignore[untyped-decorator]
 def _forward(
-    self: Any,
-    hidden_states: torch.Tensor,
-    cache_params: Any = None,
-    attention_mask: Any = None,
-    cache: Any = None,
-    **kwargs: Any,
+    self: Any, hidden_states: torch.Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> torch.Tensor:
-    """Compute the forward pass of the six mixers with a projected state. hidden_states: (b, T, hidden size).
-
-    The cache is `cache` since transformers 5.24, and `cache_params` before.
-    """
-    cache_params = cache if cache_params is None else cache_params
+    """Compute the forward pass of the six mixers with a projected state. hidden_states: (b, T, hidden size)."""
+    cache_params = kwargs.pop("cache", None) if cache_params is None else cache_params  # its name since 5.24
     check_no_cache(kwargs)
     stock = sys.modules[type(self).__module__]
     b, T, _ = hidden_states.shape
