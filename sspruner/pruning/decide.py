@@ -20,6 +20,7 @@ from sspruner.plans.reduction import reduction
 from sspruner.pruning.refit import refit
 from sspruner.pruning.search import same_size, settle
 from sspruner.pruning.stages import Decision, PruneJob
+from sspruner.scoring.choice import bases_not_tried
 from sspruner.scoring.run import Run
 from sspruner.scoring.score import score_dense
 from sspruner.scoring.scorer import Choose
@@ -115,6 +116,8 @@ def decide(job: PruneJob, scored: Scored) -> Decision:
         budget, curves, search = settled.budget, settled.curves, search | settled.evidence
         if run.refused:
             search["scorers"] = search.get("scorers", {}) | run.refused
+        if others := bases_not_tried(recipe.method.scorer, recipe.method.basis, run.axes):
+            search["bases_not_tried"] = others
     scores, kept = scored.scores[run.jobs[0].label], scored.reductions.kept
     choose = choosers(run.groups, budget, run.granularity, compared(scores, budget), curves)
     late = {name: scores.importance[name] for name in run.groups if name not in kept}

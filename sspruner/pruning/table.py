@@ -70,8 +70,14 @@ def _search(report: Report) -> list[RenderableType]:
     if "limits" in search:
         parts += [Text(line) for line in _limits(report)]
     if "scorers" in search:
-        costs = [f"{n} {c if isinstance(c, str) else format(c, '.3f')}" for n, c in _by_cost(search["scorers"])]
+        measured = {name: cost for name, cost in search["scorers"].items() if not isinstance(cost, str)}
+        costs = [f"{name} {measured[name]:.3f}" for name in sorted(measured, key=lambda name: float(measured[name]))]
         parts.append(Text(f"perplexity by scorer, on calibration text: {', '.join(costs)}"))
+        skipped = {name: why for name, why in search["scorers"].items() if isinstance(why, str)}
+        parts += [Text(f"not compared: {name}: {why}") for name, why in sorted(skipped.items())]
+    if others := search.get("bases_not_tried"):
+        ways = ", ".join(f"--basis {basis}" for basis in others)
+        parts.append(Text(f"auto chose between coordinates of the state; directions may cost less: {ways}"))
     if "one_size" in search:
         one = search["one_size"]
         parts.append(
@@ -103,11 +109,6 @@ def _limits(report: Report) -> list[str]:
     if (limit := limits.get("memory")) is not None:
         lines.append(f"memory for {limits['max_batch']:.0f} sequences with the weights: {as_bytes(limit)} allowed")
     return lines
-
-
-def _by_cost(scorers: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Sort scorers by perplexity; those without one last."""
-    return sorted(scorers.items(), key=lambda item: (1, 0.0) if isinstance(item[1], str) else (0, item[1]))
 
 
 def _notes(report: Report) -> list[Text]:

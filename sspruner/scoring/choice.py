@@ -57,6 +57,13 @@ def _with_basis(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]
     return scorer
 
 
+def bases_not_tried(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]) -> list[str]:
+    """Return the other bases of the state that installed scorers have, where "auto" tried coordinates alone."""
+    if scorer != AUTO or basis is not None or [*axes] != ["state"]:
+        return []
+    return sorted({cls.basis for cls, _ in installed_scorers().values()} - {SELECT})
+
+
 def candidates(axis: str, basis: str) -> list[str]:
     """Return the installed scorers that "auto" chooses from on an axis.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -392,3 +393,19 @@ def test_limits_that_the_dense_model_is_within_are_success(tmp_path):
         assert "the dense model is within the limits: " in said
         assert "allowed; nothing was removed, nothing written" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_auto_says_which_bases_it_did_not_try_and_who_was_left_out():
+    """In lines of their own, not among numbers."""
+    model, data = tiny_model(groups=2, state=6), tokens(6, 24)
+    result = sspruner.prune(model, "auto", sparsity=0.5, calibration=data)
+    assert result.report.search["bases_not_tried"] == ["balanced"]
+    said = str(result)
+    assert "directions may cost less: --basis balanced" in said
+    joined = " ".join(said.split())
+    numbers = joined.partition("perplexity by scorer, on calibration text: ")[2].partition("auto chose")[0]
+    assert re.search(r"\bghost \d+\.\d+", numbers)
+    skipped = {name: why for name, why in result.report.search["scorers"].items() if isinstance(why, str)}
+    assert said.count("not compared: ") == len(skipped)
+    named = sspruner.prune(tiny_model(groups=2, state=6), "auto:ghost,magnitude", sparsity=0.5, calibration=data)
+    assert "bases_not_tried" not in named.report.search
