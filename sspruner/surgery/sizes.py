@@ -32,18 +32,22 @@ class Sizes:
     state_bytes: int
     conv_bytes: int
 
+    def states(self, sequences: int) -> int:
+        """Return the bytes of recurrent and convolution states of so many sequences."""
+        return sequences * (self.state_bytes + self.conv_bytes)
+
     def exceeds(self, limits: Limits, dense: Sizes) -> str:
         """Return which size limit is exceeded, with the value, "" if none is. dense: the sizes of the uncut model."""
         if limits.state_bytes is not None and self.state_bytes > limits.state_bytes:
             return f"state-bytes {limits.state_bytes:,.0f}: {self.state_bytes:,} B of state per sequence"
         if limits.memory is not None and limits.max_batch is not None:
-            used = self.weight_bytes + limits.max_batch * (self.state_bytes + self.conv_bytes)
-            if used > limits.memory:
-                return f"memory {limits.memory:,.0f}: {limits.max_batch} sequences take {used:,} B with the weights"
+            total = self.weight_bytes + self.states(limits.max_batch)
+            if total > limits.memory:
+                return f"memory {limits.memory:,.0f}: {limits.max_batch} sequences take {total:,} B with the weights"
         if limits.state_memory is not None and limits.max_batch is not None:
-            used = limits.max_batch * (self.state_bytes + self.conv_bytes)
-            if used > limits.state_memory:
-                states = f"the states of {limits.max_batch} sequences take {used:,} B"
+            total = self.states(limits.max_batch)
+            if total > limits.state_memory:
+                states = f"the states of {limits.max_batch} sequences take {total:,} B"
                 return f"state-memory {limits.state_memory:,.0f}: {states}"
         if limits.parameters is not None:
             limit = limits.parameters * (dense.parameters if limits.parameters <= 1 else 1)
@@ -58,12 +62,12 @@ def used(now: Sizes, limits: Limits, dense: Sizes) -> str:
     if limits.state_bytes is not None:
         parts.append(f"state per sequence {as_bytes(now.state_bytes)} of {as_bytes(limits.state_bytes)} allowed")
     if limits.memory is not None and limits.max_batch is not None:
-        total = now.weight_bytes + limits.max_batch * (now.state_bytes + now.conv_bytes)
+        total = now.weight_bytes + now.states(limits.max_batch)
         parts.append(
             f"{limits.max_batch} sequences and the weights {as_bytes(total)} of {as_bytes(limits.memory)} allowed"
         )
     if limits.state_memory is not None and limits.max_batch is not None:
-        total = limits.max_batch * (now.state_bytes + now.conv_bytes)
+        total = now.states(limits.max_batch)
         allowed = as_bytes(limits.state_memory)
         parts.append(f"states of {limits.max_batch} sequences {as_bytes(total)} of {allowed} allowed")
     if limits.parameters is not None:
