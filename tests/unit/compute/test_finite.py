@@ -59,3 +59,22 @@ def test_gradients_of_a_model_that_overflows_in_fp32() -> None:
 
 def test_fp32_is_a_way_out() -> None:
     assert sspruner.prune(too_large(0).float(), "magnitude", sparsity=0.5, calibration=DATA).report.proof
+
+
+class Unmoved(sspruner.Scorer):
+    """Looks at activations, and gives the same numbers whatever they are."""
+
+    name, axes, needs = "unmoved", {"state"}, "activations"
+
+    def observe(self, view: sspruner.SSMView) -> None:
+        self.units = view.group.units
+
+    def importance(self) -> torch.Tensor:
+        return torch.arange(float(self.units)).repeat(2, 1)
+
+
+def test_a_scorer_that_does_not_notice() -> None:
+    """Its numbers are finite; what it was shown is not."""
+    assert sspruner.score(zoo("mamba2"), Unmoved, calibration=DATA).importance
+    with pytest.raises(ModelError, match=r"layers\.0\.\S*: its output on the calibration text is not finite"):
+        sspruner.score(too_large(0), Unmoved, calibration=DATA)

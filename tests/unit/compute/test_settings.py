@@ -61,7 +61,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["kept"].keys() == other["kept"].keys()
 
 
-@pytest.mark.cover(most=5)
+@pytest.mark.cover
 @pytest.mark.parametrize("scorer", ["ghost", "taylor"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_of_torch_change_no_result(setting: str, scorer: str) -> None:
