@@ -14,3 +14,8 @@ WHOLE_MODEL = ("hidden", "block", "mixer")
 
 #: On the axes of single elements: the scope within which elements compete.
 GRANULARITIES = ("row", "tensor", "global")
+
+
+def axis_of(name: str) -> str:
+    """Return the axis of the dependency group `<module path>:<axis>`."""
+    return name.rpartition(":")[2]

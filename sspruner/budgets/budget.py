@@ -8,16 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sspruner.axes import GRANULARITIES
-from sspruner.budgets.comparable import check_normalisation
-from sspruner.budgets.elements import parse_pattern
+from sspruner.axes import GRANULARITIES, axis_of
 from sspruner.errors import InputError
-from sspruner.graph.group import DependencyGroup
-from sspruner.plans.plan import axis_of
+
+if TYPE_CHECKING:  # torch is not needed to check a budget
+    from sspruner.graph.group import DependencyGroup
 
 ALLOCATIONS = ("uniform", "global", "adaptive")
+NORMALISATIONS = ("none", "energy", "last")
 
 Value = TypeVar("Value", int, float)
 
@@ -154,6 +154,21 @@ def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
             short = {re.sub(r"^.*?(?=\blayers\.)", "", name) for name in names}
             near = difflib.get_close_matches(pattern, sorted(short), n=1, cutoff=0) or [""]
             raise InputError(f"pattern {pattern!r}: matches nothing that is cut; the nearest name is {near[0]}")
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Parse `2:4` as (2, 4): keep 2 of every 4 consecutive elements of a row. Raises InputError for anything else."""
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    n, m = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < n < m:
+        raise InputError(f"pattern {pattern!r}: expected N:M with 0 < N < M; 2:4 keeps 2 of every 4 weights of a row")
+    return n, m
+
+
+def check_normalisation(how: str | None) -> None:
+    """Raise InputError for an unknown normalisation."""
+    if how not in (None, *NORMALISATIONS):
+        raise InputError(f"unknown normalisation {how!r}; known: {', '.join(NORMALISATIONS)}")
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from sspruner.errors import InputError
-
-NORMALISATIONS = ("none", "energy", "last")
+from sspruner.axes import axis_of
 
 
 def comparable(importance: Mapping[str, torch.Tensor], how: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Return the scores of all layers on one scale: name -> (groups, units). how: axis -> one of NORMALISATIONS.
+    """Return the scores of all layers on one scale: name -> (groups, units). how: axis -> one of budget.NORMALISATIONS.
 
     "energy"  divides by the root of the layer's sum of squared scores. The squared scores of GHOST and of balanced are
               mean squared errors of y, and their sum, without cross terms, is the energy that the layer's states add to
@@ -21,15 +19,9 @@ def comparable(importance: Mapping[str, torch.Tensor], how: Mapping[str, str]) -
               2411.02824, with s² in place of its squared gain)
     "none"    leaves scores unchanged: for scores that measure the model's loss, or that are shares already
     """
-    axes = {name: name.rpartition(":")[2] for name in importance}
+    axes = {name: axis_of(name) for name in importance}
     scale = {"none": _as_it_is, "energy": _of_energy, "last": _last}
     return {name: scale[how.get(axes[name], "none")](scores) for name, scores in importance.items()}
-
-
-def check_normalisation(how: str | None) -> None:
-    """Raise InputError for an unknown normalisation."""
-    if how not in (None, *NORMALISATIONS):
-        raise InputError(f"unknown normalisation {how!r}; known: {', '.join(NORMALISATIONS)}")
 
 
 def _as_it_is(scores: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sspruner.axes import ELEMENT_AXES
+from sspruner.axes import ELEMENT_AXES, axis_of
 from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget, ignored, pattern_sparsity, protected, ratio_of
 from sspruner.budgets.comparable import comparable
@@ -22,7 +22,7 @@ from sspruner.errors import InputError, PlanError
 from sspruner.formats.targets import fit_to
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Basis, Reduction, reduction
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.scorer import Choose

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 
+from sspruner.budgets.budget import parse_pattern
 from sspruner.errors import InputError
 from sspruner.graph.group import DependencyGroup
 
 FLOOR = 0.05  # fraction of its elements that every tensor keeps if all tensors compete (docs/methods.md)
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Parse `2:4` as (2, 4): keep 2 of every 4 consecutive elements of a row. Raises InputError for anything else."""
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    n, m = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 0 < n < m:
-        raise InputError(f"pattern {pattern!r}: expected N:M with 0 < N < M; 2:4 keeps 2 of every 4 weights of a row")
-    return n, m
 
 
 def check_pattern(group: DependencyGroup, pattern: str) -> None:

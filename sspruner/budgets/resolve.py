@@ -5,6 +5,7 @@ from __future__ import annotations
 from sspruner.axes import ELEMENT_AXES
 from sspruner.budgets.budget import Fit, ResolvedBudget, pattern_sparsity
 from sspruner.errors import InputError
+from sspruner.formats.targets import chosen
 from sspruner.recipes.recipe import Recipe
 
 BEST_SIZE = "uniform-best"
@@ -46,6 +47,14 @@ def resolve_budget(recipe: Recipe, fit: Fit | None = None) -> ResolvedBudget:
         budget.cap,
         fit,
     )
+
+
+def check_values(recipe: Recipe) -> None:
+    """Check what needs neither a model nor a plugin; torch is not imported. Raises InputError."""
+    resolve_budget(recipe)
+    chosen(recipe.target.runtime, recipe.target.tp)
+    if recipe.method.refit == "bias" and (recipe.limits.parameters or recipe.limits.memory):
+        raise InputError("refit bias adds parameters, which limits do not foresee: use refit output")
 
 
 def _check_limits(recipe: Recipe) -> None:

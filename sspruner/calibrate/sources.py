@@ -15,6 +15,7 @@ from sspruner.calibrate.sample import sample_from
 from sspruner.compute.forward import embedding
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
+from sspruner.recipes.parts import check_size
 from sspruner.recipes.texts import seed_in_64_bits
 
 TOKENS_PER_BATCH = 4096  # tokens in one micro-batch
@@ -91,8 +92,7 @@ def calibration(
     held_out=0. text_column: the column of a row's text; default `text`, else `messages`.
     Raises InputError if the source is missing, empty, too short, not text, or does not fit the vocabulary.
     """
-    if samples < 1 or seq_len < 2 or held_out < 0:
-        raise InputError(f"samples={samples}, seq_len={seq_len}, held_out={held_out}: need at least 1, 2 and 0")
+    check_size(samples, seq_len, held_out)
     seed_in_64_bits(seed, "seed")
     wanted = samples + held_out
     if (given := _as_tokens(source)) is not None:

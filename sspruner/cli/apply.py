@@ -42,11 +42,13 @@ def command(
         sspruner apply path/to/model --plan plan.json --out smaller
         sspruner apply path/to/model --mode mask --out masked --overwrite
     """
-    import sspruner
     from sspruner.files.output import check_output
-    from sspruner.io.save import loading
 
     check_output(folder.out, folder.overwrite)
+
+    import sspruner
+    from sspruner.io.save import loading
+
     plan = sspruner.Plan.load(file.plan)
     prepare(reading.plugin)
     loaded, tokenizer = sspruner.load(model, **reading.arguments)

@@ -10,6 +10,7 @@ from cyclopts import Group, Parameter
 from sspruner.cli.console import command_line, emit, prepare, reports_errors, show
 from sspruner.cli.help import command_app
 from sspruner.cli.machine import MODEL, Json, Timing
+from sspruner.errors import InputError
 from sspruner.recipes.flags import FromText, read_texts, text, texts
 from sspruner.recipes.lists import numbers_in
 from sspruner.recipes.measure import BenchOptions
@@ -35,8 +36,10 @@ class Shapes:
     """With --shape: also with this many directions of the state, e.g. 16."""
 
     def __post_init__(self) -> None:
-        """Read texts such as `64,32`."""
+        """Read texts such as `64,32`. Raises InputError for sizes without a shape."""
         read_texts(self)
+        if (self.keep or self.balanced) and not self.shape:
+            raise InputError("--keep and --balanced are for --shape; prune a model, and name its folder, to measure it")
 
 
 @reports_errors
@@ -53,12 +56,13 @@ def command(
         sspruner bench path/to/model smaller --batch 1,16 --prompt 512
         sspruner bench --shape mamba2-370m --keep 64,32 --batch 64 --json bench.json
     """
+    output.check()
+
     import sspruner
     from sspruner.compute.progress import bars
     from sspruner.io.named import named_models
     from sspruner.reporting.bench import bench_table
 
-    output.check()
     prepare(machine.plugin)
     models_by_name = named_models(
         list(models),

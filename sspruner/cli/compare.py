@@ -26,7 +26,7 @@ class Tables(Json):
 
     def check(self) -> None:
         """Raise InputError, before any work, if a file or the folder cannot be written."""
-        from sspruner.comparison.compare import MARKS
+        from sspruner.comparison.values import MARKS
         from sspruner.files.output import check_results
 
         super().check()
@@ -50,13 +50,17 @@ def command(
         sspruner compare path/to/model --scorers ghost,magnitude --sparsity 0.5,0.75
         sspruner compare path/to/model --recipe compared/recipe.yaml --axis head
     """
+    from sspruner.comparison.values import check_values
+
+    check_values(recipe)
+    output.check()
+
     import sspruner
     from sspruner.comparison.compare import check_recipe
     from sspruner.compute.progress import live_table
     from sspruner.io.source import name_of
     from sspruner.reporting.table import comparison_table
 
-    output.check()
     prepare(machine.plugin)
     recipe, baseline = check_recipe(recipe), recipe.cells.baseline
     with live_table(comparison_table) as (progress, on_row):

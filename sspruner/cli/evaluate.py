@@ -40,13 +40,14 @@ def command(
         sspruner evaluate smaller --against dense --text t.txt --max-ppl-increase 2%
         sspruner evaluate path/to/model --metrics recall,passkey --json recall.json
     """
+    check_gates(gates, options, against)
+    output.check()
+
     import sspruner
     from sspruner.compute.progress import bars
     from sspruner.io.source import name_of
     from sspruner.reporting.evaluation import evaluation_table
 
-    output.check()
-    check_gates(gates, options, against)
     prepare(machine.plugin)
     with bars() as progress:
         loaded, tokenizer = sspruner.load(model, **machine.arguments)
@@ -71,11 +72,8 @@ def command(
 
 def check_gates(gates: Gates, options: EvaluateOptions, against: str | None) -> None:
     """Raise InputError for a gate whose metric is not measured."""
-    from sspruner.evaluation.evaluate import METRICS
-
     measures = options.measures
-    metrics = METRICS if measures.metrics is None else measures.metrics
-    if gates.max_ppl_increase is not None and (against is None or "perplexity" not in metrics):
+    if gates.max_ppl_increase is not None and (against is None or "perplexity" not in measures.chosen):
         raise InputError(
             "--max-ppl-increase compares perplexity with the dense model's: give --against DENSE, and perplexity among "
             "--metrics"

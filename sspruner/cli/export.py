@@ -41,16 +41,18 @@ def command(
         sspruner export smaller --out for-transformers
         sspruner export smaller --target vllm --tp 2 --out for-vllm
     """
-    import sspruner
     from sspruner.files.output import check_output
-    from sspruner.formats.stock import padding
-    from sspruner.io.export import reads, writer_of
-    from sspruner.io.skeleton import skeleton
-    from sspruner.reporting.card import report_beside
+    from sspruner.formats.writers import reads, writer_of
 
     target: dict[str, Any] = {"to": reader.to, "target": reader.runtime, "tp": reader.tp}
     writer = writer_of(reader.to, reader.runtime, reader.tp)
     check_output(folder.out, folder.overwrite)
+
+    import sspruner
+    from sspruner.formats.stock import padding
+    from sspruner.io.skeleton import skeleton
+    from sspruner.reporting.card import report_beside
+
     prepare(reading.plugin)
     loaded, tokenizer = sspruner.load(model, **reading.arguments)
     report = report_beside(loaded, model) if model else None

@@ -69,18 +69,20 @@ def command(
         sspruner inspect path/to/model
         sspruner inspect path/to/model --plan plan.json --memory 24GB --target vllm
     """
+    from sspruner.formats.targets import chosen
+
+    output.check()
+    runtime, machine = chosen(target.runtime, target.tp), view.machine
+
     import sspruner
     from sspruner.benchmarking.footprint import footprint
     from sspruner.files.strict_json import dumps
     from sspruner.formats.fitting import after, offers
-    from sspruner.formats.targets import chosen
     from sspruner.io.skeleton import skeleton
     from sspruner.plans.plan import check_plan
     from sspruner.reporting.terminal import plots
     from sspruner.surgery.apply import apply_sizes
 
-    output.check()
-    runtime, machine = chosen(target.runtime, target.tp), view.machine
     plan = None if view.plan is None else sspruner.Plan.load(view.plan)
     prepare(trust.plugin)
     loaded = skeleton(model, trust_remote_code=trust.trust_remote_code)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from sspruner.recipes.flags import text, texts
+from sspruner.recipes.flags import FromText, read_texts, text, texts
+from sspruner.recipes.texts import known_dtype
 
 MODEL = Group("Model", sort_key=0)
 MACHINE = Group("Machine", sort_key=6)
@@ -58,8 +59,12 @@ class Timing(Trust):
 
     device: Device = None
 
-    dtype: Annotated[str, text("NAME")] = "auto"
+    dtype: Annotated[str, text("NAME"), FromText(known_dtype, "--dtype")] = "auto"
     """auto (as saved; for shapes bfloat16 on a GPU, else float32), float32, bfloat16 or float16."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an unknown dtype."""
+        read_texts(self)
 
 
 @Parameter(name="*", group=MACHINE)
@@ -67,7 +72,7 @@ class Timing(Trust):
 class Reading(Trust):
     """Settings for loading a model."""
 
-    dtype: Annotated[str, text("NAME")] = "auto"
+    dtype: Annotated[str, text("NAME"), FromText(known_dtype, "--dtype")] = "auto"
     """auto (as saved), float32, bfloat16 or float16."""
 
     merge_adapters: bool = False
@@ -75,6 +80,10 @@ class Reading(Trust):
 
     not_causal: bool = False
     """The model is meant to look ahead (bidirectional)."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an unknown dtype."""
+        read_texts(self)
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -70,11 +70,9 @@ def command(
         sspruner plan path/to/model --scores scores.safetensors --sparsity 0.75
         sspruner plan path/to/model --axis state=0.5,head=0.25 --ignore 'layers.0.*'
     """
-    import sspruner
+    from sspruner.budgets.resolve import check_values
     from sspruner.files.output import check_file
-    from sspruner.formats.fitting import check_cut
     from sspruner.formats.targets import chosen
-    from sspruner.plans.plan import check_plan
 
     if remove.axis is not None and (budget.sparsity is not None or budget.keep is not None):
         raise InputError("give fractions by axis or one sparsity or keep for all, not both")
@@ -84,7 +82,13 @@ def command(
         budget=budget,
         target=target,
     )
+    check_values(recipe)
     check_file(files.out)
+
+    import sspruner
+    from sspruner.formats.fitting import check_cut
+    from sspruner.plans.plan import check_plan
+
     runtime = chosen(target.runtime, target.tp)
     prepare(reading.plugin)
     loaded, _ = sspruner.load(model, **reading.arguments)

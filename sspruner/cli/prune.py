@@ -39,19 +39,23 @@ def command(
         sspruner prune path/to/model --scorer ghost --sparsity 0.75 --out smaller
         sspruner prune --recipe smaller/recipe.yaml --sparsity 0.6 --json -
     """
+    from sspruner.budgets.resolve import check_values
+    from sspruner.files.output import check_output, remove_working
+
+    check_values(recipe)
+    if output.out:
+        check_output(output.out, output.overwrite)
+    working = working_of(apart, output)
+    output.check()
+
     import sspruner
     from sspruner.compute.processes import barrier, rank
     from sspruner.compute.progress import bars
-    from sspruner.files.output import check_output, remove_working
     from sspruner.io.save import loading
     from sspruner.io.source import name_of
     from sspruner.pruning.prepare import check_recipe
     from sspruner.pruning.table import result_table
 
-    if output.out:
-        check_output(output.out, output.overwrite)
-    working = working_of(apart, output)
-    output.check()
     prepare(machine.plugin)
     check_recipe(recipe)
     with bars() as progress, kept_if_interrupted(working):

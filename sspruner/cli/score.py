@@ -83,11 +83,12 @@ def command(
         sspruner score path/to/model --axis state,head --out scores.safetensors
         sspruner score path/to/model --scorer ghost --scorer taylor --out scores
     """
+    outs = files.of(scored.names)
+
     import sspruner
     from sspruner.compute.processes import barrier, rank
     from sspruner.compute.progress import bars
 
-    outs = files.of(scored.names)
     prepare(machine.plugin)
     scorers = known_scorers(scored.names)
     with bars() as progress:

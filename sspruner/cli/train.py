@@ -112,10 +112,11 @@ def distil(
         sspruner train distil smaller --teacher dense --text a.txt --out recovered
         sspruner train distil smaller --text a.txt --text b.jsonl --bf16 --out other
     """
+    folder = run.folder(recipe.text)
+
     from sspruner.training.distil import distil as train
     from sspruner.training.text import Text
 
-    folder = run.folder(recipe.text)
     with running(machine.device) as (where, progress):
         teacher = recipe.method.teacher or machine.teacher_of(str(model))
         student, tokenizer = machine.read(model)
@@ -141,10 +142,11 @@ def gradual(
         sspruner train gradual dense --sparsity 0.7 --text a.txt --out sparse
         sspruner train gradual dense --axis head --text a.txt --out fewer-heads
     """
+    folder = run.folder(recipe.text)
+
     from sspruner.training.gradual import gradual as train
     from sspruner.training.text import Text
 
-    folder = run.folder(recipe.text)
     with running(machine.device) as (where, progress):
         loaded, tokenizer = machine.read(model)
         dense = machine.read_teacher(recipe.method.teacher).to(where) if recipe.method.teacher else None
@@ -169,11 +171,12 @@ def twist(
         sspruner train twist dense --keep 0.5 --text a.txt --out drawn
         sspruner train twist dense --axis head,state --text a.txt --out drawn
     """
+    folder = run.folder(recipe.text)
+
     import sspruner
     from sspruner.training.text import Text
     from sspruner.training.twist import twist as train
 
-    folder = run.folder(recipe.text)
     with running(machine.device) as (where, progress):
         loaded, tokenizer = machine.read(model)
         text = Text.of(recipe.text, recipe.settings, tokenizer)

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from sspruner.budgets.decide import plan
-from sspruner.budgets.resolve import resolve_budget
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.comparison.record import Comparison, Cut, row_from_json, row_to_json
+from sspruner.comparison.values import MARKS, ROWS, check_values
 from sspruner.compute.device import on_device, resolve_device
 from sspruner.compute.forward import check_predicts_tokens, embedding
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError, PlanError
 from sspruner.evaluation.last_word import Passage, passages, read_passages
-from sspruner.evaluation.measures import Inputs, Values, check_metrics, inputs_for, measure, summary
+from sspruner.evaluation.measures import Inputs, Values, inputs_for, measure, summary
 from sspruner.evaluation.paired import Interval
 from sspruner.files import strict_json
 from sspruner.files.output import check_results, write_file
@@ -33,8 +33,6 @@ from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_plan
 from sspruner.recipes.common import FILE, recipe_or_short
 from sspruner.recipes.compare import CompareRecipe
-from sspruner.recipes.parts import Budget
-from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.cache import cache_key
 from sspruner.scoring.choice import DEFAULT
 from sspruner.scoring.known import find_scorer, installed_scorers
@@ -43,8 +41,6 @@ from sspruner.scoring.scores import Scores
 from sspruner.surgery.mask import masked
 from sspruner.surgery.sizes import sizes
 
-ROWS = ".rows"  # in the folder of a comparison: the finished rows
-MARKS = ("compare.json", ROWS)  # a folder with one of these is a comparison
 PASSAGES = 500  # LAMBADA passages, if a recipe names a file
 
 Cells = dict[float, Cut | str]  # of one scorer: sparsity -> the cut, or the reason why it is impossible
@@ -143,19 +139,12 @@ def check_recipe(recipe: CompareRecipe, has_passages: bool = False) -> CompareRe
 
     Raises InputError for an invalid recipe.
     """
-    cells, budget = recipe.cells, recipe.budget
+    check_values(recipe, has_passages)
+    cells = recipe.cells
     scorers = _default_scorers(recipe.axis) if cells.scorers is None else cells.scorers
-    if not scorers or not cells.sparsities:
-        raise InputError("compare: name at least one scorer and one sparsity")
-    if budget.allocation == "adaptive":
-        raise InputError("compare: allocation adaptive measures the layers of one scorer; use prune for each")
     for name in scorers:
         if isinstance(name, str):
             find_scorer(name)
-    shared = {f.name: getattr(budget, f.name) for f in fields(budget)}
-    for sparsity in map(float, cells.sparsities):
-        resolve_budget(Recipe(remove=recipe.remove, budget=Budget(**shared, sparsity=sparsity)))
-    check_metrics(cells.metrics, has_passages or bool(cells.lambada))
     return replace(recipe, cells=replace(cells, scorers=tuple(scorers)))
 
 

@@ -30,7 +30,6 @@ from sspruner.evaluation.windows import losses, measure, windows
 from sspruner.recipes.common import recipe_or_short
 from sspruner.recipes.measure import EvaluateOptions, Measures, TextWindows
 
-METRICS = ("perplexity", "position", "length", "recall", "passkey")
 SHORTEST = 128  # tokens: the shortest length, and the end of the first range of positions
 RECALL_SEQUENCES = 64
 PASSKEY_SHORTEST = 256
@@ -68,7 +67,7 @@ def evaluate(
     """
     options = recipe_or_short(EvaluateOptions, options, short)
     measures, text, seed = options.measures, options.windows, options.measures.seed
-    chosen = METRICS if measures.metrics is None else measures.metrics
+    chosen = measures.chosen
     notes: list[str] = []
     _check(model, against, tokenizer, measures)
     both: Both = (model, against)
@@ -325,14 +324,9 @@ def _batch(length: int) -> int:
 
 def _check(model: nn.Module, against: nn.Module | None, tokenizer: Any, measures: Measures) -> None:
     """Raise InputError for invalid arguments, before any work."""
-    metrics = METRICS if measures.metrics is None else measures.metrics
-    if wrong := [name for name in metrics if name not in METRICS]:
-        raise InputError(f"metric {wrong[0]!r}: must be one of {', '.join(METRICS)}")
     if tokenizer is None and (measures.lambada is not None or measures.tasks):
         what = "lambada" if measures.lambada is not None else "tasks"
         raise InputError(f"{what}: needs a tokenizer, and this model has none")
-    if not (metrics or measures.lambada is not None or measures.tasks):
-        raise InputError(f"nothing to measure: name metrics ({', '.join(METRICS)}), lambada or tasks")
     for each in (model, against):
         if each is not None:
             check_whole(each, "evaluate")

@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from sspruner.calibrate.sources import Progress
-from sspruner.errors import InputError
 from sspruner.evaluation.last_word import Passage, last_words
 from sspruner.evaluation.paired import Interval, difference, mean, perplexity, perplexity_ratio, rate, share
 from sspruner.evaluation.recall import recall, tasks_for
 from sspruner.evaluation.windows import Logits, Sums, Windows, alone, joined, logits_of, losses_by_batch, watched
 
-METRICS = ("ppl", "kl", "lambada", "recall")
 RECALL_SEQUENCES = 128
 
 Version = Callable[[], AbstractContextManager[nn.Module]]  # yields the model in this version
@@ -41,15 +39,6 @@ class Values:
 
     text: Sums | None
     items: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def check_metrics(metrics: Sequence[str], passages: bool) -> None:
-    """Raise InputError for an unknown metric, and for LAMBADA without passages."""
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise InputError(f"metrics {', '.join(unknown) or 'none'}: choose among {', '.join(METRICS)}")
-    if ("lambada" in metrics) != passages:
-        raise InputError("metric lambada and its passages go together: name a file with --lambada")
 
 
 def inputs_for(

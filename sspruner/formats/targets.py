@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sspruner.errors import InputError, ModelError
-from sspruner.graph.layout import Layout, Size
-from sspruner.graph.ssm_graph import SSMGraph
+
+if TYPE_CHECKING:  # torch is not needed to name a target
+    from sspruner.graph.layout import Layout, Size
+    from sspruner.graph.ssm_graph import SSMGraph
 
 TABLE = Path(__file__).with_name("targets.toml")
 MOST_TRIES = 200_000  # largest number of combinations of sizes that are tried

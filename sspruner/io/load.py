@@ -31,6 +31,7 @@ from sspruner.io.source import (
     weight_bytes_in,
     weights_in,
 )
+from sspruner.recipes.texts import known_dtype
 from sspruner.surgery.record import recorded, restore_stock, take_subfolder
 
 GENERATION = "generation_config.json"
@@ -79,8 +80,7 @@ def load(
             merged_model, its_tokenizer = _with_adapter(where, tokenizer, dtype, apart, trust_remote_code)
             return merged_model if causal else not_causal(merged_model), its_tokenizer
         native = check_folder(Path(where))
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
+    known_dtype(dtype, "dtype")
     check_device_map(device_map, max_memory)
     loaded = None
     if offload is not None or device_map is not None:

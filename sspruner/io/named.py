@@ -10,6 +10,7 @@ from sspruner.compute.device import resolve_device
 from sspruner.errors import InputError
 from sspruner.io.load import load
 from sspruner.io.source import name_of
+from sspruner.recipes.texts import known_dtype
 
 
 def named_models(
@@ -25,16 +26,12 @@ def named_models(
 ) -> dict[str, Any]:
     """Return the models that the command line names, then its shapes; the reference model if there is none.
 
-    dtype "auto" is bfloat16 for shapes on a GPU, float32 on the CPU. Raises InputError for sizes without a shape, and
-    for duplicates.
+    dtype "auto" is bfloat16 for shapes on a GPU, float32 on the CPU. Raises InputError for duplicates.
     """
-    if (keep or balanced) and not shapes:
-        raise InputError("--keep and --balanced are for --shape; prune a model, and name its folder, to measure it")
     if len(set(models)) < len(models) or len(set(shapes)) < len(shapes):
         raise InputError("a model is named twice; once is enough, for all are measured in turns")
     target_device = resolve_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: must be auto, float32, bfloat16 or float16")
+    known_dtype(dtype, "dtype")
     for shape in shapes:
         for size in (STATE, *keep, *balanced):
             shape_config(shape, size)

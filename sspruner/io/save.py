@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from sspruner.axes import ELEMENT_AXES
+from sspruner.axes import ELEMENT_AXES, axis_of
 from sspruner.compute.device import offloaded
 from sspruner.errors import ModelError
 from sspruner.files.output import atomic_folder
 from sspruner.formats.checkpoint import write_model
 from sspruner.formats.stock import stock_difference
 from sspruner.io.offload import write_weights
-from sspruner.plans.plan import axis_of
 from sspruner.plans.tensors import FOLDER
 from sspruner.pruning.report import Report
 from sspruner.reporting.card import write_card

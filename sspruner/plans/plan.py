@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from sspruner.axes import WHOLE_MODEL
+from sspruner.axes import WHOLE_MODEL, axis_of
 from sspruner.errors import PlanError
 from sspruner.files import strict_json
 from sspruner.files.fields import integer, table, versioned
@@ -198,11 +198,6 @@ def part_of(plan: Plan, graph: SSMGraph, block: str) -> Plan:
         elements={n: keep for n, keep in plan.elements.items() if touches(graph.elements[n].tensor)},
         updates={n: value for n, value in plan.updates.items() if touches(n)},
     )
-
-
-def axis_of(name: str) -> str:
-    """Return the axis of the dependency group `<module path>:<axis>`."""
-    return name.rpartition(":")[2]
 
 
 def check_plan(plan: Plan, graph: SSMGraph, fingerprint: str | None = None, model: nn.Module | None = None) -> None:

@@ -10,14 +10,14 @@ from torch import nn
 from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import check_budget, rounded
-from sspruner.budgets.resolve import resolve_budget
+from sspruner.budgets.resolve import check_values, resolve_budget
 from sspruner.compute.device import on_device
 from sspruner.compute.forward import no_tokens, predicts_tokens
 from sspruner.errors import InputError
 from sspruner.formats.fitting import check_cut, check_request, trial
-from sspruner.formats.targets import Fit, chosen, fit_to
+from sspruner.formats.targets import Fit, fit_to
 from sspruner.pruning.cutter import cutter_for
-from sspruner.pruning.refit import KINDS, check_calibration
+from sspruner.pruning.refit import check_calibration
 from sspruner.pruning.report import model_size
 from sspruner.pruning.search import check_not_met, fraction_of_size
 from sspruner.pruning.stages import Clock, Machine, PruneJob
@@ -28,19 +28,10 @@ from sspruner.scoring.run import Run
 from sspruner.scoring.score import calibrated
 from sspruner.surgery.sizes import sizes
 
-MODES = ("slice", "mask")
-
 
 def check_recipe(recipe: Recipe) -> None:
     """Check a recipe without a model. Raises InputError for invalid or contradictory options."""
-    if recipe.method.mode not in MODES:
-        raise InputError(f"mode {recipe.method.mode!r}: must be slice or mask")
-    if recipe.method.refit not in KINDS:
-        raise InputError(f"refit {recipe.method.refit!r}: must be one of {', '.join(KINDS)}")
-    if recipe.method.refit == "bias" and (recipe.limits.parameters or recipe.limits.memory):
-        raise InputError("refit bias adds parameters, which limits do not foresee: use refit output")
-    resolve_budget(recipe)
-    chosen(recipe.target.runtime, recipe.target.tp)
+    check_values(recipe)
     for scorer in choose_scorers(recipe.method.scorer, recipe.method.basis, recipe.remove.axes):
         for name in scorer.values() if isinstance(scorer, Mapping) else [scorer]:
             if isinstance(name, str):

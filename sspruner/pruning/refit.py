@@ -36,11 +36,11 @@ from sspruner.graph.site import Site, within
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_plan, part_of
+from sspruner.recipes.parts import REFITS
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.tensors import lacks, tensor
 
-KINDS = ("none", "bias", "output")
 LEFT_OUT = 4  # every fourth sequence is held out to choose the ridge
 TINY = 1e-30  # energy of a block that adds nothing
 
@@ -90,8 +90,8 @@ def refit(
     Raises InputError for an unknown kind, for fewer tokens than unknowns, and if there is nothing to solve for;
     PlanError if the plan does not fit the model.
     """
-    if kind not in KINDS[1:]:
-        raise InputError(f"refit {kind!r}: must be {' or '.join(KINDS[1:])}")
+    if kind not in REFITS[1:]:
+        raise InputError(f"refit {kind!r}: must be {' or '.join(REFITS[1:])}")
     graph = trace(model)
     check_plan(plan, graph, fingerprint(model), model)
     follow = any(axis in WHOLE_MODEL for axis in plan.axes)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.axes import axis_of
 from sspruner.budgets.budget import Fit, ResolvedBudget
 from sspruner.budgets.decide import plan_within
 from sspruner.budgets.split import Curve
@@ -23,7 +24,7 @@ from sspruner.errors import AlreadyMet, InputError, PlanError
 from sspruner.evaluation.damage import Damage, damages
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.plans.plan import Plan, axis_of, check_plan
+from sspruner.plans.plan import Plan, check_plan
 from sspruner.pruning.sensitivity import damage_curves
 from sspruner.recipes.parts import Limits
 from sspruner.scoring.scores import Scores

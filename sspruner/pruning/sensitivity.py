@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sspruner.axes import WHOLE_MODEL
+from sspruner.axes import WHOLE_MODEL, axis_of
 from sspruner.budgets.decide import select
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import on_device, resolve_device
@@ -22,7 +22,7 @@ from sspruner.files import strict_json
 from sspruner.files.output import write_file
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.trace import trace
-from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.plan import Plan
 from sspruner.scoring.scores import Scores
 
 LEVELS = (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 0.0)  # fractions of the units to keep; 0: one step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from sspruner.recipes.parts import Allocation, CalibrationText, Remove, Scoring
 
 CELLS = Group("What to compare", sort_key=0.5)
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
+METRICS = ("ppl", "kl", "lambada", "recall")
 
 #: The calibration text may also be given as `calibration=`, as on the command line.
 SHORT = {"calibration": "source"}
@@ -92,3 +94,12 @@ class CompareRecipe(Recorded):
         Raises InputError for an unknown field, with the nearest known one.
         """
         return build(cls, {"scorers": scorers, **short}, SHORT)
+
+
+def check_metrics(metrics: Sequence[str], passages: bool) -> None:
+    """Raise InputError for an unknown metric, and for LAMBADA without passages."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise InputError(f"metrics {', '.join(unknown) or 'none'}: choose among {', '.join(METRICS)}")
+    if ("lambada" in metrics) != passages:
+        raise InputError("metric lambada and its passages go together: name a file with --lambada")

@@ -29,6 +29,8 @@ GATES = Group("Gates", sort_key=3)
 LOAD = Group("Load", sort_key=2)
 CEILING = Group("Ceiling", sort_key=3)
 
+METRICS = ("perplexity", "position", "length", "recall", "passkey")
+
 
 @Parameter(name="*", group=WHAT)
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ class Measures:
             object.__setattr__(self, "metrics", tuple(name for name in self.metrics if name != "none"))
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit {self.limit}: must be at least 1")
+        if wrong := [name for name in self.chosen if name not in METRICS]:
+            raise InputError(f"metric {wrong[0]!r}: must be one of {', '.join(METRICS)}")
+        if not (self.chosen or self.lambada is not None or self.tasks):
+            raise InputError(f"nothing to measure: name metrics ({', '.join(METRICS)}), lambada or tasks")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Return the metrics to measure: all, unless some are named."""
+        return METRICS if self.metrics is None else self.metrics
 
 
 @Parameter(name="*", group=TEXT)

@@ -43,6 +43,22 @@ else:  # a text such as 25MB is read when the part is built: after that it is a 
     Quantity = float | str | None
 
 
+MODES = ("slice", "mask")
+REFITS = ("none", "bias", "output")
+
+
+def check_mode(mode: str) -> None:
+    """Raise InputError for an unknown mode of a cut."""
+    if mode not in MODES:
+        raise InputError(f"mode {mode!r}: must be {' or '.join(MODES)}")
+
+
+def check_size(samples: int, seq_len: int, held_out: int = 0) -> None:
+    """Raise InputError for no sequences, or sequences in which nothing is predicted."""
+    if samples < 1 or seq_len < 2 or held_out < 0:
+        raise InputError(f"samples={samples}, seq_len={seq_len}, held_out={held_out}: need at least 1, 2 and 0")
+
+
 @Parameter(name="*", group=REMOVE)
 @dataclass(frozen=True)
 class Remove:
@@ -223,6 +239,10 @@ class Mode:
     mode: Annotated[str, text("NAME")] = "slice"
     """slice: smaller tensors, proved equal to the mask. mask: zeros, same sizes."""
 
+    def __post_init__(self) -> None:
+        """Raise InputError for an unknown mode."""
+        check_mode(self.mode)
+
 
 @Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
@@ -244,6 +264,13 @@ class Method(Mode, Scoring):
     refit: Annotated[str, text("NAME")] = "none"
     """After the cut, solve for the remaining weights: output (out_proj and other output projections), bias, or none."""
 
+    def __post_init__(self) -> None:
+        """Read texts, and raise InputError for an unknown mode or refit."""
+        Scoring.__post_init__(self)
+        Mode.__post_init__(self)
+        if self.refit not in REFITS:
+            raise InputError(f"refit {self.refit!r}: must be one of {', '.join(REFITS)}")
+
 
 @Parameter(name="*", group=CALIBRATION)
 @dataclass(frozen=True)
@@ -262,6 +289,10 @@ class CalibrationText:
 
     text_column: Annotated[str, text("NAME", default="text, else messages")] = ""
     """Column of the calibration text in tables and datasets."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for no sequences, or sequences in which nothing is predicted."""
+        check_size(self.samples, self.seq_len)
 
 
 @Parameter(name="*", group=TARGET)

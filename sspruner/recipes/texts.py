@@ -13,11 +13,20 @@ from typing import Any
 from sspruner.errors import InputError
 from sspruner.units import parse_bytes, parse_increase, parse_parameters
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def seed_in_64_bits(value: Any, option: str) -> Any:
     """Return a seed. Raises InputError for a number that random generators do not take."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise InputError(f"{option} {value}: must fit in 64 bits")
+    return value
+
+
+def known_dtype(value: Any, option: str) -> Any:
+    """Return the name of a dtype. Raises InputError for another one."""
+    if value not in DTYPES:
+        raise InputError(f"{option} {value!r}: must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     return value
 
 

@@ -182,6 +182,12 @@ class Gradual:
     def __post_init__(self) -> None:
         if self.alpha < 0:
             raise InputError(f"alpha {self.alpha}: must be at least 0")
+        _check_part("sparsity", self.sparsity)
+        if not 0 <= self.begin < self.end <= 1 or self.mask_every < 1:
+            raise InputError(
+                f"schedule: begins at {self.begin}, ends at {self.end}, every {self.mask_every} steps: expected "
+                "0 <= begin < end <= 1, and at least 1"
+            )
 
 
 @Parameter(name="*", group=METHOD)
@@ -208,6 +214,15 @@ class Twist:
         read_texts(self)
         if self.deal_every < 1 or self.draws < 1:
             raise InputError(f"every {self.deal_every}, draws {self.draws}: must be at least 1")
+        _check_part("keep", self.keep)
+        if self.ends < 0:
+            raise InputError(f"ends {self.ends}: must be at least 0")
+
+
+def _check_part(name: str, value: float) -> None:
+    """Raise InputError for a fraction that leaves nothing, or everything."""
+    if not 0 < value < 1:
+        raise InputError(f"{name} {value}: must be above 0 and below 1")
 
 
 @Parameter(name="*")

@@ -6,12 +6,13 @@ from torch import nn
 
 from sspruner.compute.device import offloaded
 from sspruner.compute.settings import undisturbed
-from sspruner.errors import InputError, PlanError
+from sspruner.errors import PlanError
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.graph.usable import check_present, check_vocabulary
 from sspruner.plans.plan import Plan, check_plan
+from sspruner.recipes.parts import check_mode
 from sspruner.surgery.mask import is_masked, mask
 from sspruner.surgery.proof import slice_with_proof
 from sspruner.surgery.slice import slice_model
@@ -26,8 +27,7 @@ def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
     `sspruner.unmask`. Both write the plan's new values first and zero single elements. Raises InputError for another
     mode, PlanError if the plan does not fit this model, ProofError if the slice is not equal to the mask.
     """
-    if mode not in ("slice", "mask"):
-        raise InputError(f"mode {mode!r}: must be slice or mask")
+    check_mode(mode)
     if is_masked(model):
         raise PlanError("the model is masked; call sspruner.unmask(model) first")
     if offloaded(model):

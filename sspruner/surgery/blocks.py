@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.axes import axis_of
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 
 

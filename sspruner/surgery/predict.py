@@ -7,10 +7,11 @@ from math import prod
 import torch
 from torch import nn
 
+from sspruner.axes import axis_of
 from sspruner.graph.group import drop_rows
 from sspruner.graph.layout import state_bytes
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery.project import added_by_projections
 from sspruner.surgery.slice import Cuts, cut_layout, rows_to_drop

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sspruner.axes import axis_of
 from sspruner.errors import PlanError
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.plans.plan import VERSION, Plan, axis_of
+from sspruner.plans.plan import VERSION, Plan
 from sspruner.plans.reduction import Projection, Reduction
 from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.slice import cut_layout

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.axes import axis_of
 from sspruner.graph.group import drop_rows
 from sspruner.graph.layout import Layout
 from sspruner.graph.site import Site
 from sspruner.graph.ssm_graph import SSMGraph
-from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Projection
 from sspruner.surgery.blocks import drop_blocks
 from sspruner.surgery.mask import dropped_rows

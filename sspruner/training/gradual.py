@@ -120,8 +120,6 @@ class Schedule:
     every: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise InputError(f"sparsity {self.sparsity}: must be above 0 and below 1")
         if not 0 <= self.begin < self.end or self.every < 1:
             raise InputError(f"schedule: begins at {self.begin}, ends at {self.end}, every {self.every} steps")
 

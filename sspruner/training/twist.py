@@ -138,10 +138,6 @@ class Deal:
 
     def __init__(self, model: nn.Module, axes: list[str], keep: float, ends: int, seed: int) -> None:
         """Prepare the groups to deal. Raises InputError if there are none."""
-        if not 0 < keep < 1:
-            raise InputError(f"keep {keep}: must be above 0 and below 1")
-        if ends < 0:
-            raise InputError(f"ends {ends}: must be at least 0")
         self.graph, self.axes, self.keep, self.seed = trace(model), axes, keep, seed
         if elements := [axis for axis in axes if axis in ELEMENT_AXES]:
             raise InputError(f"axis {elements[0]!r}: of single elements; twist deals {', '.join(self.graph.axes)}")

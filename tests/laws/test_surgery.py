@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
+from sspruner.axes import axis_of
 from sspruner.graph.layout import Layout
-from sspruner.plans.plan import Plan, axis_of
+from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery import proof
 from sspruner.surgery import slice as slicing

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import sspruner
 from sspruner.cli.main import main
+from sspruner.compute import progress
 from sspruner.io.source import DEFAULT, REFERENCES
 from support.tiny import VOCABULARY, tiny_model
 from support.zoo import zoo
@@ -47,6 +48,7 @@ def run(*args: object, charset: str = "utf-8", **env: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"COLUMNS": "120", **env}.items():
             patch.setenv(name, value)
+        patch.setattr(progress, "EVERY", 1e9)  # the machine's speed must not decide what is printed
         patch.setattr(sys, "argv", ["sspruner", *map(str, args)])
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)

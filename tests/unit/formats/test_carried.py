@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import sspruner
 from sspruner.formats import checkpoint
-from sspruner.io.export import WRITERS
+from sspruner.formats.writers import WRITERS
 from sspruner.plans.plan import Plan
 from support.examples import examples
 from support.tiny import half, logits, tiny_model, tokens

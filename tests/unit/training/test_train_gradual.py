@@ -43,9 +43,9 @@ def test_the_schedule_rises_to_its_end_and_stays(sparsity: float, begin: int, le
     assert all(step % every == 0 for step in due[:-1])
 
 
-@pytest.mark.parametrize("wrong", [(0.0, 0, 5, 1), (1.0, 0, 5, 1), (0.5, 5, 5, 1), (0.5, 0, 5, 0), (0.5, -1, 5, 1)])
+@pytest.mark.parametrize("wrong", [(0.5, 5, 5, 1), (0.5, 0, 5, 0), (0.5, -1, 5, 1)])
 def test_a_schedule_that_makes_no_sense_is_refused(wrong: tuple[float, int, int, int]) -> None:
-    with pytest.raises(InputError, match=r"sparsity|schedule"):
+    with pytest.raises(InputError, match="schedule"):
         Schedule(*wrong)
 
 
