@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import uuid
 from collections.abc import Iterator
@@ -30,6 +31,17 @@ settings.register_profile(  # deliberate faults (tests/mutants): a failure is no
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 DATA = Path(os.environ.get("SSPRUNER_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Give the slow tests one more worker than there are cores: most of them wait for other processes."""
+    return (os.cpu_count() or 1) + 1 if config.option.markexpr.startswith("slow") else None
+
+
+def pytest_collection_finish() -> None:
+    """Take what collecting made from the garbage collector, which would walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -546,7 +546,7 @@ def test_a_failed_save_leaves_nothing(
     refused(tmp_path, (says,), "prune", model, *cheap, "--out", out, *["--overwrite"] * earlier, code=code)
 
 
-@pytest.mark.ci_cover(families=2)
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [" torch.", "sampling calibration text", "scoring backbone.layers"])
 def test_interrupt(moment: str, tmp_path: Path) -> None:

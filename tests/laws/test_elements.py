@@ -78,7 +78,7 @@ def test_masked_equals_sliced(model: torch.nn.Module, data: st.DataObject) -> No
     assert found.parameters_added == 0
 
 
-@pytest.mark.ci_cover(families=10)
+@pytest.mark.ci_cover(families=6)
 @pytest.mark.cover(families=4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -79,7 +79,7 @@ def same(every: list[Any], alone: Importance, tolerance: float = 1e-6) -> None:
             assert (found[group] - expected).abs().max() <= tolerance * expected.abs().max(), group
 
 
-@pytest.mark.ci_cover(most=10)
+@pytest.mark.ci_cover(most=5)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "count"),
@@ -97,6 +97,7 @@ def test_scores_are_those_of_one_process(name: str, options: dict[str, Any], cou
     assert able
 
 
+@pytest.mark.ci_cover(most=2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name"),
@@ -157,7 +158,7 @@ def same_cut(every: list[Any], alone: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ci_cover(most=6)
+@pytest.mark.ci_cover(most=3)
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize(("name", "options"), [(name, options) for name, options in observing() if not options])
 def test_layers_are_cut_like_in_one_process(name: str, options: dict[str, Any], together: Together) -> None:

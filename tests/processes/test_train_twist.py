@@ -111,6 +111,7 @@ def plainly(folder: Path, workers: int) -> dict[str, torch.Tensor]:
     return flat(trained)
 
 
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
 def test_it_is_the_method_as_described(workers: int, together: Together, tmp_path: Path) -> None:

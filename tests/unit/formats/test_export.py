@@ -58,7 +58,7 @@ def check_export(model: Any, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.ci_cover(families=3)
+@pytest.mark.ci_cover(families=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", PROJECTED)
 def test_projected_states_of_every_family(family: str, tmp_path: Path) -> None:
@@ -78,6 +78,7 @@ def test_projections_beside_other_cuts_and_other_sizes_by_layer(tmp_path: Path) 
     assert found["dtypes"] == ["torch.float32"]
 
 
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "axis"), [("mamba2", "head_dim"), ("mamba", "channel"), ("jamba", "mlp")])
 def test_any_sizes_are_expressed(family: str, axis: str, tmp_path: Path) -> None:

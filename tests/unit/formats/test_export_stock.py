@@ -67,7 +67,7 @@ def cut(family: str, axis: str, first: bool) -> torch.nn.Module:
     return sspruner.apply(model, one_layer(model, axis) if first else half(sspruner.trace(model), axis))
 
 
-@pytest.mark.ci_cover(families=2)
+@pytest.mark.ci_cover(families=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_stock_classes_can_build_they_load_exactly(family: str, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_what_stock_classes_can_build_they_load_exactly(family: str, tmp_path: P
         assert_same(found, copy.deepcopy(model), ids, 0)
 
 
-@pytest.mark.ci_cover(families=2)
+@pytest.mark.ci_cover(families=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_axis_is_padded_for_stock_classes(family: str, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_heads_divide_over_gpus() -> None:
 # Exactness
 
 
-@pytest.mark.ci_cover(families=6)
+@pytest.mark.ci_cover(families=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_offer_for_hf_is_the_exact_check(family: str) -> None:

@@ -50,7 +50,7 @@ def pruned(folder: Path, out: Path, device_map: Any, working: Path, *, resume: b
     return result
 
 
-@pytest.mark.ci_cover(families=6)
+@pytest.mark.ci_cover(families=3)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_cut_as_in_memory(family, tmp_path):

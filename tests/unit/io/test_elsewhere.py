@@ -210,7 +210,7 @@ def elsewhere() -> Iterator[Run]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "families",
-    [FAMILIES[::5], *(pytest.param(FAMILIES[i::5], marks=pytest.mark.exhaustive) for i in range(1, 5))],
+    [FAMILIES[::10], *(pytest.param(FAMILIES[i::10], marks=pytest.mark.exhaustive) for i in range(1, 10))],
     ids=lambda families: " ".join(families),
 )
 def test_a_pipeline_over_devices(families: list[str], elsewhere: Run) -> None:

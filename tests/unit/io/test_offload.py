@@ -58,7 +58,7 @@ def check_prune(model: Any, root: Path, **arguments: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ci_cover(families=6)
+@pytest.mark.ci_cover(families=4)
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_cut_as_in_memory(family, tmp_path):
@@ -141,7 +141,7 @@ def test_a_forward_reads_each_block_when_it_is_called(family, tmp_path):
         assert torch.equal(model.get_parameter(names[0]), dense.get_parameter(names[0]))
 
 
-@pytest.mark.ci_cover(most=4)
+@pytest.mark.ci_cover(most=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 @pytest.mark.parametrize("scorer", ["ghost", "magnitude", "balanced"])
