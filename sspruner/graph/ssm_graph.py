@@ -127,6 +127,8 @@ class SSMGraph:
             if group.axis in WHOLE_MODEL:
                 each = "whole modules" if group.blocks else f"{group.parameters_per_unit:,} parameters each"
                 root.add(f"{group.name}: {group.units} units, {each}")
+        if any(member.tensor.endswith("in_proj.bias") for group in self.groups.values() for member in group.members):
+            root.add("biases of in_proj: padding on the left enters the state, cut or not (docs/saving.md)")
         return root
 
     def __str__(self) -> str:

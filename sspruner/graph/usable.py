@@ -13,6 +13,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTISERS = ("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "compressed_tensors", "hqq", "optimum.quanto",
               "torch.ao.nn.quantized", "torch.ao.nn.quantizable")  # fmt: skip
 FIRST = "prune first, then quantise: a quantised weight has no rows that could be taken out"
+UNQUANTISED = "save it before it is quantised, and quantise what sspruner.load returns"
 
 
 def check_usable(model: nn.Module) -> None:
@@ -24,16 +25,29 @@ def check_usable(model: nn.Module) -> None:
         )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ModelError(f"{name}: wraps the model; give the model itself, model.module")
-    config = getattr(model, "config", None)
-    if (quantised := getattr(config, "quantization_config", None)) is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise ModelError(f"{name}: its weights are quantised ({getattr(method, 'value', method)!s}); {FIRST}")
     for path, module in model.named_modules():
-        if why := _unusable(module):
+        if why := _split(module):
             raise ModelError(f"{path or name}: {why}")
+        for leaf, tensor in module._parameters.items():
+            if tensor is not None and type(tensor.data).__name__ == "DTensor":
+                raise ModelError(
+                    f"{path}.{leaf}: its weights are split over processes; prune the model before they are"
+                )
+    check_not_quantised(model, FIRST)
+
+
+def check_not_quantised(model: nn.Module, instead: str) -> None:
+    """Raise ModelError that names the first quantised weight, and says what to do instead."""
+    name = type(model).__name__
+    if (quantised := getattr(getattr(model, "config", None), "quantization_config", None)) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ModelError(f"{name}: its weights are quantised ({getattr(method, 'value', method)!s}); {instead}")
+    for path, module in model.named_modules():
+        if why := _quantised(module):
+            raise ModelError(f"{path or name}: {why}; {instead}")
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and (why := _unusable_tensor(leaf, tensor)):
-                raise ModelError(f"{path}.{leaf}: {why}")
+            if tensor is not None and (why := _quantised_tensor(leaf, tensor)):
+                raise ModelError(f"{path}.{leaf}: {why}; {instead}")
 
 
 def check_present(model: nn.Module) -> None:
@@ -66,27 +80,27 @@ def check_vocabulary(model: Any) -> None:
         )
 
 
-def _unusable(module: Any) -> str:
-    kind = type(module)
-    if kind.__name__ == "FullyShardedDataParallel":
+def _split(module: Any) -> str:
+    if type(module).__name__ == "FullyShardedDataParallel":
         return "FSDP has split its weights; prune the model before it is wrapped"
     if hasattr(module, "_hf_hook"):
         return (
             "accelerate moves its weights; load the model with sspruner.load(..., offload=FOLDER or device_map='auto')"
         )
-    if kind.__module__.startswith(QUANTISERS) or hasattr(module, "quantization_scheme"):
-        return f"{kind.__name__} is quantised; {FIRST}"
-    if isinstance(getattr(module, "qweight", None), torch.Tensor):
-        return f"{kind.__name__} has packed weights; {FIRST}"
     return ""
 
 
-def _unusable_tensor(leaf: str, tensor: torch.Tensor) -> str:
+def _quantised(module: Any) -> str:
+    kind = type(module)
+    if kind.__module__.startswith(QUANTISERS) or hasattr(module, "quantization_scheme"):
+        return f"{kind.__name__} is quantised"
+    return f"{kind.__name__} has packed weights" if isinstance(getattr(module, "qweight", None), torch.Tensor) else ""
+
+
+def _quantised_tensor(leaf: str, tensor: torch.Tensor) -> str:
     kind = type(tensor.data)
-    if kind.__name__ == "DTensor":
-        return "its weights are split over processes; prune the model before they are"
     if kind.__module__.startswith(QUANTISERS) or tensor.is_quantized:
-        return f"{kind.__name__} is quantised; {FIRST}"
+        return f"{kind.__name__} is quantised"
     if (isinstance(tensor, nn.Parameter) or "weight" in leaf) and tensor.dtype not in FLOATS:
-        return f"a weight of type {str(tensor.dtype).removeprefix('torch.')} is quantised; {FIRST}"
+        return f"a weight of type {str(tensor.dtype).removeprefix('torch.')} is quantised"
     return ""

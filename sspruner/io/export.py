@@ -15,6 +15,7 @@ from sspruner.formats.remote import write_remote
 from sspruner.formats.stock import check_stock, padded, write_stock
 from sspruner.formats.targets import chosen
 from sspruner.formats.writers import writer_of
+from sspruner.graph.usable import UNQUANTISED, check_not_quantised
 from sspruner.io.save import write_folder
 from sspruner.pruning.report import Report
 from sspruner.reporting.card import write_card
@@ -47,6 +48,7 @@ def export(
     expressed.
     """
     to, runtime = writer_of(to, target, tp), chosen(target, tp)
+    check_not_quantised(model, UNQUANTISED)
     if to != "sspruner" and offloaded(model):
         raise ModelError("export reads the whole model: save an offloaded one with sspruner.save, and load that")
     if to != "sspruner" and is_masked(model):

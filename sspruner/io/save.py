@@ -17,6 +17,7 @@ from sspruner.errors import ModelError
 from sspruner.files.output import atomic_folder
 from sspruner.formats.checkpoint import write_model
 from sspruner.formats.stock import stock_difference
+from sspruner.graph.usable import UNQUANTISED, check_not_quantised
 from sspruner.io.offload import write_weights
 from sspruner.plans.tensors import FOLDER
 from sspruner.pruning.report import Report
@@ -46,6 +47,7 @@ def save(
             f"{type(model).__name__} is no model of transformers, which a folder could describe: keep it whole with "
             "torch.save(model, FILE), or save the model of transformers that is inside it"
         )
+    check_not_quantised(model, UNQUANTISED)
     with atomic_folder(out, overwrite) as folder:
         write_folder(model, folder, tokenizer, result.report if result else None)
         if result is not None:

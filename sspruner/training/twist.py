@@ -203,7 +203,7 @@ class _Run:
         resumed = checkpoint.read(checkpoints, state)
         if not resumed:
             numbers[3:] = torch.tensor(self.perplexities(plans, device))
-        step, before, rounds = int(numbers[0]), float(numbers[1]), math.ceil(int(numbers[0]) / self.every)
+        step, before = int(numbers[0]), float(numbers[1])
         forget_after(metrics_file, step if resumed else -1)
         begun, saved = time.monotonic() - before, step
         blocks = self.text.training_blocks(skip=step * settings.batch)
@@ -211,9 +211,8 @@ class _Run:
             if not resumed:
                 log.write(0, held_out_perplexity=fmean(numbers[3:].tolist()))
             while step < settings.steps and not over(begun, settings.max_minutes, device):
-                last, sent = min(step + self.every, settings.steps), self.shards.bytes_sent
-                worker = self.round(rounds, step, last, blocks, device, log, begun)
-                step, rounds = last, rounds + 1
+                sent = self.shards.bytes_sent
+                worker, step = self.round(step, blocks, device, log, begun)
                 numbers[2] += float(total(torch.tensor(float(self.shards.bytes_sent - sent), device=device)))
                 if step // settings.every > saved // settings.every or step == settings.steps:
                     ours = perplexity(worker, self.held_out.to(device), settings.at_once)
@@ -227,12 +226,17 @@ class _Run:
         after = self.perplexities(plans, device)
         span = time.monotonic() - begun
         trained = Trained(step, tokens, span, (fmean(first), fmean(after)), step == settings.steps)
-        return trained, Draws(tuple(plans), tuple(after), tuple(first), float(numbers[2]) / max(1, rounds))
+        return trained, Draws(
+            tuple(plans), tuple(after), tuple(first), float(numbers[2]) / max(1, math.ceil(step / self.every))
+        )
 
-    def round(
-        self, number: int, step: int, last: int, blocks: Any, device: torch.device, log: Log, begun: float
-    ) -> nn.Module:
-        """Train one deal up to step `last`. Return this process's sub-network as it was pushed back."""
+    def round(self, step: int, blocks: Any, device: torch.device, log: Log, begun: float) -> tuple[nn.Module, int]:
+        """Train one deal to its end, or until time is up; then a later run continues with the same deal.
+
+        Return this process's sub-network as it was pushed back, and the step.
+        """
+        number = step // self.every
+        last = min((number + 1) * self.every, self.settings.steps)
         torch.manual_seed(random.Random(f"{self.settings.seed} {number} {rank()}").getrandbits(63))
         hands = self.deal.draw(f"round {number}", world())
         workers = [self.subnets.places(hand) for hand in hands]
@@ -246,7 +250,7 @@ class _Run:
             first, second = (pulled[name][:, kind].reshape(parameter.shape).clone() for kind in (1, 2))
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), "exp_avg": first, "exp_avg_sq": second}
         with quick_on_cpu(model, device):
-            while step < last:
+            while step < last and not over(begun, self.settings.max_minutes, device):
                 step, now = step + 1, time.monotonic()
                 batch = share(blocks, self.settings).to(device)
                 metrics = take_step(model, batch, optimizer, self.settings, step, likelihood)
@@ -256,7 +260,7 @@ class _Run:
             rows = (self.subnets.weights(name, parameter), moments["exp_avg"], moments["exp_avg_sq"])
             pulled[name] = torch.stack([row.flatten() for row in rows], 1)  # (its elements, 3)
         self.shards.push(workers, pulled)
-        return model
+        return model, step
 
     @torch.no_grad()
     def perplexities(self, plans: list[Plan], device: torch.device) -> list[float]:

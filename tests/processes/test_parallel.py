@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sspruner
 from sspruner.calibrate import sources
-from sspruner.calibrate.shards import part_of_this_process, summed
+from sspruner.calibrate.shards import summed
 from sspruner.calibrate.sources import Calibration
 from sspruner.compute.processes import rank
 from sspruner.scoring.known import find_scorer, installed_scorers
@@ -183,6 +183,7 @@ def test_other_ways_to_cut(name: str, options: dict[str, Any], more: dict[str, A
     same_cut(together(3, cut, "mamba2", name, options, more), cut("mamba2", name, options, more))
 
 
+@pytest.mark.slow
 def test_the_first_process_says_what_the_calibration_is(together: Together) -> None:
     same_cut(together(2, cut, "mamba2", "ghost", {}, {}, True), cut("mamba2", "ghost", {}, {}))
 
@@ -320,19 +321,6 @@ def test_the_first_process_keeps_the_cache(tmp_path: Path, together: Together) -
     assert not (tmp_path / "1").exists()
 
 
-def part() -> tuple[torch.Tensor, torch.Tensor]:
-    own = part_of_this_process(data())
-    return own.tokens, own.mask
-
-
-@pytest.mark.parametrize(("count", "sizes"), [(2, [3, 2]), (4, [2, 1, 1, 1])])
-def test_each_sequence_is_observed_once(count: int, sizes: list[int], together: Together) -> None:
-    found = together(count, part)
-    assert [len(tokens) for tokens, _ in found] == sizes
-    rows = sorted(row for tokens, mask in found for row in torch.cat([tokens, mask], 1).tolist())
-    assert rows == sorted(torch.cat([data().tokens, data().mask], 1).tolist())
-
-
 def sums() -> list[Any]:
     """Of what processes may have: one of them saw nothing."""
     blank = rank() == 1
@@ -345,6 +333,7 @@ def sums() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_sums(together: Together) -> None:
     for tensor, number, tensors, numbers in together(3, sums):
         assert tensor.dtype == torch.float64

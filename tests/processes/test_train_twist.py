@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import signal
 from itertools import islice
@@ -61,7 +60,10 @@ def whole(folder: str) -> None:
     run(Path(folder), "whole")
 
 
-def plainly(folder: Path, workers: int) -> dict[str, torch.Tensor]:
+ROUNDS = [(0, 2), (1, 2), (2, 2), (3, 1)]  # the number of each deal, and its steps
+
+
+def plainly(folder: Path, workers: int, rounds: list[tuple[int, int]] = ROUNDS) -> dict[str, torch.Tensor]:
     """The method as it is described: copies of the model are sliced and trained; elements become means of holders.
 
     Which elements a slice holds is read off a copy of the model whose weights are their own numbers.
@@ -70,8 +72,7 @@ def plainly(folder: Path, workers: int) -> dict[str, torch.Tensor]:
     graph, names = sspruner.trace(trained), [*dict(trained.named_parameters())]
     moments = {name: [torch.zeros_like(p).flatten() for _ in range(2)] for name, p in trained.named_parameters()}
     blocks, step = text(folder).training_blocks(), 0
-    for number in range(math.ceil(SMALL.steps / HOW["every"])):
-        count = min(HOW["every"], SMALL.steps - step)
+    for number, count in rounds:
         batches = [torch.stack(list(islice(blocks, SMALL.batch))) for _ in range(count)]
         sums = {name: torch.zeros(3, p.numel()) for name, p in trained.named_parameters()}
         holders = {name: torch.zeros(p.numel()) for name, p in trained.named_parameters()}
@@ -267,6 +268,31 @@ def test_fewer_or_more_workers_go_on(together: Together, tmp_path: Path) -> None
     _, drawn, trained = kept(tmp_path, "resized")
     assert trained.finished
     assert drawn.mean == pytest.approx(kept(tmp_path, "whole")[1].mean, rel=0.1)
+
+
+def timed(folder: str) -> None:
+    """Time is up after the first of the two steps of the first round; then the run gets all the time it needs."""
+    answers = iter([False, False, True, True])
+    real, module.over = module.over, lambda *_: next(answers)
+    try:
+        run(Path(folder), "timed")
+    finally:
+        module.over = real
+    if rank() == 0:
+        assert kept(Path(folder), "timed")[2].steps == 1
+    barrier()
+    run(Path(folder), "timed")
+
+
+@pytest.mark.slow
+def test_time_ends_a_round_and_the_next_run_goes_on_with_its_deal(together: Together, tmp_path: Path) -> None:
+    sources(tmp_path)
+    went_well(together(2, timed, str(tmp_path)))
+    weights, _, trained = kept(tmp_path, "timed")
+    assert (trained.steps, trained.finished) == (7, True)
+    assert [line["step"] for line in metrics(tmp_path / "timed") if "loss" in line] == [*range(1, 8)]
+    for name, value in plainly(tmp_path, 2, [(0, 1), (0, 1), *ROUNDS[1:]]).items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
 
 
 def too_small(folder: str) -> None:

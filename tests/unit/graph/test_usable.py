@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,6 +114,15 @@ def test_it_is_refused_by_name(case: str) -> None:
         assert "\n" not in str(error.value)
     now = {name: (type(value), value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
     assert now == before
+
+
+@pytest.mark.parametrize("case", [name for name, (_, says) in CASES.items() if "quantis" in says])
+def test_a_quantised_model_is_neither_saved_nor_exported(case: str, tmp_path: Path) -> None:
+    model = CASES[case][0](zoo("mamba2"))
+    for write in (sspruner.save, sspruner.export):
+        with pytest.raises(ModelError, match="save it before it is quantised, and quantise"):
+            write(model, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_data_parallel_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
