@@ -65,6 +65,7 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
     refused(here, says, "prune", model, *good, *args)
 
 
+@pytest.mark.cover(most=9)
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -427,6 +428,7 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], Any], Says]] = {
 }
 
 
+@pytest.mark.cover(most=14)
 @pytest.mark.parametrize("case", PLANS)
 def test_plans(case: str, here: Path) -> None:
     change, says = PLANS[case]
@@ -609,7 +611,7 @@ SHIPPED = {name: cls for name, (cls, _) in installed_scorers().items()}
 
 
 @pytest.mark.ci_cover(most=24)
-@pytest.mark.cover(most=8)
+@pytest.mark.cover(most=3)
 @pytest.mark.parametrize("kind", ["zero", "one token"])
 @pytest.mark.parametrize("family", ["mamba2", "mamba", "zamba2"])
 @pytest.mark.parametrize("name", [n for n, cls in SHIPPED.items() if cls.needs != "weights" and ":" not in n])

@@ -109,6 +109,7 @@ def importable(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: True if name in names else find_spec(name))
 
 
+@pytest.mark.cover(most=1)
 @pytest.mark.parametrize("name", ["mamba_ssm", "causal_conv1d"])
 def test_kernels_without_a_gpu(name: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only("mamba2")
@@ -165,6 +166,7 @@ def test_a_transformers_that_looks_ahead(
     assert "pip install 'transformers>=5.23'" in found["transformers"].says
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("version", ["5.23.0", "5.23.0.dev0", "5.100", "6.0.0rc1"])
 def test_a_transformers_that_does_not(version: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only("mamba2")

@@ -121,6 +121,7 @@ def test_what_makes_no_sense_is_one_line(more: list[str], said: str, folder: Pat
     refused(folder, (said,), *command(folder, "refused", *more))
 
 
+@pytest.mark.slow
 def test_the_teacher_is_what_the_model_was_pruned_from(folder: Path, tmp_path: Path) -> None:
     """As its report says; where that cannot be told the user is asked: it is never the reference model by default."""
     model, tokenizer = sspruner.load()

@@ -186,6 +186,7 @@ def test_a_pickle_is_never_run(layout: str, zipped: bool, tmp_path: Path, marker
     assert marker.exists()
 
 
+@pytest.mark.cover(most=3)
 @pytest.mark.parametrize("weights", ["..", "../other", "/etc", "weights/../..", "weights/", 3, ["weights"], None])
 def test_a_record_names_no_folder_of_weights_but_ours(weights: object, tmp_path: Path) -> None:
     folder = saved_model(tmp_path / "model")

@@ -53,6 +53,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.cover(most=9)
 @pytest.mark.parametrize("how", [copy.deepcopy, saved, sent], ids=["deepcopy", "torch.save", "sent"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_copy_computes_the_same_and_is_on_its_own(kind: str, how: Callable[[Any], Any]) -> None:

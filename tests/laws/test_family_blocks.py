@@ -287,7 +287,7 @@ FOLDED += [(f, axis) for f in ("falcon_mamba", "jamba") for axis in ("state", "d
 FOLDED += [(f, "hidden") for f in FAMILIES]
 
 
-@pytest.mark.cover
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize(("family", "axis"), FOLDED)
 def test_a_forgotten_fold_is_caught(family, axis):
     model = zoo(family, hidden=16)
@@ -333,7 +333,7 @@ def test_heads_that_go_to_the_wrong_group_are_caught(family):
         sspruner.apply(zoo(family, heads=3), Plan({name: uneven}))
 
 
-@pytest.mark.cover
+@pytest.mark.cover(most=1)
 @pytest.mark.parametrize("axis", ["attn_head", "mlp", "hidden"])
 @pytest.mark.parametrize("family", ["zamba", "zamba2"])
 def test_a_shared_block_cut_in_one_place_is_caught(family, axis):
@@ -356,6 +356,7 @@ def test_stale_layer_numbers_are_caught(family):
     assert_caught(model, drop(sspruner.trace(model), "block", 0), stale_layer_idx, *errors)
 
 
+@pytest.mark.cover(most=3)
 @pytest.mark.parametrize("family", ["zamba2", "granitemoehybrid", "nemotron_h", "zamba", "bamba", "jamba"])
 def test_stale_kinds_of_layers_are_caught(family):
     """Layer 0 is a Mamba layer and layer 1 is not: without the repair, the model takes each for the other."""
@@ -364,7 +365,7 @@ def test_stale_kinds_of_layers_are_caught(family):
     assert_caught(model, drop(sspruner.trace(model), "block", 0), stale_config_lists, *errors)
 
 
-@pytest.mark.cover
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize(
     ("family", "axis"), [(f, axis) for f, axes in AXES.items() for axis in axes if axis in INSIDE and axis != "channel"]
 )

@@ -64,6 +64,7 @@ def check_loads(folder: Path, model: Any, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "working", ignore_errors=True)
 
 
+@pytest.mark.cover(most=8)
 @pytest.mark.parametrize("loaded", [False, True], ids=["in memory", "loaded"])
 @pytest.mark.parametrize("same", [False, True], ids=["elsewhere", "in place"])
 @pytest.mark.parametrize("cut", CUTS)

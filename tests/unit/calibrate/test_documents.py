@@ -238,6 +238,7 @@ FILES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.cover(most=3)
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_are_no_text(name: str, tmp_path: Path) -> None:
     content, message = FILES[name]

@@ -137,6 +137,7 @@ def test_view_is_what_the_mixer_computes(model: torch.nn.Module, limit: tuple[fl
     check_views(model)
 
 
+@pytest.mark.cover(most=5)
 @pytest.mark.parametrize(
     ("family", "options"),
     [

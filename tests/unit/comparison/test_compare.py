@@ -135,6 +135,7 @@ def test_a_smaller_dense_model_stands_beside_the_cuts_of_its_state() -> None:
         sspruner.compare(model, ["random"], calibration=data, baseline=small)
 
 
+@pytest.mark.slow
 def test_finished_rows_are_taken_again_until_something_changes(tmp_path: Path) -> None:
     model = tiny_model(state=6)
     data, out = data_of(model), tmp_path / "out"

@@ -170,6 +170,7 @@ def test_the_tokenizer_goes_along(to: str, tmp_path: Path, reference: tuple) -> 
         assert set(way.all_special_tokens) == set(tokenizer.all_special_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["zamba2", "nemotron_h"])
 def test_shared_and_renamed_tensors_are_sharded_once(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -77,6 +77,7 @@ def test_what_cannot_be_merged(adapter: tuple[Path, torch.Tensor], tmp_path: Pat
             sspruner.load(folder, merge_adapters=True)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("It was a bright cold day in April. " * 300)
     args = ("--sparsity", 0.5, "--calibration", tmp_path / "text.txt", "--samples", 4, "--seq-len", 32)

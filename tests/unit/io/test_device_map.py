@@ -100,6 +100,7 @@ def test_a_native_checkpoint(mixer, tmp_path):
     check_same(ours, theirs, (tmp_path / "apart", tmp_path / "memory"))
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_with_a_home_stay_and_the_others_come_one_by_one(family, tmp_path):

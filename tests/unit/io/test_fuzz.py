@@ -209,6 +209,7 @@ def test_any_header_of_safetensors(data: st.DataObject, good: Path) -> None:
         both(folder)
 
 
+@pytest.mark.cover(most=12)
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
                                   "model.safetensors.index.json", "header"])  # fmt: skip
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "9" * 100_000, "", "null", "[]", "{}", '"x"'])

@@ -88,6 +88,7 @@ def test_any_cut_is_that_in_memory(data):
         check_prune(model.to(dtype), Path(root), **arguments)
 
 
+@pytest.mark.slow
 def test_several_axes_in_one_plan(tmp_path):
     check_prune(
         zoo("bamba"), tmp_path, scorer="magnitude", axis={"state": 0.5, "head": 0.5, "mlp": 0.25}, sparsity=None
@@ -107,6 +108,7 @@ def test_a_cut_model_is_cut_again(family, tmp_path):
     check_prune(model, tmp_path, scorer="magnitude", multiple_of=1)
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize("mixer", [MIXERS[0], MIXERS[2]], ids=["Mamba2", "Mamba1"])
 @pytest.mark.parametrize("file", FILES)
@@ -210,6 +212,7 @@ def test_a_model_that_was_cut_is_saved_before_it_is_cut_again(tmp_path):
     assert torch.equal(logits(result.model, tokens()), logits(sspruner.load(tmp_path / "out")[0], tokens()))
 
 
+@pytest.mark.slow
 def test_for_a_target(tmp_path):
     check_prune(zoo("mamba2"), tmp_path, keep=4, sparsity=None, target="hf")
 
@@ -223,6 +226,7 @@ def test_a_damaged_journal_is_named(tmp_path):
         pruned(tmp_path / "model", tmp_path / "out", offload=tmp_path / "w", resume=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch):
     sspruner.save(zoo("mamba2"), tmp_path / "model")
     save, files = journal.save_file, []

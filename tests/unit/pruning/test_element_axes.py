@@ -377,6 +377,7 @@ def test_all_tensors_together(scorer: str) -> None:
     assert len({round(float(k.float().mean()), 3) for k in keep.values()}) > 5
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("family", ["mamba2", "mamba", "zamba2", "jamba"])
 def test_rows_of_b_and_c_alone(family: str) -> None:
     result, before = pruned(family, "magnitude", sparsity=0.5, rows=["B", "C"])

@@ -47,6 +47,7 @@ def refused(model: Any, says: Says, *args: str) -> None:
     assert same(tensors(model), before)
 
 
+@pytest.mark.cover(most=36)
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -137,6 +138,7 @@ def test_units(args: str, says: Says, model: Any) -> None:
     refused(model, says, *args.split())
 
 
+@pytest.mark.cover(most=18)
 @pytest.mark.parametrize(
     ("args", "says"),
     [

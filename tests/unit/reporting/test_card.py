@@ -216,6 +216,7 @@ def test_the_model_on_the_hub_is_the_base_model(tmp_path: Path, monkeypatch: pyt
     assert "base_model" not in Card(model_card(model, "stock", report)).front
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("to", ["sspruner", "hf", "hf-remote", "hf-padded", "mamba-ssm", "save"])
 def test_its_code_loads_the_model(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: tuple) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -508,6 +508,7 @@ def test_outputs_are_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: p
     refused(tmp_path, ("no folder",), "report", tmp_path, "--out", tmp_path / "no" / "page.html")
 
 
+@pytest.mark.slow
 def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     write(tmp_path / "d", {"bench.json": BENCH})
     pages_ = {sspruner.report(tmp_path / "d", tmp_path / f"{i}.html").read_bytes() for i in range(2)}

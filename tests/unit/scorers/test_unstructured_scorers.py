@@ -290,6 +290,7 @@ def test_permuting_the_outputs_of_a_layer_permutes_its_scores(scorer: str) -> No
         torch.testing.assert_close(after[name], expected, rtol=1e-2, atol=1e-3 * float(expected.max()))
 
 
+@pytest.mark.cover(most=2)
 @pytest.mark.parametrize("scorer", ["wanda", "snip", "gradmag", "sparsegpt"])
 def test_they_score_no_tensor_that_must_not_be_touched(scorer: str) -> None:
     cls, _ = find_scorer(scorer)

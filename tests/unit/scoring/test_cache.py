@@ -332,6 +332,7 @@ SPOILED: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.cover(most=3)
 @pytest.mark.parametrize("case", SPOILED)
 def test_a_spoiled_file_counts_as_none(case: str, model: torch.nn.Module, own_cache: Path) -> None:
     first = score(model)

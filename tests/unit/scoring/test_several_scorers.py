@@ -287,6 +287,7 @@ def cheap(saved: Path, tmp_path: Path) -> list[object]:
     return [saved, "--samples", 4, "--seq-len", 32, "--calibration", tmp_path / "text.txt"]
 
 
+@pytest.mark.slow
 def test_a_file_for_each_and_a_plan_from_each(cheap: list[object], saved: Path, tmp_path: Path) -> None:
     scorers = ["--scorer", "ghost", "--scorer", "wanda", "--scorer", "state=last,head=magnitude"]
     said = done("score", *cheap, *scorers[:4], "--axis", "state", "--out", tmp_path / "s").stdout.splitlines()
