@@ -148,6 +148,7 @@ def same_as_masked(dense: Path, out: Path) -> None:
     torch.testing.assert_close(logits(pruned, ids), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_several_axes_with_ratios_and_layers_left_alone(hybrid: Path, cheap: list[object], tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -278,6 +279,7 @@ def test_one_fraction_for_all_scored_axes(hybrid: Path, cheap: list[object], tmp
     assert {(s.before, s.after) for n, s in found.groups.items() if n.endswith(":head_dim")} == {(4, 2)}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_three_steps_on_single_weights_equal_one_shot(model: Path, cheap: list[object], tmp_path: Path) -> None:
     """With a threshold over all tensors, which the scorer asks for; N:M; and named rows."""

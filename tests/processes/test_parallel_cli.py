@@ -99,6 +99,7 @@ def test_torchrun_prunes_like_one_process(model: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["calibration"]["sequences"] == 5
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_failure_of_one_is_that_of_all(model: Path, tmp_path: Path, plugin: Callable[[str], list[str]]) -> None:
     done = torchrun(

@@ -23,6 +23,7 @@ from sspruner.calibrate import documents
 from sspruner.calibrate.documents import PACKED, TABLES, Reading, pieces, read_text
 from sspruner.errors import InputError
 from support.letters import Letters
+from support.tables import as_table
 from support.tiny import VOCABULARY, tiny_model
 
 MODEL = tiny_model()
@@ -63,24 +64,6 @@ def windows(source: Any, **options: Any) -> sspruner.Calibration:
 def same(one: sspruner.Calibration, other: sspruner.Calibration) -> bool:
     names = ("tokens", "mask", "held_out", "held_out_mask")
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
-
-
-def as_table(suffix: str, rows: list[dict[str, Any]], path: Path) -> Path:
-    """Write rows as a table of that kind."""
-    data = datasets.Dataset.from_list(rows)
-    file = path / f"rows{suffix}"
-    if suffix == ".json":
-        file.write_text(json.dumps(rows), encoding="utf-8")
-    elif suffix in (".jsonl", ".ndjson"):
-        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    elif suffix in (".csv", ".tsv"):
-        data.to_csv(file, sep="," if suffix == ".csv" else "\t")
-    elif suffix == ".parquet":
-        data.to_parquet(file)
-    else:
-        data.save_to_disk(path / "disk")
-        next((path / "disk").glob("*.arrow")).rename(file)
-    return file
 
 
 @pytest.fixture

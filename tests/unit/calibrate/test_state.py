@@ -160,6 +160,7 @@ def test_statistics_on_real_text(reference: tuple, data_folder) -> None:
     check_every_layer(model, torch.tensor([tokenizer(text)["input_ids"][:300]]))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_statistics_on_sampled_text(reference: tuple) -> None:
     """As above on text that the model wrote, so that it runs everywhere."""

@@ -224,7 +224,7 @@ def test_auto_fills_devices_evenly_then_memory_then_the_disk(elsewhere: Run) -> 
 
 @pytest.mark.slow
 def test_another_device(elsewhere: Run) -> None:
-    elsewhere("on_another_device", "mamba2", "jamba")
+    elsewhere("on_another_device", "mamba2")
 
 
 @pytest.mark.slow

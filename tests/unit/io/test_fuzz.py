@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from hypothesis import strategies as st
 import sspruner
 from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
+from support.bounded import survives
 from support.examples import examples
 from support.native import native_model
 from support.native_files import MIXERS, write
 from support.tiny import half, tiny_model
 from support.zoo import zoo
 
-SECONDS = 20  # for any one case; a good folder takes a tenth of one
 HUGE = [2**31, 2**63, 10**18, 10**400, 20_000_000, 2000]
 VALUES = [
     *HUGE, -1, 0, 1, 0.5, 1e308, float("nan"), float("-inf"), None, True, "x", "x" * 100_000, "torch.float33", "../x",
@@ -77,35 +76,6 @@ def copied(source: Path) -> Iterator[Path]:
     """A copy of a good folder, alone in another."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(shutil.copytree(source, Path(name) / "model"))
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """The block ends in time, or fails."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"still at work after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def survives(call: Callable[[], Any]) -> BaseException | None:
-    """The call returns, or raises an error that the command line prints as one line; that error."""
-    with bounded():
-        try:
-            call()
-        except sspruner.SSPrunerError as error:
-            found = error
-        else:
-            return None
-    assert 0 < len(str(found)) < 2000
-    return found
 
 
 def read(folder: Path) -> None:
@@ -304,6 +274,7 @@ def test_any_scores_and_curves(data: st.DataObject, good: Path) -> None:
         survives(plan)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_every_bit_of_the_header_of_scores(tmp_path: Path) -> None:
     """All of them: which fields lie where changes from file to file."""

@@ -429,6 +429,7 @@ def test_the_kit_leaves_no_trace() -> None:
     assert {name for name, _ in manager.plugin_manager().list_name_plugin()} == names
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_only_the_kit_imports_hypothesis() -> None:
     code = "import sys, sspruner.cli.main, sspruner.pruning.prune, sspruner.testing; print('hypothesis' in sys.modules)"
