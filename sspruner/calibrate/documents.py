@@ -12,6 +12,7 @@ import gzip
 import json
 import logging
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PLAIN = (".txt", ".text")  # plain text among the files of a folder; a single file is plain unless it is a table
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what opening, reading and unpacking raise
 NO_TEXT = (
     *(".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz"),
     *(".safetensors", ".gguf", ".pdf", ".doc", ".docx", ".xlsx", ".h5", ".png", ".jpg"),
@@ -39,7 +41,7 @@ NO_TEXT = (
 READABLE = f"plain text, {', '.join(TABLES)}, each also as .gz, .bz2 or .xz, a folder of these, or a dataset"
 COLUMNS = ("text", "messages")  # where a row's text is, if nobody says so: the first of them
 CHARACTERS = 2**16  # of plain text read at once, up to the last white space
-MOST_CHARACTERS = 2**28  # of a text that is read whole; what follows is left unread
+MOST_CHARACTERS = 2**26  # of a text that is read whole, some 20 million tokens; what follows is left unread
 MOST_PACKED = 200  # times its size that a packed file may unpack to; text reaches 10, logs perhaps 50
 
 
@@ -171,7 +173,7 @@ def _plain(path: Path, name: str, reading: Reading) -> Iterator[tuple[str, bool]
     except UnicodeDecodeError as error:
         at = _first_bad_byte(unpacked, path)
         raise InputError(f"{reading.what} file {name}: not UTF-8 (byte {at}); convert it") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{reading.what} file {name}: cannot be read ({_brief(error)})") from error
     yield left, True
 
@@ -197,7 +199,7 @@ def _check_packed(path: Path, name: str, reading: Reading) -> None:
         with PACKED[path.suffix.lower()](path, "rb") as file:
             while done <= most and (data := file.read(2**20)):
                 done += len(data)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{reading.what} file {name}: cannot be unpacked ({_brief(error)})") from error
     if done > most:
         raise InputError(

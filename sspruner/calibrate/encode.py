@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -13,6 +14,8 @@ import torch
 from sspruner.calibrate.documents import COLUMNS, READABLE, Reading, is_conversation, read_text, texts_of
 from sspruner.errors import InputError
 
+AT_ONCE = 2**20  # characters of a text that are encoded at once, or up to twice as many
+SPACE = re.compile(r"\S(?=\s)")  # the last character before white space
 CHARACTERS_PER_TOKEN = 16  # read of a source without an end, for each token that is wanted
 IN_PYTHON = (
     "in Python a list of strings, rows with a column of text, conversations, token ids, or what a tokenizer or "
@@ -89,7 +92,20 @@ def _required(tokenizer: Any, reading: Reading, name: str) -> None:
 
 
 def _text(text: str, tokenizer: Any) -> torch.Tensor:
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    """Return the token ids of a text. A long one is encoded in parts: tokenizers take some 500 bytes for each token."""
+    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in _parts(text)]
+    return torch.cat([torch.tensor(ids, dtype=torch.long) for ids in parts])
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Yield a text in parts of about AT_ONCE characters, cut where white space begins, as tokenizers end words."""
+    begin = 0
+    while len(text) - begin > 2 * AT_ONCE:
+        found = SPACE.search(text, begin + AT_ONCE, begin + 2 * AT_ONCE)
+        end = found.start() + 1 if found else begin + 2 * AT_ONCE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _joined(texts: Iterable[str], place: str) -> str:

@@ -16,12 +16,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BatchEncoding
+from transformers import AutoTokenizer, BatchEncoding
 
 import sspruner
-from sspruner.calibrate import documents
+from sspruner.calibrate import documents, encode
 from sspruner.calibrate.documents import PACKED, TABLES, Reading, pieces, read_text
 from sspruner.errors import InputError
+from sspruner.io.source import DEFAULT, REFERENCES
 from support.letters import Letters
 from support.tables import as_table
 from support.tiny import VOCABULARY, tiny_model
@@ -281,6 +282,39 @@ def test_a_long_text_is_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.M
     found = read_text(str(tmp_path / "a.txt"), Reading())
     assert 400 <= len(found) <= 600
     assert JOINED.startswith(found)
+
+
+WORD = st.text(st.sampled_from("abé,.'☃1"), min_size=1, max_size=6)
+GAP = st.text(st.sampled_from(" \n\t"), min_size=1, max_size=3)
+
+
+@given(words=st.lists(st.tuples(WORD, GAP), max_size=40), at_once=st.integers(10, 40))
+def test_a_long_text_is_encoded_in_parts_as_the_whole(
+    words: list[tuple[str, str]], at_once: int, tokenizer: Any
+) -> None:
+    """By a tokenizer that begins words with their white space: the same tokens, and never too many at once."""
+    text, seen = "".join(word + gap for word, gap in words), []
+
+    def watched(part: str, **options: Any) -> Any:
+        seen.append(part)
+        return tokenizer(part, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "AT_ONCE", at_once)
+        found = encode._text(text, watched)
+    assert found.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "".join(seen) == text
+    assert max(map(len, seen)) <= 2 * at_once
+
+
+def test_a_text_without_white_space_is_encoded_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "AT_ONCE", 10)
+    assert encode._text("x" * 95, Small()).tolist() == [ord("x") % VOCABULARY] * 95
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(REFERENCES / DEFAULT)
 
 
 def test_a_mask_belongs_to_token_ids() -> None:

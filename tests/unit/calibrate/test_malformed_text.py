@@ -67,6 +67,9 @@ def damages(draw: st.DrawFn, size: int) -> list[tuple[int, int, bytes]]:
     )
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pandas leaves files open
+
+
 @given(data=st.data(), kind=st.sampled_from(KINDS))
 def test_any_damage_to_a_file(data: st.DataObject, kind: str, good: dict[str, bytes]) -> None:
     content = good[kind]
