@@ -6,19 +6,16 @@ one column, or it is a conversation that the tokenizer's template writes as text
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import json
 import logging
-import lzma
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sspruner.calibrate.hostile import PACKED, UNREADABLE, check_nesting, check_unpacked
 from sspruner.errors import InputError
 
 #: Suffix of a table -> its loader in `datasets`, and the loader's options.
@@ -32,17 +29,15 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     ".arrow": ("arrow", {}),
 }
 PLAIN = (".txt", ".text")  # plain text among the files of a folder; a single file is plain unless it is a table
-PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what opening, reading and unpacking raise
 NO_TEXT = (
     *(".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz"),
     *(".safetensors", ".gguf", ".pdf", ".doc", ".docx", ".xlsx", ".h5", ".png", ".jpg"),
 )
 READABLE = f"plain text, {', '.join(TABLES)}, each also as .gz, .bz2 or .xz, a folder of these, or a dataset"
 COLUMNS = ("text", "messages")  # where a row's text is, if nobody says so: the first of them
+MOST_NAMES = 20  # of columns in an error
 CHARACTERS = 2**16  # of plain text read at once, up to the last white space
 MOST_CHARACTERS = 2**26  # of a text that is read whole, some 20 million tokens; what follows is left unread
-MOST_PACKED = 200  # times its size that a packed file may unpack to; text reaches 10, logs perhaps 50
 
 
 @dataclass(frozen=True)
@@ -108,9 +103,12 @@ def texts_of(rows: Iterable[Any], name: str, reading: Reading) -> Iterator[str]:
         if isinstance(row, Mapping):
             column = reading.column or next((column for column in COLUMNS if column in row), COLUMNS[0])
             if column not in row:
+                names = [*map(str, row)]
+                listed = ", ".join(names[:MOST_NAMES]) + (
+                    f" and {len(names) - MOST_NAMES:,} others" * (len(names) > MOST_NAMES)
+                )
                 raise InputError(
-                    f"{place}: no column {column!r}; it has {', '.join(map(str, row))}: name the one of the text "
-                    "(--text-column)"
+                    f"{place}: no column {column!r}; it has {listed}: name the one of the text (--text-column)"
                 )
             value = row[column]
         if value is None:
@@ -150,8 +148,7 @@ def _file(path: Path, name: str, reading: Reading) -> Iterator[tuple[str, bool]]
     found = kind(path)
     if found in NO_TEXT:
         raise InputError(f"{reading.what} file {name}: {found} is not read as text; give {READABLE}")
-    if path.suffix.lower() in PACKED:
-        _check_packed(path, name, reading)
+    check_unpacked(path, f"{reading.what} file {name}")
     if found in TABLES:
         yield from ((text, True) for text in texts_of(_table([path], name, reading), name, reading))
     else:
@@ -190,21 +187,6 @@ def _first_bad_byte(unpacked: Callable[..., Any], path: Path) -> int:
                 return done - waiting + error.start
             done += len(data)
     return done - len(decoder.getstate()[0])  # it ends within a character
-
-
-def _check_packed(path: Path, name: str, reading: Reading) -> None:
-    """Raise InputError for a file that unpacks to so much that it can hardly be text."""
-    most, done = max(2**26, MOST_PACKED * path.stat().st_size), 0
-    try:
-        with PACKED[path.suffix.lower()](path, "rb") as file:
-            while done <= most and (data := file.read(2**20)):
-                done += len(data)
-    except UNREADABLE as error:
-        raise InputError(f"{reading.what} file {name}: cannot be unpacked ({_brief(error)})") from error
-    if done > most:
-        raise InputError(
-            f"{reading.what} file {name}: unpacks to over {MOST_PACKED} times its size; if it is text, unpack it"
-        )
 
 
 def _rows(name: str, reading: Reading) -> Iterator[Any]:
@@ -256,8 +238,9 @@ def _table(files: Sequence[Path], name: str, reading: Reading) -> Iterator[Any]:
     """Yield the rows of tables of one kind, as a stream."""
     loader, options = TABLES[kind(files[0])]
     for file in files:
-        if file.suffix.lower() in PACKED:
-            _check_packed(file, str(file), reading)
+        check_unpacked(file, f"{reading.what} file {file}")
+        if loader == "json":
+            check_nesting(file, f"{reading.what} file {file}")
     data = [str(file) for file in files]
     return _loaded(name, reading, lambda load: load(loader, data_files=data, split="train", streaming=True, **options))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
+from sspruner.calibrate import hostile
 from sspruner.calibrate.documents import TABLES
 from support.bounded import survives
 from support.letters import Letters
@@ -148,3 +150,43 @@ def test_any_field_of_a_saved_dataset(fields: dict[str, Any], tmp_path: Path) ->
     state.write_text(json.dumps(json.loads(state.read_text("utf-8")) | fields), "utf-8")
     one_line(tmp_path / "saved")
     shutil.rmtree(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["deep.jsonl", "deep.json", "deep.jsonl.gz"])
+def test_deep_json_does_not_take_the_parser_down(name: str, tmp_path: Path) -> None:
+    """That of Arrow ends the process at some 10,000 brackets in brackets, behind good rows too."""
+    deep = b'{"text": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"
+    content = b"\n".join([*(json.dumps(row).encode() for row in ROWS), deep])
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(sspruner.InputError, match=rf"{name}: nests over 500 brackets; give rows"):
+        read(tmp_path / name)
+
+
+JSON = st.recursive(
+    st.text(st.sampled_from('a"\\[]{}é'), max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('x"[', max_size=2), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(value=JSON, at_once=st.integers(1, 30), ascii_only=st.booleans())
+def test_brackets_are_counted_outside_strings(value: Any, at_once: int, ascii_only: bool) -> None:
+    """Whatever is in the strings, and wherever the parts that are read begin."""
+
+    def depth(part: Any) -> int:
+        if isinstance(part, str):
+            return 0
+        return 1 + max(map(depth, part.values() if isinstance(part, dict) else part), default=0)
+
+    content = json.dumps(value, ensure_ascii=ascii_only).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hostile, "AT_ONCE", at_once)
+        found = [hostile.nested(io.BytesIO(content), most) for most in range(depth(value) + 1)]
+    assert found == [True] * depth(value) + [False]
+
+
+def test_an_error_names_some_columns(tmp_path: Path) -> None:
+    wide = [{f"c{number}": "x" for number in range(50)}]
+    with pytest.raises(sspruner.InputError, match=r"it has c0, c1, .*, c19 and 30 others: name the one") as error:
+        read(as_table(".jsonl", wide, tmp_path))
+    assert len(str(error.value)) < 400
