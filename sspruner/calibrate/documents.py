@@ -104,9 +104,8 @@ def texts_of(rows: Iterable[Any], name: str, reading: Reading) -> Iterator[str]:
             column = reading.column or next((column for column in COLUMNS if column in row), COLUMNS[0])
             if column not in row:
                 names = [*map(str, row)]
-                listed = ", ".join(names[:MOST_NAMES]) + (
-                    f" and {len(names) - MOST_NAMES:,} others" * (len(names) > MOST_NAMES)
-                )
+                more = f" and {len(names) - MOST_NAMES:,} others" if len(names) > MOST_NAMES else ""
+                listed = ", ".join(names[:MOST_NAMES]) + more
                 raise InputError(
                     f"{place}: no column {column!r}; it has {listed}: name the one of the text (--text-column)"
                 )
