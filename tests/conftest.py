@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before it is imported: what is not here is not looked for, minutes long
 # Tiny models lose more to thread hand-over than they gain, above all when two suites share a machine.
@@ -46,8 +45,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `cover`, `make test` runs a few cases, and CI twice as many. Of one marked `ci_cover`, CI runs
-    as many as it says.
+    """Of a test marked `cover`, `make test` runs a few cases; of one marked `ci_cover`, CI runs as many as it says. The
+    others are for `make test-all`.
     """
     tests = groupby(items, key=lambda item: item.nodeid.partition("[")[0])
     for name, same in [(name, list(group)) for name, group in tests]:
@@ -55,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if fast:
             _leave_out(same, name, fast.kwargs, ["slow"])
         if ci or fast:
-            _leave_out(same, name, ci.kwargs if ci else _twice(**fast.kwargs), ["slow", "exhaustive"])
+            _leave_out(same, name, (ci or fast).kwargs, ["slow", "exhaustive"])
 
 
 def _leave_out(items: list[pytest.Item], name: str, size: dict[str, int], markers: list[str]) -> None:
@@ -64,10 +63,6 @@ def _leave_out(items: list[pytest.Item], name: str, size: dict[str, int], marker
     for item in (item for index, item in enumerate(items) if index not in kept):
         for marker in markers:
             item.add_marker(marker)
-
-
-def _twice(families: int = 2, least: int = 1, most: int | None = None) -> dict[str, Any]:
-    return {"families": 2 * families, "least": 2 * least, "most": most and 2 * most}
 
 
 def _cases(items: list[pytest.Item]) -> list[dict[str, str]]:
