@@ -46,6 +46,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_it_is_listed_with_its_origin(python: Path, tmp_path: Path) -> None:
     (line,) = [
@@ -60,6 +61,7 @@ def test_it_is_not_installed_here() -> None:
     assert importlib.util.find_spec("sspruner_example") is None
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_its_own_tests_pass(python: Path, tmp_path: Path) -> None:
     shutil.copytree(EXAMPLE / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))

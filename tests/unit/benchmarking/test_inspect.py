@@ -61,7 +61,7 @@ def test_caches_hold_what_is_predicted(family: str, dtype: torch.dtype) -> None:
     assert (found.kv_bytes > 0) == (family not in ("mamba2", "mamba", "falcon_mamba"))
 
 
-@pytest.mark.ci_cover
+@pytest.mark.ci_cover(families=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_skeleton_has_the_sizes_of_every_cut(family: str, tmp_path: Path) -> None:

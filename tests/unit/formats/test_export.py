@@ -58,7 +58,7 @@ def check_export(model: Any, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.ci_cover(families=2)
+@pytest.mark.ci_cover(families=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", PROJECTED)
 def test_projected_states_of_every_family(family: str, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_forward_reads_each_block_when_it_is_called(family, tmp_path):
         assert torch.equal(model.get_parameter(names[0]), dense.get_parameter(names[0]))
 
 
-@pytest.mark.ci_cover(most=2)
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 @pytest.mark.parametrize("scorer", ["ghost", "magnitude", "balanced"])

@@ -391,6 +391,7 @@ def test_a_bias_is_solved_for_where_single_elements_go():
     assert all(after < before for before, after in found.errors.values())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_prune_refits_and_reports_the_damage_without(reference):
     model, tokenizer = copy.deepcopy(reference[0]), reference[1]

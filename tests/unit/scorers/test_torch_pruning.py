@@ -345,6 +345,7 @@ def test_options_are_visible_to_the_engine() -> None:
         BY_NAME["tp:taylor"](p=1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_torch_pruning_is_imported_only_to_score() -> None:
     code = "import sys, sspruner_plugins.torch_pruning as p; p.SCORERS[0](); assert 'torch_pruning' not in sys.modules"

@@ -389,6 +389,7 @@ def test_any_draw_of_random_numbers_is_seen() -> None:
             assert before.change(model) == "torch's global random state differs afterwards"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_what_they_break_is_sound() -> None:
     check_scorer(Good, families=["mamba2", "mamba"], max_examples=3)
@@ -478,6 +479,7 @@ class Firsts(Principal):
         return self.total.diagonal(dim1=-2, dim2=-1) / self.tokens
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_basis_of_its_own_is_checked_too() -> None:
     check_scorer(Principal, families=["mamba2"], max_examples=2)
