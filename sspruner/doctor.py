@@ -78,7 +78,7 @@ def _torch() -> Check:
     if built_for == "the CPU" and _nvidia():
         return Check("torch", False, f"{version} is built for the CPU alone, and an NVIDIA GPU is here. Install torch "
                      "for CUDA: https://pytorch.org/get-started/locally")  # fmt: skip
-    return Check("torch", True, f"{version}, built for {built_for}; {_gpu() or 'no GPU'}")
+    return Check("torch", True, f"{version}{_outside('torch', version)}, built for {built_for}; {_gpu() or 'no GPU'}")
 
 
 def _transformers() -> Check:
@@ -87,14 +87,14 @@ def _transformers() -> Check:
         least = ".".join(map(str, LEAST_TRANSFORMERS))
         return Check("transformers", False, f"{version} computes some mixers wrongly without their kernels. "
                      f"pip install 'transformers>={least}'")  # fmt: skip
-    outside = "" if version in _tested("transformers") else f", outside of what was tested: {_tested('transformers')}"
-    return Check("transformers", True, f"{version}{outside}")
+    return Check("transformers", True, f"{version}{_outside('transformers', version)}")
 
 
-def _tested(package: str) -> SpecifierSet:
-    """Return the versions of a package that sspruner's metadata permit, which are those it was tested with."""
+def _outside(package: str, version: str) -> str:
+    """Return a remark on a version that sspruner's metadata do not permit: it was not tested with that."""
     required = (Requirement(line) for line in metadata.requires("sspruner") or [])
-    return next((each.specifier for each in required if each.name == package), SpecifierSet())
+    tested = next((each.specifier for each in required if each.name == package), SpecifierSet())
+    return "" if tested.contains(version, prereleases=True) else f", outside of what was tested: {tested}"
 
 
 def _kernels(name: str) -> Check:

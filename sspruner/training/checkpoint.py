@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def write(folder: Path, step: int, state: dict[str, Any]) -> None:
     """
     target = folder / f"step-{step:08d}"
     try:
-        with _single_process():
-            state_dict_saver.save(state, checkpoint_id=target, no_dist=world() == 1)
+        with _quiet():
+            state_dict_saver.save(state, checkpoint_id=target, **_alone(state_dict_saver.save))
     except Exception as error:  # of the storage, wrapped by torch in one of its own
         raise InputError(
             f"checkpoint {target}: cannot be written ({_brief(error)}); {_last(folder)}make room, and run this again"
@@ -73,8 +74,8 @@ def read(folder: Path, state: dict[str, Any]) -> bool:
     if not complete:
         return False
     try:
-        with _single_process():
-            state_dict_loader.load(state, checkpoint_id=complete[-1], no_dist=world() == 1)
+        with _quiet():
+            state_dict_loader.load(state, checkpoint_id=complete[-1], **_alone(state_dict_loader.load))
     except Exception as error:
         raise InputError(
             f"checkpoint {complete[-1]}: cannot be read ({_brief(error)}); remove it, and run this again"
@@ -82,11 +83,17 @@ def read(folder: Path, state: dict[str, Any]) -> bool:
     return True
 
 
+def _alone(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the argument that says that there are no other processes. torch up to 2.7 has none, and sees it itself."""
+    return {"no_dist": True} if world() == 1 and "no_dist" in signature(function).parameters else {}
+
+
 @contextmanager
-def _single_process() -> Iterator[None]:
-    """Silence torch's warning that a single process writes without torch.distributed."""
+def _quiet() -> Iterator[None]:
+    """Silence torch's warnings that a single process writes without torch.distributed, and about its own storages."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        for words in ("torch.distributed is (disabled|unavailable)", "TypedStorage is deprecated"):
+            warnings.filterwarnings("ignore", words, UserWarning)
         yield
 
 

@@ -371,3 +371,16 @@ def test_without_the_dependencies_of_tests() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     assert ran.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"), [("2.6.0", True), ("2.13.1+cu130", True), ("2.5.1", False), ("2.14.0", False)]
+)
+def test_a_torch_outside_of_what_was_tested(
+    version: str, tested: bool, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only("mamba2")
+    monkeypatch.setattr(torch, "__version__", version)
+    found = checks()
+    assert not failed(found)
+    assert ("outside of what was tested: " in found["torch"].says) != tested
