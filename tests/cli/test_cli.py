@@ -465,34 +465,6 @@ def test_any_character_can_be_printed(
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["continuation"]["pruned"] == FOREIGN
 
 
-@pytest.mark.slow
-def test_help_and_wrong_usage_do_not_import_torch() -> None:
-    program = """if True:
-        import contextlib, io, sys
-        from sspruner.cli.main import app, main
-        def run(args):
-            out, err = io.StringIO(), io.StringIO()
-            sys.argv = ["sspruner", *args]
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                try:
-                    main()
-                except SystemExit as exit_:
-                    return exit_.code, out.getvalue(), err.getvalue()
-        names = [name for name in app if not name.startswith("-")]
-        assert "prune" in names
-        for args in ["--help"], *([n, "--help"] for n in names):
-            code, out, err = run(args)
-            assert code == 0 and "Usage" in out and not err, (args, code, err)
-        for args in ["--nosuch"], ["nosuch"], *([n, "--nosuch"] for n in names):
-            code, out, err = run(args)
-            assert code == 2 and not out, (args, code, out)
-            assert err.startswith("sspruner: ") and err.count("\\n") == 1, err
-        heavy = {"torch", "transformers", "datasets", "numpy", "safetensors", "pydantic", "yaml", "markdown_it"}
-        heavy &= set(sys.modules)
-        assert not heavy, heavy"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-
-
 def test_a_traceback_on_demand() -> None:
     assert isinstance(run("prune", "--sparsity", 2, SSPRUNER_DEBUG="1").exception, sspruner.InputError)
 
