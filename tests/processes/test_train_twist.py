@@ -318,6 +318,7 @@ def test_one_process_alone_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_through_the_command_line(tmp_path: Path) -> None:
     """The folder of a run: the best draw, all that was trained, the plans."""

@@ -376,6 +376,7 @@ def test_prune_measures_and_splits_by_what_it_measured():
     assert result.report.budget["allocation"] == "adaptive"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_curves_and_bounds_on_the_command_line(tmp_path):
     small = ["--samples", "4", "--seq-len", "32"]

@@ -277,6 +277,7 @@ def run(*arguments: str) -> Any:
     return result
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_commands(text, tmp_path):
     """`prune` and `score` with half of the model in memory, and without a map."""

@@ -222,6 +222,7 @@ def test_auto_fills_devices_evenly_then_memory_then_the_disk(elsewhere: Run) -> 
     elsewhere("auto")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_another_device(elsewhere: Run) -> None:
     elsewhere("on_another_device", "mamba2")

@@ -154,6 +154,7 @@ def test_a_constant_layer_scores_zero(value: float) -> None:
     assert torch.equal(same.importance(), torch.zeros(1, 3, dtype=torch.float64))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @examples(15)
 @given(

@@ -251,6 +251,7 @@ print(score(tiny_model(groups=2), Mine).from_cache, score(tiny_model(groups=2), 
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_through_processes(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one has kept another finds. But nobody knows the code of a class that was typed in, here or in a notebook:
