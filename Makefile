@@ -8,7 +8,7 @@ ORACLE := .venv-oracle
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
 
-# Under four minutes on two cores.
+# About four minutes on two cores.
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
 
