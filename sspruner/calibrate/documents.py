@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ class Reading:
 
 
 def read_text(name: str, reading: Reading) -> str:
-    """Return all documents of a file, a folder or a dataset as one text, at most MOST_CHARACTERS of it.
+    """Return all documents of a file, a folder or a dataset as one text.
 
+    Warns if it is longer than about MOST_CHARACTERS, after which nothing is read.
     Raises InputError if it is missing, empty, or not text.
     """
     parts: list[str] = []
@@ -69,6 +71,8 @@ def read_text(name: str, reading: Reading) -> str:
         parts += [piece, "\n\n" if last else ""]
         size += len(piece)
         if size >= MOST_CHARACTERS:
+            said = f"{reading.what} {name}: the first {size:,} characters are read; what follows is left out"
+            warnings.warn(said, stacklevel=2)
             break
     text = "".join(parts[:-1])
     if not text.strip():

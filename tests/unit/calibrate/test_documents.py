@@ -277,7 +277,8 @@ def test_a_long_text_is_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(documents, "CHARACTERS", 100)
     monkeypatch.setattr(documents, "MOST_CHARACTERS", 500)
     (tmp_path / "a.txt").write_text(JOINED, encoding="utf-8")
-    found = read_text(str(tmp_path / "a.txt"), Reading())
+    with pytest.warns(UserWarning, match=r"a\.txt: the first 5\d\d characters are read; what follows is left out"):
+        found = read_text(str(tmp_path / "a.txt"), Reading())
     assert 400 <= len(found) <= 600
     assert JOINED.startswith(found)
 
