@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .venv-oracle
 
+# Packages are compiled as they are imported: a few of many. Where nothing may be written, every process would do it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow test-all compat mutants lint bench wheel clean oracle-env oracle-test
 
 demo: .venv/installed
@@ -54,7 +57,6 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sspruner needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true  # on all cores; some packages hold templates
 	@touch $@
 
 $(ORACLE)/installed: tests/support/oracle_env/requirements.txt constraints.txt

@@ -246,6 +246,7 @@ def test_whole_layers_go_by_their_influence(hybrid: Path, cheap: list[object], t
     same_as_masked(hybrid, tmp_path / "out")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_three_steps_on_several_axes_equal_one_shot(hybrid: Path, cheap: list[object], tmp_path: Path) -> None:
     scores, plan = tmp_path / "s.safetensors", tmp_path / "p.json"
@@ -384,6 +385,7 @@ def test_the_reference_model_is_the_default(tmp_path: Path) -> None:
     assert sspruner.load(tmp_path / "out")[0].config.state_size == 64
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_several_axes_of_the_reference_model(tmp_path: Path) -> None:
     args = ["--axis", "state=0.5,head=0.25", "--ignore", "layers.0.*", "--samples", 2, "--seq-len", 32]

@@ -122,6 +122,7 @@ def test_kernels_without_a_gpu(name: str, only: Callable[..., None], monkeypatch
     assert checks()[name].says.startswith("5.23.0, and torch sees no GPU")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_kernels_of_a_gpu_are_called_on_the_cpu(tmp_path: Path) -> None:
     """Why they are a hazard: transformers binds what can be imported. The day it looks at the device, this fails."""

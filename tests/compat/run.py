@@ -35,7 +35,7 @@ def installed(package: str, version: str, *options: str) -> str:
     """Return the folder of a version, after it was installed there."""
     folder = ROOT / ".compat" / f"{package}-{version}"
     if not (folder / "installed").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", str(folder)]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade", "--target", str(folder)]
         subprocess.run([*pip, *options, f"{package}=={version}"], check=True)
         (folder / "installed").touch()
     return str(folder)

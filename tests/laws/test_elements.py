@@ -143,6 +143,7 @@ def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObj
         check_round_trip(model, Path(folder) / "model")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_zeros_load_in_a_process_that_never_imports_sspruner(tmp_path: Path) -> None:
     model = tiny_model(groups=2, layers=2)

@@ -79,7 +79,7 @@ def same(every: list[Any], alone: Importance, tolerance: float = 1e-6) -> None:
             assert (found[group] - expected).abs().max() <= tolerance * expected.abs().max(), group
 
 
-@pytest.mark.ci_cover(most=3)
+@pytest.mark.ci_cover(most=2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "count"),

@@ -69,6 +69,7 @@ def each_family(folder: str, families: list[str]) -> None:
             torch.save(model.state_dict(), run / "weights.pt")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("families", [FAMILIES[::2], pytest.param(FAMILIES[1::2], marks=pytest.mark.exhaustive)])
 def test_every_family_trains_in_processes(families: list[str], together: Together, tmp_path: Path) -> None:

@@ -303,6 +303,7 @@ def test_a_large_model_is_split_quickly_enough_to_be_exact():
 # What is measured
 
 
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_curve_is_the_damage_of_one_layer_alone(projected):

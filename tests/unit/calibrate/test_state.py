@@ -152,6 +152,7 @@ def test_view_is_what_the_mixer_computes_in_every_family(family: str, options: d
     check_views(zoo(family, **options))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_statistics_on_real_text(reference: tuple, data_folder) -> None:
     """The same 1e-4 on the trained model's own activations, 300 tokens of a book, every layer."""

@@ -225,6 +225,7 @@ def test_what_cannot_be_asked_is_refused(given: dict, texts: list[str], message:
         last_word_accuracy(Oracle(), Letters(), texts, **given)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_lambada_itself(reference: tuple, data_folder: Path) -> None:
     """On real passages a trained model is far better than chance."""

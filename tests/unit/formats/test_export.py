@@ -58,6 +58,7 @@ def check_export(model: Any, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.ci_cover(families=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", PROJECTED)

@@ -232,7 +232,7 @@ def test_what_needs_the_whole_model_says_so(tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.ci_cover(families=1)
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 def test_every_scorer_scores_a_model_in_pieces_as_a_whole_one(family, tmp_path):

@@ -207,6 +207,7 @@ def elsewhere() -> Iterator[Run]:
         process.stdin.close()  # type: ignore[union-attr]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "families",

@@ -323,6 +323,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.ci_cover(families=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "native"])

@@ -54,6 +54,7 @@ def perplexity(model: Any, windows: torch.Tensor) -> float:
     return math.exp(-logp.gather(-1, windows[:, 1:, None]).double().mean())
 
 
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @every_model
 def test_it_has_learned_its_language(name: str, data_folder: Path) -> None:

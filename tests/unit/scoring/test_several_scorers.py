@@ -148,6 +148,7 @@ def block_runs(model: torch.nn.Module, scorers: Any, axes: list[str]) -> Counter
     return runs
 
 
+@pytest.mark.ci_cover(most=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "jamba"])
 def test_blocks_run_for_all_as_often_as_for_one(family: str) -> None:

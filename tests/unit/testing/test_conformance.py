@@ -28,12 +28,13 @@ NOT_MEANT = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_ghost_conforms() -> None:
     check_scorer("ghost", max_examples=FEW)
 
 
-@pytest.mark.ci_cover(families=3)
+@pytest.mark.ci_cover(most=2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(installed_scorers()) - {"ghost"}))
 def test_every_scorer_conforms(name: str) -> None:

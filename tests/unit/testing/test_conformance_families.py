@@ -21,7 +21,7 @@ from support.zoo import FAMILIES, randomise, zoo
 FEW = scaled(2)
 
 
-@pytest.mark.ci_cover(families=3)
+@pytest.mark.ci_cover(most=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_conforms(family: str) -> None:

@@ -166,6 +166,7 @@ def test_units_end_in_a_slice_that_is_proved(family: str, axis: str, allocation:
     torch.testing.assert_close(logits(sspruner.load(tmp_path / "saved")[0], seen), logits(model, seen))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @examples(6)
 @given(stop=st.integers(1, 10), axis=st.sampled_from(["weight", "state"]))

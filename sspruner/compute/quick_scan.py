@@ -1,0 +1,146 @@
+"""Scans of short windows for training: several times quicker under autograd than a model's own fallbacks.
+
+Mamba2 runs in its quadratic form; Mamba1 as one recurrence with a gradient of its own. Results differ from those of the
+model's code by rounding only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+QUADRATIC = 256  # longest piece, in steps, that runs in the quadratic form: Q^2 numbers for each head
+STEP = {"dt", "dt_bias", "rank"}  # names of rows in layouts from which the step sizes are computed
+
+
+@contextmanager
+def quick_scans(mixer: nn.Module, trained: Collection[str]) -> Iterator[None]:
+    """Context manager that replaces the scans in the code of a mixer's class, where it has those of transformers.
+
+    trained: names of the rows, as in layouts, that are trained. No gradient is computed for the inputs of the scan that
+    do not depend on them.
+    """
+    code = sys.modules[type(mixer).__module__]
+    stock = {name: getattr(code, name) for name in SCANS if hasattr(code, name)}
+    for name, scan in stock.items():
+        setattr(code, name, partial(SCANS[name], scan, frozenset(trained)))
+    try:
+        yield
+    finally:
+        for name, scan in stock.items():
+            setattr(code, name, scan)
+
+
+def chunk_scan(
+    stock: Callable[..., Any], trained: frozenset[str], x: torch.Tensor, dt: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Compute what transformers' `mamba2_chunk_scan` does, for a sequence from its start without a final state.
+
+    x: (b, T, H, P), dt: (b, T, H), before bias and softplus. Anything else is left to `stock`.
+    """
+    A, B, C = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate("ABC"))
+    if any(kwargs.get(name) is not None for name in ("initial_states", "z")) or kwargs.get("return_final_states"):
+        return stock(x, dt, *args, **kwargs)
+    dt = _step(dt, kwargs.get("dt_bias"), bool(kwargs.get("dt_softplus")))
+    dt = dt.clamp(*kwargs.get("dt_limit", (0.0, float("inf")))).float()
+    y = quadratic_scan(_frozen(x.float(), trained, {"x"}), _frozen(dt, trained, STEP), A.float(), B.float(), C.float())
+    D = kwargs.get("D")
+    return y if D is None else y + D[:, None] * x
+
+
+def quadratic_scan(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
+) -> torch.Tensor:
+    """Compute y_t = sum_{s<=t} (C_t . B_s) exp(cum_t - cum_s) dt_s x_s, in pieces of QUADRATIC steps.
+
+    x (b, T, H, P), dt (b, T, H) after softplus, A (H,), B and C (b, T, G, N) -> y (b, T, H, P). cum is the sum of dt A.
+    Source: the dual form in Dao & Gu, Transformers are SSMs, arXiv 2405.21060, section 5.
+    """
+    b, T, H, P = x.shape
+    G = B.shape[2]
+    x = x.view(b, T, G, H // G, P).permute(0, 2, 3, 1, 4)  # (b, G, K, T, P)
+    dt = dt.view(b, T, G, H // G).permute(0, 2, 3, 1)  # (b, G, K, T)
+    B, C = B.transpose(1, 2), C.transpose(1, 2)  # (b, G, T, N)
+    outputs, state = [], None
+    for start in range(0, T, QUADRATIC):
+        at = slice(start, start + QUADRATIC)
+        cum = (dt[..., at] * A.view(1, G, H // G, 1)).cumsum(-1)  # (b, G, K, Q)
+        Q = cum.shape[-1]
+        future = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
+        weight = (cum[..., :, None] - cum[..., None, :]).masked_fill(future, -torch.inf).exp()
+        weight = weight * dt[..., None, at]  # (b, G, K, Q, Q)
+        y = ((C[:, :, at] @ B[:, :, at].mT)[:, :, None] * weight) @ x[..., at, :]
+        if state is not None:
+            y = y + cum.exp()[..., None] * (C[:, :, None, at] @ state.mT)
+        if start + Q < T:
+            entered = (x[..., at, :] * weight[..., -1, :, None]).mT @ B[:, :, None, at]  # (b, G, K, P, N)
+            state = entered if state is None else entered + cum[..., -1, None, None].exp() * state
+        outputs.append(y)
+    return torch.cat(outputs, -2).permute(0, 3, 1, 2, 4).reshape(b, T, H, P)
+
+
+def selective_scan(
+    stock: Callable[..., Any], trained: frozenset[str], x: torch.Tensor, dt: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Compute what transformers' `mamba_selective_scan` does, without a final state.
+
+    x and dt: (b, D, T), dt before bias and softplus. A last state is left to `stock`. States that no token writes or
+    reads, those that were cut, are left out.
+    """
+    if kwargs.get("return_last_state"):
+        return stock(x, dt, *args, **kwargs)
+    A, B, C = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate("ABC"))  # (D, N), (b, N, T)
+    bias = kwargs.get("delta_bias")
+    dt = _step(dt, None if bias is None else bias[..., None], bool(kwargs.get("delta_softplus"))).float()
+    inputs, dt = _frozen(x.float(), trained, {"x"}), _frozen(dt, trained, STEP)
+    live = (B.ne(0) | C.ne(0)).any(0).any(-1).nonzero().flatten()  # (N',)
+    write, read = (rows.float()[:, live].permute(2, 0, 1)[:, :, None] for rows in (B, C))  # (T, b, 1, N')
+    step = dt.permute(2, 0, 1)[..., None]  # (T, b, D, 1)
+    h = Recurrence.apply((step * A.float()[:, live]).exp(), step * inputs.permute(2, 0, 1)[..., None] * write)
+    y = (h * read).sum(-1).permute(1, 2, 0)  # (b, D, T)
+    D, z = kwargs.get("D"), kwargs.get("z")
+    y = y if D is None else y + D[:, None] * x
+    return y if z is None else y * F.silu(z)
+
+
+class Recurrence(torch.autograd.Function):
+    """h_t = a_t h_{t-1} + u_t over the first dimension, in place, with the adjoint recurrence as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Return h, in the shape of a and u: (T, ...)."""
+        h = u.clone()
+        for t in range(1, len(h)):
+            h[t].addcmul_(a[t], h[t - 1])
+        ctx.save_for_backward(a, h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of a and u: g_t = dL/dh_t + a_{t+1} g_{t+1}, which is u's; a's is g_t h_{t-1}."""
+        a, h = ctx.saved_tensors
+        g = gradients[0].clone()
+        for t in range(len(g) - 2, -1, -1):
+            g[t].addcmul_(a[t + 1], g[t + 1])
+        return torch.cat([torch.zeros_like(a[:1]), g[1:] * h[:-1]]), g
+
+
+def _step(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
+    """Return the step sizes as the mixers' code computes them."""
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
+    return F.softplus(dt) if softplus else dt
+
+
+def _frozen(value: torch.Tensor, trained: frozenset[str], rows: set[str]) -> torch.Tensor:
+    """Return a tensor without its gradient, if none of the rows that it is computed from is trained."""
+    return value if rows & trained else value.detach()
+
+
+SCANS: dict[str, Callable[..., Any]] = {"mamba2_chunk_scan": chunk_scan, "mamba_selective_scan": selective_scan}
