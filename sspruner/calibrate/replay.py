@@ -237,6 +237,25 @@ class Replay:
         return seen, out
 
     @torch.no_grad()
+    def arguments(self, block: str, path: str, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the module at `path`, inside a block on the device, is called with. The forward stops there."""
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args, kwargs))
+            raise _Captured
+
+        handle = self.model.get_submodule(path).register_forward_pre_hook(capture, with_kwargs=True)
+        try:
+            with suppress(_Captured):
+                self.run(block, batch, self.hidden[batch])
+        finally:
+            handle.remove()
+        if not seen:
+            raise ModelError(f"{path}: not called by its block; it cannot be reconstructed")
+        return seen[0]
+
+    @torch.no_grad()
     def outputs(self, block: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield (input, output, mask) of a block in its current form, batch by batch: twice (b, T, D), and (b, T)."""
         with self.on_device(block):

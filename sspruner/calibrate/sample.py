@@ -10,10 +10,23 @@ import torch
 from torch import nn
 
 from sspruner.compute.acceleration import accelerating
+from sspruner.compute.device import offloaded, on_device
 from sspruner.compute.finite import refuse_not_finite
 from sspruner.compute.forward import cache_in, forward, no_tokens, predicts_tokens
+from sspruner.compute.processes import from_one
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
+
+
+def own_text(model: Any, count: int, seq_len: int, seed: int, device: torch.device) -> torch.Tensor | None:
+    """Sample text from a model, once for all processes: int64 (count, T). None for a model that cannot be sampled.
+
+    These are models that predict no tokens, those of mamba_ssm, and those on disk, which would be read for every token.
+    """
+    if offloaded(model) or not predicts_tokens(model) or not hasattr(model.config, "bos_token_id"):
+        return None
+    with on_device(model, device):
+        return from_one(lambda: sample_from(model, count, seq_len, seed=seed))
 
 
 @torch.no_grad()

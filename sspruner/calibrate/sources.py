@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,23 @@ def micro_batch_size(seq_len: int, *, logits: bool = False) -> int:
 def _batches(tokens: torch.Tensor, mask: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for start in range(0, len(tokens), size):
         yield tokens[start : start + size], mask[start : start + size]
+
+
+def apart(data: Calibration, samples: int) -> tuple[Calibration, Calibration]:
+    """Split calibration windows into those that `samples` of them would be, and all that are not held out then.
+
+    Scores and damage are those of a calibration with that many samples; the rest of the text is for a refit.
+    """
+    if not data.held_out_is_separate or len(data.tokens) <= samples:
+        return data, data
+    tokens, mask = torch.cat([data.tokens, data.held_out]), torch.cat([data.mask, data.held_out_mask])
+    until = samples + len(data.held_out)
+    scored, kept_out, rest = slice(0, samples), slice(samples, until), slice(until, None)
+    few = replace(
+        data, tokens=tokens[scored], mask=mask[scored], held_out=tokens[kept_out], held_out_mask=mask[kept_out]
+    )
+    more = [torch.cat([part[scored], part[rest]]) for part in (tokens, mask)]
+    return few, replace(few, tokens=more[0], mask=more[1])
 
 
 @undisturbed

@@ -1,11 +1,12 @@
 """Compute what training does not change once: products of linear layers whose inputs depend on nothing that is trained.
 
-Training a few rows of a wide layer (the rows of B and C in in_proj) then costs the product of these rows alone.
+Training a few rows of a wide layer (those of B and C in in_proj) then costs the product of these rows alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,52 +14,106 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from sspruner.compute.products import MATMUL
+
+SPLIT = (torch.split, torch.Tensor.split)
+
 
 @dataclass
 class Product:
-    """One linear layer: its weight (out, in), and the rows that are trained, with their values; none if frozen.
+    """One linear layer: its weight (out, in), and the rows of it that are trained; None if it is frozen.
 
-    constant: whether its input is the same at every step; known after a first pass that records gradients.
+    constant: whether it is computed once for each window, from the same input at every step; `learning` finds out.
     """
 
     weight: torch.Tensor
     rows: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    calls: int = 0
     constant: bool = False
-
-    def whole(self) -> torch.Tensor:
-        """Return the weight with the trained rows in it."""
-        if self.rows is None or self.values is None:
-            return self.weight
-        return self.weight.index_copy(0, self.rows, self.values)
 
 
 class ConstantProducts(TorchFunctionMode):
     """Torch function mode that takes the constant part of linear layers from a store, and computes trained rows.
 
-    Set `window` to the number of the inputs that run next. `learning`: the pass that finds out which inputs are
-    constant.
+    products: name of a weight -> its layer.
     """
 
     def __init__(self, products: Mapping[str, Product]) -> None:
         super().__init__()
         self._products = {id(product.weight): (name, product) for name, product in products.items()}
         self._store: dict[tuple[str, int], torch.Tensor] = {}
-        self.window, self.learning = 0, False
+        self._window: int | None = None
+        self._values: Mapping[str, torch.Tensor] = {}
+        self._learning = False
+        self._partly: list[tuple[torch.Tensor, torch.Tensor]] = []  # outputs of this pass, their trained rows
+
+    @contextmanager
+    def at(self, window: int | None, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Context manager to run one window, by its number, with these values of trained rows.
+
+        window: None to store nothing.
+        """
+        self._window, self._values = window, values
+        with self:
+            yield
+        self._partly.clear()
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Context manager for one pass that records gradients: an input without one is constant."""
+        self._learning = True
+        try:
+            yield
+        finally:
+            self._learning = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in SPLIT:
+            return self._split(func(*args, **(kwargs or {})), args[0])
+        if (
+            func in MATMUL and id(args[0]) in self._products
+        ):  # W @ x, where a mixer multiplies itself (Mamba1's dt_proj)
+            name, product = self._products[id(args[0])]
+            return func(self._whole(name, product), *args[1:], **(kwargs or {}))
         if func is not F.linear or id(args[1]) not in self._products:
             return func(*args, **(kwargs or {}))
         x, bias = args[0], args[2] if len(args) > 2 else (kwargs or {}).get("bias")
         name, product = self._products[id(args[1])]
-        if self.learning:
-            product.constant = not x.requires_grad
+        if self._learning:
+            product.calls += 1
+            product.constant = product.calls == 1 and not x.requires_grad
         if not product.constant:
-            return F.linear(x, product.whole(), bias)
-        if (name, self.window) not in self._store:
-            with torch.no_grad():
-                self._store[name, self.window] = F.linear(x, product.weight)
-        out = self._store[name, self.window]  # (..., out)
-        if product.rows is not None and product.values is not None:
-            out = out.index_copy(-1, product.rows, F.linear(x, product.values))
-        return out if bias is None else out + bias
+            return F.linear(x, self._whole(name, product), bias)
+        rows, out = product.rows, self._constant(name, product.weight, x)
+        if rows is not None:
+            out = out.index_copy(-1, rows, F.linear(x, self._values[name]))
+        out = out if bias is None else out + bias
+        if rows is not None and (bias is None or not bias.requires_grad):
+            self._partly.append((out, rows))
+        return out
+
+    def _whole(self, name: str, product: Product) -> torch.Tensor:
+        """Return a weight with the values of its trained rows: (out, in)."""
+        rows, weight = product.rows, product.weight
+        return weight if rows is None else weight.index_copy(0, rows, self._values[name])
+
+    def _split(self, pieces: tuple[torch.Tensor, ...], whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the pieces of a product along its rows; no gradient is computed for those without a trained row."""
+        rows = next((rows for out, rows in self._partly if out is whole), None)
+        if rows is None or sum(piece.shape[-1] for piece in pieces) != whole.shape[-1]:
+            return pieces
+        found, start = [], 0
+        for piece in pieces:
+            until = start + piece.shape[-1]
+            found.append(piece if bool(((rows >= start) & (rows < until)).any()) else piece.detach())
+            start = until
+        return tuple(found)
+
+    @torch.no_grad()
+    def _constant(self, name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return the product with a whole weight, from the store if it was computed for this window: (..., out)."""
+        if self._window is None:
+            return F.linear(x, weight)
+        if (name, self._window) not in self._store:
+            self._store[name, self._window] = F.linear(x, weight)
+        return self._store[name, self._window]

@@ -7,8 +7,9 @@ model's code by rounding only.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,21 +17,35 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-QUADRATIC = 256  # longest piece, in steps, that runs in the quadratic form: Q^2 numbers for each head
-STEP = {"dt", "dt_bias", "rank"}  # names of rows in layouts from which the step sizes are computed
+QUADRATIC = 128  # longest piece, in steps, that runs in the quadratic form: Q^2 numbers for each head
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is trained of a mixer: names of rows, as in its layout, and channels of its convolution.
+
+    channels: int64 (channels,).
+    """
+
+    rows: frozenset[str]
+    channels: torch.Tensor
+
+    @property
+    def of_state(self) -> bool:
+        """True if what is trained enters with B, C or A: then x, z and dt depend on nothing that is trained."""
+        return self.rows <= {"A", "B", "C"}
 
 
 @contextmanager
-def quick_scans(mixer: nn.Module, trained: Collection[str]) -> Iterator[None]:
+def quick_scans(mixer: nn.Module, wanted: Wanted) -> Iterator[None]:
     """Context manager that replaces the scans in the code of a mixer's class, where it has those of transformers.
 
-    trained: names of the rows, as in layouts, that are trained. No gradient is computed for the inputs of the scan that
-    do not depend on them.
+    No gradient is computed for what does not depend on anything that is trained.
     """
     code = sys.modules[type(mixer).__module__]
     stock = {name: getattr(code, name) for name in SCANS if hasattr(code, name)}
     for name, scan in stock.items():
-        setattr(code, name, partial(SCANS[name], scan, frozenset(trained)))
+        setattr(code, name, partial(SCANS[name], scan, wanted))
     try:
         yield
     finally:
@@ -38,8 +53,30 @@ def quick_scans(mixer: nn.Module, trained: Collection[str]) -> Iterator[None]:
             setattr(code, name, scan)
 
 
+def causal_conv(
+    stock: Callable[..., Any],
+    wanted: Wanted,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Compute what transformers' `causal_conv1d_fn` does, with gradients of the trained channels alone.
+
+    x: (b, C, T).
+    """
+    if not wanted.of_state:
+        return stock(x, weight, bias, **kwargs)
+    some = wanted.channels.to(x.device)
+    with torch.no_grad():
+        out = stock(x, weight, bias, **kwargs)
+    if not len(some):
+        return out
+    return out.index_copy(1, some, stock(x[:, some], weight[some], None if bias is None else bias[some], **kwargs))
+
+
 def chunk_scan(
-    stock: Callable[..., Any], trained: frozenset[str], x: torch.Tensor, dt: torch.Tensor, *args: Any, **kwargs: Any
+    stock: Callable[..., Any], wanted: Wanted, x: torch.Tensor, dt: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Compute what transformers' `mamba2_chunk_scan` does, for a sequence from its start without a final state.
 
@@ -50,7 +87,7 @@ def chunk_scan(
         return stock(x, dt, *args, **kwargs)
     dt = _step(dt, kwargs.get("dt_bias"), bool(kwargs.get("dt_softplus")))
     dt = dt.clamp(*kwargs.get("dt_limit", (0.0, float("inf")))).float()
-    y = quadratic_scan(_frozen(x.float(), trained, {"x"}), _frozen(dt, trained, STEP), A.float(), B.float(), C.float())
+    y = quadratic_scan(_frozen(x.float(), wanted), _frozen(dt, wanted), A.float(), B.float(), C.float())
     D = kwargs.get("D")
     return y if D is None else y + D[:, None] * x
 
@@ -83,11 +120,11 @@ def quadratic_scan(
             entered = (x[..., at, :] * weight[..., -1, :, None]).mT @ B[:, :, None, at]  # (b, G, K, P, N)
             state = entered if state is None else entered + cum[..., -1, None, None].exp() * state
         outputs.append(y)
-    return torch.cat(outputs, -2).permute(0, 3, 1, 2, 4).reshape(b, T, H, P)
+    return torch.cat(outputs, -2).permute(0, 3, 1, 2, 4).reshape(b, T, H, P).contiguous()  # callers take a view
 
 
 def selective_scan(
-    stock: Callable[..., Any], trained: frozenset[str], x: torch.Tensor, dt: torch.Tensor, *args: Any, **kwargs: Any
+    stock: Callable[..., Any], wanted: Wanted, x: torch.Tensor, dt: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Compute what transformers' `mamba_selective_scan` does, without a final state.
 
@@ -99,11 +136,12 @@ def selective_scan(
     A, B, C = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate("ABC"))  # (D, N), (b, N, T)
     bias = kwargs.get("delta_bias")
     dt = _step(dt, None if bias is None else bias[..., None], bool(kwargs.get("delta_softplus"))).float()
-    inputs, dt = _frozen(x.float(), trained, {"x"}), _frozen(dt, trained, STEP)
+    inputs, dt = _frozen(x.float(), wanted), _frozen(dt, wanted)
     live = (B.ne(0) | C.ne(0)).any(0).any(-1).nonzero().flatten()  # (N',)
     write, read = (rows.float()[:, live].permute(2, 0, 1)[:, :, None] for rows in (B, C))  # (T, b, 1, N')
     step = dt.permute(2, 0, 1)[..., None]  # (T, b, D, 1)
-    h = Recurrence.apply((step * A.float()[:, live]).exp(), step * inputs.permute(2, 0, 1)[..., None] * write)
+    entering = step * inputs.permute(2, 0, 1)[..., None] * write  # (T, b, D, N')
+    h = Recurrence.apply((step * A.float()[:, live]).exp(), entering)  # type: ignore[no-untyped-call]
     y = (h * read).sum(-1).permute(1, 2, 0)  # (b, D, T)
     D, z = kwargs.get("D"), kwargs.get("z")
     y = y if D is None else y + D[:, None] * x
@@ -138,9 +176,13 @@ def _step(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.
     return F.softplus(dt) if softplus else dt
 
 
-def _frozen(value: torch.Tensor, trained: frozenset[str], rows: set[str]) -> torch.Tensor:
-    """Return a tensor without its gradient, if none of the rows that it is computed from is trained."""
-    return value if rows & trained else value.detach()
+def _frozen(value: torch.Tensor, wanted: Wanted) -> torch.Tensor:
+    """Return x or dt, without a gradient if only the rows of the state are trained."""
+    return value.detach() if wanted.of_state else value
 
 
-SCANS: dict[str, Callable[..., Any]] = {"mamba2_chunk_scan": chunk_scan, "mamba_selective_scan": selective_scan}
+SCANS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": causal_conv,
+    "mamba2_chunk_scan": chunk_scan,
+    "mamba_selective_scan": selective_scan,
+}

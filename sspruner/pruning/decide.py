@@ -137,9 +137,15 @@ def refitted(job: PruneJob, decision: Decision) -> Decision:
     if kind != "none":
         with job.clock("refit"):
             better = refit(
-                run.model, plan, kind, calibration=job.data, device=job.machine.device, progress=job.machine.progress
+                run.model,
+                plan,
+                kind,
+                calibration=job.refit_text,
+                settings=job.recipe.reconstruction,
+                device=job.machine.device,
+                progress=job.machine.progress,
             )
-        decision = replace(decision, plan=better.plan, selected=plan, errors=better.errors)
+        decision = replace(decision, plan=better.plan, selected=plan, errors=better.errors, layers=better.layers)
     if job.cutter.compares_one_size:
         one_size = same_size(
             plan,

@@ -11,6 +11,7 @@ from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import check_budget, rounded
 from sspruner.budgets.resolve import check_values, resolve_budget
+from sspruner.calibrate.sources import Calibration, apart
 from sspruner.compute.device import on_device
 from sspruner.compute.forward import no_tokens, predicts_tokens
 from sspruner.errors import InputError
@@ -25,7 +26,7 @@ from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.choice import choose_scorers
 from sspruner.scoring.known import find_scorer
 from sspruner.scoring.run import Run
-from sspruner.scoring.score import calibrated
+from sspruner.scoring.score import Source, calibrated
 from sspruner.surgery.sizes import sizes
 
 
@@ -62,10 +63,19 @@ def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
         one_shot = True
     dense, clock = model_size(model, run.graph), Clock()
     with on_device(model, run.device), clock("calibration"):
-        data = calibrated(source, model, machine.tokenizer, recipe.calibration, method.seed, machine.progress)
+        data, refit_text = _calibrated(source, model, recipe, machine)
     if method.refit != "none":
-        check_calibration(model, run.graph, run.groups, method.refit, data)
-    return PruneJob(recipe, machine, run, budget, fit, lines, one_shot, dense, data, clock, cutter)
+        check_calibration(model, run.graph, run.groups, method.refit, refit_text, recipe.reconstruction)
+    return PruneJob(recipe, machine, run, budget, fit, lines, one_shot, dense, data, refit_text, clock, cutter)
+
+
+def _calibrated(source: Source, model: nn.Module, recipe: Recipe, machine: Machine) -> tuple[Calibration, Calibration]:
+    """Return the calibration text, and that of the refit: more windows of it, where the recipe wants them."""
+    text, samples = recipe.calibration, recipe.calibration.samples
+    if recipe.method.refit == "reconstruct" and not isinstance(source, Calibration):
+        text = replace(text, samples=max(samples, recipe.reconstruction.refit_windows))
+    data = calibrated(source, model, machine.tokenizer, text, recipe.method.seed, machine.progress)
+    return (data, data) if isinstance(source, Calibration) else apart(data, samples)
 
 
 def _asks_for_damage(recipe: Recipe, scorers: int) -> str:

@@ -18,7 +18,7 @@ bring its output, in the model's own code and dtype, nearer to the dense one's. 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from torch import nn
 from sspruner.axes import WHOLE_MODEL
 from sspruner.calibrate.regression import Moments, ridge
 from sspruner.calibrate.replay import Flow, Replay
+from sspruner.calibrate.sample import own_text
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import resolve_device
 from sspruner.compute.quick import quick_on_cpu
@@ -36,7 +37,8 @@ from sspruner.graph.site import Site, within
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_plan, part_of
-from sspruner.recipes.parts import REFITS
+from sspruner.pruning.reconstruct import Layer, check_windows, own_windows, reconstruct
+from sspruner.recipes.parts import REFITS, Reconstruction
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.tensors import lacks, tensor
@@ -49,13 +51,16 @@ TINY = 1e-30  # energy of a block that adds nothing
 class Refit:
     """A plan with new values of the remaining weights, and the errors before and after.
 
-    errors: refitted block -> (before, after), the squared error of what it adds to the residual stream divided by the
-    energy of the same in the dense block, on calibration tokens.
+    errors   refitted block -> (before, after), the squared error of what it adds to the residual stream divided by the
+             energy of the same in the dense block, on calibration tokens; of a reconstruction: cut module -> such
+             errors of its output, on held-out text
+    layers   of a reconstruction: cut module -> how its training went
     """
 
     plan: Plan
     kind: str
     errors: dict[str, tuple[float, float]]
+    layers: dict[str, Layer] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,13 +85,15 @@ def refit(
     kind: str = "output",
     *,
     calibration: Calibration,
+    settings: Reconstruction | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Refit:
-    """Return `plan` with new values of the remaining weights, solved on `calibration.tokens`. The model is not changed.
+    """Return `plan` with new values of the remaining weights, from `calibration.tokens`. The model is not changed.
 
     kind: "output" solves for the weights of the layers that write to the residual stream, and adds no parameter;
-    "bias" solves for their biases, and adds them where there are none.
+    "bias" solves for their biases, and adds them where there are none; "reconstruct" trains what stays of each cut
+    module to put out what the dense one does. settings: how long it trains, and on how much of the text.
     Raises InputError for an unknown kind, for fewer tokens than unknowns, and if there is nothing to solve for;
     PlanError if the plan does not fit the model.
     """
@@ -94,6 +101,8 @@ def refit(
         raise InputError(f"refit {kind!r}: must be {' or '.join(REFITS[1:])}")
     graph = trace(model)
     check_plan(plan, graph, fingerprint(model), model)
+    if kind == "reconstruct":
+        return _reconstruct(model, plan, graph, calibration, settings or Reconstruction(), device, progress)
     follow = any(axis in WHOLE_MODEL for axis in plan.axes)
     writers = _writers(model, plan, graph, kind, follow)
     _check_tokens(model, [writer.weight for writer in writers], kind, calibration)
@@ -115,6 +124,26 @@ def refit(
         if progress:
             progress("refitting", len(cut.blocks), len(cut.blocks))
     return Refit(replace(refitted, made_by={**plan.made_by, "refit": kind}), kind, errors)
+
+
+def _reconstruct(
+    model: nn.Module,
+    plan: Plan,
+    graph: SSMGraph,
+    calibration: Calibration,
+    settings: Reconstruction,
+    device: str | None,
+    progress: Progress | None,
+) -> Refit:
+    """Reconstruct the modules that a plan cuts, with text of the model's own beside the calibration text held out."""
+    compute, own = resolve_device(device), None
+    check_windows(model, plan.groups, graph, calibration, settings)
+    if calibration.source != "self":
+        count = own_windows(calibration, settings)
+        own = own_text(model, count, calibration.tokens.shape[1], calibration.seed, compute)
+    new, layers = reconstruct(model, plan, graph, calibration, own, settings, device=compute, progress=progress)
+    new = replace(new, made_by={**plan.made_by, "refit": "reconstruct"})
+    return Refit(new, "reconstruct", {path: layer.fitted.error for path, layer in layers.items()}, layers)
 
 
 def _refit_block(
@@ -238,12 +267,20 @@ def _written(model: nn.Module, site: Site) -> Iterator[str]:
 
 
 def check_calibration(
-    model: nn.Module, graph: SSMGraph, groups: Iterable[str], kind: str, calibration: Calibration
+    model: nn.Module,
+    graph: SSMGraph,
+    groups: Iterable[str],
+    kind: str,
+    calibration: Calibration,
+    settings: Reconstruction,
 ) -> None:
     """Raise InputError if the calibration text is too short to refit any module of these groups.
 
     Runs before any work.
     """
+    if kind == "reconstruct":
+        check_windows(model, groups, graph, calibration, settings)
+        return
     paths = {name.rpartition(":")[0] for name in groups}
     weights = [name for site in graph.sites if site.path in paths for name in _written(model, site)]
     narrowest = min(weights, key=lambda name: tensor(model, name).shape[1], default=None)

@@ -31,7 +31,8 @@ class Report:
 
     basis       the basis of the state's units: "select" for its coordinates, else the scorer's name for its directions
     proof       None in mask mode
-    refit       kind, damage without it, each block's error before and after; {} without a refit
+    refit       kind, damage without it, each block's error before and after; of a reconstruction also by cut module:
+                errors on held-out text, step that was kept, steps, seconds; {} without a refit
     search      measured before the cut on calibration text: limits, curve of cuts, perplexity by scorer, damage by
                 layer; and, for layers of different sizes, the damage of one size for all, on held-out text
     target      the runtime that the sizes fit, its number of GPUs, what was rounded, and its notes
@@ -140,9 +141,7 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
             if not group.tensor
         },
         proof=outcome.proof,
-        refit={"kind": method.refit, "without": measured(outcome.without_refit), "errors": decision.errors}
-        if decision.errors
-        else {},
+        refit=_refit(method.refit, decision, outcome),
         search=search,
         target={**job.fit.to_json(), "rounded": job.rounded, "notes": job.fit.target.notes(cut_graph)}
         if job.fit
@@ -156,6 +155,15 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
         base_model=hub_name(job.model),
         recipe=job.recipe.to_json(),
     )
+
+
+def _refit(kind: str, decision: Decision, outcome: Outcome) -> dict[str, Any]:
+    """Return what the report says about a refit, {} without one."""
+    if not decision.errors:
+        return {}
+    layers = {path: layer.to_json() for path, layer in decision.layers.items()}
+    found = {"kind": kind, "without": measured(outcome.without_refit), "errors": decision.errors}
+    return found | ({"layers": layers} if layers else {})
 
 
 def _checked(kind: str, value: Any) -> Any:

@@ -16,6 +16,7 @@ from sspruner.evaluation.damage import Damage
 from sspruner.files.journal import Journal
 from sspruner.formats.targets import Fit
 from sspruner.plans.plan import Plan
+from sspruner.pruning.reconstruct import Layer
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.run import Run
 from sspruner.scoring.score import Source
@@ -59,6 +60,7 @@ class PruneJob:
     rounded    what was rounded to the sizes of the target, as lines of text
     one_shot   True: all layers are scored on the dense model before any is cut
     dense      sizes of the dense model, as in the report
+    refit_text  calibration text of the refit, which may have more windows than are scored
     """
 
     recipe: Recipe
@@ -70,6 +72,7 @@ class PruneJob:
     one_shot: bool
     dense: dict[str, Any]
     data: Calibration
+    refit_text: Calibration
     clock: Clock
     cutter: Cutter
 
@@ -89,6 +92,7 @@ class Decision:
     one_size   plan with one size for all layers, to compare with, if layers keep different sizes
     selected   plan before the refit, if there was one
     errors     block -> its error before and after the refit
+    layers     of a reconstruction: cut module -> how its training went
     """
 
     plan: Plan
@@ -99,6 +103,7 @@ class Decision:
     one_size: Plan | None = None
     selected: Plan | None = None
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    layers: Mapping[str, Layer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

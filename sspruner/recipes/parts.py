@@ -44,7 +44,7 @@ else:  # a text such as 25MB is read when the part is built: after that it is a 
 
 
 MODES = ("slice", "mask")
-REFITS = ("none", "bias", "output")
+REFITS = ("none", "bias", "output", "reconstruct")
 
 
 def check_mode(mode: str) -> None:
@@ -262,7 +262,8 @@ class Method(Mode, Scoring):
     """Score all layers on the dense model, then cut at once."""
 
     refit: Annotated[str, text("NAME")] = "none"
-    """After the cut, solve for the remaining weights: output (out_proj and other output projections), bias, or none."""
+    """New values for what stays after the cut: output (out_proj and other output projections) and bias are solved for,
+    reconstruct trains what stays of each cut layer to put out what the dense layer does; or none."""
 
     def __post_init__(self) -> None:
         """Read texts, and raise InputError for an unknown mode or refit."""
@@ -270,6 +271,31 @@ class Method(Mode, Scoring):
         Mode.__post_init__(self)
         if self.refit not in REFITS:
             raise InputError(f"refit {self.refit!r}: must be one of {', '.join(REFITS)}")
+
+
+@Parameter(name="*", group=METHOD)
+@dataclass(frozen=True)
+class Reconstruction:
+    """How long --refit reconstruct trains, and on how much text."""
+
+    refit_steps: Annotated[int, whole()] = 400
+    """--refit reconstruct: steps for each layer, of one calibration sequence each."""
+
+    refit_windows: Annotated[int, whole()] = 128
+    """--refit reconstruct: calibration sequences to train on, the first --samples of which are scored on. An eighth is
+    held out."""
+
+    refit_minutes: Annotated[float | None, number()] = None
+    """--refit reconstruct: the most minutes to train, shared by the layers that are cut."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for no steps, for fewer windows than can be held out, and for no time."""
+        if self.refit_steps < 1 or self.refit_windows < 2:
+            raise InputError(
+                f"refit-steps {self.refit_steps}, refit-windows {self.refit_windows}: need at least 1 and 2"
+            )
+        if self.refit_minutes is not None and not (self.refit_minutes > 0 and math.isfinite(self.refit_minutes)):
+            raise InputError(f"refit-minutes {self.refit_minutes}: must be a number above 0")
 
 
 @Parameter(name="*", group=CALIBRATION)

@@ -8,7 +8,16 @@ from typing import Any
 from cyclopts import Parameter
 
 from sspruner.recipes.common import Recorded, build
-from sspruner.recipes.parts import Budget, CalibrationText, Elements, Limits, Method, Remove, Target
+from sspruner.recipes.parts import (
+    Budget,
+    CalibrationText,
+    Elements,
+    Limits,
+    Method,
+    Reconstruction,
+    Remove,
+    Target,
+)
 
 #: The calibration text may also be given as `calibration=`, as on the command line.
 _SHORT = {"calibration": "source", "target": "runtime"}
@@ -28,6 +37,7 @@ class Recipe(Recorded):
     budget: Budget = field(default_factory=Budget)
     limits: Limits = field(default_factory=Limits)
     method: Method = field(default_factory=Method)
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
     calibration: CalibrationText = field(default_factory=CalibrationText)
     target: Target = field(default_factory=Target)
 

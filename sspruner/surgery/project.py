@@ -21,14 +21,14 @@ def project_states(model: nn.Module, plan: Plan, graph: SSMGraph) -> tuple[Plan,
     if not projected:
         return plan, graph
     for name, projection in projected.items():
-        install(model, graph.groups[name].layer, sliced(_held(model, graph.groups[name].layer), projection))
+        install(model, graph.groups[name].layer, sliced(basis_of(model, graph.groups[name].layer), projection))
     rest = {name: r for name, r in plan.groups.items() if name not in projected}
     return Plan(rest, plan.model, plan.made_by, plan.elements, plan.updates), trace(model)
 
 
 def mask_state(model: nn.Module, layer: str, projection: Projection) -> Basis | None:
     """Apply a projection's projector at run time; the state keeps its size. Returns the previous basis."""
-    before = _held(model, layer)
+    before = basis_of(model, layer)
     install(model, layer, masked(before, projection))
     return before
 
@@ -66,7 +66,8 @@ def install(model: nn.Module, layer: str, basis: Basis | None) -> None:
     project_state(mixer, encode, decode)
 
 
-def _held(model: nn.Module, layer: str) -> Basis | None:
+def basis_of(model: nn.Module, layer: str) -> Basis | None:
+    """Return encode and decode of the projected state of the mixer at a path; None if its state has no basis."""
     mixer: Any = model.get_submodule(layer)
     return (mixer.state_encode.data, mixer.state_decode.data) if hasattr(mixer, ENCODE) else None
 
@@ -75,7 +76,7 @@ def added_by_projections(model: nn.Module, plan: Plan, graph: SSMGraph) -> int:
     """Return the number of parameters that a plan's projections add; it may be negative for a state with a basis."""
     total = 0
     for name, projection in projections(plan.groups).items():
-        basis = _held(model, graph.groups[name].layer)
+        basis = basis_of(model, graph.groups[name].layer)
         rows = projection.before if basis is None else basis[0].shape[2]
         total += 2 * projection.sets * projection.after * rows - (0 if basis is None else 2 * basis[0].numel())
     return total

@@ -199,7 +199,10 @@ def test_an_interrupted_gradual_run_goes_on(run: Path) -> None:
     assert plan.groups == Plan.load(FILES / "gradual" / "plan.json").groups
 
 
-@pytest.mark.parametrize("name", [pytest.param("results", marks=[pytest.mark.slow, pytest.mark.exhaustive]), "selection"])
+LONG = [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize("name", [pytest.param("results", marks=LONG), "selection"])
 def test_a_folder_is_drawn(name: str, tmp_path: Path) -> None:
     shutil.copytree(FILES / name, tmp_path / name)
     text = sspruner.report(tmp_path / name).read_text(encoding="utf-8")

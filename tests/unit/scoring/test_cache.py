@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -200,6 +201,7 @@ def reloaded(path: Path, text: str) -> None:
     """The plugin as a new process would find it: written anew, and loaded from there."""
     path.write_text(text)
     os.utime(path, (1e9, 1e9))  # the time does not tell it
+    shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)  # nor may it tell Python that nothing has changed
     cache._source.cache_clear()
     for name, module in plugin_manager().list_name_plugin():
         if name == str(path):

@@ -1,0 +1,161 @@
+"""Fit: train one cut module to put out what the dense one puts out, and keep what held-out windows confirm.
+
+Adam, one window a step, warm-up and cosine decay (docs/refit.md has the measurements). Of several processes each holds
+a part of the windows; the one that holds the window of a step computes its gradient, so that the values are the same
+for any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sspruner.compute.processes import from_one, total
+from sspruner.pruning.student import Call, Student
+
+RATE = 1e-2  # learning rate of Adam where units were selected; 5e-3 to 2e-2 end alike
+PROJECTED_RATE = (
+    1e-3  # where the state was projected: it starts nearer to the dense module, and at 1e-2 only gets worse
+)
+WARM_UP = 1 / 20  # share of the steps
+CHECKS = 8  # how often the held-out error is measured
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student learns from.
+
+    training         numbers of the windows that train
+    held_out         kind of text -> numbers of the windows that are held out
+    calls, targets   by number, of the windows that this process holds: arguments of the module's calls, and the output
+                     of the dense module on them, (1, T, width)
+    """
+
+    training: Sequence[int]
+    held_out: Mapping[str, Sequence[int]]
+    calls: Mapping[int, Call]
+    targets: Mapping[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Outcome of one module's training.
+
+    values    of the best step, as they will be stored; None if no step is better than the start
+    errors    kind of held-out text -> squared error over the energy of the dense output, before and after
+    step      the step that is kept, 0 for the start
+    steps     steps that were made
+    stopped   why training ended before its last step, "" if it did not
+    """
+
+    values: dict[str, torch.Tensor] | None
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    step: int = 0
+    steps: int = 0
+    stopped: str = ""
+
+    @property
+    def error(self) -> tuple[float, float]:
+        """Mean error over the kinds of held-out text, before and after."""
+        before, after = (_mean({kind: pair[i] for kind, pair in self.errors.items()}) for i in range(2))
+        return before, after
+
+
+def fit(student: Student, lesson: Lesson, steps: int, seed: int, late: Callable[[], bool]) -> Fitted:
+    """Train a student for a number of steps, or until it is `late`.
+
+    The best values are those with the lowest mean error over the kinds of held-out text among those that raise none of
+    them. A loss that is not finite ends the training.
+    """
+    scale = 1 / max(_energy(lesson, lesson.training), 1e-30)
+    energy = {kind: max(_energy(lesson, numbers), 1e-30) for kind, numbers in lesson.held_out.items()}
+    leaves = {name: value.clone().requires_grad_() for name, value in student.values.items()}
+    rate = RATE if student.trained.projection is None else PROJECTED_RATE
+    adam = torch.optim.Adam([*leaves.values()], lr=rate)
+    start = _errors(student, lesson, energy, leaves)
+    best, kept, values, stopped, done = start, 0, None, "", 0
+    order: list[int] = []
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        if not order:
+            order = torch.randperm(len(lesson.training), generator=generator).tolist()
+        for group in adam.param_groups:
+            group["lr"] = rate * _schedule(step, steps)
+        if not _take_step(student, lesson, lesson.training[order.pop()], leaves, adam, scale):
+            stopped = "the loss is not finite"
+            break
+        done = step + 1
+        last = done == steps
+        if done % max(1, steps // CHECKS) and not last:
+            continue
+        errors = _errors(student, lesson, energy, leaves)
+        if _mean(errors) < _mean(best) and all(error <= start[kind] for kind, error in errors.items()):
+            best, kept = errors, done
+            values = {name: leaf.detach().clone() for name, leaf in student.rounded(leaves).items()}
+        if not last and from_one(late):
+            stopped = "the time is over"
+            break
+    return Fitted(values, {kind: (start[kind], best[kind]) for kind in start}, kept, done, stopped)
+
+
+def _take_step(
+    student: Student,
+    lesson: Lesson,
+    number: int,
+    leaves: dict[str, torch.Tensor],
+    adam: torch.optim.Optimizer,
+    scale: float,
+) -> bool:
+    """Take one step on one window. Returns False, and changes nothing, if the loss is not finite."""
+    gradients = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    if number in lesson.calls:
+        with torch.enable_grad():
+            call = lesson.calls[number]
+            error = student(number, call, leaves) - lesson.targets[number].to(student.device)
+            loss = (error * call.mask[..., None].to(error.device)).square().sum() * scale * len(lesson.training)
+            found = torch.autograd.grad(loss, [*leaves.values()], allow_unused=True)
+        gradients = {n: gradients[n] if g is None else g for n, g in zip(leaves, found, strict=True)}
+    finite = True
+    for name, gradient in gradients.items():
+        gradient = total(gradient.cpu()).to(gradient.device) if gradient.is_cuda else total(gradient)
+        leaves[name].grad = gradient * student.masks[name] if name in student.masks else gradient
+        finite &= bool(gradient.isfinite().all())
+    if finite:
+        adam.step()
+    return finite
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the factor of the learning rate: linear warm-up, then cosine decay."""
+    return min((step + 1) / max(1, WARM_UP * steps), (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+@torch.no_grad()
+def _errors(
+    student: Student, lesson: Lesson, energy: Mapping[str, float], values: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """Return the relative squared error on each kind of held-out text, with values as they would be stored."""
+    stored, found = student.rounded(values), {}
+    for kind, numbers in lesson.held_out.items():
+        here = 0.0
+        for number in (n for n in numbers if n in lesson.calls):
+            call = lesson.calls[number]
+            error = student(number, call, stored) - lesson.targets[number].to(student.device)
+            here += float(error[call.mask.to(error.device)].double().square().sum())
+        found[kind] = float(total(torch.tensor(here, dtype=torch.float64))) / energy[kind]
+    return found
+
+
+def _energy(lesson: Lesson, numbers: Sequence[int]) -> float:
+    """Sum the squares of the targets of some windows, over all processes, without padding."""
+    squares = (
+        float(lesson.targets[n][lesson.calls[n].mask].double().square().sum()) for n in numbers if n in lesson.calls
+    )
+    return float(total(torch.tensor(sum(squares), dtype=torch.float64)))
+
+
+def _mean(errors: Mapping[str, float]) -> float:
+    return sum(errors.values()) / len(errors)
