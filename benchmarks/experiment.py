@@ -193,7 +193,7 @@ def measured(subject: Subject, section: Section, work: Path) -> Found:
     cells: dict[tuple[str, str], list[Cell]] = {}
     for label, row in section.rows_of(subject.name).items():
         cuts = section.cuts_of(row)
-        for seed in range(max(seeds(section.cell(row, cut)) for cut in cuts.values())):
+        for seed in range(max((seeds(section.cell(row, cut)) for cut in cuts.values()), default=0)):
             asked = {name: section.cell(row, cut, seed) for name, cut in cuts.items()}
             asked = {name: cell for name, cell in asked.items() if seed < seeds(cell)}
             for name, made in bench.cells(label, asked).items():

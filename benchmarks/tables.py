@@ -76,6 +76,25 @@ def refit(found: list[Found]) -> list[str]:
     return [table("Refit: perplexity (KL to dense, nats per token)", head, rows)]
 
 
+def reconstruct(found: list[Found]) -> list[str]:
+    """Draw the increase of perplexity on two texts, and the KL on the first, by refit: one line for each cut."""
+    rows, names = [], [*dict.fromkeys(row for one in found for row in one.rows)]
+    for one, cut in ((part, cut) for part in found for cut in part.section.cuts):
+        cells = [increases(one, row, cut) if (row, cut) in one.cells else NO for row in names]
+        rows.append([f"{one.model} {one.section.axis}, {cut}", *cells])
+    title = "Increase of perplexity on books-test (KL to dense, nats per token); on WikiText"
+    return [table(title, ["keeps", *names], rows)]
+
+
+def increases(one: Found, row: str, cut: str) -> str:
+    """Write a cell's increase of perplexity on the first text with its standard error, its KL, and that on the second."""
+    cell = one.cells[row, cut][0]
+    first = cell.nll - one.dense.nll  # (windows,)
+    change, error = (100 * float(value) for value in (first.mean().expm1(), first.std() / len(first) ** 0.5))
+    other = 100 * float((cell.also - one.dense.also).mean().expm1())
+    return f"{change:+.2f} ± {error:.2f} % ({float(cell.kl.mean()):.4f}); {other:+.1f} %"
+
+
 def reference(found: list[Found]) -> list[str]:
     """Draw the dense models' perplexity on two texts, and that of a cut on one."""
     section, rows = found[0].section, []
