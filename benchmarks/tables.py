@@ -87,7 +87,7 @@ def reconstruct(found: list[Found]) -> list[str]:
 
 
 def increases(one: Found, row: str, cut: str) -> str:
-    """Write a cell's increase of perplexity on the first text with its standard error, its KL, and that on the second."""
+    """Write a cell's increase of perplexity on the first text, its standard error, its KL, and the second text's."""
     cell = one.cells[row, cut][0]
     first = cell.nll - one.dense.nll  # (windows,)
     change, error = (100 * float(value) for value in (first.mean().expm1(), first.std() / len(first) ** 0.5))

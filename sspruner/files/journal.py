@@ -44,6 +44,11 @@ class Journal:
         """Record that a phase has finished `done` steps, with the tensors to resume from."""
         write_tensors(self.folder / f"{phase}.safetensors", tensors, {"done": str(done)})
 
+    def mapped(self, phase: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a phase as parts of its file, which take no memory until they are read."""
+        with safe_open(str(self.folder / f"{phase}.safetensors"), framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+
     def read(self, phase: str) -> tuple[int, dict[str, torch.Tensor]]:
         """Return the finished steps of a phase and the tensors to resume from; 0 and {} if it was never begun."""
         file = self.folder / f"{phase}.safetensors"

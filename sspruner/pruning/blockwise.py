@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from sspruner.surgery.project import project_states
 from sspruner.surgery.proof import PROBE_SHAPE, Proof, relative, roundings, tolerance
 from sspruner.surgery.record import fields, record
 from sspruner.surgery.slice import slice_model
+from sspruner.surgery.tensors import write_for_good
 
 PHASE = "cut"  # name of this phase in the journal
 
@@ -56,7 +57,7 @@ def check_offloaded(
         "cut blocks are written on the way: load it with offload=FOLDER, too": offloaded(run.model).folder is None,
         "the model was cut already: save it, and load that": bool(offloaded(run.model).kept),
         "mode mask leaves nothing on disk to save": mode == "mask",
-        f"refit {refit} runs dense blocks beside cut ones": refit != "none",
+        f"refit {refit} runs dense blocks beside cut ones; refit reconstruct does not": refit in ("bias", "output"),
         "scorers are compared on the whole model": len(run.jobs) > 1,
         "limits of damage are searched for on the whole model": limits is not None and limits.of_damage,
         "allocation adaptive measures the whole model": budget.allocation == "adaptive",
@@ -71,17 +72,23 @@ def check_offloaded(
         raise InputError(f"not with --offload or --device-map: {reasons[0]}")
 
 
-def journal_for(run: Run, budget: ResolvedBudget, data: Calibration, one_shot: bool, resume: bool) -> Journal:
-    """Return the journal in the folder of an offloaded model, tied to the settings of this run."""
+def journal_for(
+    run: Run, budget: ResolvedBudget, texts: Sequence[Calibration], refit: Any, one_shot: bool, resume: bool
+) -> Journal:
+    """Return the journal in the folder of an offloaded model, tied to the settings of this run.
+
+    texts: what is scored, and what is refitted on. refit: its settings.
+    """
     job = run.jobs[0]
     settings = {
         "model": fingerprint(run.model), "scorers": {axis: cls.name for axis, (cls, _) in job.scorers.items()},
         "options": job.options, "budget": budget.to_json(), "one_shot": one_shot, "seed": run.seed,
-        "device": run.device.type, "dtype": str(run.model.dtype), "versions": versions(),
+        "refit": refit, "device": run.device.type, "dtype": str(run.model.dtype), "versions": versions(),
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for tensor in (data.tokens, data.mask, data.held_out, data.held_out_mask):
-        digest.update(tensor.numpy().tobytes())
+    for text in texts:
+        for tensor in (text.tokens, text.mask, text.held_out, text.held_out_mask):
+            digest.update(tensor.numpy().tobytes())
     return Journal(offloaded(run.model).folder, digest.hexdigest(), resume=resume)
 
 
@@ -170,7 +177,8 @@ def _streams(
 
 
 def _cut(model: nn.Module, part: Plan, graph: SSMGraph) -> int:
-    """Slice one block. Return the number of parameters that the plan removes."""
+    """Write a plan's new values into one block and slice it. Return the number of parameters that the plan removes."""
+    graph = write_for_good(model, part, graph)
     rest, projected = project_states(model, part, graph)
     predicted = removed_parameters(model, rest, projected)
     slice_model(model, rest, projected)

@@ -75,7 +75,9 @@ class BlockByBlock:
     def journal(self, job: PruneJob) -> Journal:
         """Return the journal in the model's folder; a resumed run starts after the blocks that it holds."""
         if self._journal is None:
-            self._journal = journal_for(job.run, job.budget, job.data, job.one_shot, job.machine.resume)
+            kind, texts = job.recipe.method.refit, (job.data, job.refit_text)
+            refit = (kind, job.recipe.reconstruction.refit_steps, job.recipe.reconstruction.refit_windows)
+            self._journal = journal_for(job.run, job.budget, texts, refit, job.one_shot, job.machine.resume)
         return self._journal
 
     def cut(self, job: PruneJob, decision: Decision) -> Outcome:

@@ -142,6 +142,7 @@ def refitted(job: PruneJob, decision: Decision) -> Decision:
                 kind,
                 calibration=job.refit_text,
                 settings=job.recipe.reconstruction,
+                journal=job.cutter.journal(job),
                 device=job.machine.device,
                 progress=job.machine.progress,
             )

@@ -21,6 +21,7 @@ PROJECTED_RATE = (
     1e-3  # where the state was projected: it starts nearer to the dense module, and at 1e-2 only gets worse
 )
 WARM_UP = 1 / 20  # share of the steps
+TINY = 1e-30  # energy of a module that puts out nothing
 CHECKS = 8  # how often the held-out error is measured
 
 
@@ -57,12 +58,6 @@ class Fitted:
     steps: int = 0
     stopped: str = ""
 
-    @property
-    def error(self) -> tuple[float, float]:
-        """Mean error over the kinds of held-out text, before and after."""
-        before, after = (_mean({kind: pair[i] for kind, pair in self.errors.items()}) for i in range(2))
-        return before, after
-
 
 def fit(student: Student, lesson: Lesson, steps: int, seed: int, late: Callable[[], bool]) -> Fitted:
     """Train a student for a number of steps, or until it is `late`.
@@ -70,8 +65,9 @@ def fit(student: Student, lesson: Lesson, steps: int, seed: int, late: Callable[
     The best values are those with the lowest mean error over the kinds of held-out text among those that raise none of
     them. A loss that is not finite ends the training.
     """
-    scale = 1 / max(_energy(lesson, lesson.training), 1e-30)
-    energy = {kind: max(_energy(lesson, numbers), 1e-30) for kind, numbers in lesson.held_out.items()}
+    target = {number: (lesson.targets[number], call.mask) for number, call in lesson.calls.items()}
+    scale = 1 / max(sum(_squares(target, lesson.training)), TINY)
+    energy = {kind: max(sum(_squares(target, numbers)), TINY) for kind, numbers in lesson.held_out.items()}
     leaves = {name: value.clone().requires_grad_() for name, value in student.values.items()}
     rate = RATE if student.trained.projection is None else PROJECTED_RATE
     adam = torch.optim.Adam([*leaves.values()], lr=rate)
@@ -140,21 +136,25 @@ def _errors(
     """Return the relative squared error on each kind of held-out text, with values as they would be stored."""
     stored, found = student.rounded(values), {}
     for kind, numbers in lesson.held_out.items():
-        here = 0.0
+        errors = {}
         for number in (n for n in numbers if n in lesson.calls):
             call = lesson.calls[number]
-            error = student(number, call, stored) - lesson.targets[number].to(student.device)
-            here += float(error[call.mask.to(error.device)].double().square().sum())
-        found[kind] = float(total(torch.tensor(here, dtype=torch.float64))) / energy[kind]
+            errors[number] = student(number, call, stored) - lesson.targets[number].to(student.device), call.mask
+        found[kind] = sum(_squares(errors, numbers)) / energy[kind]
     return found
 
 
-def _energy(lesson: Lesson, numbers: Sequence[int]) -> float:
-    """Sum the squares of the targets of some windows, over all processes, without padding."""
-    squares = (
-        float(lesson.targets[n][lesson.calls[n].mask].double().square().sum()) for n in numbers if n in lesson.calls
-    )
-    return float(total(torch.tensor(sum(squares), dtype=torch.float64)))
+def _squares(values: Mapping[int, tuple[torch.Tensor, torch.Tensor]], numbers: Sequence[int]) -> list[float]:
+    """Sum the squares of every window, from the process that holds it: (1, T, width) with their mask, by number.
+
+    Each is summed alone, so that totals are the same to the last bit for any number of processes.
+    """
+    sums = torch.zeros(len(numbers), dtype=torch.float64)
+    for place, number in enumerate(numbers):
+        if number in values:
+            value, mask = values[number]
+            sums[place] = value[mask.to(value.device)].double().square().sum()
+    return [float(one) for one in total(sums)]
 
 
 def _mean(errors: Mapping[str, float]) -> float:

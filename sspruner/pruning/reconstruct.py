@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +28,12 @@ from sspruner.compute.processes import rank, world
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.compute.quick_scan import quick_scans
 from sspruner.errors import InputError
+from sspruner.files.journal import Journal
 from sspruner.graph.site import Site, within
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan, part_of
-from sspruner.pruning.fit import Fitted, Lesson, fit
+from sspruner.pruning.fit import Lesson, fit
+from sspruner.pruning.reconstruct_notes import Layer, note, resumed
 from sspruner.pruning.student import Call, Student, frozen, output
 from sspruner.pruning.trained import Trained, trained_elements
 from sspruner.recipes.parts import Reconstruction
@@ -49,22 +50,12 @@ UNFIT = {  # axes on which no cut module can be compared with its dense one on t
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Outcome for one module: seconds, and its `Fitted` without the values."""
+class Place:
+    """Where and how a reconstruction runs; nothing here changes its values."""
 
-    fitted: Fitted
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the module's entry in report.json."""
-        found = self.fitted
-        return {
-            "held_out": {kind: list(errors) for kind, errors in found.errors.items()},
-            "step": found.step,
-            "steps": found.steps,
-            "stopped": found.stopped,
-            "seconds": round(self.seconds, 3),
-        }
+    device: torch.device
+    journal: Journal | None = None
+    progress: Progress | None = None
 
 
 @dataclass
@@ -93,8 +84,11 @@ def check_windows(
     groups = list(groups)
     check_axes([axis_of(name) for name in groups])
     count = min(settings.refit_windows, len(data.tokens))
-    if count < 2:
-        raise InputError("refit reconstruct: wants 2 calibration sequences or more, one to hold out: give more samples")
+    if count < max(2, world()):
+        raise InputError(
+            f"refit reconstruct: {count} calibration sequences; it wants {max(2, world())} or more, to train on and to "
+            "hold out, one or more for each process: give more samples"
+        )
     tokens = int(data.mask[:count].sum())
     members = [member for name in groups for member in graph.groups[name].members if member.counted]
     widths = {m.tensor: tensor(model, m.tensor).shape[-1] for m in members if tensor(model, m.tensor).ndim > 1}
@@ -140,9 +134,7 @@ def reconstruct(
     data: Calibration,
     own: torch.Tensor | None,
     settings: Reconstruction,
-    *,
-    device: torch.device,
-    progress: Progress | None = None,
+    place: Place,
 ) -> tuple[Plan, dict[str, Layer]]:
     """Return `plan` with new values of what stays of the cut modules, and the outcome for each. The model is left
     as it was.
@@ -155,25 +147,26 @@ def reconstruct(
     numbers = range(rank(), len(tokens), world())
     deadline = None if settings.refit_minutes is None else time.monotonic() + 60 * settings.refit_minutes
     modules = _cut_modules(plan, graph)
-    layers: dict[str, Layer] = {}
-    with quick_on_cpu(model, device):
-        with masked(model, plan, graph):
-            cut = Replay(model, graph, [(tokens[n : n + 1], mask[n : n + 1]) for n in numbers], device)
+    with quick_on_cpu(model, place.device):
+        cut = Replay(model, graph, [(tokens[n : n + 1], mask[n : n + 1]) for n in numbers], place.device)
         job = _Job(model, graph, cut, numbers, len(tokens), held_out, settings.refit_steps, data.seed, deadline)
-        for block in cut.blocks:
+        done, plan, layers = resumed(place.journal, plan, cut)
+        for number, block in enumerate(cut.blocks[done:], done):
+            before = plan
             with resident(model, block):
                 for module, path in _in_order_of_calls(job, plan, block, modules):
                     _observe(job, plan, module, block, path)
                     if path != module.paths[-1]:
                         continue  # a shared module is trained on all its calls
-                    if progress:
-                        progress(f"reconstructing {module.site.path}", len(layers), len(modules))
+                    if place.progress:
+                        place.progress(f"reconstructing {module.site.path}", len(layers), len(modules))
                     left = len(modules) - len(layers)
                     plan, layers[module.site.path] = _reconstructed(job, plan, module, block, left)
                 with masked(model, part_of(plan, graph, block), graph):
                     cut.advance(block)
-    if progress:
-        progress("reconstructing", len(modules), len(modules))
+            plan = note(place.journal, number, before, plan, layers, cut)
+    if place.progress:
+        place.progress("reconstructing", len(modules), len(modules))
     return plan, layers
 
 
@@ -255,7 +248,8 @@ def _reconstructed(job: _Job, plan: Plan, module: _Module, block: str, left: int
             for name, reduction in plan.groups.items()
         }
         plan = replace(plan, groups=groups, updates={**plan.updates, **new})
-    return plan, Layer(replace(fitted, values=None), time.monotonic() - start)
+    seconds = round(time.monotonic() - start, 3)
+    return plan, Layer(fitted.errors, fitted.step, fitted.steps, fitted.stopped, seconds)
 
 
 @contextmanager

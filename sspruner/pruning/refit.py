@@ -28,16 +28,18 @@ from sspruner.calibrate.regression import Moments, ridge
 from sspruner.calibrate.replay import Flow, Replay
 from sspruner.calibrate.sample import own_text
 from sspruner.calibrate.sources import Calibration, Progress
-from sspruner.compute.device import resolve_device
+from sspruner.compute.device import check_whole, resolve_device
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError, ModelError
+from sspruner.files.journal import Journal
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.site import Site, within
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_plan, part_of
-from sspruner.pruning.reconstruct import Layer, check_windows, own_windows, reconstruct
+from sspruner.pruning.reconstruct import Place, check_windows, own_windows, reconstruct
+from sspruner.pruning.reconstruct_notes import Layer
 from sspruner.recipes.parts import REFITS, Reconstruction
 from sspruner.surgery.mask import masked
 from sspruner.surgery.predict import dropped_modules
@@ -87,13 +89,15 @@ def refit(
     calibration: Calibration,
     settings: Reconstruction | None = None,
     device: str | None = None,
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> Refit:
     """Return `plan` with new values of the remaining weights, from `calibration.tokens`. The model is not changed.
 
     kind: "output" solves for the weights of the layers that write to the residual stream, and adds no parameter;
     "bias" solves for their biases, and adds them where there are none; "reconstruct" trains what stays of each cut
-    module to put out what the dense one does. settings: how long it trains, and on how much of the text.
+    module to put out what the dense one does. settings: how long it trains, and on how much of the text. journal: notes
+    each block that is reconstructed, and goes on after those that it holds.
     Raises InputError for an unknown kind, for fewer tokens than unknowns, and if there is nothing to solve for;
     PlanError if the plan does not fit the model.
     """
@@ -102,7 +106,14 @@ def refit(
     graph = trace(model)
     check_plan(plan, graph, fingerprint(model), model)
     if kind == "reconstruct":
-        return _reconstruct(model, plan, graph, calibration, settings or Reconstruction(), device, progress)
+        settings, compute = settings or Reconstruction(), resolve_device(device)
+        check_windows(model, plan.groups, graph, calibration, settings)
+        own = _own_text(model, calibration, settings, compute)
+        place = Place(compute, journal, progress)
+        new, layers = reconstruct(model, plan, graph, calibration, own, settings, place)
+        errors = {path: layer.error for path, layer in layers.items()}
+        return Refit(replace(new, made_by={**plan.made_by, "refit": kind}), kind, errors, layers)
+    check_whole(model, f"refit {kind}")
     follow = any(axis in WHOLE_MODEL for axis in plan.axes)
     writers = _writers(model, plan, graph, kind, follow)
     _check_tokens(model, [writer.weight for writer in writers], kind, calibration)
@@ -126,24 +137,14 @@ def refit(
     return Refit(replace(refitted, made_by={**plan.made_by, "refit": kind}), kind, errors)
 
 
-def _reconstruct(
-    model: nn.Module,
-    plan: Plan,
-    graph: SSMGraph,
-    calibration: Calibration,
-    settings: Reconstruction,
-    device: str | None,
-    progress: Progress | None,
-) -> Refit:
-    """Reconstruct the modules that a plan cuts, with text of the model's own beside the calibration text held out."""
-    compute, own = resolve_device(device), None
-    check_windows(model, plan.groups, graph, calibration, settings)
-    if calibration.source != "self":
-        count = own_windows(calibration, settings)
-        own = own_text(model, count, calibration.tokens.shape[1], calibration.seed, compute)
-    new, layers = reconstruct(model, plan, graph, calibration, own, settings, device=compute, progress=progress)
-    new = replace(new, made_by={**plan.made_by, "refit": "reconstruct"})
-    return Refit(new, "reconstruct", {path: layer.fitted.error for path, layer in layers.items()}, layers)
+def _own_text(
+    model: nn.Module, calibration: Calibration, settings: Reconstruction, device: torch.device
+) -> torch.Tensor | None:
+    """Return text of the model's own, to hold out beside the calibration text; None if that is its own, too."""
+    if calibration.source == "self":
+        return None
+    count, seq_len = own_windows(calibration, settings), calibration.tokens.shape[1]
+    return own_text(model, count, seq_len, calibration.seed, device)
 
 
 def _refit_block(

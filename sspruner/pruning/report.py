@@ -161,7 +161,7 @@ def _refit(kind: str, decision: Decision, outcome: Outcome) -> dict[str, Any]:
     """Return what the report says about a refit, {} without one."""
     if not decision.errors:
         return {}
-    layers = {path: layer.to_json() for path, layer in decision.layers.items()}
+    layers = {path: asdict(layer) for path, layer in decision.layers.items()}
     found = {"kind": kind, "without": measured(outcome.without_refit), "errors": decision.errors}
     return found | ({"layers": layers} if layers else {})
 

@@ -16,7 +16,7 @@ from sspruner.evaluation.damage import Damage
 from sspruner.files.journal import Journal
 from sspruner.formats.targets import Fit
 from sspruner.plans.plan import Plan
-from sspruner.pruning.reconstruct import Layer
+from sspruner.pruning.reconstruct_notes import Layer
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.run import Run
 from sspruner.scoring.score import Source

@@ -16,11 +16,13 @@ from sspruner.calibrate import sources
 from sspruner.calibrate.shards import summed
 from sspruner.calibrate.sources import Calibration
 from sspruner.compute.processes import rank
+from sspruner.recipes.parts import Reconstruction
 from sspruner.scoring.known import find_scorer, installed_scorers
 from sspruner.scoring.run import Run
 from sspruner.scoring.scorer import make_scorer
 from sspruner.scoring.walk import walk
 from sspruner.testing.cases import axes_of, windows
+from sspruner.testing.plans import selection
 from support.examples import examples
 from support.tiny import logits, tiny_model, tokens
 from support.together import Together
@@ -361,3 +363,34 @@ def constant() -> Importance:
 def test_a_constant_has_no_variance(together: Together) -> None:
     for found in [constant(), *together(3, constant)]:
         assert all(not bool(value.any()) for value in found.values())
+
+
+def trained(family: str, axis: str) -> tuple[dict[str, torch.Tensor], dict[str, tuple[float, float]]]:
+    """The new values of a reconstruction, and the errors by layer."""
+    model = zoo(family) if family != "mamba2" else tiny_model()
+    graph = sspruner.trace(model)
+    plan = sspruner.Plan({n: selection(g.groups, g.units, g.units // 2, 0) for n, g in graph.on_axis(axis).items()})
+    settings = Reconstruction(refit_steps=8, refit_windows=9)
+    found = sspruner.refit(
+        model,
+        plan,
+        "reconstruct",
+        calibration=windows(tokens(9, 12), torch.ones(9, 12, dtype=torch.bool)),
+        settings=settings,
+    )
+    return found.plan.updates, found.errors
+
+
+@pytest.mark.slow
+@pytest.mark.ci_cover(most=2)
+@pytest.mark.parametrize(
+    ("family", "axis", "count"), [("mamba2", "state", 2), ("zamba2", "mlp", 3), ("mamba", "state", 2)]
+)
+def test_any_number_of_processes_reconstructs_the_same(family: str, axis: str, count: int, together: Together) -> None:
+    """To the bit: the process that holds the window of a step computes the gradient of all."""
+    alone, errors = trained(family, axis)
+    assert alone
+    for updates, found in together(count, trained, family, axis):
+        assert updates.keys() == alone.keys()
+        assert all(torch.equal(value, alone[name]) for name, value in updates.items())
+        assert found == pytest.approx(errors)

@@ -24,6 +24,7 @@ from sspruner.files import journal
 from sspruner.files.output import working_folder
 from sspruner.io.source import REFERENCES
 from sspruner.plans.plan import Plan
+from sspruner.recipes.parts import Reconstruction
 from support.command import run as cli
 from support.examples import examples
 from support.native import native_model
@@ -165,6 +166,26 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(family, scorer, tmp_path):
     check_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
+RECONSTRUCT = {"refit": "reconstruct", "reconstruction": Reconstruction(refit_steps=6, refit_windows=8)}
+
+
+@pytest.mark.cover(most=2)
+@pytest.mark.parametrize("scorer", ["ghost", "balanced"])
+def test_a_reconstruction_goes_on_and_ends_as_in_memory(scorer, tmp_path, monkeypatch):
+    """Interrupted after every second file. On disk calibration text alone is held out, so that it is here."""
+    monkeypatch.setattr("sspruner.pruning.refit.own_text", lambda *_: None)
+    sspruner.save(zoo("mamba2"), tmp_path / "model")
+    how = {"scorer": scorer, **RECONSTRUCT}
+    theirs = pruned(tmp_path / "model", tmp_path / "memory", offload=None, **how)
+    for _ in range(100):
+        with interrupted(2), contextlib.suppress(Interrupted):
+            ours = pruned(tmp_path / "model", tmp_path / "disk", offload=tmp_path / "w", resume=True, **how)
+            break
+    assert ours.report.refit["errors"] == theirs.report.refit["errors"]
+    assert any(after < before for before, after in ours.report.refit["errors"].values())
+    check_same(ours, theirs, (tmp_path / "disk", tmp_path / "memory"))
+
+
 def test_finished_blocks_are_not_observed_again(tmp_path):
     sspruner.save(zoo("mamba2"), tmp_path / "model")
     with interrupted(2), pytest.raises(Interrupted):
@@ -251,7 +272,7 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch):
 
 REFUSED: dict[str, dict[str, Any]] = {
     "mode mask": {"mode": "mask"},
-    "refit output": {"refit": "output"},
+    "refit output runs dense blocks": {"refit": "output"},
     "compared": {"scorer": "auto"},
     "adaptive": {"allocation": "adaptive"},
     "limits of damage": {"sparsity": None, "limits": sspruner.Limits(perplexity_increase=0.1)},
