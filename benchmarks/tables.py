@@ -59,40 +59,27 @@ def allocation(found: list[Found]) -> list[str]:
     for one, cut in ((part, cut) for part in found for cut in part.section.cuts):
         label, last = f"{one.model} {one.section.axis}, {one.section.base['scorer']}, {cut}", one.cells[names[-1], cut]
         ends = f"{last[0].record['kept'][0]} to {last[0].record['kept'][-1]}"
-        rows.append([label, dense(one), *(ppl_kl(one, row, cut) for row in names), ends])
+        rows.append([label, dense(one), *(f"{ppl(one, row, cut)} ({kl(one, row, cut)})" for row in names), ends])
     head = ["cut", "dense", *names, f"sizes, {names[-1]}"]
     return [table("Perplexity (KL to dense, nats per token) by allocation", head, rows)]
 
 
 def refit(found: list[Found]) -> list[str]:
-    """Draw one line for each cut: with and without a refit, and the share of the increase that is left."""
-    rows, names = [], found[0].rows
-    for one, cut in ((part, cut) for part in found for cut in part.section.cuts):
-        none, *refits = (mean(one.cells[row, cut][0]) - mean(one.dense) for row in names[:3])
-        label = f"{one.model} {one.section.axis}{', balanced' * (one.section.base['scorer'] == 'balanced')}, {cut}"
-        left = [f"{value / none:.2f}" for value in refits]
-        rows.append([label, dense(one), *(ppl_kl(one, row, cut) for row in names), *left])
-    head = ["cut", "dense", *names, *[f"share left, {row}" for row in names[1:3]]]
-    return [table("Refit: perplexity (KL to dense, nats per token)", head, rows)]
-
-
-def reconstruct(found: list[Found]) -> list[str]:
-    """Draw the increase of perplexity on two texts, and the KL on the first, by refit: one line for each cut."""
-    rows, names = [], [*dict.fromkeys(row for one in found for row in one.rows)]
-    for one, cut in ((part, cut) for part in found for cut in part.section.cuts):
-        cells = [increases(one, row, cut) if (row, cut) in one.cells else NO for row in names]
-        rows.append([f"{one.model} {one.section.axis}, {cut}", *cells])
-    title = "Increase of perplexity on books-test (KL to dense, nats per token); on WikiText"
-    return [table(title, ["keeps", *names], rows)]
+    """Draw one line for each cut, one column for each refit: the increase of perplexity, and that on a second text."""
+    names = list(dict.fromkeys(row for one in found for row in one.rows))
+    each = [(one, cut, f"{one.model} {one.section.axis}, {cut}") for one in found for cut in one.section.cuts]
+    rows = [[label, dense(one), *(increases(one, row, cut) for row in names)] for one, cut, label in each]
+    return [table("Refit: increase of perplexity (KL to dense, nats per token)", ["cut", "dense", *names], rows)]
 
 
 def increases(one: Found, row: str, cut: str) -> str:
-    """Write a cell's increase of perplexity on the first text, its standard error, its KL, and the second text's."""
-    cell = one.cells[row, cut][0]
-    first = cell.nll - one.dense.nll  # (windows,)
-    change, error = (100 * float(value) for value in (first.mean().expm1(), first.std() / len(first) ** 0.5))
-    other = 100 * float((cell.also - one.dense.also).mean().expm1())
-    return f"{change:+.2f} ± {error:.2f} % ({float(cell.kl.mean()):.4f}); {other:+.1f} %"
+    """Write the increase of perplexity of a cell with its KL, and the increase on the second text, if there is one."""
+    if (row, cut) not in one.cells:
+        return NO
+    (cell,) = one.cells[row, cut]
+    changes = [(getattr(cell, key) - getattr(one.dense, key)).mean() for key in ("nll", "also") if key in cell]
+    first, *second = (f"{100 * float(change.expm1()):+.2f} %" for change in changes)
+    return "; ".join([f"{first} ({float(cell.kl.mean()):.4f})", *second])
 
 
 def reference(found: list[Found]) -> list[str]:
@@ -286,12 +273,6 @@ def value(key: str, digits: int, scale: int, one: Found, row: str, cut: str) -> 
     """Return the mean of something that was measured."""
     found = one.mean(row, cut, key)
     return NO if found is None else f"{scale * float(found.mean()):.{digits}f}"
-
-
-def ppl_kl(one: Found, row: str, cut: str) -> str:
-    """Return perplexity (KL) of the first seed; – for a cell that is missing."""
-    cells = one.cells.get((row, cut), ())
-    return f"{mean(cells[0]):.2f} ({float(cells[0].kl.mean()):.4f})" if cells and "nll" in cells[0] else NO
 
 
 def percent(one: Found, row: str, cut: str) -> str:

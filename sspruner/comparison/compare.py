@@ -31,12 +31,15 @@ from sspruner.files.output import check_results, write_file
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_plan
+from sspruner.pruning.prepare import texts
+from sspruner.pruning.reconstruct import check_axes
+from sspruner.pruning.refit import refit
 from sspruner.recipes.common import FILE, recipe_or_short
 from sspruner.recipes.compare import CompareRecipe
 from sspruner.scoring.cache import cache_key
 from sspruner.scoring.choice import DEFAULT
 from sspruner.scoring.known import find_scorer, installed_scorers
-from sspruner.scoring.score import Source, calibrated, score
+from sspruner.scoring.score import Source, score
 from sspruner.scoring.scores import Scores
 from sspruner.surgery.mask import masked
 from sspruner.surgery.sizes import sizes
@@ -102,7 +105,7 @@ def compare(
     folder = None if out is None else check_results(out, MARKS)
     compute = resolve_device(device)
     with on_device(model, compute):
-        data = _calibrated(model, recipe, given, tokenizer, progress)
+        data, refit_text = _calibrated(model, recipe, given, tokenizer, progress)
     if given.calibration is not None:
         recipe = replace(recipe, calibration=replace(recipe.calibration, source=data.source))
     if folder is not None:
@@ -114,7 +117,7 @@ def compare(
     graph = trace(model)
     plans = _planned(model, graph, scores, recipe)
     inputs = inputs_for(model, list(data.held_out_batches()), recipe.cells.metrics, given.passages, seed)
-    key = _key(model, graph, recipe, given, data, compute)
+    key = _key(model, graph, recipe, given, (data, refit_text), compute)
     with on_device(model, compute), quick_on_cpu(model, compute):
         (dense,) = measure(model, [lambda: nullcontext(model)], inputs)
         comparison = _without_rows(recipe, data, scores, _cut(model, graph, None, summary(dense, dense, inputs.seed)))
@@ -125,7 +128,8 @@ def compare(
             cells = file and _read(file, row_key)
             if not cells:
                 labelled = partial(_labelled, progress, label) if progress else None
-                cells = _measured(model, graph, row, inputs, dense, labelled)
+                refitted = _refitted(model, row, recipe, refit_text, device, labelled)
+                cells = _measured(model, graph, refitted, inputs, dense, labelled)
                 if file:
                     write_file(file, strict_json.dumps({"key": row_key, "cells": row_to_json(cells)}))
             comparison = replace(comparison, cells=comparison.cells | {label: cells})
@@ -140,6 +144,8 @@ def check_recipe(recipe: CompareRecipe, has_passages: bool = False) -> CompareRe
     Raises InputError for an invalid recipe.
     """
     check_values(recipe, has_passages)
+    if recipe.method.refit == "reconstruct":
+        check_axes([recipe.axis])
     cells = recipe.cells
     scorers = _default_scorers(recipe.axis) if cells.scorers is None else cells.scorers
     for name in scorers:
@@ -178,10 +184,11 @@ def _prepared(model: nn.Module, recipe: CompareRecipe, given: Given, tokenizer: 
 
 def _calibrated(
     model: nn.Module, recipe: CompareRecipe, given: Given, tokenizer: Any, progress: Progress | None
-) -> Calibration:
-    text = recipe.calibration
+) -> tuple[Calibration, Calibration]:
+    """Return the text to score on, and the text of the refit."""
+    text, method = recipe.calibration, recipe.method
     source = text.source if given.calibration is None else given.calibration
-    return calibrated(source, model, tokenizer, text, recipe.method.seed, progress)
+    return texts(source, model, tokenizer, (text, method.refit, recipe.reconstruction, method.seed), progress)
 
 
 def _prepare_folder(folder: Path, recipe: CompareRecipe) -> None:
@@ -191,10 +198,17 @@ def _prepare_folder(folder: Path, recipe: CompareRecipe) -> None:
 
 
 def _key(
-    model: nn.Module, graph: SSMGraph, recipe: CompareRecipe, given: Given, data: Calibration, device: torch.device
+    model: nn.Module,
+    graph: SSMGraph,
+    recipe: CompareRecipe,
+    given: Given,
+    data: tuple[Calibration, Calibration],
+    device: torch.device,
 ) -> str | None:
-    """Return the cache key of a row, without its scores: model, code, cuts, metrics and held-out text."""
-    settings = recipe.to_json()
+    """Return the cache key of a row, without its scores: model, code, cuts, refit, metrics and held-out text."""
+    settings, (scored, refit_text), kind = recipe.to_json(), data, recipe.method.refit
+    fitted = hashlib.sha256(refit_text.tokens.numpy().tobytes() + refit_text.mask.numpy().tobytes()).hexdigest()
+    of_refit = {"refit": [kind, asdict(recipe.reconstruction), fitted]} if kind != "none" else {}
     of_cuts = {key: settings.get(key) for key in ("remove", "budget")}
     of_metrics = {
         "metrics": sorted(recipe.cells.metrics),
@@ -204,7 +218,7 @@ def _key(
         "sparsities": list(recipe.cells.sparsities),
     }
     code = [type(site.family) for site in graph.layers]
-    return cache_key(model, code, of_metrics | of_cuts, data.held_out, data.held_out_mask)
+    return cache_key(model, code, of_metrics | of_cuts | of_refit, scored.held_out, scored.held_out_mask)
 
 
 def _without_rows(recipe: CompareRecipe, data: Calibration, scores: Mapping[str, Scores], dense: Cut) -> Comparison:
@@ -253,6 +267,28 @@ def _planned(
     if all(isinstance(cut, str) for cut in cuts):
         raise InputError(str(cuts[0]))
     return plans
+
+
+def _refitted(
+    model: nn.Module,
+    row: dict[float, Plan | str],
+    recipe: CompareRecipe,
+    text: Calibration,
+    device: str | None,
+    progress: Progress | None,
+) -> dict[float, Plan | str]:
+    """Return one scorer's plans with the new values of their refit, or the reason for none."""
+    kind, better = recipe.method.refit, dict(row)
+    for sparsity, cut in row.items() if kind != "none" else ():
+        if isinstance(cut, Plan):
+            try:
+                found = refit(
+                    model, cut, kind, calibration=text, settings=recipe.reconstruction, device=device, progress=progress
+                )
+                better[sparsity] = found.plan
+            except InputError as error:
+                better[sparsity] = str(error)
+    return better
 
 
 def _row_file(folder: Path | None, label: str, scores: Scores, key: str | None) -> tuple[Path | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import check_budget, rounded
 from sspruner.budgets.resolve import check_values, resolve_budget
-from sspruner.calibrate.sources import Calibration, apart
+from sspruner.calibrate.sources import Calibration, Progress, apart
 from sspruner.compute.device import on_device
 from sspruner.compute.forward import no_tokens, predicts_tokens
 from sspruner.errors import InputError
@@ -22,6 +23,7 @@ from sspruner.pruning.refit import check_calibration
 from sspruner.pruning.report import model_size
 from sspruner.pruning.search import check_not_met, fraction_of_size
 from sspruner.pruning.stages import Clock, Machine, PruneJob
+from sspruner.recipes.parts import CalibrationText, Reconstruction
 from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.choice import choose_scorers
 from sspruner.scoring.known import find_scorer
@@ -63,19 +65,30 @@ def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
         one_shot = True
     dense, clock = model_size(model, run.graph), Clock()
     with on_device(model, run.device), clock("calibration"):
-        data, refit_text = _calibrated(source, model, recipe, machine)
+        settings = (recipe.calibration, method.refit, recipe.reconstruction, method.seed)
+        data, refit_text = texts(source, model, machine.tokenizer, settings, machine.progress)
     if method.refit != "none":
         check_calibration(model, run.graph, run.groups, method.refit, refit_text, recipe.reconstruction)
     return PruneJob(recipe, machine, run, budget, fit, lines, one_shot, dense, data, refit_text, clock, cutter)
 
 
-def _calibrated(source: Source, model: nn.Module, recipe: Recipe, machine: Machine) -> tuple[Calibration, Calibration]:
-    """Return the calibration text, and that of the refit: more windows of it, where the recipe wants them."""
-    text, samples = recipe.calibration, recipe.calibration.samples
-    if recipe.method.refit == "reconstruct" and not isinstance(source, Calibration):
-        text = replace(text, samples=max(samples, recipe.reconstruction.refit_windows))
-    data = calibrated(source, model, machine.tokenizer, text, recipe.method.seed, machine.progress)
-    return (data, data) if isinstance(source, Calibration) else apart(data, samples)
+def texts(
+    source: Source,
+    model: nn.Module,
+    tokenizer: Any,
+    settings: tuple[CalibrationText, str, Reconstruction, int],
+    progress: Progress | None,
+) -> tuple[Calibration, Calibration]:
+    """Return the calibration text, and that of the refit: more windows of it, where a reconstruction wants them.
+
+    settings: how much text, the kind of refit, how it trains, and the seed.
+    """
+    text, refit, reconstruction, seed = settings
+    wanted = reconstruction.refit_windows if refit == "reconstruct" else 0
+    more = replace(text, samples=max(text.samples, wanted))
+    if isinstance(source, Calibration):
+        return source, source
+    return apart(calibrated(source, model, tokenizer, more, seed, progress), text.samples)
 
 
 def _asks_for_damage(recipe: Recipe, scorers: int) -> str:

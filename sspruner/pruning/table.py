@@ -125,6 +125,13 @@ def _notes(report: Report) -> list[Text]:
         what = f"{target['name']} on {target['tp']} GPUs" if target["tp"] > 1 else target["name"]
         lines += [f"rounded for {what}: {line}" for line in target["rounded"]]
         lines += [f"{target['name']}: {line}" for line in target["notes"]]
+    if layers := report.refit.get("layers"):
+        before, after = (sum(pair[i] for pair in report.refit["errors"].values()) / len(layers) for i in range(2))
+        lines.append(
+            f"reconstructed: mean error of a layer on held-out text {before:.4f} -> {after:.4f} of its energy; "
+            f"{sum(layer['step'] > 0 for layer in layers.values())} of {len(layers)} layers have new values"
+        )
+        lines += [f"{path}: {layer['stopped']}" for path, layer in layers.items() if layer["stopped"]]
     if report.sparsity:
         sparsity = report.sparsity
         lines.append(

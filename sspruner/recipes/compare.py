@@ -12,7 +12,7 @@ from sspruner.errors import InputError
 from sspruner.recipes.common import Recorded, build
 from sspruner.recipes.flags import FromText, read_texts, text, texts
 from sspruner.recipes.lists import fractions_in, names_in
-from sspruner.recipes.parts import Allocation, CalibrationText, Remove, Scoring
+from sspruner.recipes.parts import Allocation, CalibrationText, Reconstruction, Refitting, Remove, Scoring
 
 CELLS = Group("What to compare", sort_key=0.5)
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
@@ -65,6 +65,17 @@ class Cells:
 
 @Parameter(name="*")
 @dataclass(frozen=True)
+class CompareMethod(Refitting, Scoring):
+    """Options and seed of scorers, and the refit of every cut."""
+
+    def __post_init__(self) -> None:
+        """Read texts, and raise InputError for an unknown refit."""
+        Scoring.__post_init__(self)
+        Refitting.__post_init__(self)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
 class CompareRecipe(Recorded):
     """The scorers and cuts to compare, on which axis, and on which text.
 
@@ -75,7 +86,8 @@ class CompareRecipe(Recorded):
     cells: Cells = field(default_factory=Cells)
     remove: Remove = field(default_factory=Remove)
     budget: Allocation = field(default_factory=Allocation)
-    method: Scoring = field(default_factory=Scoring)
+    method: CompareMethod = field(default_factory=CompareMethod)
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
     calibration: CalibrationText = field(default_factory=CalibrationText)
 
     def __post_init__(self) -> None:

@@ -246,7 +246,22 @@ class Mode:
 
 @Parameter(name="*", group=METHOD)
 @dataclass(frozen=True)
-class Method(Mode, Scoring):
+class Refitting:
+    """Whether what stays gets new values."""
+
+    refit: Annotated[str, text("NAME")] = "none"
+    """New values for what stays after the cut: output (out_proj and other output projections) and bias are solved for,
+    reconstruct trains what stays of each cut layer to put out what the dense layer does; or none."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an unknown refit."""
+        if self.refit not in REFITS:
+            raise InputError(f"refit {self.refit!r}: must be one of {', '.join(REFITS)}")
+
+
+@Parameter(name="*", group=METHOD)
+@dataclass(frozen=True)
+class Method(Refitting, Mode, Scoring):
     """The scorer, and how the cut is made."""
 
     scorer: Annotated[Any, text("NAME", default="ghost, or that of --basis"), FromText(names_by_axis, "--scorer")] = (
@@ -261,16 +276,11 @@ class Method(Mode, Scoring):
     one_shot: bool = False
     """Score all layers on the dense model, then cut at once."""
 
-    refit: Annotated[str, text("NAME")] = "none"
-    """New values for what stays after the cut: output (out_proj and other output projections) and bias are solved for,
-    reconstruct trains what stays of each cut layer to put out what the dense layer does; or none."""
-
     def __post_init__(self) -> None:
         """Read texts, and raise InputError for an unknown mode or refit."""
         Scoring.__post_init__(self)
         Mode.__post_init__(self)
-        if self.refit not in REFITS:
-            raise InputError(f"refit {self.refit!r}: must be one of {', '.join(REFITS)}")
+        Refitting.__post_init__(self)
 
 
 @Parameter(name="*", group=METHOD)

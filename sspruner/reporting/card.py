@@ -96,7 +96,7 @@ def _of_report(report: Report) -> list[str]:
         "basis of the state": _cell(report.basis) if "state" in report.axis.split(", ") else "",
         "budget": _cell(json.dumps(report.budget)),
         "order": "all layers scored on the dense model" if report.one_shot else "layer by layer, each on what is left",
-        "refit": _cell(report.refit["kind"]) if report.refit else "none",
+        "refit": _refit(report.refit),
         "calibration": f"{_cell(data['source'])}, {data['tokens']:,} tokens in windows of {data['seq_len']}",
         "seed": str(report.seed),
     }
@@ -127,6 +127,20 @@ def _of_report(report: Report) -> list[str]:
         f"Left out: {_cell(report.left_out)}." if report.left_out else _measured(data),
         _proof(report),
     ]
+
+
+def _refit(refit: dict[str, Any]) -> str:
+    """Say how the weights that stay got new values."""
+    if not refit:
+        return "none"
+    if not (layers := refit.get("layers")):
+        return _cell(refit["kind"])
+    before, after = (sum(pair[i] for pair in refit["errors"].values()) / len(layers) for i in range(2))
+    kept = sum(layer["step"] > 0 for layer in layers.values())
+    return (
+        f"{_cell(refit['kind'])}: mean error of a layer on held-out text {before:.4f} → {after:.4f} of its energy; "
+        f"{kept} of {len(layers)} layers changed, in {sum(layer['seconds'] for layer in layers.values()):.0f} s"
+    )
 
 
 def _measured(data: dict[str, Any]) -> str:

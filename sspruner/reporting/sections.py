@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite, isnan
+from typing import Any
 
 from sspruner.benchmarking.record import DECODE, Bench, Timing
 from sspruner.comparison.record import Comparison, Cut
@@ -276,6 +277,8 @@ def _cut(cut: Report | PlanSummary, name: str, path: str) -> Section:
         )
     if isinstance(cut, PlanSummary):
         return Section("What was cut", path, tuple(figures))
+    if cut.refit:
+        figures.append(_refit(cut.refit, f"{name}-{len(figures)}"))
     costs = tuple(
         (key.replace("_", " "), _cost(cut.dense.get(key)), _cost(cut.pruned[key]))
         for key in ("perplexity", "kl_to_dense", "parameters", "weight_bytes", "state_bytes")
@@ -283,6 +286,29 @@ def _cut(cut: Report | PlanSummary, name: str, path: str) -> Section:
     )
     note = f"{path}{': ' if cut.model else ''}{cut.model}"
     return Section("What was cut", note, tuple(figures), (Table("What it cost", ("", "before", "after"), costs),))
+
+
+def _refit(refit: Mapping[str, Any], name: str) -> Figure:
+    """Draw the error of each refitted layer before and after; of a reconstruction, on held-out text."""
+    errors, layers = refit["errors"], refit.get("layers", {})
+    before, after = ([pair[i] for pair in errors.values()] for i in range(2))
+    head = ("layer", "before", "after", *(("step kept", "steps", "seconds", "ended early") if layers else ()))
+    rows = []
+    for path, (start, end) in errors.items():
+        row: tuple[str, ...] = (path, number_text(start), number_text(end))
+        if path in layers:
+            one = layers[path]
+            row += (str(one["step"]), str(one["steps"]), f"{one['seconds']:.1f}", one["stopped"] or "no")
+        rows.append(row)
+    where = "on held-out text" if layers else "on calibration text"
+    return Figure(
+        name,
+        f"Error of each layer before and after refit {refit['kind']}",
+        f"Squared error of what a layer puts out, over the energy of what the dense one does, {where}: the sum falls "
+        f"from {number_text(sum(before))} to {number_text(sum(after))}.",
+        bars([str(i) for i in range(len(errors))], before, after, "relative squared error"),
+        Table("", head, tuple(rows)),
+    )
 
 
 def _cost(value: float | None) -> str:

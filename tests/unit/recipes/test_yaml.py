@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sspruner.errors import InputError
-from sspruner.recipes.parts import Budget, CalibrationText, Elements, Limits, Method, Remove, Target
+from sspruner.recipes.parts import Budget, CalibrationText, Elements, Limits, Method, Reconstruction, Remove, Target
 from sspruner.recipes.recipe import Recipe
 
 
@@ -29,7 +29,8 @@ EVERYTHING = Recipe(
     Limits(
         state_bytes=25e6, max_batch=2, memory=8e10, state_memory=2e9, parameters=0.8, perplexity_increase=0.01, kl=0.1
     ),
-    Method({"variant": "means", "n": [1, None]}, 7, "mask", {"state": "ghost"}, "select", True, "bias"),
+    Method({"variant": "means", "n": [1, None]}, 7, "mask", "bias", {"state": "ghost"}, "select", True),
+    Reconstruction(100, 64, 5.0),
     CalibrationText("text.txt", 4, 64, "body"),
     Target("vllm", 2),
 )
