@@ -72,6 +72,9 @@ from .recipes.parts import (
     Method as Method,
 )
 from .recipes.parts import (
+    Reconstruction as Reconstruction,
+)
+from .recipes.parts import (
     Remove as Remove,
 )
 from .recipes.parts import (

@@ -12,7 +12,8 @@ are removed (axes hidden, block, mixer), there is no such dense block: then the 
 the last of a block's layers also corrects the error of the residual stream that enters the block.
 
 lambda is chosen on a quarter of the sequences, which are held out at first. A block keeps its new values only if they
-bring its output, in the model's own code and dtype, nearer to the dense one's. So no block's error rises.
+bring its output, in the model's own code and dtype, nearer to the dense one's, and on text that the model itself has
+written not further from it. So no block's error rises.
 """
 
 from __future__ import annotations
@@ -79,6 +80,15 @@ class _Writer:
         return f"{self.weight.removesuffix('weight')}bias"
 
 
+@dataclass(frozen=True)
+class _Streams:
+    """The dense and the cut model on the same text. fitted: batches to solve on; those after them only guard."""
+
+    dense: Replay
+    cut: Replay
+    fitted: int
+
+
 @undisturbed
 @torch.no_grad()
 def refit(
@@ -105,8 +115,8 @@ def refit(
         raise InputError(f"refit {kind!r}: must be {' or '.join(REFITS[1:])}")
     graph = trace(model)
     check_plan(plan, graph, fingerprint(model), model)
+    settings, compute = settings or Reconstruction(), resolve_device(device)
     if kind == "reconstruct":
-        settings, compute = settings or Reconstruction(), resolve_device(device)
         check_windows(model, plan.groups, graph, calibration, settings)
         own = _own_text(model, calibration, settings, compute)
         place = Place(compute, journal, progress)
@@ -117,19 +127,21 @@ def refit(
     follow = any(axis in WHOLE_MODEL for axis in plan.axes)
     writers = _writers(model, plan, graph, kind, follow)
     _check_tokens(model, [writer.weight for writer in writers], kind, calibration)
-    batches = list(calibration.batches())
-    compute, refitted, errors = resolve_device(device), plan, {}
+    batches, refitted, errors = list(calibration.batches()), plan, {}
+    own = _own_text(model, calibration, settings, compute)
+    guard = [] if own is None else [(own, torch.ones_like(own, dtype=torch.bool))]
     with quick_on_cpu(model, compute):
-        dense = Replay(model, graph, batches, compute)
+        dense = Replay(model, graph, batches + guard, compute)
         with masked(model, plan, graph):  # embeddings are cut on the axis hidden
-            cut = Replay(model, graph, batches, compute)
+            cut = Replay(model, graph, batches + guard, compute)
+        streams = _Streams(dense, cut, len(batches))
         for number, block in enumerate(cut.blocks):
             if progress:
                 progress(f"refitting {block}", number, len(cut.blocks))
             if not follow:
                 dense.hidden = cut.hidden
             here = [writer for writer in writers if any(within(call, block) for call in writer.calls)]
-            refitted, error = _refit_block(model, refitted, graph, kind, here, block, dense, cut)
+            refitted, error = _refit_block(model, refitted, graph, kind, here, block, streams)
             if here:
                 errors[block] = error
         if progress:
@@ -154,13 +166,13 @@ def _refit_block(
     kind: str,
     writers: Sequence[_Writer],
     block: str,
-    dense: Replay,
-    cut: Replay,
+    streams: _Streams,
 ) -> tuple[Plan, tuple[float, float]]:
-    """Return the plan with this block's new values, and its error before and after.
+    """Return the plan with this block's new values, and its error before and after on the calibration text.
 
     Moves both replays past the block.
     """
+    dense, cut, fitted = streams.dense, streams.cut, streams.fitted
     weights = {tensor(model, writer.weight): writer.weight for writer in writers}
     outputs: list[dict[str, torch.Tensor]] = []  # output of each writer in the dense block: (b, T, O)
     target: list[Flow] = []
@@ -170,7 +182,7 @@ def _refit_block(
             outputs.append({name: _linear(model, name, u).cpu() for name, u in inputs.items()})
             target.append(tuple(h.cpu() for h in flow))
     lacking = [_stream(d) - _stream(c) for d, c in zip(dense.hidden, cut.hidden, strict=True)]
-    energy = _distance(dense.hidden, target, cut.masks)
+    energy = _distance(dense.hidden[:fitted], target[:fitted], cut.masks[:fitted])
     dense.hidden = target
     before = _run(model, plan, graph, cut, block)
     refitted = plan
@@ -179,12 +191,13 @@ def _refit_block(
         raise ModelError(f"{missing[0]}: what it is given was not seen (a fused kernel?); leave refit out")
     for writer in sorted(writers, key=lambda w: order.index(w.weight)):
         with masked(model, part_of(refitted, graph, block), graph), cut.on_device(block):
-            _observe(model, writer, block, cut, outputs, lacking if writer.weight == order[-1] else None)
+            _observe(model, writer, block, cut, outputs[:fitted], lacking if writer.weight == order[-1] else None)
             if within(writer.calls[-1], block):  # the last call of a shared module: its sums are complete
                 refitted = replace(refitted, updates={**refitted.updates, **_solve(model, writer, kind)})
     after = before if refitted is plan else _run(model, refitted, graph, cut, block)
-    errors = [_distance(flows, target, cut.masks) for flows in (before, after)]
-    if errors[1] > errors[0]:
+    parts = (slice(fitted), slice(fitted, None))  # calibration text, and the model's own
+    errors, others = ([_distance(f[part], target[part], cut.masks[part]) for f in (before, after)] for part in parts)
+    if errors[1] > errors[0] or others[1] > others[0]:
         refitted, after, errors[1] = plan, before, errors[0]
     cut.hidden = after
     return refitted, (errors[0] / max(energy, TINY), errors[1] / max(energy, TINY))
@@ -200,7 +213,7 @@ def _observe(
 ) -> None:
     """Add a writer's moments of one call. lacking: error of the residual stream before the block, to be corrected."""
     first = 0  # index of the batch's first sequence: the same sequences are held out whatever the batch size
-    for batch, mask in enumerate(cut.masks):
+    for batch, mask in enumerate(cut.masks[: len(outputs)]):
         inputs, _ = cut.given(block, batch, {tensor(model, writer.weight): writer.weight})
         u = inputs[writer.weight]  # (b, T, D)
         lack = outputs[batch][writer.weight].to(u.device) - _linear(model, writer.weight, u)  # (b, T, O)

@@ -91,7 +91,7 @@ def test_texts_of_flags_are_accepted(text: str, expected: Recipe, file: Path) ->
         ("a: &a {b: *a}", "not YAML ("),
         ("budget: 3", "budget: expected keys and values, not 3"),
         ("budgte: {}", "unknown key budgte; did you mean 'budget'?"),
-        ("zzz: {}", "unknown key zzz; known: budget, calibration, elements, limits, method, remove, target"),
+        ("zzz: {}", "unknown key zzz; known: budget, calibration, elements, limits, method, reconstruction, remove, "),
         ("budget: {sparsty: 0.5}", "unknown key budget.sparsty; did you mean 'sparsity'?"),
         ("budget: {sparsity: half}", "budget.sparsity half: expected a number"),
         ("budget: {keep: 2.5}", "budget.keep 2.5: expected a whole number"),
