@@ -62,14 +62,8 @@ def trained_elements(model: nn.Module, plan: Plan, graph: SSMGraph, site: Site) 
     for group in groups:  # a row may be cut on one axis, and a column of it on another
         for member in group.members:
             if member.counted and member.tensor in elements:
-                _mark(
-                    elements,
-                    model,
-                    member.tensor,
-                    member.dims,
-                    dropped_rows(member, plan.groups[group.name]),
-                    value=False,
-                )
+                gone = dropped_rows(member, plan.groups[group.name])
+                _mark(elements, model, member.tensor, member.dims, gone, value=False)
     relative = {name.removeprefix(f"{site.path}."): mark for name, mark in elements.items()}
     return Trained({name: mark for name, mark in relative.items() if mark.any()}, frozenset(names), projection)
 
