@@ -70,9 +70,7 @@ class ConstantProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in SPLIT:
             return self._split(func(*args, **(kwargs or {})), args[0])
-        if (
-            func in MATMUL and id(args[0]) in self._products
-        ):  # W @ x, where a mixer multiplies itself (Mamba1's dt_proj)
+        if func in MATMUL and id(args[0]) in self._products:  # W @ x, as Mamba1's mixers write dt_proj
             name, product = self._products[id(args[0])]
             return func(self._whole(name, product), *args[1:], **(kwargs or {}))
         if func is not F.linear or id(args[1]) not in self._products:
