@@ -336,3 +336,44 @@ def undone(module: Any) -> Iterator[None]:
             if hasattr(code, name):
                 patch.setattr(code, name, getattr(code, name).args[0])
         yield
+
+
+@torch.no_grad()
+def own_errors(model: Any, plan: sspruner.Plan, ids: torch.Tensor) -> dict[str, float]:
+    """Of each cut module of the masked model: squared error of its output over the energy of the dense module's."""
+    paths, seen = {name.rpartition(":")[0] for name in plan.groups}, {}
+    dense = copy.deepcopy(model)
+
+    def look(path: str) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+            seen[path] = args, kwargs, out[0] if isinstance(out, tuple) else out
+
+        return hook
+
+    with sspruner.masked(model, plan):
+        handles = [model.get_submodule(path).register_forward_hook(look(path), with_kwargs=True) for path in paths]
+        model(input_ids=ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+    errors = {}
+    for path, (args, kwargs, cut) in seen.items():
+        out = dense.get_submodule(path)(*args, **kwargs)
+        whole = out[0] if isinstance(out, tuple) else out
+        errors[path] = float((cut - whole).double().square().sum() / whole.double().square().sum())
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("family", "axis", "projected"),
+    [("mamba2", "state", True), ("falcon_h1", "state", True), ("bamba", "head", False), ("mamba", "channel", False)],
+)
+def test_the_errors_are_those_of_the_masked_model(family, axis, projected, monkeypatch):
+    monkeypatch.setattr(refitting, "own_text", lambda *_: None)
+    model, data = zoo(family), windows()
+    plan = half_plan(model, axis)
+    plan = directions(plan, sspruner.trace(model), 3) if projected else plan
+    found = reconstructed(model, plan, data, Reconstruction(refit_steps=16, refit_windows=8))
+    actual = own_errors(model, found.plan, data.tokens[-1:])
+    assert any(layer.step for layer in found.layers.values())
+    for path, layer in found.layers.items():
+        assert layer.held_out["text"][1] == pytest.approx(actual[path], rel=1e-3, abs=1e-7), path
