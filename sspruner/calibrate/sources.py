@@ -15,7 +15,7 @@ from sspruner.calibrate.sample import sample_from
 from sspruner.compute.forward import embedding
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
-from sspruner.recipes.parts import check_size
+from sspruner.recipes.parts import CalibrationText, check_size
 from sspruner.recipes.texts import seed_in_64_bits
 
 TOKENS_PER_BATCH = 4096  # tokens in one micro-batch
@@ -66,23 +66,6 @@ def _batches(tokens: torch.Tensor, mask: torch.Tensor, size: int) -> Iterator[tu
         yield tokens[start : start + size], mask[start : start + size]
 
 
-def apart(data: Calibration, samples: int) -> tuple[Calibration, Calibration]:
-    """Split calibration windows into those that `samples` of them would be, and all that are not held out then.
-
-    Scores and damage are those of a calibration with that many samples; the rest of the text is for a refit.
-    """
-    if not data.held_out_is_separate or len(data.tokens) <= samples:
-        return data, data
-    tokens, mask = torch.cat([data.tokens, data.held_out]), torch.cat([data.mask, data.held_out_mask])
-    until = samples + len(data.held_out)
-    scored, kept_out, rest = slice(0, samples), slice(samples, until), slice(until, None)
-    few = replace(
-        data, tokens=tokens[scored], mask=mask[scored], held_out=tokens[kept_out], held_out_mask=mask[kept_out]
-    )
-    more = [torch.cat([part[scored], part[rest]]) for part in (tokens, mask)]
-    return few, replace(few, tokens=more[0], mask=more[1])
-
-
 @undisturbed
 # Ten parameters: it is the public door for text of every kind; `mask` and `text_column` are for some of them.
 def calibration(
@@ -110,27 +93,79 @@ def calibration(
     Raises InputError if the source is missing, empty, too short, not text, or does not fit the vocabulary.
     """
     check_size(samples, seq_len, held_out)
-    seed_in_64_bits(seed, "seed")
-    wanted = samples + held_out
-    if (given := _as_tokens(source)) is not None:
-        name, tokens = "tokens", given
-    elif mask is not None:
+    text = CalibrationText(samples=samples, seq_len=seq_len, text_column=text_column)
+    if mask is not None and _as_tokens(source) is None:
         raise InputError("calibration mask: belongs to token ids (S, T); other sources say themselves where padding is")
-    elif isinstance(source, str) and source == "self":
-        name = "self"  # the same text whether or not some of it is held out
-        tokens = sample_from(model, samples + (held_out or HELD_OUT), seq_len, seed=seed, progress=progress)
-    else:
-        found = encode(source, tokenizer, Reading("calibration", text_column, tokenizer), wanted, wanted * seq_len)
-        name = found.name
-        if found.running:
-            tokens = _windows(found.sequences[0], seq_len, wanted, seed, name)
-        else:
-            tokens, mask = _pad([ids for ids in found.sequences if len(ids) > 1], seq_len, name)
-    if mask is None:
-        mask = torch.ones_like(tokens, dtype=torch.bool)
+    tokens, own, name = _drawn(source, model, tokenizer, text, (held_out, 0), seed, progress)
+    mask = own if mask is None else mask
     _check(tokens, mask, model, name)
     # Copies, since tokens made in inference mode would forbid gradients.
     return _split(tokens.cpu().long().clone(), mask.cpu().bool().clone(), samples, held_out, name, seed)
+
+
+@undisturbed
+def with_more(
+    source: Any,
+    model: nn.Module,
+    tokenizer: Any,
+    text: CalibrationText,
+    more: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[Calibration, Calibration]:
+    """Return the calibration of a text, and one with up to `more` other windows of it, which a refit reads.
+
+    The first is what it is without them, held-out windows included; the second holds out the same.
+    """
+    tokens, mask, name = _drawn(source, model, tokenizer, text, (HELD_OUT, more), seed, progress)
+    _check(tokens, mask, model, name)
+    tokens, mask = tokens.cpu().long().clone(), mask.cpu().bool().clone()
+    alone = len(tokens) if name == "tokens" else text.samples + HELD_OUT  # of a text no more are drawn
+    few = _split(tokens[:alone], mask[:alone], text.samples, HELD_OUT, name, seed)
+    apart = torch.ones(len(tokens), dtype=torch.bool)
+    apart[: len(few.tokens)] = False
+    apart[len(tokens[:alone]) - len(few.held_out) : alone] = False
+    rest = apart.nonzero().flatten()[:more]
+    parts = (torch.cat([few.tokens, tokens[rest]]), torch.cat([few.mask, mask[rest]]))
+    return few, replace(few, tokens=parts[0], mask=parts[1])
+
+
+def _drawn(
+    source: Any,
+    model: nn.Module,
+    tokenizer: Any,
+    text: CalibrationText,
+    beside: tuple[int, int],
+    seed: int,
+    progress: Progress | None,
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Return windows of a source, (S, T), where they are no padding, and the source's name.
+
+    beside: how many windows to draw for each purpose beside the samples; those of the second do not change the others.
+    """
+    seed_in_64_bits(seed, "seed")
+    held_out, more = beside
+    wanted, mask = text.samples + held_out + more, None
+    if (given := _as_tokens(source)) is not None:
+        name, tokens = "tokens", given
+    elif isinstance(source, str) and source == "self":
+        name = "self"
+        counts = text.samples + (held_out or HELD_OUT), more  # the same whether or not some of it is held out
+        parts = [
+            sample_from(model, count, text.seq_len, seed=seed + number, progress=progress)
+            for number, count in enumerate(counts)
+            if count
+        ]
+        tokens = torch.cat(parts)
+    else:
+        reading = Reading("calibration", text.text_column, tokenizer)
+        found = encode(source, tokenizer, reading, wanted, wanted * text.seq_len)
+        name = found.name
+        if found.running:
+            tokens = _windows(found.sequences[0], text.seq_len, wanted, seed, name)
+        else:
+            tokens, mask = _pad([ids for ids in found.sequences if len(ids) > 1], text.seq_len, name)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask, name
 
 
 def _as_tokens(source: Any) -> torch.Tensor | None:

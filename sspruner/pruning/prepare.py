@@ -12,9 +12,10 @@ from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import check_budget, rounded
 from sspruner.budgets.resolve import check_values, resolve_budget
-from sspruner.calibrate.sources import Calibration, Progress, apart
+from sspruner.calibrate.sources import Calibration, Progress, with_more
 from sspruner.compute.device import on_device
 from sspruner.compute.forward import no_tokens, predicts_tokens
+from sspruner.compute.processes import from_one
 from sspruner.errors import InputError
 from sspruner.formats.fitting import check_cut, check_request, trial
 from sspruner.formats.targets import Fit, fit_to
@@ -28,7 +29,7 @@ from sspruner.recipes.recipe import Recipe
 from sspruner.scoring.choice import choose_scorers
 from sspruner.scoring.known import find_scorer
 from sspruner.scoring.run import Run
-from sspruner.scoring.score import Source, calibrated
+from sspruner.scoring.score import Source
 from sspruner.surgery.sizes import sizes
 
 
@@ -84,11 +85,10 @@ def texts(
     settings: how much text, the kind of refit, how it trains, and the seed.
     """
     text, refit, reconstruction, seed = settings
-    wanted = reconstruction.refit_windows if refit == "reconstruct" else 0
-    more = replace(text, samples=max(text.samples, wanted))
     if isinstance(source, Calibration):
         return source, source
-    return apart(calibrated(source, model, tokenizer, more, seed, progress), text.samples)
+    more = max(0, reconstruction.refit_windows - text.samples) if refit == "reconstruct" else 0
+    return from_one(lambda: with_more(source, model, tokenizer, text, more, seed, progress))
 
 
 def _asks_for_damage(recipe: Recipe, scorers: int) -> str:

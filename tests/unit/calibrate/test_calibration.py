@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sspruner
+from sspruner.calibrate.sources import with_more
+from sspruner.recipes.parts import CalibrationText
 from support.tiny import VOCABULARY, models, tiny_model, tokens
 from support.zoo import FAMILIES, zoo
 
@@ -153,3 +156,25 @@ def test_progress_is_reported() -> None:
     assert "sampling calibration text" in phases
     assert {f"scoring backbone.layers.{i}" for i in range(2)} <= phases
     assert all(0 <= done <= total for _, done, total in seen)
+
+
+@settings(max_examples=60)
+@given(rows=st.integers(2, 70), samples=st.integers(1, 12), more=st.integers(0, 30), text=st.booleans())
+def test_text_for_a_refit_changes_neither_what_is_scored_nor_what_is_held_out(
+    rows, samples, more, text, tmp_path_factory
+):
+    """The refit reads what is scored and the rest, and nothing that is held out; of tokens as of a running text."""
+    source: Any = torch.arange(rows * 3).view(rows, 3) % VOCABULARY
+    if text:
+        source = tmp_path_factory.mktemp("text") / "text.txt"
+        source.write_text("".join(chr(65 + i % 57) for i in range(rows * 3)))
+    plain = sspruner.calibration(source, MODEL, Letters(), samples=samples, seq_len=3)
+    scored, all_ = with_more(source, MODEL, Letters(), CalibrationText(samples=samples, seq_len=3), more, 0)
+    assert torch.equal(scored.tokens, plain.tokens)
+    assert torch.equal(scored.held_out, plain.held_out)
+    assert torch.equal(all_.held_out, plain.held_out)
+    assert torch.equal(all_.tokens[: len(plain.tokens)], plain.tokens)
+    assert len(all_.tokens) == len(plain.tokens) + min(more, rows - len(plain.tokens) - len(plain.held_out))
+    other = {tuple(row) for row in all_.tokens[len(plain.tokens) :].tolist()}
+    held = {tuple(row) for row in plain.held_out.tolist()}
+    assert rows > VOCABULARY or not other & held  # windows repeat in a longer text

@@ -19,6 +19,7 @@ from sspruner.evaluation.damage import damage, damages
 from sspruner.evaluation.last_word import Passage, last_words
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.recall import recall, sequences
+from sspruner.recipes.parts import Reconstruction
 from sspruner.scoring.known import installed_scorers
 from support.command import run as cli
 from support.tensors import same, tensors
@@ -330,3 +331,31 @@ def test_without_scorers_those_that_need_weights_and_ghost_are_compared() -> Non
     assert set(found.cells) == quick | {"ghost"}
     assert found.recipe is not None
     assert found.recipe.cells.scorers == tuple(found.cells)
+
+
+@pytest.mark.parametrize("kind", ["output", "reconstruct"])
+def test_every_cut_has_the_new_values_of_its_refit(kind: str) -> None:
+    """Scores and held-out text are those without one; reconstruct reads more windows of the calibration text."""
+    model = tiny_model(state=6)
+    data, settings = data_of(model), Reconstruction(refit_steps=8, refit_windows=4)
+    how: dict[str, Any] = {"sparsities": (0.5,), "calibration": data}
+    plain = sspruner.compare(model, ["magnitude"], **how)
+    found = sspruner.compare(model, ["magnitude"], refit=kind, reconstruction=settings, **how)
+    plan = sspruner.plan(sspruner.trace(model), sspruner.score(model, "magnitude"), sparsity=0.5)
+    better = sspruner.refit(model, plan, kind, calibration=data, settings=settings).plan
+    assert better.updates
+    alone = damage(model, better, sspruner.trace(model), data.held_out_batches(8))
+    cell = found.cells["magnitude"][0.5]
+    assert isinstance(cell, Cut)
+    assert cell.measures["perplexity"].value == pytest.approx(alone.pruned_perplexity, rel=1e-6)
+    assert cell != plain.cells["magnitude"][0.5]
+    assert found.dense == plain.dense
+
+
+def test_a_refit_that_lacks_text_is_the_reason_in_its_cell() -> None:
+    model = tiny_model(groups=2, heads_per_group=4, head_dim=8)  # 32 columns
+    data = sspruner.calibration(tokens(5, 8), model, samples=3, held_out=2)
+    with pytest.raises(sspruner.InputError, match="axis hidden"):
+        sspruner.compare(model, ["magnitude"], axis="hidden", refit="reconstruct", calibration=data)
+    found = sspruner.compare(model, ["magnitude"], sparsities=(0.5,), refit="reconstruct", calibration=data)
+    assert "24 calibration tokens for 32 unknowns" in str(found.cells["magnitude"][0.5])

@@ -377,3 +377,29 @@ def test_the_errors_are_those_of_the_masked_model(family, axis, projected, monke
     assert any(layer.step for layer in found.layers.values())
     for path, layer in found.layers.items():
         assert layer.held_out["text"][1] == pytest.approx(actual[path], rel=1e-3, abs=1e-7), path
+
+
+def test_prune_says_what_it_did(tmp_path):
+    """In the report, the table, the card and the page; scores and held-out text are those without a refit."""
+    model, ids = tiny_model(groups=2), tokens(24, 12)
+    how = {"scorer": "magnitude", "keep": 3, "calibration": ids, "samples": 6}
+    plain = sspruner.prune(copy.deepcopy(model), **how)
+    result = sspruner.prune(model, refit="reconstruct", refit_steps=8, refit_windows=16, **how)
+    report = result.report
+    assert report.refit["kind"] == "reconstruct"
+    assert report.refit["without"] == {name: plain.report.pruned[name] for name in ("perplexity", "kl_to_dense")}
+    assert report.calibration == plain.report.calibration
+    for layer in report.refit["layers"].values():
+        assert (layer["steps"], layer["stopped"], set(layer["held_out"])) == (8, "", {"text", "own text"})
+        assert layer["seconds"] > 0
+    assert type(report).from_json(report.to_json()).to_json() == report.to_json()
+    folder = result.save(tmp_path / "out")
+    changed = sum(layer["step"] > 0 for layer in report.refit["layers"].values())
+    before, after = (sum(pair[i] for pair in report.refit["errors"].values()) / 2 for i in range(2))
+    shown, card = str(result), (folder / "README.md").read_text()
+    assert f"mean error of a layer on held-out text {before:.4f} -> {after:.4f}" in shown
+    assert f"{changed} of 2 layers have new values" in shown
+    assert f"{before:.4f} → {after:.4f} of its energy; {changed} of 2 layers changed" in card
+    page = sspruner.report(folder).read_text()
+    assert "Error of each layer before and after refit reconstruct" in page
+    assert "step kept" in page
