@@ -121,8 +121,7 @@ def refit(
         own = _own_text(model, calibration, settings, compute)
         place = Place(compute, journal, progress)
         new, layers = reconstruct(model, plan, graph, calibration, own, settings, place)
-        errors = {path: layer.error for path, layer in layers.items()}
-        return Refit(replace(new, made_by={**plan.made_by, "refit": kind}), kind, errors, layers)
+        return _result(new, kind, {path: layer.error for path, layer in layers.items()}, layers)
     check_whole(model, f"refit {kind}")
     follow = any(axis in WHOLE_MODEL for axis in plan.axes)
     writers = _writers(model, plan, graph, kind, follow)
@@ -146,7 +145,12 @@ def refit(
                 errors[block] = error
         if progress:
             progress("refitting", len(cut.blocks), len(cut.blocks))
-    return Refit(replace(refitted, made_by={**plan.made_by, "refit": kind}), kind, errors)
+    return _result(refitted, kind, errors, {})
+
+
+def _result(plan: Plan, kind: str, errors: dict[str, tuple[float, float]], layers: dict[str, Layer]) -> Refit:
+    """Return the result, with a plan that says how it was refitted."""
+    return Refit(replace(plan, made_by={**plan.made_by, "refit": kind}), kind, errors, layers)
 
 
 def _own_text(

@@ -364,13 +364,13 @@ def test_what_no_target_takes_is_refused_before_scoring(
         raise AssertionError("scored")
 
     monkeypatch.setattr("sspruner.pruning.decide.walk", never)
-    monkeypatch.setattr("sspruner.pruning.prepare.calibrated", never)
+    monkeypatch.setattr("sspruner.pruning.prepare.with_more", never)
     with pytest.raises((sspruner.InputError, sspruner.ModelError), match=message):
         sspruner.prune(tiny_model(heads_per_group=4), **({"sparsity": 0.5} | options), target="hf", calibration=ids)
 
 
 def test_an_epsilon_that_the_config_cannot_say_is_found_before_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sspruner.pruning.prepare.calibrated", None)
+    monkeypatch.setattr("sspruner.pruning.prepare.with_more", None)
     with pytest.raises(sspruner.ModelError, match=r"vllm cannot take this cut: .*variance_epsilon"):
         sspruner.prune(zoo("falcon_h1"), "magnitude", axis="head", target="vllm", calibration=ids)
 

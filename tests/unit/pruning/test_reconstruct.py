@@ -393,7 +393,8 @@ def test_prune_says_what_it_did(tmp_path):
         assert (layer["steps"], layer["stopped"], set(layer["held_out"])) == (8, "", {"text", "own text"})
         assert layer["seconds"] > 0
     assert type(report).from_json(report.to_json()).to_json() == report.to_json()
-    folder = result.save(tmp_path / "out")
+    folder = tmp_path / "out"
+    result.save(folder)
     changed = sum(layer["step"] > 0 for layer in report.refit["layers"].values())
     before, after = (sum(pair[i] for pair in report.refit["errors"].values()) / 2 for i in range(2))
     shown, card = str(result), (folder / "README.md").read_text()
