@@ -62,6 +62,18 @@ def test_every_family_is_cut_as_in_memory(family, tmp_path):
     check_same(ours, theirs, (tmp_path / "apart", tmp_path / "memory"))
 
 
+def test_a_reconstruction_is_that_in_memory(tmp_path, monkeypatch):
+    """Of blocks in several places, which are not sampled from: calibration text alone is held out, here, too."""
+    monkeypatch.setattr("sspruner.pruning.refit.own_text", lambda *_: None)
+    model = tiny_model(layers=3)
+    sspruner.save(model, tmp_path / "model")
+    how = {"scorer": "magnitude", "refit": "reconstruct", "refit_steps": 6, "refit_windows": 8}
+    theirs = pruned(tmp_path / "model", tmp_path / "memory", None, tmp_path, **how)
+    ours = pruned(tmp_path / "model", tmp_path / "apart", alternating(model), tmp_path / "w", **how)
+    assert theirs.plan.updates
+    check_same(ours, theirs, (tmp_path / "apart", tmp_path / "memory"))
+
+
 @pytest.mark.slow
 @examples(15)
 @given(data=st.data())
