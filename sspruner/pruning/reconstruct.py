@@ -79,10 +79,16 @@ def check_windows(
 ) -> None:
     """Raise InputError for axes that cannot be reconstructed, and for calibration text that is too short.
 
+    And for weights that were made in inference mode, through which no gradient goes.
+
     Every row that is trained has as many unknowns as it has columns; each wants a token or more.
     """
     groups = list(groups)
     check_axes([axis_of(name) for name in groups])
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise InputError(
+            "refit reconstruct trains: the weights were made under torch.inference_mode(); load them outside"
+        )
     count = min(settings.refit_windows, len(data.tokens))
     if count < max(2, world()):
         raise InputError(

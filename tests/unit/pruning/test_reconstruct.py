@@ -404,3 +404,14 @@ def test_prune_says_what_it_did(tmp_path):
     page = sspruner.report(folder).read_text()
     assert "Error of each layer before and after refit reconstruct" in page
     assert "step kept" in page
+
+
+def test_weights_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = tiny_model()
+        with pytest.raises(sspruner.InputError, match=r"made under torch\.inference_mode\(\)"):
+            sspruner.prune(model, "magnitude", keep=3, refit="reconstruct", calibration=windows())
+    model = tiny_model()
+    with torch.inference_mode(), torch.no_grad():  # called there, of weights made elsewhere
+        found = reconstructed(model, half_plan(model, "state"))
+    assert found.plan.updates
