@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sspruner.axes import ELEMENT_AXES, WHOLE_MODEL, axis_of
+from sspruner.calibrate.gradients import check_differentiable
 from sspruner.calibrate.replay import Replay
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import moved, resident
@@ -79,16 +80,13 @@ def check_windows(
 ) -> None:
     """Raise InputError for axes that cannot be reconstructed, and for calibration text that is too short.
 
-    And for weights that were made in inference mode, through which no gradient goes.
+    Raises ModelError for weights without a gradient (quantised, made in inference mode).
 
     Every row that is trained has as many unknowns as it has columns; each wants a token or more.
     """
     groups = list(groups)
     check_axes([axis_of(name) for name in groups])
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise InputError(
-            "refit reconstruct trains: the weights were made under torch.inference_mode(); load them outside"
-        )
+    check_differentiable(model)
     count = min(settings.refit_windows, len(data.tokens))
     if count < max(2, world()):
         raise InputError(

@@ -409,7 +409,7 @@ def test_prune_says_what_it_did(tmp_path):
 def test_weights_made_in_inference_mode_are_refused():
     with torch.inference_mode():
         model = tiny_model()
-        with pytest.raises(sspruner.InputError, match=r"made under torch\.inference_mode\(\)"):
+        with pytest.raises(sspruner.ModelError, match=r"made under torch\.inference_mode\(\)"):
             sspruner.prune(model, "magnitude", keep=3, refit="reconstruct", calibration=windows())
     model = tiny_model()
     with torch.inference_mode(), torch.no_grad():  # called there, of weights made elsewhere
