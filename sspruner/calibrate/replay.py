@@ -294,7 +294,7 @@ class Replay:
         module = self.model.get_submodule(block)
         args, kwargs = self.inputs[batch][block]
         device = works_on(self.model, block, self.device)
-        with _evaluating(module):
+        with evaluating(module):
             out = module(*moved((*flowing, *args), device, wide=wide), **moved(kwargs, device, wide=wide))
         return tuple(out[: len(flowing)]) if isinstance(out, tuple) else (out,)
 
@@ -319,7 +319,7 @@ def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Context manager that sets a module to eval mode."""
     training = module.training
     module.eval()

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from sspruner.calibrate.gradients import requires_grad
+from sspruner.calibrate.replay import evaluating
 from sspruner.compute.constant import ConstantProducts, Product
 from sspruner.compute.device import moved
 from sspruner.graph.layout import DECODE, ENCODE
@@ -117,18 +119,8 @@ def output(module: nn.Module, call: Call, substituted: Mapping[str, torch.Tensor
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Context manager: no parameter of a module wants a gradient, and it is in eval mode."""
-    wanting = [p for p in module.parameters() if p.requires_grad]
-    training = {m: m.training for m in module.modules()}
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    module.eval()
-    try:
+    with requires_grad(module, False), evaluating(module):
         yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
-        for each, mode in training.items():
-            each.training = mode
 
 
 def _whole_rows(mask: torch.Tensor) -> torch.Tensor | None:
