@@ -87,13 +87,13 @@ def lines(
     return draw
 
 
-def bars(names: Sequence[str], before: Sequence[int], after: Sequence[int], y: str) -> Draw:
-    """Return a bar chart of sizes, `after` in front of `before`."""
+def bars(names: Sequence[str], before: Sequence[float], after: Sequence[float], y: str, what: str = "kept") -> Draw:
+    """Return a bar chart, `after` in front of `before`. what: the name of `after`."""
 
     def draw(palette: Palette) -> Any:
         figure, ax = _axes(palette)
         ax.bar(range(len(names)), before, color=palette.grid, label="before", width=0.8)
-        ax.bar(range(len(names)), after, color=palette.series[0], label="kept", width=0.8)
+        ax.bar(range(len(names)), after, color=palette.series[0], label=what, width=0.8)
         _name_ticks(ax.set_xticks, names)
         ax.set(xlabel="layer", ylabel=y)
         ax.grid(False, axis="x")

@@ -306,7 +306,7 @@ def _refit(refit: Mapping[str, Any], name: str) -> Figure:
         f"Error of each layer before and after refit {refit['kind']}",
         f"Squared error of what a layer puts out, over the energy of what the dense one does, {where}: the sum falls "
         f"from {number_text(sum(before))} to {number_text(sum(after))}.",
-        bars([str(i) for i in range(len(errors))], before, after, "relative squared error"),
+        bars([str(i) for i in range(len(errors))], before, after, "relative squared error", "after"),
         Table("", head, tuple(rows)),
     )
 
