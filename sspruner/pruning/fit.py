@@ -16,10 +16,11 @@ import torch
 from sspruner.compute.processes import from_one, total
 from sspruner.pruning.student import Call, Student
 
-RATE = 1e-2  # learning rate of Adam where units were selected; 5e-3 to 2e-2 end alike
-PROJECTED_RATE = (
-    1e-3  # where the state was projected: it starts nearer to the dense module, and at 1e-2 only gets worse
+RATE = 1e-2  # learning rate of Adam for the rows of a selected state; 5e-3 to 2e-2 end alike
+WIDE_RATE = (
+    2e-3  # where most of a module is trained (heads, neurons): 1e-2 is worse on its text, and far worse on others
 )
+PROJECTED_RATE = 1e-3  # where the state was projected: it starts nearer to the dense module, and 1e-2 only harms
 WARM_UP = 1 / 20  # share of the steps
 TINY = 1e-30  # energy of a module that puts out nothing
 CHECKS = 8  # how often the held-out error is measured
@@ -69,7 +70,7 @@ def fit(student: Student, lesson: Lesson, steps: int, seed: int, late: Callable[
     scale = 1 / max(sum(_squares(target, lesson.training)), TINY)
     energy = {kind: max(sum(_squares(target, numbers)), TINY) for kind, numbers in lesson.held_out.items()}
     leaves = {name: value.clone().requires_grad_() for name, value in student.values.items()}
-    rate = RATE if student.trained.projection is None else PROJECTED_RATE
+    rate = _rate(student)
     adam = torch.optim.Adam([*leaves.values()], lr=rate)
     start = _errors(student, lesson, energy, leaves)
     best, kept, values, stopped, done = start, 0, None, "", 0
@@ -122,6 +123,13 @@ def _take_step(
     if finite:
         adam.step()
     return finite
+
+
+def _rate(student: Student) -> float:
+    """Return the learning rate for what a student trains."""
+    if not student.trained.wanted.of_state:
+        return WIDE_RATE
+    return RATE if student.trained.projection is None else PROJECTED_RATE
 
 
 def _schedule(step: int, steps: int) -> float:
