@@ -82,13 +82,17 @@ def texts(
 ) -> tuple[Calibration, Calibration]:
     """Return the calibration text, and that of the refit: more windows of it, where a reconstruction wants them.
 
-    settings: how much text, the kind of refit, how it trains, and the seed.
+    settings: how much text, the kind of refit, how it trains, and the seed. Of several processes the first makes both.
     """
     text, refit, reconstruction, seed = settings
-    if isinstance(source, Calibration):
-        return source, source
     more = max(0, reconstruction.refit_windows - text.samples) if refit == "reconstruct" else 0
-    return from_one(lambda: with_more(source, model, tokenizer, text, more, seed, progress))
+
+    def make() -> tuple[Calibration, Calibration]:
+        if isinstance(source, Calibration):
+            return source, source
+        return with_more(source, model, tokenizer, text, more, seed, progress)
+
+    return from_one(make)
 
 
 def _asks_for_damage(recipe: Recipe, scorers: int) -> str:

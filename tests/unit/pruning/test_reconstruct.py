@@ -80,7 +80,8 @@ def masked_equals_sliced(model: Any, plan: sspruner.Plan) -> None:
         assert torch.allclose(sliced(input_ids=ids).logits, wide(input_ids=ids).logits, atol=1e-4)
 
 
-@pytest.mark.cover(families=4)
+@pytest.mark.ci_cover(families=5)
+@pytest.mark.cover(families=2)
 @pytest.mark.parametrize(("family", "axis"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_only_what_stays_of_the_cut_units_changes_and_no_error_rises(family, axis, dtype):
@@ -290,7 +291,8 @@ def test_too_little_text_is_refused_with_the_number_needed():
         reconstructed(model, half_plan(model, "state"), windows(1, 64))
 
 
-@pytest.mark.cover(families=5)
+@pytest.mark.ci_cover(families=6)
+@pytest.mark.cover(families=3)
 @pytest.mark.parametrize(("family", "axis"), CASES)
 def test_gradients_are_those_of_the_models_own_code(family, axis):
     """Constant products, quick scans and rows of their own against plain autograd through whole parameters."""
