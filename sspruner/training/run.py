@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sspruner.compute.processes import barrier, rank
+from sspruner.compute.processes import barrier, from_one, rank
 from sspruner.errors import InputError
 from sspruner.files import strict_json
 from sspruner.files.output import atomic_file, check_results
@@ -28,7 +28,7 @@ def run_folder(out: str | Path, settings: dict[str, Any], recipe: Recorded | Non
     Raises:
         InputError: for a folder with another run, or with other files.
     """
-    folder = check_results(out, (MARK,))
+    folder = from_one(lambda: check_results(out, (MARK,)))  # checked once, before the first process writes there
     file = folder / MARK
     settings = strict_json.loads(strict_json.dumps(settings))
     if file.exists():
