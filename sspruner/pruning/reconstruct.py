@@ -80,9 +80,8 @@ def check_windows(
 ) -> None:
     """Raise InputError for axes that cannot be reconstructed, and for calibration text that is too short.
 
-    Raises ModelError for weights without a gradient (quantised, made in inference mode).
-
-    Every row that is trained has as many unknowns as it has columns; each wants a token or more.
+    Every row that is trained has as many unknowns as it has columns; each wants a token or more. Raises ModelError for
+    weights without a gradient (quantised, or made in inference mode).
     """
     groups = list(groups)
     check_axes([axis_of(name) for name in groups])
@@ -140,11 +139,10 @@ def reconstruct(
     settings: Reconstruction,
     place: Place,
 ) -> tuple[Plan, dict[str, Layer]]:
-    """Return `plan` with new values of what stays of the cut modules, and the outcome for each. The model is left
-    as it was.
+    """Return `plan` with new values of what stays of the cut modules, and the outcome for each module.
 
-    data: the calibration text, of which at most `settings.refit_windows` windows are used. own: tokens (S, T) sampled
-    from the model, None to hold out calibration text alone.
+    The model is left as it was. data: the calibration text, of which at most `settings.refit_windows` windows are used.
+    own: tokens (S, T) sampled from the model, None to hold out calibration text alone.
     """
     check_axes(plan.axes)
     tokens, mask, held_out = _windows(data, own, settings)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sspruner.compute.processes import rank, world
+from sspruner.training import run
 from sspruner.training.loop import train
 from support.tiny import tiny_model
 from support.together import Together, went_well
@@ -88,3 +89,22 @@ def test_every_family_trains_in_processes(families: list[str], together: Togethe
                 # gradient is a rounding (1e-9), which Adam makes as large as any.
                 found, value = (tensor.view(-1, 4)[:, :2] for tensor in (found, value))
             torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4, msg=f"{family}: {name}")
+
+
+def checks_of_the_folder(folder: str) -> int:
+    """How often this process looks at what is in the output folder, into which the first one writes."""
+    seen = []
+    real = run.check_results
+    run.check_results = lambda *arguments: seen.append(arguments) or real(*arguments)
+    try:
+        run.run_folder(Path(folder) / "run", {"kind": "test"})
+    finally:
+        run.check_results = real
+    return len(seen)
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_checks_the_folder(together: Together, tmp_path: Path) -> None:
+    """A later process would find files that the first is still writing, and refuse the run's own folder."""
+    assert went_well(together(3, checks_of_the_folder, str(tmp_path))) == [1, 0, 0]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [run.MARK]
