@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
 
-# Four to five minutes on two cores.
+# Four minutes on two cores.
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
 

@@ -499,6 +499,7 @@ def test_a_plan_or_scores_of_another_model(model: str, here: Path) -> None:
     refused(here, says, "plan", model, "--scores", "s.safetensors", "--out", "x.json")
 
 
+@pytest.mark.slow
 def test_missing_and_damaged_steps(here: Path) -> None:
     apply, plan = ["apply", "model", "--out", "out", "--plan"], ["plan", "model", "--out", "x.json", "--scores"]
     refused(here, ("plan no.json: cannot be read", "No such file"), *apply, "no.json")
@@ -585,6 +586,7 @@ def test_plugins(case: str, here: Path, plugin: Callable[[str], Path]) -> None:
     prune(here, (*where, *says), "--plugin", path, "--scorer", "ghost" if case == "clash" else "mine")
 
 
+@pytest.mark.slow
 def test_the_good_plugin_works(here: Path, plugin: Callable[[str], Path]) -> None:
     path = plugin(GOOD)
     done("prune", "model", "--samples", 2, "--seq-len", 32, "--plugin", path, "--scorer", "mine", "--out", "out")

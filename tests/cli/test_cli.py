@@ -270,6 +270,7 @@ def test_three_steps_on_several_axes_equal_one_shot(hybrid: Path, cheap: list[ob
     same_as_masked(hybrid, tmp_path / "once")
 
 
+@pytest.mark.slow
 def test_one_fraction_for_all_scored_axes(hybrid: Path, cheap: list[object], tmp_path: Path) -> None:
     scores, plan = tmp_path / "s.safetensors", tmp_path / "p.json"
     done("score", hybrid, *cheap, "--axis", "head,head_dim", "--out", scores)
@@ -306,6 +307,7 @@ def test_three_steps_on_single_weights_equal_one_shot(model: Path, cheap: list[o
     assert len(kept[3]) == 4
 
 
+@pytest.mark.slow
 def test_states_and_single_weights_at_once(model: Path, cheap: list[object], tmp_path: Path) -> None:
     """Layer by layer, the weights with new values; the saved model is the masked one."""
     args = ["--axis", "state=0.5,weight=0.5", "--scorer", "state=ghost,weight=sparsegpt", "--out", tmp_path / "out"]

@@ -59,6 +59,7 @@ def test_two_examples_that_parse(command: str) -> None:
         COMMANDS[command].parse_args(words[1 + len(command.split()) :], exit_on_error=False, print_error=False)
 
 
+@pytest.mark.slow
 def test_no_text_of_an_option_is_written_twice() -> None:
     """Neither in the help of two options of the same meaning nor in the source."""
     source = "\n".join(
@@ -76,6 +77,7 @@ def test_no_text_of_an_option_is_written_twice() -> None:
         assert source.count(text) <= 1, text
 
 
+@pytest.mark.slow
 def test_options_with_a_link_exist() -> None:
     assert set(LINKS) <= {name for command in COMMANDS.values() for a in arguments(command) for name in names(a)}
 

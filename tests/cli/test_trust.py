@@ -127,6 +127,7 @@ def test_stock_code_is_taken_where_there_is_some(tmp_path: Path, own: Path, mark
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_custom_generation_and_chat_templates_are_not_run(
     tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

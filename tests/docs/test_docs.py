@@ -33,7 +33,7 @@ from support.zoo import FAMILIES, zoo
 
 README, DOCS = ROOT / "README.md", sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/scorers").glob("*.md")])
 every_page = pytest.mark.parametrize("page", [README, *DOCS], ids=lambda p: str(p.relative_to(ROOT)))
-SHORT = {"README.md", "architecture.md", "calibration.md", "evaluate.md", "families.md", "methods.md"}  # take a second
+SHORT = {"architecture.md", "calibration.md", "evaluate.md", "families.md", "methods.md"}  # take a second
 
 COMMANDS: dict[str, Any] = dict(commands())
 every_command = pytest.mark.parametrize("command", COMMANDS)
@@ -145,6 +145,7 @@ def test_every_command_has_its_table_of_options(command: str) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) <= set(options(command)), "an option that it has not"
 
 
+@pytest.mark.slow
 def test_tables_of_options_are_those_of_the_command_line() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert with_tables(text) == text, "write them anew: python tests/support/cli_reference.py"
@@ -155,6 +156,7 @@ def test_every_command_has_an_example(command: str) -> None:
     assert f"\nsspruner {command}" in section(ROOT / "docs/cli.md", f"sspruner {command}")
 
 
+@pytest.mark.slow
 @every_page
 def test_command_lines_parse(page: Path) -> None:
     for block in blocks(page):

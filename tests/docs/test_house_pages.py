@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 
+import pytest
 import yaml
 
 import sspruner
@@ -17,6 +18,7 @@ from support.recipe_reference import PAGE, recipes, with_tables
 DOCS = ROOT / "docs"
 
 
+@pytest.mark.slow
 def test_keys_of_recipes_are_those_of_the_dataclasses() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert with_tables(text) == text, "write them anew: python tests/support/recipe_reference.py"

@@ -48,6 +48,7 @@ def test_what_is_refused(source: str, refused: bool) -> None:
     assert bool(forbidden(source)) == refused
 
 
+@pytest.mark.slow
 def test_no_test_module_imports_another() -> None:
     assert len(MODULES) > 100
     found = {str(path.relative_to(TESTS)): forbidden(path.read_text(encoding="utf-8")) for path in MODULES}

@@ -64,6 +64,7 @@ def test_unmask_restores_the_original_bits(model: torch.nn.Module, dtype: torch.
     assert sharing(model) == shared
 
 
+@pytest.mark.slow
 @examples(25)
 @given(zoo_models(), st.data())
 def test_masked_equals_sliced(model: torch.nn.Module, data: st.DataObject) -> None:

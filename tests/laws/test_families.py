@@ -244,6 +244,7 @@ def test_cut_cut_save_load(family, tmp_path_factory, data):
         assert path.read_bytes() == again[file].read_bytes(), file
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @each_family
 def test_an_even_cut_then_an_uneven_one_loads(family, tmp_path):

@@ -294,6 +294,7 @@ def test_a_forgotten_fold_is_caught(family, axis):
     assert_caught(model, half(sspruner.trace(model), axis), no_fold)
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("run", ["z", "x"])
@@ -341,6 +342,7 @@ def test_a_shared_block_cut_in_one_place_is_caught(family, axis):
     assert_caught(model, half(sspruner.trace(model), axis), only_the_first_place, ProofError, RuntimeError)
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "nemotron_h"])  # stock does not tie it
 def test_a_tied_head_cut_in_one_place_is_caught(family):
@@ -365,6 +367,7 @@ def test_stale_kinds_of_layers_are_caught(family):
     assert_caught(model, drop(sspruner.trace(model), "block", 0), stale_config_lists, *errors)
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize(
     ("family", "axis"), [(f, axis) for f, axes in AXES.items() for axis in axes if axis in INSIDE and axis != "channel"]
@@ -431,6 +434,7 @@ def test_stock_classes_load_a_model_without_a_block(family, layers, unit, tmp_pa
     assert torch.equal(logits(stock(model, tmp_path / "cut"), ids), logits(model, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @each_family
 @few(4)

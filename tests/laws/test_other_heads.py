@@ -70,6 +70,7 @@ def assert_cut_as_masked(model: Any, **options: Any) -> Any:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bare_backbone(family: str, tmp_path: Path) -> None:
@@ -81,6 +82,7 @@ def test_a_bare_backbone(family: str, tmp_path: Path) -> None:
     assert torch.equal(put_out(again), put_out(model))
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize("family", sorted(set(CLASSIFIERS) & set(FAMILIES)))
 def test_a_classifier(family: str, tmp_path: Path) -> None:
@@ -92,6 +94,7 @@ def test_a_classifier(family: str, tmp_path: Path) -> None:
     assert torch.equal(put_out(again), put_out(model))
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])

@@ -202,6 +202,7 @@ def replaced_forwards(model: Any) -> dict[str, Any]:
     return {n: (f.func, f.args[0] is m) for n, m in model.named_modules() if (f := vars(m).get("forward"))}
 
 
+@pytest.mark.slow
 @examples(15)
 @given(zoo_models(PROJECTED), st.sampled_from([torch.float32, torch.bfloat16]), st.data())
 def test_unmask_restores_every_bit(model: Any, dtype: torch.dtype, data: st.DataObject) -> None:
@@ -250,6 +251,7 @@ def test_a_masked_model_is_saved_as_it_is(family: str, twice: bool, tmp_path: Pa
     check_round_trip(loaded, tmp_path / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @each_family
 def test_encode_and_decode_stay_fp32_in_a_narrow_checkpoint(family: str, tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_other_files_beside_the_config_are_no_weights(tmp_path: Path) -> None:
     check_loads(tmp_path / "cut", model, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize("family", PROJECTED)
 def test_stock_classes_never_read_a_projected_model_as_the_dense_one(family: str, tmp_path: Path) -> None:

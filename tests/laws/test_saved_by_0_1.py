@@ -202,6 +202,7 @@ def test_an_interrupted_gradual_run_goes_on(run: Path) -> None:
 LONG = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("results", marks=LONG), "selection"])
 def test_a_folder_is_drawn(name: str, tmp_path: Path) -> None:
     shutil.copytree(FILES / name, tmp_path / name)

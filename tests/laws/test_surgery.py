@@ -126,6 +126,7 @@ def test_slicing_twice_is_slicing_once_with_composed_indices(once: torch.nn.Modu
     assert record["stock"] == direct["stock"]
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropping_blocks_twice_is_dropping_them_once(family: str) -> None:

@@ -43,6 +43,7 @@ def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceiling, "MATMUL", {"cpu": 16})
 
 
+@pytest.mark.slow
 def test_rows_are_complete_and_add_up() -> None:
     models = {"dense": tiny_model(state=8), "pruned": tiny_model(state=8)}
     sspruner.apply(models["pruned"], half(sspruner.trace(models["pruned"])))
@@ -293,6 +294,7 @@ def test_the_interval_holds_the_median_and_knows_no_order(values: list[float], r
     assert median_interval(values) == found
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     folder, file = saved_model(tmp_path / "model"), tmp_path / "bench.json"
     small = ("--batch", "1,2", "--prompt", 5, "--generate", 2, "--repeats", 2, "--device", "cpu")

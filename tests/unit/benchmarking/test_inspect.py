@@ -86,6 +86,7 @@ def test_the_skeleton_has_the_sizes_of_every_cut(family: str, tmp_path: Path) ->
         assert taken(saved) == expected, axis
 
 
+@pytest.mark.slow
 def test_projections_and_new_biases_without_weights(tmp_path: Path) -> None:
     folder = sspruner.save(zoo("mamba2", bias=False), tmp_path / "dense")
     bias = "backbone.layers.1.mixer.out_proj.bias"

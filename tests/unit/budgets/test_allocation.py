@@ -364,6 +364,7 @@ def test_curves_of_another_scorer_or_model_are_refused(tmp_path):
         read.check(means)
 
 
+@pytest.mark.slow
 def test_prune_measures_and_splits_by_what_it_measured():
     model = tiny_model(layers=4, state=8)
     data = calibrated(tokens(6, 24))

@@ -208,6 +208,7 @@ def by_hand(dense: nn.Module, cut: nn.Module, ids: torch.Tensor, mask: torch.Ten
     return torch.autograd.grad((g * block(hidden, attention_mask=mask)).sum(), list(block.parameters()))
 
 
+@pytest.mark.slow
 def test_after_cuts_of_the_blocks_before() -> None:
     model = tiny_model(layers=3, groups=2, heads_per_group=2, bias=True).double()
     dense, graph = copy.deepcopy(model), sspruner.trace(model)
@@ -257,6 +258,7 @@ def test_narrow_weights_work_in_fp32(dtype: torch.dtype) -> None:
     assert all(p.dtype == dtype and torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=1)
 @pytest.mark.parametrize("family", ["jamba", "nemotron_h", "zamba"])
 def test_narrow_inputs_are_widened(family: str) -> None:

@@ -333,6 +333,7 @@ def test_without_scorers_those_that_need_weights_and_ghost_are_compared() -> Non
     assert found.recipe.cells.scorers == tuple(found.cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["output", "reconstruct"])
 def test_every_cut_has_the_new_values_of_its_refit(kind: str) -> None:
     """Scores and held-out text are those without one; reconstruct reads more windows of the calibration text."""

@@ -65,6 +65,7 @@ def same_steps(model: Any, ids: torch.Tensor, tolerance: float, **how: Any) -> N
     assert torch.equal(again, expected)
 
 
+@pytest.mark.slow
 @given(models(), st.integers(1, 3), st.data())
 def test_the_same_steps(model: Any, batch: int, data: st.DataObject) -> None:
     """Any widths, groups, kernels, biases; cut to other sizes in each layer, or projected."""

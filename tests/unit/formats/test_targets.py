@@ -476,6 +476,7 @@ def test_padding_makes_layers_fit(large: str, tmp_path: Path) -> None:
     check_fits(skeleton(out), target("tensorrt-llm"))
 
 
+@pytest.mark.slow
 def test_inspect_shows_what_each_target_takes(large: str, tmp_path: Path) -> None:
     path = tmp_path / "inspect.json"
     done = run("inspect", large, "--json", str(path))

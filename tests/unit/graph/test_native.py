@@ -243,6 +243,7 @@ def native_models(draw: st.DrawFn) -> MambaLMHeadModel:
     )
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_any_axes_at_once(data: st.DataObject) -> None:
     """Any dependency groups of any layers, cut to any sizes, in one pass with one proof."""

@@ -62,6 +62,7 @@ def test_every_family_is_cut_as_in_memory(family, tmp_path):
     check_same(ours, theirs, (tmp_path / "apart", tmp_path / "memory"))
 
 
+@pytest.mark.slow
 def test_a_reconstruction_is_that_in_memory(tmp_path, monkeypatch):
     """Of blocks in several places, which are not sampled from: calibration text alone is held out, here, too."""
     monkeypatch.setattr("sspruner.pruning.refit.own_text", lambda *_: None)

@@ -130,6 +130,7 @@ def spoil_json(data: st.DataObject, file: Path, more: list[str], times: int = 1)
         file.write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_value_anywhere_in_a_config(data: st.DataObject, good: Path) -> None:
     kind = data.draw(st.sampled_from(KINDS))

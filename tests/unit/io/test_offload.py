@@ -169,7 +169,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(family, scorer, tmp_path):
 RECONSTRUCT = {"refit": "reconstruct", "reconstruction": Reconstruction(refit_steps=6, refit_windows=8)}
 
 
-@pytest.mark.cover(most=2)
+@pytest.mark.slow
 @pytest.mark.parametrize("scorer", ["ghost", "balanced"])
 def test_a_reconstruction_goes_on_and_ends_as_in_memory(scorer, tmp_path, monkeypatch):
     """Interrupted after every second file. On disk calibration text alone is held out, so that it is here."""
@@ -224,6 +224,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert {file: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_model_that_was_cut_is_saved_before_it_is_cut_again(tmp_path):
     """Its blocks lie in the working folder, which another run would empty."""
     sspruner.save(zoo("mamba2"), tmp_path / "model")

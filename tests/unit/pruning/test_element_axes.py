@@ -248,6 +248,7 @@ def test_dt_proj_is_seen_token_by_token(family: str) -> None:
         torch.testing.assert_close(value, expected[name][:19], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_linear_layer_is_called_twice_in_a_block() -> None:
     """What the replay relies on: a second call would be lost, or would end the run before the others are seen."""
     for family in FAMILIES:
@@ -406,6 +407,7 @@ def test_decay_through_prune() -> None:
     assert sum(int((~k).sum()) for k in decays) == 72
 
 
+@pytest.mark.slow
 def test_a_shared_linear_layer_is_pruned_once_and_after_its_last_call() -> None:
     """By its inputs in all layers that call it; cut only when the last of them has been seen."""
     result, before = pruned("zamba2", "wanda", sparsity=0.5)

@@ -207,6 +207,7 @@ def test_a_projected_state_is_trained_and_stays_a_projection(family):
     masked_equals_sliced(model, found.plan)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 99), axes=st.sampled_from([("state", "head"), ("state", "mlp"), ("head_dim", "attn_head")]))
 @examples(3)
 def test_several_axes_at_once(seed, axes):
@@ -292,7 +293,7 @@ def test_too_little_text_is_refused_with_the_number_needed():
 
 
 @pytest.mark.ci_cover(families=6)
-@pytest.mark.cover(families=3)
+@pytest.mark.cover(families=1)
 @pytest.mark.parametrize(("family", "axis"), CASES)
 def test_gradients_are_those_of_the_models_own_code(family, axis):
     """Constant products, quick scans and rows of their own against plain autograd through whole parameters."""
@@ -381,6 +382,7 @@ def test_the_errors_are_those_of_the_masked_model(family, axis, projected, monke
         assert layer.held_out["text"][1] == pytest.approx(actual[path], rel=1e-3, abs=1e-7), path
 
 
+@pytest.mark.slow
 def test_prune_says_what_it_did(tmp_path):
     """In the report, the table, the card and the page; scores and held-out text are those without a refit."""
     model, ids = tiny_model(groups=2), tokens(24, 12)

@@ -181,6 +181,7 @@ def doubled(model: Any) -> None:
                     layer.weight[1::2] = layer.weight[::2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["output", "bias"])
 def test_neurons_that_others_repeat_cost_nothing_after_an_output_refit(kind):
     model = zoo("bamba", bias=False)

@@ -128,6 +128,7 @@ def test_both_limits_have_to_be_met():
         met(Limits(state_bytes=GRAPH.state_bytes // 2, kl=1e-9))
 
 
+@pytest.mark.slow
 def test_measured_costs_are_those_of_the_cut():
     found, _, _ = met(Limits(kl=0.05))
     for point in found.curve:
@@ -203,6 +204,7 @@ def test_auto_is_never_worse_than_a_scorer_on_calibration_text(family, axis, spa
         assert auto.pruned_perplexity <= own.pruned_perplexity * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_auto_with_a_limit_takes_the_scorer_that_can_cut_most():
     model = copy.deepcopy(MODEL)
     alone = {}
@@ -249,6 +251,7 @@ def test_with_a_limit_of_size_auto_takes_the_scorer_that_costs_least_though_anot
     assert differ > 2
 
 
+@pytest.mark.slow
 def test_the_scorers_that_can_cut_less_are_said():
     scores = sspruner.score(MODEL, ["random", "ghost", "magnitude"], calibration=DATA)
     alone = {}

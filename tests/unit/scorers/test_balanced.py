@@ -236,6 +236,7 @@ def test_scores_from_the_cache_have_their_basis() -> None:
     assert len(projections_of(plans[1].plan.groups)) == 2
 
 
+@pytest.mark.slow
 def test_beside_cuts_of_other_axes_and_other_sizes_by_layer() -> None:
     model = zoo("zamba2")
     axis = {"state": 0.5, "head_dim": 0.5, "mlp": 0.5}

@@ -185,6 +185,7 @@ def output_of(model: torch.nn.Module, path: str, ids: torch.Tensor) -> torch.Ten
     return seen[0].double()
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=3)
 @pytest.mark.parametrize("mode", ["mask", "slice"])
 @pytest.mark.parametrize(

@@ -264,6 +264,7 @@ def test_a_batch_split_changes_nothing(name: str, options: dict, model: torch.nn
         torch.testing.assert_close(apart[group], scores, rtol=tolerance, atol=tolerance * float(scores.max()))
 
 
+@pytest.mark.slow
 @given(models(dtypes=FP32), st.sampled_from([s for s in SCORERS if s[0] == "ghost"]), st.data())
 def test_padding_changes_nothing(model: torch.nn.Module, scorer: tuple, data: st.DataObject) -> None:
     """Rows of different lengths, padded right with any token, score as the same rows given one by one."""
@@ -590,6 +591,7 @@ class HiddenEnergy(sspruner.Scorer):
         return self.total[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["zamba2", "bamba"])
 def test_a_hidden_scorer_through_prune_on_a_hybrid(family: str) -> None:
     model, ids = zoo(family), tokens(3, 19)
@@ -606,6 +608,7 @@ def test_a_hidden_scorer_through_prune_on_a_hybrid(family: str) -> None:
     assert result.report.proof.parameters_removed > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "keep"), [("zamba2", 3), ("bamba", 3)])
 def test_a_block_scorer_through_prune_on_a_hybrid(family: str, keep: int) -> None:
     model, ids = zoo(family), tokens(3, 19)
@@ -620,6 +623,7 @@ def test_a_block_scorer_through_prune_on_a_hybrid(family: str, keep: int) -> Non
     assert result.report.layers == {name: {"before": len(blocks), "after": keep}}
 
 
+@pytest.mark.slow
 def test_two_axes_with_two_scorers_in_one_plan() -> None:
     model, data = zoo("zamba2"), calibrated(tokens(3, 19))
     dense = copy.deepcopy(model)
@@ -714,12 +718,14 @@ SEVERAL_AXES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.cover(families=1)
 @pytest.mark.parametrize("family", SEVERAL_AXES)
 def test_one_axis_is_not_scored_on_the_other_ones_cut_in_its_own_layer(family: str) -> None:
     follows_the_cut_layers(zoo(family), "ghost", SEVERAL_AXES[family], 1e-4)
 
 
+@pytest.mark.slow
 def test_what_weights_have_scored_is_cut_too_before_the_next_layer() -> None:
     """Whichever scorer chose the units: a layer's inputs are made by the cut ones before it."""
     follows_the_cut_layers(zoo("mamba2"), {"state": "ghost", "head": "magnitude"}, {"state": 0.5, "head": 0.5}, 1e-4)

@@ -97,6 +97,7 @@ def test_rrqr_drops_the_copy_and_keeps_the_small_one() -> None:
     assert pivoted(X.T @ X).argsort(descending=True).tolist() == [2, 1, 0]
 
 
+@pytest.mark.slow
 @examples(15)
 @given(zoo_models(STATES), st.integers(1, 19))
 def test_rrqr_on_a_model_is_the_qr_of_its_stacked_b(model: torch.nn.Module, length: int) -> None:
@@ -422,6 +423,7 @@ def test_what_stands_in_the_padding_does_not_count(
     torch.testing.assert_close(together.importance(), apart.importance(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @every_scorer
 def test_a_dead_layer_has_scores_all_the_same(name: str, options: dict, families: tuple[str, ...]) -> None:

@@ -137,6 +137,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path: 
     assert same(model, whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoints"
     with pytest.raises(Stopped):
@@ -165,6 +166,7 @@ def test_time_ends_a_run_with_what_it_has(tmp_path: Path) -> None:
     assert (found.steps, found.finished) == (0, False)
 
 
+@pytest.mark.slow
 def test_a_run_that_time_has_ended_may_be_given_more(tmp_path: Path) -> None:
     teacher = tiny_model(seed=1)
     late, whole = (tiny_model(), tiny_model())
@@ -272,6 +274,7 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
     assert not any(getattr(module, "gradient_checkpointing", False) for module in runs[1].modules())
 
 
+@pytest.mark.slow
 def test_bf16_keeps_weights_in_fp32_and_learns(tmp_path: Path) -> None:
     model, seen = tiny_model(), []
 

@@ -220,6 +220,7 @@ def test_what_cannot_go_is_refused_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_run_and_its_teacher(tmp_path: Path) -> None:
     how = {"axis": "state", "sparsity": 0.5, "every": 2, "begin": 0.1, "end": 0.7, "settings": TEN}
     gradual(tiny_model(), text(tmp_path), tmp_path / "run", teacher=tiny_model(seed=1), **how)
