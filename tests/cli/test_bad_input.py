@@ -482,6 +482,7 @@ HYBRID_PLANS: dict[str, tuple[str, dict[str, Any], Says]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=8)
 @pytest.mark.parametrize("mode", ["slice", "mask"])
 @pytest.mark.parametrize("case", HYBRID_PLANS)

@@ -335,6 +335,7 @@ def test_layers_compete(model: Path, cheap: list[object], tmp_path: Path) -> Non
     same_as_masked(model, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_mask_mode_saves_zeros_at_stock_sizes(model: Path, cheap: list[object], tmp_path: Path) -> None:
     done("prune", model, *cheap, "--mode", "mask", "--keep", 6, "--out", tmp_path / "out")
     stock, info = Mamba2ForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -363,6 +364,7 @@ def test_overwrite_replaces_an_earlier_model(model: Path, cheap: list[object], t
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_dataset_with_a_text_column(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -459,6 +461,7 @@ def test_scorers_lists_where_each_comes_from() -> None:
         assert rows[scorer] == [scorer, axes, needs, scorer.replace("-", "_")]  # the last is its plugin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("charset", ["utf-8", "latin-1", "ascii"])
 def test_any_character_can_be_printed(
     charset: str, model: Path, cheap: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -155,6 +155,7 @@ def test_kernels_with_a_gpu_are_well_but_the_tiny_models_cannot_run_on_them(
     assert "mamba2 causality" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.22.2", "4.57.1", "5.2"])
 def test_a_transformers_that_looks_ahead(
     version: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -184,6 +185,7 @@ def test_the_least_transformers_is_that_of_the_package_and_of_the_self_test() ->
     assert f"transformers >= {least}" in Path(causality.__file__).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_torch_for_the_cpu_beside_a_gpu(only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only("mamba2")
     monkeypatch.setattr(doctor, "_nvidia", lambda: True)
@@ -374,6 +376,7 @@ def test_without_the_dependencies_of_tests() -> None:
     assert ran.stdout == "[]\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "tested"), [("2.6.0", True), ("2.13.1+cu130", True), ("2.5.1", False), ("2.14.0", False)]
 )

@@ -64,6 +64,7 @@ def test_the_files_are_all_there() -> None:
     assert sum(path.stat().st_size for path in FILES.rglob("*") if path.is_file()) < 1.5e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_has_the_same_weights_and_says_the_same(name: str) -> None:
     if name in BY_TRANSFORMERS:

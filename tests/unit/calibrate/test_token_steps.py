@@ -78,6 +78,7 @@ def test_nothing_is_held_after_a_few_other_tensors() -> None:
     assert len(steps._seen) <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba", "zamba"])
 def test_a_scan_makes_no_zeros_for_each_token(family: str) -> None:
     """The zeros that gradients of an index make: linear in the tokens, and without `differentiable` their square."""

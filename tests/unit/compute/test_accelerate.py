@@ -80,6 +80,7 @@ def test_the_same_steps(model: Any, batch: int, data: st.DataObject) -> None:
     same_steps(model, ids, 0.1 if bf16 else max(1e-5, 32 * rounding(model, ids)))
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @each_family
 @pytest.mark.parametrize("kind", ["dense", "projected"])
@@ -137,6 +138,7 @@ def test_bf16_is_no_further_from_fp64_than_stock() -> None:
     assert sum(far["accelerated"]) <= 1.1 * sum(far["stock"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "falcon_h1"])
 def test_padded_prompts_generate_the_same_text(family: str) -> None:
     model, ids = zoo(family), tokens(3, 9).clamp_min(1)

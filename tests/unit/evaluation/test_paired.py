@@ -41,6 +41,7 @@ def test_an_interval_shrinks_with_more_of_the_same(values: torch.Tensor) -> None
         assert many <= one / 2 + 1e-12
 
 
+@pytest.mark.slow
 def test_it_covers_the_truth_as_often_as_it_says() -> None:
     draws = torch.randn(200, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     hit = [interval.low <= 0 <= interval.high for interval in map(paired.mean, draws)]

@@ -150,6 +150,7 @@ def test_a_damaged_generation_config_of_a_native_folder_is_refused(tmp_path: Pat
         sspruner.load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", WRITERS)
 def test_the_tokenizer_goes_along(to: str, tmp_path: Path, reference: tuple) -> None:
     """With a chat template and special tokens of its own."""

@@ -322,6 +322,7 @@ def test_zeros_and_blocks_change_no_size() -> None:
         sspruner.prune(bad, "random", axis="block", target="mamba-ssm", calibration=ids)
 
 
+@pytest.mark.slow
 def test_what_was_pruned_for_a_target_is_exported_for_it(tmp_path: Path) -> None:
     for name in names()[:3]:
         model = tiny_model(state=12, heads_per_group=2)

@@ -171,6 +171,7 @@ def test_sizes_of_the_vocabulary_that_differ(change: Callable[[Any], None]) -> N
         assert sspruner.prune(model, "ghost", sparsity=0.5, calibration=DATA).report.proof
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize("family", ["mamba", "zamba", "mamba2", "zamba2"])
 def test_fp64(family: str) -> None:

@@ -214,6 +214,7 @@ def equal_as_sets(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one.sum(0), other.sum(0), rtol=1e-3, atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [4096, 19])
@@ -334,6 +335,7 @@ def check_zeros(result: sspruner.Result, before: dict[str, torch.Tensor]) -> dic
     return keep
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("one_shot", [False, True])
 @pytest.mark.parametrize("scorer", ["magnitude", "random", "wanda"])
@@ -365,6 +367,7 @@ def test_two_of_every_four(scorer: str) -> None:
         check_zeros(result, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scorer", ["magnitude", "gradmag", "wanda"])
 def test_all_tensors_together(scorer: str) -> None:
     result, before = pruned("mamba", scorer, sparsity=0.6, granularity="global")

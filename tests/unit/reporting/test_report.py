@@ -540,6 +540,7 @@ def test_what_compare_bench_and_evaluate_write_is_shown(tmp_path: Path) -> None:
         assert any(same(cell, list(interval)) for cell in page.cells if numbers(cell)), (interval, text)
 
 
+@pytest.mark.slow
 def test_the_earlier_pictures_come_back_if_new_ones_cannot_take_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sspruner.save(result.model, tmp_path_factory.mktemp("saved") / "model", result=result)
 
 
+@pytest.mark.slow
 def test_inspect_draws_sizes_and_scores(saved: Path, tmp_path: Path) -> None:
     plain, plotted = (done("inspect", saved, *more).stdout for more in ((), ("--plot",)))
     assert plotted.startswith(plain)

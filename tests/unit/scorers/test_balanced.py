@@ -127,6 +127,7 @@ def rotated(model: Any, seed: int) -> Any:
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=4)
 @pytest.mark.parametrize("options", WEIGHTS, ids=str)
 @pytest.mark.parametrize("family", PROJECTED)

@@ -172,6 +172,7 @@ def on_axis(axis: str) -> st.SearchStrategy:
 EVERY_AXIS = st.sampled_from(list(GHOST_AXES)).flatmap(on_axis)
 
 
+@pytest.mark.slow
 @examples(15)
 @given(EVERY_AXIS, st.integers(1, 19))
 def test_ghost_is_exact_on_every_axis(drawn: tuple[torch.nn.Module, str], length: int) -> None:
@@ -339,6 +340,7 @@ FAMILIES_AND_AXES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize(("family", "axis"), FAMILIES_AND_AXES)
 def test_magnitude_is_the_norm_of_the_removed_weights(family: str, axis: str) -> None:
@@ -532,6 +534,7 @@ def test_gradients_of_one_tensor_row_by_row() -> None:
         torch.testing.assert_close(view.gradients[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["mamba2", "zamba2", "mamba"])
 def test_a_gradient_scorer_leaves_the_model_as_it_was(family: str, dtype: torch.dtype) -> None:

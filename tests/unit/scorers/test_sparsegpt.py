@@ -292,6 +292,7 @@ def pruned(scorer: str, **asked: Any) -> tuple[torch.nn.Module, sspruner.Result]
     return model, sspruner.prune(model, scorer, **asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_shot", [False, True])
 @pytest.mark.parametrize("budget", [{"sparsity": 0.5}, {"sparsity": 0.5, "granularity": "row"}, {"pattern": "2:4"}])
 def test_a_pruned_model_is_zero_where_the_plan_says(budget: dict[str, Any], one_shot: bool) -> None:

@@ -374,6 +374,7 @@ def each(units: int, *offsets: int, rows: int = 1) -> tuple[tuple[int, ...], ...
     return tuple(tuple(o + u * rows + r for o in offsets or (0,) for r in range(rows)) for u in range(units))
 
 
+@pytest.mark.slow
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_groups_are_right(family: str) -> None:

@@ -124,6 +124,7 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input(rows: int, cols: int, s
             assert float(score[i, j]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILY)
 def test_wanda_on_single_weights_of_a_model(family: str) -> None:
     model, (ids, mask) = zoo(family), padded()

@@ -501,6 +501,7 @@ def cheap(tmp_path: Path) -> list[object]:
 REMARK = "(from the cache: nothing has changed since; --no-cache scores again)"
 
 
+@pytest.mark.slow
 def test_the_command_line_says_so(cheap: list[object], tmp_path: Path, own_cache: Path) -> None:
     outs = [tmp_path / f"{i}.safetensors" for i in range(5)]
     assert REMARK not in done("score", *cheap, "--out", outs[0]).stdout

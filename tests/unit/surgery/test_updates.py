@@ -111,6 +111,7 @@ def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObj
         check_round_trip(model, Path(folder) / "model")
 
 
+@pytest.mark.slow
 def test_a_mixer_that_is_cut_and_dropped_by_one_plan_is_loaded_as_it_was(tmp_path: Path) -> None:
     """Falcon-H1 keeps a buffer in its place, which the loader cuts last."""
     model = zoo("falcon_h1")

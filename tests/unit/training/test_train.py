@@ -120,6 +120,7 @@ def test_rates_rise_and_fall_to_a_tenth(steps: int, warm_up: float, rate: float)
     assert found[-1] == pytest.approx(rate / 10) or top == len(found) - 1
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path: Path) -> None:
     calls = []
 

@@ -108,6 +108,7 @@ def test_every_unit_is_dealt(sets: int, heads: int, workers: int, keep: float, s
     assert deal.draw("round 0", workers) == deal.draw("round 0", workers)
 
 
+@pytest.mark.slow
 def test_hands_are_random() -> None:
     """Over many rounds every worker has every unit about as often, and any two units together about as often."""
     deal = Deal(tiny_model(layers=1, heads_per_group=5), ["head"], 0.6, 0, 1)  # 5 heads, 3 of them for each of 2
