@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .venv-oracle
 
-# Packages are compiled as they are imported: a few of many. Where nothing may be written, every process would do it again.
+# Packages are compiled as they are imported: a few of many. Most of them once, after they were installed, and not by
+# every process of the tests; where nothing may be written, each would do it again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-all compat mutants lint bench wheel clean oracle-env oracle-test
@@ -57,6 +58,7 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sspruner needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -c 'import datasets, hypothesis, matplotlib.pyplot, torch_pruning, sspruner.testing.models'
 	@touch $@
 
 $(ORACLE)/installed: tests/support/oracle_env/requirements.txt constraints.txt
