@@ -22,7 +22,7 @@ import torch
 from sspruner.graph.family import Projected
 
 CHUNK = 64
-WEIGHTED = 32  # chunk length where weights differ by channel: Q^2 P for each token
+WEIGHTED = 16  # chunk length where weights differ by channel: Q P numbers, Q^2 P products for each token and head
 EXPLICIT = 4  # steps whose states are in memory at once where a sum needs the states themselves
 
 

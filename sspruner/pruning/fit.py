@@ -17,7 +17,7 @@ from sspruner.compute.processes import from_one, total
 from sspruner.pruning.student import Call, Student
 
 RATE = 1e-2  # learning rate of Adam for the rows of a selected state; 5e-3 to 2e-2 end alike
-WIDE_RATE = 2e-3  # where most of a module is trained, as on heads: 1e-2 is worse on its text, far worse on others
+WIDE_RATE = 5e-4  # where most of a module is trained, as on heads: 2e-3 is better on its own text, worse on others
 PROJECTED_RATE = 1e-3  # where the state was projected: it starts nearer to the dense module, and 1e-2 only harms
 WARM_UP = 1 / 20  # share of the steps
 TINY = 1e-30  # energy of a module that puts out nothing
