@@ -34,16 +34,15 @@ def tool_speed(s: Any) -> Made:
         subject = Subject("mamba2-books-4m", s.data, dtype)
         took = in_turns(prune_jobs(subject, subject.text("books-val.txt", s.samples)), s.repeats, warm_up=False)
         rows += [row(f"GHOST prune / forward, {unit}", dtype, took, unit, "at most 3") for unit in ("stock", "quick")]
+        rows += [row("reconstruction / forward, quick", dtype, took | {"whole": took["reconstruct"]}, "quick", "at most 8")]
     subject = Subject("mamba2-books-4m", s.data)
     data = subject.text("books-val.txt", max(1, s.samples // 4), held_out=max(1, s.samples // 8))  # as compare takes
     took = in_turns(compare_jobs(subject, data), s.repeats, warm_up=False)
     for label, unit in (("its evaluations, each alone", "alone"), ("the same, dense once", "together")):
         rows.append(row(f"compare, 5 scorers x 4 cuts / {label}", "float32", took, unit, "at most 1.3"))
     head = ["what", "weights", "whole, s", "unit, s", "ratio (least to most)", "target"]
-    note = (
-        f"seed 0; {s.repeats} interleaved repeats; windows: {s.samples} (prune), {len(data.tokens)} (compare) observed"
-    )
-    return [table("The tool against the model: medians", head, rows)], note
+    note = f"windows: {s.samples} (prune, reconstruction), {len(data.tokens)} (compare) observed"
+    return [table("The tool against the model: medians", head, rows)], f"seed 0; {s.repeats} repeats in turn; {note}"
 
 
 def row(label: str, dtype: str, took: dict[str, list[float]], unit: str, target: str) -> list[str]:
@@ -53,8 +52,9 @@ def row(label: str, dtype: str, took: dict[str, list[float]], unit: str, target:
 
 
 def prune_jobs(subject: Subject, data: Any) -> dict[str, Callable[[], Any]]:
-    """Return a forward over the calibration, stock and quick, and prune."""
+    """Return a forward over the calibration, stock and quick, prune, and the reconstruction of a tenth of the state."""
     dense, tokenizer = subject.model, subject.tokenizer
+    plan = subject.plan(data, scorer="ghost", axis="state", keep=13)
 
     def forwards(how: AbstractContextManager[None]) -> None:
         with how:
@@ -65,6 +65,7 @@ def prune_jobs(subject: Subject, data: Any) -> dict[str, Callable[[], Any]]:
         "stock": lambda: forwards(nullcontext()),
         "quick": lambda: forwards(quick_on_cpu(dense, torch.device("cpu"))),
         "whole": lambda: sspruner.prune(copy.deepcopy(dense), "ghost", calibration=data, tokenizer=tokenizer),
+        "reconstruct": lambda: sspruner.refit(dense, plan, "reconstruct", calibration=data),
     }
 
 

@@ -57,6 +57,8 @@ class Replay:
         self.tokens: list[torch.Tensor] = []  # int64 (b, T)
         self.masks: list[torch.Tensor] = []  # bool (b, T)
         self.returns: dict[str, tuple[int, int]] = {}  # see _what_blocks_return
+        self.ran: Flow | None = None  # output of the block, if an observer of this batch had it run to its end
+        self.ahead: set[int] = set()  # batches whose hidden states are inputs of the next block already
         for tokens, mask in batches:
             self._start(tokens, mask)
 
@@ -71,7 +73,7 @@ class Replay:
     def over(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Replay:
         """Return a replay of other batches through the same blocks, before the first block."""
         other = copy.copy(self)
-        other.hidden, other.inputs, other.tokens, other.masks = [], [], [], []
+        other.hidden, other.inputs, other.tokens, other.masks, other.ahead = [], [], [], [], set()
         for tokens, mask in batches:
             other._start(tokens, mask)
         return other
@@ -79,7 +81,7 @@ class Replay:
     def beside(self) -> Replay:
         """Return a copy of this replay at its current block, to run the same blocks in another form."""
         other = copy.copy(self)
-        other.hidden = [*self.hidden]
+        other.hidden, other.ahead = [*self.hidden], set()
         return other
 
     @torch.no_grad()
@@ -159,16 +161,22 @@ class Replay:
         return {path: seen.get(path, (1, 0)) for path in self.blocks}
 
     @torch.no_grad()
-    def observe(self, block: str, paths: list[str], observer: Observer) -> None:
+    def observe(self, block: str, paths: list[str], observer: Observer, *, advance: bool = False) -> None:
         """Call `observer` with the input of every module in `paths`, all inside `block`, batch by batch.
 
         The forward pass stops after the last of them was called. If the observer asks for the inputs of the linear
-        layers inside a module, they are captured in another run of the block.
+        layers inside a module, they are captured in another run of the block; with `advance`, where the block will not
+        be cut, the output of that run is the input of the next block.
         """
         with self.on_device(block):
             for batch, mask in enumerate(self.masks):
+                self.ran = None
                 for path, hidden in self._module_inputs(block, paths, batch):
                     observer(path, hidden, mask.to(hidden.device), partial(self._linear_inputs, block, path, batch))
+                if advance and self.ran is not None:
+                    self._flow_on(block, batch, self.ran)
+                    self.ahead.add(batch)
+        self.ran = None
 
     def _module_inputs(self, block: str, paths: list[str], batch: int) -> list[tuple[str, torch.Tensor]]:
         """Return (path, input) in the order of the calls.
@@ -214,7 +222,7 @@ class Replay:
         """Return the input of every linear layer inside the module at `path`, by its path relative to the module."""
         outer = self.model.get_submodule(path)
         linear = {name: m for name, m in outer.named_modules() if isinstance(m, nn.Linear)}
-        seen, _ = self.given(block, batch, {module.weight: name for name, module in linear.items()})
+        seen, self.ran = self.given(block, batch, {module.weight: name for name, module in linear.items()})
         missing = [name for name in linear if "." not in name and name not in seen]
         if missing:  # never score an unseen layer as zero, a known fault of published code
             raise ModelError(
@@ -274,17 +282,23 @@ class Replay:
         """Run `block` in its current form and make its outputs the inputs of the next block."""
         with self.on_device(block):
             for batch, hidden in enumerate(self.hidden):
-                out = self.run(block, batch, hidden)
-                if not all(h[self.masks[batch].to(h.device)].isfinite().all() for h in out):
-                    self.check_finite(block)
-                self.hidden[batch] = tuple(h.cpu() for h in out)
+                if batch not in self.ahead:
+                    self._flow_on(block, batch, self.run(block, batch, hidden))
+        self.ahead.clear()
+
+    def _flow_on(self, block: str, batch: int, out: Flow) -> None:
+        """Make a block's output on one batch the input of the next block."""
+        if not all(h[self.masks[batch].to(h.device)].isfinite().all() for h in out):
+            self.check_finite(block)
+        self.hidden[batch] = tuple(h.cpu() for h in out)
 
     @torch.no_grad()
     def check_finite(self, block: str) -> None:
         """Raise ModelError that names the first module in a block whose output is not finite, if there is one."""
         with self.on_device(block) as module:
             for batch, hidden in enumerate(self.hidden):
-                refuse_not_finite(module, partial(self.run, block, batch, hidden), block)
+                if batch not in self.ahead:
+                    refuse_not_finite(module, partial(self.run, block, batch, hidden), block)
 
     def run(self, block: str, batch: int, flowing: Flow, *, wide: bool = False) -> Flow:
         """Run a block, which is on the device, on the inputs `flowing` with the batch's other arguments.

@@ -5,7 +5,7 @@ Training a few rows of a wide layer (those of B and C in in_proj) then costs the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,26 @@ from torch.overrides import TorchFunctionMode
 from sspruner.compute.products import MATMUL
 
 SPLIT = (torch.split, torch.Tensor.split)
+
+
+class Once:
+    """Store of what is the same at every step of training, for each window.
+
+    window: number of the window that runs now; None to store nothing.
+    """
+
+    def __init__(self) -> None:
+        self.window: int | None = None
+        self._store: dict[tuple[str, int], torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what `compute` returns: computed the first time for this name and window, then from the store."""
+        if self.window is None:
+            return compute()
+        if (name, self.window) not in self._store:
+            self._store[name, self.window] = compute()
+        return self._store[name, self.window]
 
 
 @dataclass
@@ -35,14 +55,13 @@ class Product:
 class ConstantProducts(TorchFunctionMode):
     """Torch function mode that takes the constant part of linear layers from a store, and computes trained rows.
 
-    products: name of a weight -> its layer.
+    products: name of a weight -> its layer. once: the store.
     """
 
-    def __init__(self, products: Mapping[str, Product]) -> None:
+    def __init__(self, products: Mapping[str, Product], once: Once) -> None:
         super().__init__()
         self._products = {id(product.weight): (name, product) for name, product in products.items()}
-        self._store: dict[tuple[str, int], torch.Tensor] = {}
-        self._window: int | None = None
+        self._once = once
         self._values: Mapping[str, torch.Tensor] = {}
         self._learning = False
         self._partly: list[tuple[torch.Tensor, torch.Tensor]] = []  # outputs of this pass, their trained rows
@@ -53,7 +72,7 @@ class ConstantProducts(TorchFunctionMode):
 
         window: None to store nothing.
         """
-        self._window, self._values = window, values
+        self._once.window, self._values = window, values
         with self:
             yield
         self._partly.clear()
@@ -82,7 +101,7 @@ class ConstantProducts(TorchFunctionMode):
             product.constant = product.calls == 1 and not x.requires_grad
         if not product.constant:
             return F.linear(x, self._whole(name, product), bias)
-        rows, out = product.rows, self._constant(name, product.weight, x)
+        rows, out = product.rows, self._once(name, lambda: F.linear(x, product.weight))  # (..., out)
         if rows is not None:
             out = out.index_copy(-1, rows, F.linear(x, self._values[name]))
         out = out if bias is None else out + bias
@@ -106,12 +125,3 @@ class ConstantProducts(TorchFunctionMode):
             found.append(piece if bool(((rows >= start) & (rows < until)).any()) else piece.detach())
             start = until
         return tuple(found)
-
-    @torch.no_grad()
-    def _constant(self, name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return the product with a whole weight, from the store if it was computed for this window: (..., out)."""
-        if self._window is None:
-            return F.linear(x, weight)
-        if (name, self._window) not in self._store:
-            self._store[name, self._window] = F.linear(x, weight)
-        return self._store[name, self._window]

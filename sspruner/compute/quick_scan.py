@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from sspruner.compute.constant import Once
 
 QUADRATIC = 128  # longest piece, in steps, that runs in the quadratic form: Q^2 numbers for each head
 
@@ -24,11 +26,12 @@ QUADRATIC = 128  # longest piece, in steps, that runs in the quadratic form: Q^2
 class Wanted:
     """What is trained of a mixer: names of rows, as in its layout, and channels of its convolution.
 
-    channels: int64 (channels,).
+    channels: int64 (channels,). once: store of what depends on nothing that is trained.
     """
 
     rows: frozenset[str]
     channels: torch.Tensor
+    once: Once = field(default_factory=Once)
 
     @property
     def of_state(self) -> bool:
@@ -63,13 +66,12 @@ def causal_conv(
 ) -> Any:
     """Compute what transformers' `causal_conv1d_fn` does, with gradients of the trained channels alone.
 
-    x: (b, C, T).
+    x: (b, C, T). The other channels are computed once for each window.
     """
     if not wanted.of_state:
         return stock(x, weight, bias, **kwargs)
     some = wanted.channels.to(x.device)
-    with torch.no_grad():
-        out = stock(x, weight, bias, **kwargs)
+    out = wanted.once("causal_conv", lambda: stock(x, weight, bias, **kwargs))  # (b, C, T)
     if not len(some):
         return out
     return out.index_copy(1, some, stock(x[:, some], weight[some], None if bias is None else bias[some], **kwargs))

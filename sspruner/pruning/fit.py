@@ -21,7 +21,7 @@ WIDE_RATE = 5e-4  # where most of a module is trained, as on heads: 2e-3 is bett
 PROJECTED_RATE = 1e-3  # where the state was projected: it starts nearer to the dense module, and 1e-2 only harms
 WARM_UP = 1 / 20  # share of the steps
 TINY = 1e-30  # energy of a module that puts out nothing
-CHECKS = 8  # how often the held-out error is measured
+CHECKS = 4  # how often the held-out error is measured
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,14 @@ def fit(student: Student, lesson: Lesson, steps: int, seed: int, late: Callable[
             break
         done = step + 1
         last = done == steps
-        if done % max(1, steps // CHECKS) and not last:
+        over = not last and from_one(late)
+        if done % max(1, steps // CHECKS) and not (last or over):
             continue
         errors = _errors(student, lesson, energy, leaves)
         if _mean(errors) < _mean(best) and all(error <= start[kind] for kind, error in errors.items()):
             best, kept = errors, done
             values = {name: leaf.detach().clone() for name, leaf in student.rounded(leaves).items()}
-        if not last and from_one(late):
+        if over:
             stopped = "the time is over"
             break
     return Fitted(values, {kind: (start[kind], best[kind]) for kind in start}, kept, done, stopped)

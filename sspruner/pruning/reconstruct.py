@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,7 +27,7 @@ from sspruner.compute.device import moved, resident
 from sspruner.compute.precision import in_fp32
 from sspruner.compute.processes import rank, world
 from sspruner.compute.quick import quick_on_cpu
-from sspruner.compute.quick_scan import quick_scans
+from sspruner.compute.quick_scan import Wanted, quick_scans
 from sspruner.errors import InputError
 from sspruner.files.journal import Journal
 from sspruner.graph.site import Site, within
@@ -145,13 +145,13 @@ def reconstruct(
     own: tokens (S, T) sampled from the model, None to hold out calibration text alone.
     """
     check_axes(plan.axes)
-    tokens, mask, held_out = _windows(data, own, settings)
-    numbers = range(rank(), len(tokens), world())
+    windows, held_out = _windows(data, own, settings)
+    numbers = range(rank(), len(windows), world())
     deadline = None if settings.refit_minutes is None else time.monotonic() + 60 * settings.refit_minutes
     modules = _cut_modules(plan, graph)
-    with quick_on_cpu(model, place.device):
-        cut = Replay(model, graph, [(tokens[n : n + 1], mask[n : n + 1]) for n in numbers], place.device)
-        job = _Job(model, graph, cut, numbers, len(tokens), held_out, settings.refit_steps, data.seed, deadline)
+    with quick_on_cpu(model, place.device), _quick_streams(model, graph, place.device):
+        cut = Replay(model, graph, [windows[n] for n in numbers], place.device)
+        job = _Job(model, graph, cut, numbers, len(windows), held_out, settings.refit_steps, data.seed, deadline)
         done, plan, layers = resumed(place.journal, plan, cut)
         for number, block in enumerate(cut.blocks[done:], done):
             before = plan
@@ -172,23 +172,34 @@ def reconstruct(
     return plan, layers
 
 
+@contextmanager
+def _quick_streams(model: nn.Module, graph: SSMGraph, device: torch.device) -> Iterator[None]:
+    """Context manager in which the mixers of a model on a CPU use the scans of short windows, where nothing is trained,
+    too.
+    """
+    with ExitStack() as stack:
+        mixers = {type(mixer): mixer for site in graph.layers if (mixer := model.get_submodule(site.path))}
+        for mixer in mixers.values() if device.type == "cpu" else ():
+            stack.enter_context(quick_scans(mixer, Wanted(frozenset({"x"}), torch.empty(0))))
+        yield
+
+
 def _windows(
     data: Calibration, own: torch.Tensor | None, settings: Reconstruction
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, list[int]]]:
-    """Return tokens and mask, (S, T), of all windows, and the numbers of those that are held out.
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[str, list[int]]]:
+    """Return tokens and mask, (1, T) each, of all windows, and the numbers of those that are held out.
 
     One of HELD_OUT windows is held out; with text of the model's own, only half as many, beside as many of its own.
     """
     count = min(settings.refit_windows, len(data.tokens))
     every = HELD_OUT if own is None else 2 * HELD_OUT
     held_out = {TEXT: list(range(every - 1, count, every)) or [count - 1]}
-    if own is None:
-        return data.tokens[:count], data.mask[:count], held_out
-    tokens = torch.zeros(len(own), data.tokens.shape[1], dtype=torch.long)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    tokens[:, : own.shape[1]], mask[:, : own.shape[1]] = own, True
-    held_out[OWN] = list(range(count, count + len(own)))
-    return torch.cat([data.tokens[:count], tokens]), torch.cat([data.mask[:count], mask]), held_out
+    texts = (part[:count, None].clone() for part in (data.tokens, data.mask))  # they may be of inference mode
+    windows = [*zip(*texts, strict=True)]
+    if own is not None:
+        held_out[OWN] = list(range(count, count + len(own)))
+        windows += [(tokens, torch.ones_like(tokens, dtype=torch.bool)) for tokens in own[:, None]]
+    return windows, held_out
 
 
 def _cut_modules(plan: Plan, graph: SSMGraph) -> dict[str, _Module]:
@@ -269,8 +280,9 @@ def _student(job: _Job, plan: Plan, block: str, module: _Module, trained: Traine
         if projection is not None:
             install(model, path, sliced(held, projection))
         try:
-            with job.cut.on_device(block), in_fp32(inner), frozen(inner), quick_scans(inner, trained.wanted):
-                yield Student(inner, trained, held, dtype, next(iter(module.calls.values())))
+            wanted, example = trained.wanted, next(iter(module.calls.values()))
+            with job.cut.on_device(block), in_fp32(inner), frozen(inner), quick_scans(inner, wanted):
+                yield Student(inner, trained, held, dtype, example, wanted.once)
         finally:
             if projection is not None:
                 install(model, path, held)

@@ -47,6 +47,7 @@ from sspruner.surgery.predict import dropped_modules
 from sspruner.surgery.tensors import lacks, tensor
 
 LEFT_OUT = 4  # every fourth sequence is held out to choose the ridge
+OWN_LENGTH = 128  # tokens in a window of the model's own text, which are sampled one by one
 TINY = 1e-30  # energy of a block that adds nothing
 
 
@@ -159,7 +160,7 @@ def _own_text(
     """Return text of the model's own, to hold out beside the calibration text; None if that is its own, too."""
     if calibration.source == "self":
         return None
-    count, seq_len = own_windows(calibration, settings), calibration.tokens.shape[1]
+    count, seq_len = own_windows(calibration, settings), min(calibration.tokens.shape[1], OWN_LENGTH)
     return own_text(model, count, seq_len, calibration.seed, device)
 
 

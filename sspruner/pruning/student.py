@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from sspruner.calibrate.gradients import requires_grad
 from sspruner.calibrate.replay import evaluating
-from sspruner.compute.constant import ConstantProducts, Product
+from sspruner.compute.constant import ConstantProducts, Once, Product
 from sspruner.compute.device import moved
 from sspruner.graph.layout import DECODE, ENCODE
 from sspruner.plans.reduction import Basis, Projection
@@ -39,12 +39,18 @@ class Student:
     """
 
     def __init__(
-        self, module: nn.Module, trained: Trained, held: Basis | None, dtype: torch.dtype, example: Call
+        self,
+        module: nn.Module,
+        trained: Trained,
+        held: Basis | None,
+        dtype: torch.dtype,
+        example: Call,
+        once: Once,
     ) -> None:
         """Make a student of a module that is in fp32.
 
         held: basis that its state had before. dtype: of the model's weights. example: a call, to find out what is
-        constant.
+        constant. once: store of it.
         """
         self.module, self.trained, self.held, self.dtype = module, trained, held, dtype
         self.device = next(module.parameters()).device
@@ -68,7 +74,8 @@ class Student:
                 f"{name}.weight": Product(m.weight, self.rows.get(f"{name}.weight"))
                 for name, m in linear.items()
                 if f"{name}.weight" not in self.masks
-            }
+            },
+            once,
         )
         leaves = {name: value.clone().requires_grad_() for name, value in self.values.items()}
         with torch.enable_grad(), self._products.learning():

@@ -118,7 +118,7 @@ class _Walk:
     """
 
     def __init__(self, run: Run, data: Calibration | None, sequential: bool) -> None:
-        self.run, self.graph = run, run.graph
+        self.run, self.graph, self.sequential = run, run.graph, sequential
         self.data = part_of_this_process(data) if data is not None and run.needs_data else None
         self.jobs = {job.label: job for job in run.jobs}
         self.importance: dict[str, dict[str, torch.Tensor]] = {label: {} for label in self.jobs}
@@ -216,7 +216,8 @@ class _Walk:
                 self._show(group, seen)
 
         if watching:
-            self.replay.observe(block, list(watching), show)
+            # Unless it will be cut, or its input is needed below, a block that ran for an observer has run.
+            self.replay.observe(block, list(watching), show, advance=not (self.sequential or whole))
         for hidden, output, counted in self.replay.outputs(block) if whole else ():
             for group in whole:
                 self._show(group, Observation(self.run.model, block, counted, hidden=hidden, output=output))

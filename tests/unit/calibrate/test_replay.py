@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -83,6 +85,20 @@ def test_replay_is_the_models_own_forward_in_every_family(model: nn.Module, data
     """Each block is given its own masks, positions and embeddings: those that the model gives it."""
     plan = data.draw(plans(sspruner.trace(model), IN_LAYERS))
     check_replay(model, data.draw(masks(4, 11)), plan)
+
+
+@given(zoo_models(), st.data())
+def test_a_block_that_ran_for_an_observer_has_run(model: nn.Module, data: st.DataObject) -> None:
+    """Where nothing is cut: some observers ask for the inputs of linear layers, in some batches, others do not."""
+    mask, ids, graph = data.draw(masks(4, 11)), tokens(4, 11), sspruner.trace(model)
+    replay = Replay(model, graph, [(ids[:3], mask[:3]), (ids[3:], mask[3:])], "cpu")
+    asks = st.booleans()
+    for block in replay.blocks:
+        paths = [site.path for site in graph.layers if within(site.path, block)]
+        replay.observe(block, paths, lambda path, hidden, mask, inputs: data.draw(asks) and inputs(), advance=True)
+        replay.advance(block)
+    for rows, (hidden,) in zip((slice(0, 3), slice(3, 4)), replay.hidden, strict=True):
+        assert torch.equal(hidden, final_hidden(model, ids[rows], mask[rows]))
 
 
 def _name(variant: tuple[str, dict]) -> str:
@@ -177,18 +193,41 @@ def test_a_module_of_a_block_that_never_runs() -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+@contextmanager
+def counted(model: nn.Module) -> Iterator[list[int]]:
+    """The numbers of the blocks whose out_proj is given 6 sequences of 12 tokens, in order."""
+    ran: list[int] = []
+    handles = [
+        block.mixer.out_proj.register_forward_pre_hook(
+            lambda _, args, i=i: ran.append(i) if args[0].shape[:2] == (6, 12) else None
+        )
+        for i, block in enumerate(model.backbone.layers)
+    ]
+    yield ran
+    for handle in handles:
+        handle.remove()
+
+
 def test_each_block_runs_once_to_be_observed_and_once_after_its_cut() -> None:
     """The mixer's scan runs only in the second; the last block has no successor to feed. Before that, two tokens of
     one sequence go through the model to see what its blocks return.
     """
-    model, ran = tiny_model(layers=3), []
-    for i, block in enumerate(model.backbone.layers):
-        block.mixer.out_proj.register_forward_pre_hook(
-            lambda _, args, i=i: ran.append(i) if args[0].shape[:2] == (6, 12) else None
-        )
+    model = tiny_model(layers=3)
     data = sspruner.calibration(tokens(8, 12), model, samples=6, held_out=2)
-    sspruner.score(model, "ghost", calibration=data)
+    with counted(model) as ran:
+        sspruner.score(model, "ghost", calibration=data)
     assert ran == [0, 1]
+
+
+def test_a_run_for_the_inputs_of_linear_layers_feeds_the_next_block_unless_the_block_is_cut() -> None:
+    model = tiny_model(layers=3)
+    data = sspruner.calibration(tokens(8, 12), model, samples=6, held_out=2)
+    with counted(model) as ran:
+        sspruner.score(model, "wanda", calibration=data)
+    assert ran == [0, 1, 2]
+    with counted(model) as ran:
+        sspruner.prune(model, "wanda", sparsity=0.5, calibration=data, mode="mask")
+    assert ran[:5] == [0, 0, 1, 1, 2]  # then it is measured
 
 
 def test_blocks_are_found_in_order() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sspruner.compute.constant import ConstantProducts, Product
+from sspruner.compute.constant import ConstantProducts, Once, Product
 
 ROWS = torch.tensor([1, 3])
 
@@ -47,7 +47,7 @@ def learned(mixer: Mixer, mode: ConstantProducts, u: torch.Tensor, values: dict[
 def test_it_is_the_module_with_other_rows():
     mixer, own = Mixer(), torch.tensor([0])
     values = {"wide": normal(1, 2, 3).requires_grad_(), "own": normal(2, 1, 2).requires_grad_()}
-    mode = ConstantProducts(products(mixer, own))
+    mode = ConstantProducts(products(mixer, own), Once())
     learned(mixer, mode, normal(0, 1, 5, 3), values)
     other = Mixer()
     other.load_state_dict(mixer.state_dict())
@@ -73,7 +73,7 @@ def test_only_what_does_not_depend_on_trained_rows_is_stored():
     mixer, own = Mixer(), torch.tensor([0])
     values = {"wide": normal(1, 2, 3).requires_grad_(), "own": normal(2, 1, 2).requires_grad_()}
     found = products(mixer, own)
-    mode = ConstantProducts(found)
+    mode = ConstantProducts(found, Once())
     learned(mixer, mode, normal(0, 1, 5, 3), values)
     assert {name: product.constant for name, product in found.items()} == {"wide": True, "twice": False, "own": False}
 
@@ -82,7 +82,7 @@ def test_a_layer_that_is_called_twice_is_not_stored():
     """Its two inputs would be taken for one."""
     mixer = Mixer()
     found: dict[str, Any] = {"twice": Product(mixer.twice.weight)}
-    mode = ConstantProducts(found)
+    mode = ConstantProducts(found, Once())
     learned(mixer, mode, normal(0, 1, 5, 3), {})
     assert not found["twice"].constant
 
@@ -91,7 +91,7 @@ def test_pieces_without_a_trained_row_want_no_gradient():
     layer, mode_products = nn.Linear(3, 6, bias=False).requires_grad_(False), {}
     mode_products["wide"] = Product(layer.weight, ROWS, constant=True)
     values = {"wide": normal(1, 2, 3).requires_grad_()}
-    with ConstantProducts(mode_products).at(0, values):
+    with ConstantProducts(mode_products, Once()).at(0, values):
         pieces = layer(normal(0, 1, 5, 3)).split([1, 2, 3], dim=-1)
         assert [piece.requires_grad for piece in pieces] == [False, True, True]
         assert F.linear(normal(0, 1, 2), normal(2, 3, 2)).shape == (1, 3)  # of others, nothing is known
