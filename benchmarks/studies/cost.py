@@ -34,15 +34,16 @@ def tool_speed(s: Any) -> Made:
         subject = Subject("mamba2-books-4m", s.data, dtype)
         took = in_turns(prune_jobs(subject, subject.text("books-val.txt", s.samples)), s.repeats, warm_up=False)
         rows += [row(f"GHOST prune / forward, {unit}", dtype, took, unit, "at most 3") for unit in ("stock", "quick")]
-        rows += [row("reconstruction / forward, quick", dtype, took | {"whole": took["reconstruct"]}, "quick", "at most 8")]
+        trained = took | {"whole": took["reconstruct"]}
+        rows += [row("reconstruction / forward, quick", dtype, trained, "quick", "at most 8")]
     subject = Subject("mamba2-books-4m", s.data)
     data = subject.text("books-val.txt", max(1, s.samples // 4), held_out=max(1, s.samples // 8))  # as compare takes
     took = in_turns(compare_jobs(subject, data), s.repeats, warm_up=False)
     for label, unit in (("its evaluations, each alone", "alone"), ("the same, dense once", "together")):
         rows.append(row(f"compare, 5 scorers x 4 cuts / {label}", "float32", took, unit, "at most 1.3"))
     head = ["what", "weights", "whole, s", "unit, s", "ratio (least to most)", "target"]
-    note = f"windows: {s.samples} (prune, reconstruction), {len(data.tokens)} (compare) observed"
-    return [table("The tool against the model: medians", head, rows)], f"seed 0; {s.repeats} repeats in turn; {note}"
+    made = table("The tool against the model: medians", head, rows)
+    return [made], f"seed 0; {s.repeats} repeats in turn; windows: {s.samples}, {len(data.tokens)} (compare) observed"
 
 
 def row(label: str, dtype: str, took: dict[str, list[float]], unit: str, target: str) -> list[str]:
@@ -94,9 +95,10 @@ def tool_speed_large(s: Any) -> Made:
     seconds = sspruner.prune(model, "ghost", calibration=data).report.seconds
     phases = [f"{seconds[phase]:.0f}" for phase in ("scoring", "evaluation", "proof")]
     head = ["shape", "scoring, s", "evaluation, s", "proof, s", "in all, minutes (target: below 15)"]
-    rows = [["130M, fp32", *phases, f"{sum(seconds.values()) / 60:.1f}"]]
-    made = table("GHOST on the 130M shape, half of every state", head, rows)
-    return [made], f"seed 0, random weights; {s.samples} x 256 tokens observed, 4 x 256 held out"
+    row = ["130M, fp32", *phases, f"{sum(seconds.values()) / 60:.1f}"]
+    return [
+        table("GHOST on the 130M shape, half of every state", head, [row])
+    ], f"seed 0, random weights; {s.samples} x 256 tokens observed, 4 x 256 held out"
 
 
 def steps(p: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -166,8 +168,8 @@ def run(model: Any, data: sspruner.Calibration, row: Row) -> float:
     """Return the seconds of the phase `scoring` of a prune in mask mode, or of the forward. The model stays."""
     if not row:
         return common.timed(lambda: forward(model, data.tokens))
-    scorer = OWN.get(row["scorer"], row["scorer"])
-    result = sspruner.prune(model, calibration=data, sparsity=0.5, mode="mask", **row | {"scorer": scorer})
+    own = {"scorer": OWN.get(row["scorer"], row["scorer"])}
+    result = sspruner.prune(model, calibration=data, sparsity=0.5, mode="mask", **row | own)
     sspruner.unmask(model)
     return float(result.report.seconds["scoring"])
 
