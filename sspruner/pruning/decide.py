@@ -14,13 +14,14 @@ from sspruner.budgets.decide import choosers, compared, make_plan, plan_within
 from sspruner.compute.device import on_device
 from sspruner.compute.processes import from_one
 from sspruner.errors import InputError
+from sspruner.evaluation.damage import damages
 from sspruner.formats.fitting import check_cut
 from sspruner.plans.plan import check_plan
 from sspruner.plans.reduction import reduction
-from sspruner.pruning.refit import refit
+from sspruner.pruning.refit import Refit, refit
 from sspruner.pruning.search import same_size, settle
 from sspruner.pruning.stages import Decision, PruneJob
-from sspruner.scoring.choice import bases_not_tried
+from sspruner.scoring.choice import bases_not_tried, is_auto
 from sspruner.scoring.run import Run
 from sspruner.scoring.score import score_dense
 from sspruner.scoring.scorer import Choose
@@ -146,7 +147,7 @@ def refitted(job: PruneJob, decision: Decision) -> Decision:
                 device=job.machine.device,
                 progress=job.machine.progress,
             )
-        decision = replace(decision, plan=better.plan, selected=plan, errors=better.errors, layers=better.layers)
+        decision = _weighed(job, decision, better)
     if job.cutter.compares_one_size:
         one_size = same_size(
             plan,
@@ -158,6 +159,23 @@ def refitted(job: PruneJob, decision: Decision) -> Decision:
     if job.fit:
         check_cut(run.model, decision.plan, run.graph, job.fit.target)
     return decision
+
+
+def _weighed(job: PruneJob, decision: Decision, better: Refit) -> Decision:
+    """Return the decision with its refit; where the scorer is auto, without it if that has the lower perplexity.
+
+    Both are measured on the calibration text, and noted for the report.
+    """
+    run, plan, search = job.run, decision.plan, decision.search
+    fitted = replace(decision, plan=better.plan, selected=plan, errors=better.errors, layers=better.layers)
+    if not (job.one_shot and is_auto(job.recipe.method.scorer)):
+        return fitted
+    with job.clock("comparing refits"), on_device(run.model, run.device):
+        batches, plans = job.data.batches(logits=True), [plan, better.plan]
+        costs = from_one(lambda: damages(run.model, plans, run.graph, batches, job.machine.progress))
+    tried = {kind: cost.pruned_perplexity for kind, cost in zip(("none", better.kind), costs, strict=True)}
+    search = search | {"refits": tried | {"seconds": job.clock.seconds["refit"]}}
+    return replace(fitted if tried[better.kind] < tried["none"] else decision, search=search)
 
 
 def _cut_with(reductions: Reductions, choose: Mapping[str, Choose]) -> Any:

@@ -75,6 +75,15 @@ def _search(report: Report) -> list[RenderableType]:
         parts.append(Text(f"perplexity by scorer, on calibration text: {', '.join(costs)}"))
         skipped = {name: why for name, why in search["scorers"].items() if isinstance(why, str)}
         parts += [Text(f"not compared: {name}: {why}") for name, why in sorted(skipped.items())]
+    if refits := search.get("refits"):
+        kind = next(name for name in refits if name not in ("none", "seconds"))
+        taken = f"{kind} was kept" if report.refit else "the cut was left as it was"
+        parts.append(
+            Text(
+                f"perplexity without a refit {refits['none']:.3f}, with {kind} {refits[kind]:.3f}, calibration text; "
+                f"{taken} (it took {refits['seconds']:.0f} s)"
+            )
+        )
     if others := search.get("bases_not_tried"):
         ways = ", ".join(f"--basis {basis}" for basis in others)
         parts.append(Text(f"auto chose between coordinates of the state; directions may cost less: {ways}"))

@@ -14,14 +14,19 @@ DEFAULT = "ghost"
 AUTO = "auto"
 
 
+def is_auto(scorer: OneScorer | None) -> bool:
+    """Return whether the scorer is to be chosen: "auto" and "auto:NAME,NAME"."""
+    return isinstance(scorer, str) and scorer.partition(":")[0] == AUTO
+
+
 def choose_scorers(scorer: OneScorer | None, basis: str | None, axes: Sequence[str]) -> list[OneScorer]:
     """Return the named scorer, or, for "auto" and "auto:NAME,NAME", the scorers to choose from.
 
     Raises InputError for an unknown scorer, for a basis that it does not have, and for auto without candidates.
     """
-    name, colon, names = scorer.partition(":") if isinstance(scorer, str) else ("", "", "")
-    if name != AUTO:
+    if not is_auto(scorer):
         return [_with_basis(scorer, basis, axes)]
+    _, colon, names = str(scorer).partition(":")
     if len(axes) != 1 or axes[0] in ELEMENT_AXES:
         raise InputError("scorer auto chooses for one axis of units; name the scorers of several axes")
     if not colon:

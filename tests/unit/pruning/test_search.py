@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sspruner.budgets.budget import ResolvedBudget
 from sspruner.evaluation.damage import Damage, damages
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
+from sspruner.pruning import decide as deciding
 from sspruner.pruning import search
 from sspruner.recipes.parts import Limits
 from sspruner.scoring.choice import candidates, choose_scorers
@@ -412,3 +414,31 @@ def test_auto_says_which_bases_it_did_not_try_and_who_was_left_out():
     assert said.count("not compared: ") == len(skipped)
     named = sspruner.prune(tiny_model(groups=2, state=6), "auto:ghost,magnitude", sparsity=0.5, calibration=data)
     assert "bases_not_tried" not in named.report.search
+
+
+@pytest.mark.parametrize(("factor", "worse"), [(0, False), (30, True)])  # a random model that says less errs less
+def test_auto_keeps_a_refit_that_costs_less_on_calibration_text(factor, worse, monkeypatch):
+    dense, data = tiny_model(state=6), tokens(24, 12)
+    real, seen = deciding.refit, []
+
+    def refit(model, plan, kind, **how):
+        found = real(model, plan, kind, **how)
+        updates = {name: factor * value for name, value in found.plan.updates.items()}
+        seen.append(replace(found, plan=replace(found.plan, updates=updates)))
+        return seen[-1]
+
+    monkeypatch.setattr(deciding, "refit", refit)
+    model, how = copy.deepcopy(dense), {"sparsity": 0.5, "refit": "output", "calibration": data}
+    result = sspruner.prune(model, "auto:ghost,magnitude", **how)
+    (found,), tried = seen, result.report.search["refits"]
+    plans = [replace(found.plan, updates={}), found.plan]
+    text = sspruner.calibration(data, dense)
+    costs = damages(dense, plans, sspruner.trace(dense), text.batches(logits=True))
+    assert [tried["none"], tried["output"]] == pytest.approx([cost.pruned_perplexity for cost in costs])
+    assert (tried["output"] < tried["none"]) is not worse
+    assert bool(result.plan.updates) is bool(result.report.refit) is not worse
+    said = " ".join(str(result).split())
+    assert ("the cut was left as it was" if worse else "output was kept") in said
+    assert type(result.report).from_json(result.report.to_json()).search == result.report.search
+    named = sspruner.prune(copy.deepcopy(dense), "ghost", **how)
+    assert "refits" not in named.report.search
