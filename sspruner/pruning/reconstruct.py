@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,7 +27,7 @@ from sspruner.compute.device import moved, resident
 from sspruner.compute.precision import in_fp32
 from sspruner.compute.processes import rank, world
 from sspruner.compute.quick import quick_on_cpu
-from sspruner.compute.quick_scan import Wanted, quick_scans
+from sspruner.compute.quick_scan import quick_scans, quick_streams
 from sspruner.errors import InputError
 from sspruner.files.journal import Journal
 from sspruner.graph.site import Site, within
@@ -149,7 +149,7 @@ def reconstruct(
     numbers = range(rank(), len(windows), world())
     deadline = None if settings.refit_minutes is None else time.monotonic() + 60 * settings.refit_minutes
     modules = _cut_modules(plan, graph)
-    with quick_on_cpu(model, place.device), _quick_streams(model, graph, place.device):
+    with quick_on_cpu(model, place.device), quick_streams(model, place.device):
         cut = Replay(model, graph, [windows[n] for n in numbers], place.device)
         job = _Job(model, graph, cut, numbers, len(windows), held_out, settings.refit_steps, data.seed, deadline)
         done, plan, layers = resumed(place.journal, plan, cut)
@@ -170,18 +170,6 @@ def reconstruct(
     if place.progress:
         place.progress("reconstructing", len(modules), len(modules))
     return plan, layers
-
-
-@contextmanager
-def _quick_streams(model: nn.Module, graph: SSMGraph, device: torch.device) -> Iterator[None]:
-    """Context manager in which the mixers of a model on a CPU use the scans of short windows, where nothing is trained,
-    too.
-    """
-    with ExitStack() as stack:
-        mixers = {type(mixer): mixer for site in graph.layers if (mixer := model.get_submodule(site.path))}
-        for mixer in mixers.values() if device.type == "cpu" else ():
-            stack.enter_context(quick_scans(mixer, Wanted(frozenset({"x"}), torch.empty(0))))
-        yield
 
 
 def _windows(

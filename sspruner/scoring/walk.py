@@ -18,6 +18,7 @@ from sspruner.calibrate.view import Observation, SSMView
 from sspruner.compute.device import offloaded, on_device, resident
 from sspruner.compute.processes import from_one, gathered, world
 from sspruner.compute.quick import quick_on_cpu
+from sspruner.compute.quick_scan import quick_streams
 from sspruner.errors import InputError, ModelError
 from sspruner.evaluation.damage import mean_loss
 from sspruner.files import strict_json
@@ -51,7 +52,7 @@ def walk(
     model = fingerprint(run.model)
     if len({*gathered(model)}) > 1:
         raise InputError("the processes of this run hold different models; give all of them the same")
-    with quick_on_cpu(run.model, run.device):
+    with quick_on_cpu(run.model, run.device), quick_streams(run.model, run.device):
         under_way = _Walk(run, data, sequential=cut is not None)
         under_way.score(under_way.at_once())
         if under_way.replay is not None:

@@ -12,7 +12,15 @@ from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from sspruner.compute import quick_scan
-from sspruner.compute.quick_scan import Recurrence, Wanted, chunk_scan, quadratic_scan, quick_scans, selective_scan
+from sspruner.compute.quick_scan import (
+    Recurrence,
+    Wanted,
+    chunk_scan,
+    quadratic_scan,
+    quick_scans,
+    quick_streams,
+    selective_scan,
+)
 from support.examples import examples
 from support.zoo import zoo
 
@@ -106,3 +114,22 @@ def test_the_code_of_a_family_has_its_own_scans_again():
     with quick_scans(mixer, EVERYTHING):
         assert modeling_mamba2.mamba2_chunk_scan is not before[0]
     assert (modeling_mamba2.mamba2_chunk_scan, modeling_mamba2.causal_conv1d_fn) == before
+
+
+def test_streams_are_quick_only_where_no_gradient_is_recorded_and_on_a_cpu(monkeypatch):
+    model, ids, ran = zoo("mamba2"), torch.arange(24).view(2, 12), []
+    quadratic, stock = quick_scan.quadratic_scan, modeling_mamba2.mamba2_chunk_scan
+    monkeypatch.setattr(quick_scan, "quadratic_scan", lambda *args: ran.append(1) or quadratic(*args))
+    expected = model(input_ids=ids, use_cache=False).logits
+    with quick_streams(model, torch.device("cpu")):
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+        assert not ran
+        with torch.no_grad():
+            assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-4)
+        assert len(ran) == len(model.backbone.layers)
+        wide = model.bfloat16()
+        with torch.no_grad():
+            assert torch.allclose(wide(input_ids=ids, use_cache=False).logits.float(), expected, atol=0.2)
+    assert modeling_mamba2.mamba2_chunk_scan is stock
+    with quick_streams(model, torch.device("cuda")):
+        assert modeling_mamba2.mamba2_chunk_scan is stock
