@@ -189,9 +189,10 @@ def torchrun(workers: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def ratio(difference: torch.Tensor) -> str:
+def ratio(difference: torch.Tensor, percent: bool = False) -> str:
     """Return exp of the mean with a bootstrap 95 % interval over windows. difference: nats per token, fp64 (W,)."""
-    return span(perplexity_ratio(difference, torch.zeros_like(difference), torch.ones_like(difference)), 3)
+    found = perplexity_ratio(difference, torch.zeros_like(difference), torch.ones_like(difference))
+    return "{:+.2%} ({:+.2%} to {:+.2%})".format(*(value - 1 for value in found)) if percent else span(found, 3)
 
 
 def span(found: Sequence[float], digits: int = 2) -> str:

@@ -69,7 +69,7 @@ def refit(found: list[Found]) -> list[str]:
     names = list(dict.fromkeys(row for one in found for row in one.rows))
     each = [(one, cut, f"{one.model} {one.section.axis}, {cut}") for one in found for cut in one.section.cuts]
     rows = [[label, dense(one), *(increases(one, row, cut) for row in names)] for one, cut, label in each]
-    return [table("Refit: increase of perplexity (KL to dense, nats per token)", ["cut", "dense", *names], rows)]
+    return [table("Increase of perplexity (95 % interval), KL; then on other text", ["cut", "dense", *names], rows)]
 
 
 def increases(one: Found, row: str, cut: str) -> str:
@@ -77,9 +77,8 @@ def increases(one: Found, row: str, cut: str) -> str:
     if (row, cut) not in one.cells:
         return NO
     (cell,) = one.cells[row, cut]
-    changes = [(getattr(cell, key) - getattr(one.dense, key)).mean() for key in ("nll", "also") if key in cell]
-    first, *second = (f"{100 * float(change.expm1()):+.2f} %" for change in changes)
-    return "; ".join([f"{first} ({float(cell.kl.mean()):.4f})", *second])
+    first, *second = (ratio(getattr(cell, on) - getattr(one.dense, on), True) for on in ("nll", "also") if on in cell)
+    return "; ".join([f"{first}, {float(cell.kl.mean()):.4f}", *second])
 
 
 def reference(found: list[Found]) -> list[str]:
