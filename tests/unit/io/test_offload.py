@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -184,6 +185,49 @@ def test_a_reconstruction_goes_on_and_ends_as_in_memory(scorer, tmp_path, monkey
     assert ours.report.refit["errors"] == theirs.report.refit["errors"]
     assert any(after < before for before, after in ours.report.refit["errors"].values())
     check_same(ours, theirs, (tmp_path / "disk", tmp_path / "memory"))
+
+
+KILLED = """
+import os, signal, sys
+import torch
+import sspruner
+from sspruner.files import journal
+
+torch.set_num_threads(1)
+folder, writes, torn = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "torn"
+real, made = journal.save_file, []
+
+def save_file(tensors, path, *more):
+    made.append(path)
+    if len(made) == writes and torn:  # half a file, and gone
+        real(tensors, path, *more)
+        os.truncate(path, os.path.getsize(path) // 2)
+    if len(made) == writes:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(tensors, path, *more)
+
+journal.save_file = save_file
+model, _ = sspruner.load(f"{folder}/model", offload=f"{folder}/w")
+tokens = torch.load(f"{folder}/tokens.pt")
+how = {"refit": "reconstruct", "refit_steps": 6, "refit_windows": 8, "samples": 8, "sparsity": 0.5}
+result = sspruner.prune(model, "ghost", calibration=tokens, resume=writes != 5, **how)
+sspruner.save(result.model, f"{folder}/disk", result=result)
+"""
+
+
+@pytest.mark.slow
+def test_a_reconstruction_that_is_killed_goes_on_and_ends_the_same(tmp_path):
+    """kill -9 in the middle of a file, the stream behind the first block; then before a file of the next."""
+    sspruner.save(zoo("mamba2"), tmp_path / "model")
+    torch.save(TEXT, tmp_path / "tokens.pt")
+    whole = pruned(tmp_path / "model", tmp_path / "whole", offload=tmp_path / "a", scorer="ghost", **RECONSTRUCT)
+    kills = [("5", "torn"), ("2", "clean"), ("1000", "")]
+    codes = [
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path, *how], capture_output=True, text=True) for how in kills
+    ]
+    assert [run.returncode for run in codes] == [-signal.SIGKILL] * 2 + [0], codes[-1].stderr
+    check_same_weights(tmp_path / "disk", tmp_path / "whole")
+    assert whole.plan.updates
 
 
 def test_finished_blocks_are_not_observed_again(tmp_path):
