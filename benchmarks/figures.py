@@ -16,7 +16,7 @@ COLOURS = {
     "random": "#999999", "magnitude": "#E69F00", "taylor": "#56B4E9", "rrqr": "#CC79A7", "ghost": "#D55E00",
     "balanced": "#0072B2",
 }  # fmt: skip
-IN_TABLE_ONLY = ("ghost, output", "balanced, no weights", "rrqr")  # level with others
+IN_TABLE_ONLY = ("ghost, output", "balanced, no weights", "rrqr", "magnitude, reconstruct")  # level with others
 Table = tuple[str, list[str], dict[str, list[float]]]  # title, columns, rows
 
 
@@ -47,7 +47,7 @@ def _recall(found: list[Table], file: Path) -> None:
                 ax.plot([int(k) for k in kept], values, label=label.replace(", output", ""), **_style(label))
         dense = float(title.split("dense ")[1].split()[0])
         ax.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense")
-        ax.set(title=title.split(":")[0].removeprefix("Associative recall, "), xlabel="states kept", ylim=(0, 1.03))
+        ax.set(title=title.split(", Mamba2 with ")[1].split(" per")[0], xlabel="states kept", ylim=(0, 1.03))
         ax.set(ylabel="accuracy")
     _save(figure, axes, file)
 
@@ -101,8 +101,8 @@ def _save(figure: Any, axes: Any, file: Path) -> None:
 
 
 def _style(label: str) -> dict[str, Any]:
-    name = label.partition(",")[0]
-    return {"color": COLOURS[name], "linestyle": "--" if "refit" in label else "-", "marker": "o", "markersize": 3.5}
+    line = "--" if "refit" in label else ":" if "reconstruct" in label else "-"
+    return {"color": COLOURS[label.partition(",")[0]], "linestyle": line, "marker": "o", "markersize": 3.5}
 
 
 if __name__ == "__main__":
