@@ -45,7 +45,7 @@ def quick_scans(mixer: nn.Module, wanted: Wanted) -> Iterator[None]:
 
     No gradient is computed for what does not depend on anything that is trained.
     """
-    code = sys.modules[type(mixer).__module__]
+    code = sys.modules.get(type(mixer).__module__)  # None for a class that was made elsewhere
     stock = {name: getattr(code, name) for name in SCANS if hasattr(code, name)}
     for name, scan in stock.items():
         setattr(code, name, partial(SCANS[name], scan, wanted))
@@ -60,7 +60,7 @@ def quick_scans(mixer: nn.Module, wanted: Wanted) -> Iterator[None]:
 def quick_streams(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Context manager for a CPU: where no gradient is recorded, mixers of Mamba2's type run in the quadratic form."""
     name = "mamba2_chunk_scan"
-    code = {sys.modules[type(module).__module__] for module in model.modules()} if device.type == "cpu" else set()
+    code = {sys.modules.get(type(module).__module__) for module in model.modules()} if device.type == "cpu" else set()
     stock = {module: getattr(module, name) for module in code if hasattr(module, name)}
     for module, scan in stock.items():
         setattr(module, name, partial(_without_gradients, scan))

@@ -133,3 +133,11 @@ def test_streams_are_quick_only_where_no_gradient_is_recorded_and_on_a_cpu(monke
     assert modeling_mamba2.mamba2_chunk_scan is stock
     with quick_streams(model, torch.device("cuda")):
         assert modeling_mamba2.mamba2_chunk_scan is stock
+
+
+def test_a_class_whose_module_cannot_be_found_runs_as_it_is():
+    model = zoo("mamba2")
+    mixer = model.backbone.layers[0].mixer
+    mixer.__class__ = type("Elsewhere", (type(mixer),), {"__module__": "nowhere"})
+    with quick_streams(model, torch.device("cpu")), quick_scans(mixer, EVERYTHING):
+        assert model(input_ids=torch.arange(6)[None], use_cache=False).logits.isfinite().all()
