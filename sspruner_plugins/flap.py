@@ -9,7 +9,8 @@ that of the fluctuations alone. The z-score makes layers comparable, for budgets
 al., FLAP, arXiv 2312.11983, section 3; on heads of Mamba2 SSM-FLAP in Ghattas et al., arXiv 2502.18886.
 
 Var is the population variance over all tokens that are not padding, from fp64 sums of y minus its first value, so that
-a constant has variance 0. A layer whose metrics are all equal scores 0. Needs two tokens.
+a constant has variance 0, also where fp32 rounding alone varies it. A layer whose metrics are all equal scores 0. Needs
+two tokens.
 Cost: one more forward of each block. Axes: head, head_dim, channel, mlp. Options: none.
 """
 
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 import sspruner
+
+ROUNDING = 1e-6  # relative: some roundings of fp32
 
 
 class Flap(sspruner.Scorer):
@@ -64,6 +67,8 @@ class Flap(sspruner.Scorer):
         if self.tokens < 2:
             raise sspruner.InputError(f"a variance needs at least 2 calibration tokens, not {self.tokens}")
         variance = torch.as_tensor(self.squares - self.sum * self.sum / self.tokens).clamp_min(0) / self.tokens
+        mean = torch.as_tensor(self.first + self.sum / self.tokens)  # (in features,)
+        variance = variance * (variance > (ROUNDING * mean).square())  # rounding of a constant is no fluctuation
         metric = (variance * self.weight.square().sum(0))[self.columns]  # (groups, units, channels)
         spread, deviation = metric.std(correction=0), metric - metric.mean()
         rounding = 1e-12 * metric.max()
