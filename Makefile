@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
 
-# Four minutes on two cores.
+# About four minutes on two cores.
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
 
