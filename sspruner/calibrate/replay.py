@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from sspruner.compute.device import moved, resident, working_on, works_on
 from sspruner.compute.finite import refuse_not_finite
 from sspruner.compute.forward import forward
-from sspruner.compute.products import Products
+from sspruner.compute.products import Products, Remembered
 from sspruner.errors import ModelError
 from sspruner.graph.ssm_graph import SSMGraph
 
@@ -165,17 +165,20 @@ class Replay:
         """Call `observer` with the input of every module in `paths`, all inside `block`, batch by batch.
 
         The forward pass stops after the last of them was called. If the observer asks for the inputs of the linear
-        layers inside a module, they are captured in another run of the block; with `advance`, where the block will not
-        be cut, the output of that run is the input of the next block.
+        layers inside a module, they are captured in another run of the block. With `advance`, where the block will not
+        be cut, the output of that run, or of one for this, is the input of the next block; products that the observer
+        computed already are not computed again.
         """
         with self.on_device(block):
             for batch, mask in enumerate(self.masks):
                 self.ran = None
-                for path, hidden in self._module_inputs(block, paths, batch):
-                    observer(path, hidden, mask.to(hidden.device), partial(self._linear_inputs, block, path, batch))
-                if advance and self.ran is not None:
-                    self._flow_on(block, batch, self.ran)
-                    self.ahead.add(batch)
+                seen = self._module_inputs(block, paths, batch)
+                with Remembered() if advance else nullcontext():
+                    for path, hidden in seen:
+                        observer(path, hidden, mask.to(hidden.device), partial(self._linear_inputs, block, path, batch))
+                    if advance and (self.ran is not None or block != self.blocks[-1]):
+                        self._flow_on(block, batch, self.ran or self.run(block, batch, self.hidden[batch]))
+                        self.ahead.add(batch)
         self.ran = None
 
     def _module_inputs(self, block: str, paths: list[str], batch: int) -> list[tuple[str, torch.Tensor]]:

@@ -72,7 +72,7 @@ def chunks(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) ->
         yield chunk
         carried = chunk.x * (chunk.L[..., -1, :] * chunk.dt)[..., None]  # (b, G, K, Q, P)
         entered = _per_group(carried.transpose(-1, -2), chunk.B)  # (b, G, K, P, N)
-        state = chunk.decay[..., -1, None, None] * state + entered
+        state = entered.addcmul_(chunk.decay[..., -1, None, None], state)
 
 
 def state_energy(p: Projected, size: int = CHUNK) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Capture the inputs of linear layers, also where a model multiplies by their weight itself (Mamba1's dt_proj)."""
+"""Capture the inputs of linear layers, also where a model multiplies by their weight itself (Mamba1's dt_proj).
+
+And compute a product once that a scorer's view and the model's own code both ask for.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -32,3 +36,31 @@ class Products(TorchFunctionMode):
         elif func in MATMUL and id(args[0]) in self._names:  # W @ x, x (..., in, T)
             self._note(self._names[id(args[0])], args[1].transpose(-1, -2))
         return func(*args, **(kwargs or {}))
+
+
+class Remembered(TorchFunctionMode):
+    """Torch function mode that computes a product of a linear layer once: asked again with an equal input, it returns it.
+
+    Holds the last input and output of each weight; if one of them was changed in place, the product is computed anew.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[int, tuple[list[Any], list[int]]] = {}  # id of a weight -> (input, weight, output), versions
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is not F.linear or kwargs or not isinstance(args[1], nn.Parameter):
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = (*args, None)[:3]
+        (given, _, added, out), versions = self._last.get(id(weight), ([None] * 4, []))
+        unchanged = added is bias and _versions(given, weight, bias, out) == versions
+        if unchanged and x.dtype == given.dtype and torch.equal(x, given):
+            return out
+        held = [x, weight, bias, F.linear(x, weight, bias)]  # the weight is held, so that its id stays its own
+        self._last[id(weight)] = held, _versions(*held)
+        return held[-1]
+
+
+def _versions(*tensors: torch.Tensor | None) -> list[int]:
+    """Return how often each tensor was changed in place."""
+    return [-1 if tensor is None else tensor._version for tensor in tensors]

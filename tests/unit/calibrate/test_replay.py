@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sspruner
-from sspruner.calibrate.replay import Replay
+from sspruner.calibrate.replay import Inputs, Replay
 from sspruner.graph.site import within
 from sspruner.plans.plan import Plan
 from sspruner.surgery.mask import is_masked, mask_group
@@ -89,13 +89,23 @@ def test_replay_is_the_models_own_forward_in_every_family(model: nn.Module, data
 
 @given(zoo_models(), st.data())
 def test_a_block_that_ran_for_an_observer_has_run(model: nn.Module, data: st.DataObject) -> None:
-    """Where nothing is cut: some observers ask for the inputs of linear layers, in some batches, others do not."""
+    """Where nothing is cut: some observers ask for the inputs of linear layers or of the scan, in some batches, others
+    do not; half of them observe other values than the block's own.
+    """
     mask, ids, graph = data.draw(masks(4, 11)), tokens(4, 11), sspruner.trace(model)
     replay = Replay(model, graph, [(ids[:3], mask[:3]), (ids[3:], mask[3:])], "cpu")
     asks = st.booleans()
     for block in replay.blocks:
-        paths = [site.path for site in graph.layers if within(site.path, block)]
-        replay.observe(block, paths, lambda path, hidden, mask, inputs: data.draw(asks) and inputs(), advance=True)
+        families = {site.path: site.family for site in graph.layers if within(site.path, block)}
+
+        def observer(path: str, hidden: torch.Tensor, mask: torch.Tensor, inputs: Inputs) -> None:
+            if data.draw(asks):
+                factor = data.draw(st.sampled_from([1.0, 0.5]))
+                families[path].project(model.get_submodule(path), hidden * factor, mask)  # noqa: B023
+            if data.draw(asks):
+                inputs()
+
+        replay.observe(block, list(families), observer, advance=True)
         replay.advance(block)
     for rows, (hidden,) in zip((slice(0, 3), slice(3, 4)), replay.hidden, strict=True):
         assert torch.equal(hidden, final_hidden(model, ids[rows], mask[rows]))
