@@ -39,7 +39,7 @@ class Products(TorchFunctionMode):
 
 
 class Remembered(TorchFunctionMode):
-    """Torch function mode that computes a product of a linear layer once: asked again with an equal input, it returns it.
+    """Torch function mode that computes a product of a linear layer once for equal inputs that follow each other.
 
     Holds the last input and output of each weight; if one of them was changed in place, the product is computed anew.
     """
