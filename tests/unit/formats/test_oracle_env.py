@@ -7,9 +7,8 @@ name for every tensor. Their code runs in .venv-oracle alone: an importable mamb
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,18 @@ import sspruner
 from sspruner.formats.native import EMBEDDING, native_fields
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
-from support.paths import ROOT, TESTS
+from support.engines import needs
+from support.engines import run as run_in
 from support.tiny import logits, tiny_model, tokens
 from support.zoo import zoo
 
-PYTHON = ROOT / ".venv-oracle" / "bin" / "python"
-SCRIPTS = TESTS / "support" / "oracle_env"
-
-pytestmark = pytest.mark.skipif(
-    not (PYTHON.parents[1] / "installed").is_file(), reason="no .venv-oracle: make oracle-env builds it"
-)
+pytestmark = needs("oracle")
 
 IDS = tokens(2, 7)  # fit the vocabulary of every model below
 TOLERANCE = 1e-4  # of the largest logit: two implementations of one model in fp32
 
 
-def run(script: str, *arguments: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(PYTHON), str(SCRIPTS / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+run = partial(run_in, "oracle")
 
 
 def keep(model: torch.nn.Module, **units: int) -> torch.nn.Module:
