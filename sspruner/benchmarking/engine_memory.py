@@ -10,7 +10,7 @@ from sspruner.benchmarking.llama_cache import LlamaCache
 from sspruner.benchmarking.sglang_cache import SglangCache
 from sspruner.benchmarking.vllm_cache import VllmCache
 from sspruner.errors import InputError
-from sspruner.recipes.serving import EngineOptions
+from sspruner.recipes.serving import DEFAULTS, EngineOptions
 
 
 class EngineCache(Protocol):
@@ -36,6 +36,9 @@ class EngineCache(Protocol):
     def at(self, pool: float, context: int) -> dict[str, Any]:
         """Return what depends on the context, by name."""
 
+    def layer_steps(self, context: int) -> list[str]:
+        """Describe how many layers a cut must remove before a sequence takes less memory; empty if each counts."""
+
     def notes(self, pool: float, contexts: tuple[int, ...]) -> list[str]:
         """Describe what else to know."""
 
@@ -43,9 +46,7 @@ class EngineCache(Protocol):
 CACHES = {"vllm": VllmCache, "sglang": SglangCache, "llama.cpp": LlamaCache}
 
 
-def engine_cache(
-    engine: str, layers: CacheLayers, options: EngineOptions = EngineOptions(), tp: int = 1
-) -> EngineCache:
+def engine_cache(engine: str, layers: CacheLayers, options: EngineOptions = DEFAULTS, tp: int = 1) -> EngineCache:
     """Return the caches of a model in an engine. Raises InputError for options that it does not have."""
     if engine not in CACHES:
         raise InputError(f"engine {engine!r}: unknown; its memory is counted for {', '.join(CACHES)}")

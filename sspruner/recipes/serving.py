@@ -48,9 +48,7 @@ class EngineOptions:
         for option, value in (("state-dtype", self.state_dtype), ("kv-dtype", self.kv_dtype)):
             known = [name for name in CACHE_DTYPES if option == "kv-dtype" or name != "fp8"]
             if value is not None and value not in known:
-                raise InputError(
-                    f"{option} {value!r}: no engine that is counted here has it; known: {', '.join(known)}"
-                )
+                raise InputError(f"{option} {value!r}: must be one of {', '.join(known)}")
         if self.spec < 0:
             raise InputError(f"spec {self.spec}: must be at least 0")
 
@@ -65,6 +63,9 @@ class EngineOptions:
             "replayssm": self.replayssm,
         }
         return [name for name, value in named.items() if value]
+
+
+DEFAULTS = EngineOptions()
 
 
 @Parameter(name="*", group=TARGET)
