@@ -84,7 +84,7 @@ class EngineLimit:
 def layer_notes(model: Any, graph: SSMGraph, axes: Iterable[str], recipe: Recipe) -> list[str]:
     """Describe, before a plan is made, how many layers a cut must remove to free memory in the target's engine.
 
-    Empty if no whole layers are cut, or if the target is no engine. Raises InputError for options that it does not have.
+    Empty if no whole layers are cut, or the target is no engine. Raises InputError for options that it does not have.
     """
     if recipe.target.runtime not in ENGINES or not set(axes) & LAYERS:
         return []
