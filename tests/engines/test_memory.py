@@ -23,7 +23,7 @@ POOL = 2**30
 CPU_BLOCK = 128  # --block-size on a CPU, unless it is given
 
 
-def halved(folder: Path, name: str, keep: int) -> Path:
+def cut(folder: Path, name: str, keep: int) -> Path:
     """Save a reference model with fewer states in every layer."""
     model, tokenizer = sspruner.load(name)
     graph = sspruner.trace(model)
@@ -49,7 +49,7 @@ def test_vllm_counts_as_we_do(tmp_path: Path) -> None:
     requests: list[dict[str, Any]] = []
     for name, keep, length, size, prefix, _ in CASES:
         if (name, keep) not in folders:
-            folders[name, keep] = REFERENCES / name if keep is None else halved(tmp_path, name, keep)
+            folders[name, keep] = REFERENCES / name if keep is None else cut(tmp_path, name, keep)
         requests.append(
             {
                 "folder": str(folders[name, keep]),
@@ -71,7 +71,7 @@ def test_vllm_counts_as_we_do(tmp_path: Path) -> None:
             "tokens": cache.tokens(POOL, length),
             "concurrency": cache.concurrency(POOL, length),
             "blocks": cache.blocks(POOL),
-            "block_size": cache.block or size,
+            "block_size": cache.block or length,  # without attention, a block is a whole sequence
             "prefix_caching": prefix,
         }, case
         assert tokens in (None, cache.tokens(POOL, length)), case
