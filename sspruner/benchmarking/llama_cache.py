@@ -87,7 +87,7 @@ class LlamaCache:
             "slot_bytes": self.slot_bytes,
             "conv_bytes": self.conv_bytes,
             "state_bytes": self.state_bytes,
-            "kv_bytes_per_token": self.kv,
+            "kv_bytes_per_token": self.kv or None,
         }
 
     def at(self, pool: float, context: int) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class SglangCache:
             "slot_bytes": self.slot_bytes,
             "slots_per_sequence": self.slots_per_sequence,
             "slots": self.slots(pool),
-            "kv_bytes_per_token": self.kv,
+            "kv_bytes_per_token": self.kv or None,
             "tokens": self.tokens(pool),
         }
 

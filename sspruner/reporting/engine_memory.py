@@ -72,22 +72,14 @@ def _contexts(both: list[dict[str, Any]]) -> Table:
 
 def _blocks(both: list[dict[str, Any]], contexts: tuple[int, ...]) -> Table:
     """Return a row for each --block-size: the attention block it makes, its padding, and the sequences."""
-    table = Table(title="with another --block-size", title_justify="left")
-    table.add_column("--block-size", justify="right")
-    for name in ("", "with the plan: ")[: len(both)]:
-        for header in ("block", "padding", *(f"sequences at {context:,}" for context in contexts)):
-            table.add_column(f"{name}{header}", justify="right")
+    title = "with another --block-size" + (": before and after the plan" if len(both) > 1 else "")
+    table = Table(title=title, title_justify="left")
+    for header in ("--block-size", "block, tokens", "padding", *(f"sequences at {c:,}" for c in contexts)):
+        table.add_column(header, justify="right")
     for rows in zip(*(one["block_sizes"] for one in both), strict=True):
-        cells = [
-            cell
-            for row in rows
-            for cell in (
-                f"{row['block_tokens']:,}",
-                f"{row['page_padding']:.1%}",
-                *(f"{n:,}" for n in row["sequences"]),
-            )
-        ]
-        table.add_row(f"{rows[0]['block_size']}", *cells)
+        pairs = [[f"{row['block_tokens']:,}" for row in rows], [f"{row['page_padding']:.1%}" for row in rows]]
+        pairs += [[f"{row['sequences'][i]:,}" for row in rows] for i in range(len(contexts))]
+        table.add_row(f"{rows[0]['block_size']}", *(" → ".join(pair) for pair in pairs))
     return table
 
 

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sspruner.benchmarking.cache_layers import CacheLayers, RecurrentLayer
@@ -174,11 +174,15 @@ def served_by_vllm(cache: VllmCache, pool: int, context: int) -> int:
     raise AssertionError
 
 
-@given(layers(), st.integers(1, 200), st.integers(0, 20_000), st.integers(1, 4), st.booleans(), st.integers(0, 2))
+@given(layers(), st.integers(1, 200), st.integers(0, 60), st.integers(1, 4), st.booleans(), st.integers(0, 2))
+@example(replace(SUPER, attention=4, recurrent=5), 100, 50, 4, False, 0)  # padded to five and five
+@example(replace(SUPER, attention=4, recurrent=6), 100, 50, 4, False, 0)  # four, three and three
 def test_vllm_serves_what_a_simulation_serves(
-    model: CacheLayers, context: int, pool: int, size: int, prefix: bool, spec: int
+    model: CacheLayers, context: int, blocks: int, size: int, prefix: bool, spec: int
 ) -> None:
+    """blocks: the pool, in blocks of as many layers as the model has of the rarer kind."""
     cache = VllmCache(model, EngineOptions(prefix_caching=prefix, spec=spec), block_size=size)
+    pool = blocks * (min(model.attention, model.recurrent) or model.recurrent) * cache.padded_page + blocks % 7
     assert cache.sequences(pool, context) == served_by_vllm(cache, pool, context)
 
 
