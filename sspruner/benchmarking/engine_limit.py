@@ -72,12 +72,14 @@ class EngineLimit:
         return f"{self.engine} runs {fit:,} sequences of {context:,} tokens in {as_bytes(self.pool(plan))} for caches"
 
     def to_json(self, plan: Plan | None = None) -> dict[str, Any]:
-        """Return what is recorded of a cut: the pool, the context, and the sequences before and after."""
+        """Return what is recorded of a cut: the pool, the context, the sequences before and after, and notes."""
+        context, pool = self.recipe.serving.context, self.pool(plan)
         return {
             "name": self.engine,
-            "context": self.recipe.serving.context,
-            "pool_bytes": self.pool(plan),
+            "context": context,
+            "pool_bytes": pool,
             "sequences": {"dense": self.sequences(), "pruned": self.sequences(plan)},
+            "notes": self.cache(plan).notes(pool, (context,)),
         }
 
 

@@ -70,7 +70,8 @@ class EngineMemory:
     def notes(self) -> list[str]:
         """What else to know, about the model that will be served."""
         served = self.cut or self.dense
-        lines = served.notes(self.pool, self.contexts)
+        lines = [f"{self.engine} counts layers in groups: {line}" for line in served.layer_steps(self.contexts[0])]
+        lines += served.notes(self.pool, self.contexts)
         if served.layers.uneven:
             lines.insert(0, "layers differ; counted in the largest size, to which export --to hf-padded pads them")
         return lines

@@ -200,10 +200,12 @@ class VllmCache:
 
     def notes(self, pool: float, contexts: tuple[int, ...]) -> list[str]:
         """Describe what else to know."""
-        lines = [f"vllm counts layers in groups: {line}" for line in self.layer_steps(contexts[0])]
-        if self.block and not self.options.prefix_caching:
-            lines.append("vllm turns prefix caching on for hybrids: --prefix-caching counts with it")
-        return lines
+        if not self.block or self.options.prefix_caching:
+            return []
+        return [
+            "vllm turns prefix caching on for hybrids: --prefix-caching counts with it, vLLM's own option "
+            "--no-enable-prefix-caching turns it off"
+        ]
 
     def layer_steps(self, context: int) -> list[str]:
         """Describe how many layers a cut must remove before a sequence of `context` tokens takes less memory."""

@@ -117,7 +117,7 @@ def _limits(report: Report) -> list[str]:
         before, after = engine["sequences"]["dense"], engine["sequences"]["pruned"]
         what = f"{limits['max_batch']:.0f} sequences of {engine['context']:,} tokens in {engine['name']}"
         lines.append(f"{what} wanted, {before:,} before, {after:,} fit in {as_bytes(engine['pool_bytes'])} for caches")
-        return lines
+        return [*lines, *engine["notes"]]
     if (limit := limits.get("state_memory")) is not None:
         lines.append(f"memory for the states of {limits['max_batch']:.0f} sequences: {as_bytes(limit)} allowed")
     if (limit := limits.get("memory")) is not None:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 import sspruner
 from sspruner.benchmarking.cache_layers import cache_layers
 from sspruner.benchmarking.vllm_cache import VllmCache
+from sspruner.formats import targets
+from sspruner.formats.targets import names
 from sspruner.io.skeleton import skeleton
 from sspruner.recipes.serving import EngineOptions
 from support.command import done, refused, saved_model, saved_zoo
@@ -58,7 +59,7 @@ def test_other_engines(engine: str, says: str, tmp_path: Path) -> None:
     shown = done("inspect", folder, "--target", engine, *POOL).stdout
     assert f"memory as {engine} counts it" in shown
     assert says in shown
-    assert ("what each target takes" in shown) == (engine != "sglang")
+    assert ("what each target takes" in shown) == (engine in names())
 
 
 def test_without_attention_there_are_no_other_blocks(tmp_path: Path) -> None:
@@ -79,7 +80,6 @@ def test_a_published_model_in_bf16(tmp_path: Path) -> None:
         assert found["state_dtype"] == dtype
         conv = found["page_bytes"] - layer["state_bytes"] * state // 4
         assert conv == 3 * 2 * (8192 + 2048 if name.startswith("Nemotron") else 4096 + 256)
-        assert torch.bfloat16.itemsize == 2
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,6 @@ def test_a_published_model_in_bf16(tmp_path: Path) -> None:
         ("--pool 1GiB", "--pool: is the memory of an engine's caches: add --target vllm or sglang or llama.cpp"),
         ("--pool 1GiB --target hf", "add --target vllm or sglang"),
         ("--pool much --target vllm", "--pool 'much': expected a size"),
-        ("--target sglang", "target sglang: only the memory of its caches is known: add --pool"),
         ("--target vllm --spec 2", "--spec: decides the memory of an engine's caches: add --pool"),
         ("--pool 1GiB --target vllm --context 4k,x", "--context 'x': expected a number of tokens"),
         ("--pool 1GiB --target vllm --context 0", "--context '0': expected a number of tokens of at least 1"),
@@ -101,3 +100,10 @@ def test_a_published_model_in_bf16(tmp_path: Path) -> None:
 def test_options_that_make_no_sense(options: str, says: str, tmp_path: Path) -> None:
     folder = saved_model(tmp_path / "m", layers=1, tokenizer=False, vocabulary=31)
     refused(tmp_path, (says,), "inspect", folder, *options.split())
+
+
+def test_an_engine_that_is_no_target_needs_a_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved_model(tmp_path / "m", layers=1, tokenizer=False, vocabulary=31)
+    monkeypatch.setattr(targets, "names", lambda: ("hf", "vllm"))
+    says = "target sglang: only the memory of its caches is known: add --pool"
+    refused(tmp_path, (says,), "inspect", folder, "--target", "sglang")
