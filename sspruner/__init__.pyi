@@ -84,6 +84,7 @@ from .recipes.parts import (
     Target as Target,
 )
 from .recipes.recipe import Recipe as Recipe
+from .recipes.serving import Serving as Serving
 from .recipes.train import DistilRecipe as DistilRecipe
 from .recipes.train import GradualRecipe as GradualRecipe
 from .recipes.train import Settings as Settings

@@ -36,6 +36,15 @@ def parse_bytes(text: str, option: str) -> float:
     return _number(text, option, r"B?", "a size such as 25MB, 25MiB or 80GB")
 
 
+def parse_tokens(text: str, option: str) -> int:
+    """Parse `4k` or `4096` as tokens: k is 1024. Raises InputError for anything else, and below 1."""
+    match = re.fullmatch(r"\s*(\d{1,12})\s*([kKM]?)\s*", text, re.A)
+    tokens = int(match[1]) * {"": 1, "k": 2**10, "K": 2**10, "M": 2**20}[match[2]] if match else 0
+    if tokens < 1:
+        raise InputError(f"{option} {text!r}: expected a number of tokens of at least 1, such as 4k or 4096")
+    return tokens
+
+
 def parse_bandwidth(text: str, option: str) -> float:
     """Parse `3.35TB/s` or `900 GB/s` as bytes per second. Raises InputError for anything else."""
     return _number(text, option, r"B/s", "a rate such as 3.35TB/s or 900GB/s")

@@ -14,6 +14,7 @@ from sspruner.axes import GRANULARITIES, axis_of
 from sspruner.errors import InputError
 
 if TYPE_CHECKING:  # torch is not needed to check a budget
+    from sspruner.benchmarking.engine_limit import EngineLimit
     from sspruner.graph.group import DependencyGroup
 
 ALLOCATIONS = ("uniform", "global", "adaptive")
@@ -57,6 +58,7 @@ class ResolvedBudget:
     granularity  on these axes, the scope within which elements compete: "row", "tensor" or "global"; None: the scorer's
     rows         on these axes, the named runs of rows that compete, such as B and C; all if empty
     fit          rounds the result to sizes that a runtime supports
+    engine       counts the sequences of a limit as the target's engine does
 
     A pattern is matched against a dependency group's name, its path, or the end of either after a dot: `layers.0.*`,
     `*.mixer:head`. On the axes `block` and `mixer` it is matched against the modules, too.
@@ -75,6 +77,7 @@ class ResolvedBudget:
     floor: Mapping[str, int] = field(default_factory=dict)
     cap: Mapping[str, int] = field(default_factory=dict)
     fit: Fit | None = None
+    engine: EngineLimit | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError if the budget is invalid for every model."""

@@ -7,6 +7,7 @@ from sspruner.budgets.budget import Fit, ResolvedBudget, pattern_sparsity
 from sspruner.errors import InputError
 from sspruner.formats.targets import chosen
 from sspruner.recipes.recipe import Recipe
+from sspruner.recipes.serving import ENGINES
 
 BEST_SIZE = "uniform-best"
 
@@ -53,6 +54,11 @@ def check_values(recipe: Recipe) -> None:
     """Check what needs neither a model nor a plugin; torch is not imported. Raises InputError."""
     resolve_budget(recipe)
     chosen(recipe.target.runtime, recipe.target.tp)
+    if recipe.serving.given and not (recipe.target.runtime in ENGINES and recipe.limits.max_batch):
+        raise InputError(
+            f"{recipe.serving.given[0]}: decides how many sequences an engine holds: give max-batch and target vllm or "
+            "llama.cpp, too"
+        )
     if recipe.method.refit == "bias" and (recipe.limits.parameters or recipe.limits.memory):
         raise InputError("refit bias adds parameters, which limits do not foresee: use refit output")
 

@@ -12,8 +12,9 @@ from sspruner.cli.console import batches_from, emit, prepare, reports_errors, sh
 from sspruner.cli.help import command_app
 from sspruner.cli.machine import Json, Model, Trust
 from sspruner.errors import InputError
-from sspruner.recipes.flags import text, whole
+from sspruner.recipes.flags import text
 from sspruner.recipes.parts import Target
+from sspruner.recipes.serving import ENGINES, EngineOptions
 
 NAME = "inspect"
 
@@ -29,8 +30,12 @@ class View:
     memory: Annotated[str | None, text("BYTES")] = None
     """Show how many sequences fit in this memory beside the weights, e.g. 24GB."""
 
-    context: Annotated[int, whole()] = 4096
-    """Tokens per sequence, for the KV cache of hybrids."""
+    pool: Annotated[str | None, text("BYTES")] = None
+    """Show how many sequences the caches of --target (vllm, sglang or llama.cpp) hold in this memory, e.g. 40GiB."""
+
+    context: Annotated[str, text("TOKENS")] = "4096"
+    """Tokens per sequence, for the KV cache of hybrids; several for --pool, of which the other tables take the first:
+    4k,32k."""
 
     batch: Annotated[str, text("N,N")] = "1,16,64,256"
     """Batch sizes whose decode steps are shown."""
@@ -42,12 +47,19 @@ class View:
     """Draw each layer's size, and its scores if the folder has them."""
 
     @property
+    def contexts(self) -> tuple[int, ...]:
+        """Return the tokens per sequence. Raises InputError for malformed texts; 0 is for no KV cache at all."""
+        from sspruner.units import parse_tokens
+
+        if self.context == "0" and self.pool is None:
+            return (0,)
+        return tuple(dict.fromkeys(parse_tokens(part, "--context") for part in self.context.split(",")))
+
+    @property
     def machine(self) -> tuple[tuple[int, ...], float | None, float | None]:
         """Return batches, bytes of memory, and bytes per second. Raises InputError for malformed texts."""
         from sspruner.units import parse_bandwidth, parse_bytes
 
-        if self.context < 0:
-            raise InputError(f"--context {self.context}: must be at least 0")
         room = None if self.memory is None else parse_bytes(self.memory, "--memory")
         rate = None if self.bandwidth is None else parse_bandwidth(self.bandwidth, "--bandwidth")
         return batches_from(self.batch), room, rate
@@ -60,21 +72,26 @@ def command(
     *,
     view: View = View(),
     target: Target = Target(),
+    options: EngineOptions = EngineOptions(),
     trust: Trust = Trust(),
     output: Json = Json(),
 ) -> None:
     """Run `sspruner inspect`.
 
     Examples:
-        sspruner inspect path/to/model
         sspruner inspect path/to/model --plan plan.json --memory 24GB --target vllm
+        sspruner inspect path/to/model --target vllm --pool 40GiB --context 4k,32k
     """
-    from sspruner.formats.targets import chosen
+    from sspruner.formats.targets import chosen, names
 
     output.check()
-    runtime, machine = chosen(target.runtime, target.tp), view.machine
+    contexts, machine, pool = view.contexts, view.machine, pool_of(view, target, options)
+    memory_alone = pool is not None and target.runtime not in names()
+    runtime = None if memory_alone else chosen(target.runtime, target.tp)
 
     import sspruner
+    from sspruner.benchmarking.cache_layers import cache_layers
+    from sspruner.benchmarking.engine_memory import engine_memory
     from sspruner.benchmarking.footprint import footprint
     from sspruner.files.strict_json import dumps
     from sspruner.formats.fitting import after, offers
@@ -87,22 +104,50 @@ def command(
     prepare(trust.plugin)
     loaded = skeleton(model, trust_remote_code=trust.trust_remote_code)
     graph = sspruner.trace(loaded)
-    dense = footprint(loaded, graph, view.context)
+    dense = footprint(loaded, graph, contexts[0])
     if plan is not None:
         check_plan(plan, graph, model=loaded)
-    supported = offers(loaded if plan is None else after(loaded, plan, graph), runtime)
-    cut = None if plan is None else footprint(loaded, apply_sizes(loaded, plan), view.context)
+    engine = None
+    if pool is not None and target.runtime is not None:
+        layers = cache_layers(loaded, graph), None if plan is None else cache_layers(loaded, graph, plan)
+        engine = engine_memory(target.runtime, layers, options, tp=target.tp, pool=pool, contexts=contexts)
+    supported = [] if memory_alone else offers(loaded if plan is None else after(loaded, plan, graph), runtime)
+    cut = None if plan is None else footprint(loaded, apply_sizes(loaded, plan), contexts[0])
     data = graph.to_json() | {"footprint": dense.to_json(*machine)}
     if cut is not None:
         data["with_plan"] = cut.to_json(*machine)
+    if engine is not None:
+        data["engine"] = engine.to_json()
     data["targets"] = {offer.target.name: offer.to_json() for offer in supported}
     pictures = plots(loaded, model, plan) if view.plot else []
     emit(dumps(data, indent=2), output.json)
     if not output.only:
         show(graph.tree())
         show_tables(dense, cut, supported, machine, assumed=loaded.config.dtype is None)
+        if engine is not None:
+            from sspruner.reporting.engine_memory import engine_table
+
+            show(engine_table(engine))
         for picture in pictures:
             show(picture)
+
+
+def pool_of(view: View, target: Target, options: EngineOptions) -> float | None:
+    """Return the bytes of --pool, None without it. Raises InputError for a pool without an engine, or the reverse."""
+    from sspruner.formats.targets import names
+    from sspruner.units import parse_bytes
+
+    if view.pool is not None:
+        if target.runtime not in ENGINES:
+            raise InputError(f"--pool: is the memory of an engine's caches: add --target {' or '.join(ENGINES)}")
+        if target.tp < 1:
+            raise InputError(f"tp {target.tp}: must be at least 1")
+        return parse_bytes(view.pool, "--pool")
+    if options.given:
+        raise InputError(f"--{options.given[0]}: decides the memory of an engine's caches: add --pool, e.g. 40GiB")
+    if target.runtime in ENGINES and target.runtime not in names():
+        raise InputError(f"target {target.runtime}: only the memory of its caches is known: add --pool, e.g. 40GiB")
+    return None
 
 
 def show_tables(dense: Any, cut: Any, supported: Any, machine: Any, assumed: bool) -> None:
@@ -112,7 +157,8 @@ def show_tables(dense: Any, cut: Any, supported: Any, machine: Any, assumed: boo
 
     batches, room, rate = machine
     show(footprint_table(dense, cut, batches=batches, memory=room, bandwidth=rate, assumed=assumed))
-    show(targets_table(supported, with_plan=cut is not None))
+    if supported:
+        show(targets_table(supported, with_plan=cut is not None))
 
 
 app = command_app(NAME, command)

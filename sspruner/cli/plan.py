@@ -86,6 +86,8 @@ def command(
     check_file(files.out)
 
     import sspruner
+    from sspruner.axes import axis_of
+    from sspruner.benchmarking.engine_limit import layer_notes
     from sspruner.formats.fitting import check_cut
     from sspruner.plans.plan import check_plan
 
@@ -94,6 +96,8 @@ def command(
     loaded, _ = sspruner.load(model, **reading.arguments)
     graph = sspruner.trace(loaded)
     scores = sspruner.Scores.load(files.scores)
+    for line in layer_notes(loaded, graph, map(axis_of, scores.importance), recipe):
+        warn(line)
     measured = sspruner.Sensitivity.load(files.curves) if files.curves else None
     if measured:
         measured.check(scores)

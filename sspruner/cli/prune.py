@@ -13,6 +13,7 @@ from sspruner.cli.console import (
     reports_errors_of_all,
     say,
     show,
+    warn,
 )
 from sspruner.cli.help import command_app
 from sspruner.cli.machine import Apart, Machine, Model, Output, RecipeFile
@@ -49,6 +50,7 @@ def command(
     output.check()
 
     import sspruner
+    from sspruner.benchmarking.engine_limit import layer_notes
     from sspruner.compute.processes import barrier, rank
     from sspruner.compute.progress import bars
     from sspruner.io.save import loading
@@ -60,6 +62,9 @@ def command(
     check_recipe(recipe)
     with bars() as progress, kept_if_interrupted(working):
         loaded, tokenizer = sspruner.load(model, offload=working, **machine.arguments, **apart.arguments)
+        if recipe.target.runtime and rank() == 0:
+            for line in layer_notes(loaded, sspruner.trace(loaded), recipe.remove.axes, recipe):
+                warn(line)
         result = sspruner.prune(
             loaded,
             recipe,

@@ -125,6 +125,8 @@ def decide(job: PruneJob, scored: Scored) -> Decision:
     scored.reductions.decide(late, choose)
     plan = make_plan(run.groups, kept, scored.reductions.updates, scores, budget)
     check_plan(plan, run.graph, model=run.model)  # which whole modules must stay is known only now
+    if budget.engine:
+        search["engine"] = budget.engine.to_json(plan)
     return Decision(plan, scores, budget, kept, search)
 
 

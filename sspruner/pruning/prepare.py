@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sspruner.benchmarking.engine_limit import engine_limit
 from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import check_budget, rounded
@@ -50,10 +51,12 @@ def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
     run = Run(
         model, scorers, recipe.remove.axes, dict(method.options), method.seed, machine.device, tolerant=len(scorers) > 1
     )
-    check_not_met(sizes(model, run.graph), limits)
+    engine = engine_limit(model, run.graph, recipe)
+    check_not_met(sizes(model, run.graph), limits, engine)
     if (asked := _asks_for_damage(recipe, len(run.jobs))) and not predicts_tokens(model):
         raise InputError(f"{asked} measures perplexity, and {no_tokens(model)}; say how much with sparsity or keep")
     budget, fit = _fitted(run, recipe)
+    budget = replace(budget, engine=engine)
     lines = [] if limits else rounded(run.groups, budget)  # limits only choose sizes that the target supports
     one_shot = method.one_shot or len(run.jobs) > 1 or budget.compares_layers(run.groups, run.granularity)
     source = recipe.calibration.source if machine.calibration is None else machine.calibration

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sspruner.axes import axis_of
+from sspruner.benchmarking.engine_limit import EngineLimit
 from sspruner.budgets.budget import Fit, ResolvedBudget
 from sspruner.budgets.decide import plan_within
 from sspruner.budgets.split import Curve
@@ -81,13 +82,15 @@ def meet(
     limits: Limits,
     batches: Batches = (),
     progress: Progress | None = None,
+    engine: EngineLimit | None = None,
 ) -> Found:
     """Find the cut that meets limits: with limits of size the mildest that fits; of damage alone the largest that stays
     within.
 
     Both are found by bisection over `candidates` (fractions, mildest first): sizes fall and damage rises along them.
-    Damage need not rise monotonically: the result has been measured and is within its limit. Raises InputError if no
-    cut meets the limits, with the size or damage of the nearest.
+    Damage need not rise monotonically: the result has been measured and is within its limit. The sequences that an
+    engine holds do not rise monotonically either, in steps of whole blocks: there all cuts are tried, mildest first.
+    Raises InputError if no cut meets the limits, with the size or damage of the nearest.
     """
     possible = [s for s in candidates if _is_possible(model, graph, make, s)]
     if not possible:
@@ -103,6 +106,10 @@ def meet(
         return measured_size
 
     @cache
+    def excess(i: int) -> str:
+        return _excess(size(i), dense, limits, engine, make(possible[i]))
+
+    @cache
     def cost(i: int) -> Damage:
         if progress:
             progress(f"measuring {possible[i]:.0%}", len(seen), len(possible))
@@ -115,10 +122,13 @@ def meet(
         return damage
 
     if limits.of_size:
-        check_not_met(dense, limits)
-        if why := size(len(possible) - 1).exceeds(limits, dense):
+        check_not_met(dense, limits, engine)
+        if engine is not None:
+            chosen = next((i for i in range(len(possible)) if not excess(i)), len(possible) - 1)
+        else:
+            chosen = len(possible) - 1 if excess(len(possible) - 1) else _first(lambda i: not excess(i), len(possible))
+        if why := excess(chosen):
             raise InputError(f"{why} even with {possible[-1]:.1%} of the axis removed; cut another axis, too")
-        chosen = _first(lambda i: not size(i).exceeds(limits, dense), len(possible))
         if limits.of_damage and (why := _too_much(cost(chosen), limits)):
             raise InputError(f"the mildest cut that fits removes {possible[chosen]:.1%}, and {why}")
     else:
@@ -128,12 +138,19 @@ def meet(
     return Found(possible[chosen], tuple(seen[i] for i in sorted(seen)), next(iter(perplexities), None))
 
 
-def check_not_met(dense: Sizes, limits: Limits) -> None:
+def check_not_met(dense: Sizes, limits: Limits, engine: EngineLimit | None = None) -> None:
     """Raise AlreadyMet, with the numbers, if the dense model is within all limits of size."""
-    if limits.of_size and not dense.exceeds(limits, dense):
-        raise AlreadyMet(
-            f"the dense model is within the limits: {used(dense, limits, dense)}; nothing was removed, nothing written"
-        )
+    if limits.of_size and not _excess(dense, dense, limits, engine):
+        paper = used(dense, engine.on_paper(limits) if engine else limits, dense)
+        both = ", ".join(filter(None, (paper, engine.used() if engine else "")))
+        raise AlreadyMet(f"the dense model is within the limits: {both}; nothing was removed, nothing written")
+
+
+def _excess(now: Sizes, dense: Sizes, limits: Limits, engine: EngineLimit | None, plan: Plan | None = None) -> str:
+    """Return which limit of size a cut exceeds, "" if none is. plan: the cut, None for the dense model."""
+    if engine is None:
+        return now.exceeds(limits, dense)
+    return now.exceeds(engine.on_paper(limits), dense) or engine.exceeds(plan)
 
 
 def _first(holds: Callable[[int], bool], count: int) -> int:
@@ -251,7 +268,8 @@ def settle(
         candidates = fractions(groups, budget.multiple_of, budget.fit)
         for label, scored in scores.items():
             try:
-                met[label] = meet(model, graph, partial(cut, scored), candidates, limits, batches, progress)
+                make = partial(cut, scored)
+                met[label] = meet(model, graph, make, candidates, limits, batches, progress, budget.engine)
             except AlreadyMet:
                 raise
             except InputError as error:
@@ -293,6 +311,7 @@ def fraction_of_size(
         lambda sparsity: plan_within(graph, none, replace(budget, sparsity=sparsity)),
         fractions(groups, budget.multiple_of, budget.fit),
         limits,
+        engine=budget.engine,
     )
     return search.sparsity
 

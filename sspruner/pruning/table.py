@@ -113,6 +113,11 @@ def _limits(report: Report) -> list[str]:
     if (limit := limits.get("parameters")) is not None:
         most = limit * (report.dense["parameters"] if limit <= 1 else 1)
         lines.append(f"parameters: {most:,.0f} allowed, {pruned['parameters']:,} used")
+    if engine := search.get("engine"):
+        before, after = engine["sequences"]["dense"], engine["sequences"]["pruned"]
+        what = f"{limits['max_batch']:.0f} sequences of {engine['context']:,} tokens in {engine['name']}"
+        lines.append(f"{what} wanted, {before:,} before, {after:,} fit in {as_bytes(engine['pool_bytes'])} for caches")
+        return [*lines, *engine["notes"]]
     if (limit := limits.get("state_memory")) is not None:
         lines.append(f"memory for the states of {limits['max_batch']:.0f} sequences: {as_bytes(limit)} allowed")
     if (limit := limits.get("memory")) is not None:

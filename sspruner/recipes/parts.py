@@ -155,7 +155,8 @@ class Budget(Allocation):
 class Limits:
     """Limits on the size of the pruned model and on the damage, instead of a fraction. `None` means no limit.
 
-    The key/value caches of hybrids grow with the text and are not part of `memory`. Damage is measured on calibration
+    The key/value caches of hybrids grow with the text and are not part of `memory`, unless the target is an engine
+    whose own count decides (sspruner/benchmarking/engine_limit.py). Damage is measured on calibration
     text. Raises InputError for a limit that is not a number above 0.
     """
 
@@ -163,7 +164,8 @@ class Limits:
     """Instead of a fraction: maximum recurrent state per sequence, e.g. 25MB."""
 
     max_batch: Annotated[int | None, whole()] = None
-    """Instead of a fraction: fit this many sequences in --memory, with the weights, or in --state-memory."""
+    """Instead of a fraction: fit this many sequences in --memory, with the weights, or in --state-memory; with
+    --target vllm or llama.cpp by the engine's own count."""
 
     memory: Annotated[Quantity, text("BYTES"), FromText(bytes_of, "--memory")] = None
     """Memory for --max-batch, e.g. 80GB: weights, and recurrent and convolution states."""

@@ -18,6 +18,7 @@ from sspruner.recipes.parts import (
     Remove,
     Target,
 )
+from sspruner.recipes.serving import Serving
 
 #: The calibration text may also be given as `calibration=`, as on the command line.
 _SHORT = {"calibration": "source", "target": "runtime"}
@@ -26,7 +27,7 @@ _SHORT = {"calibration": "source", "target": "runtime"}
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Recipe(Recorded):
-    """What to remove, how much, by which method, on which text, and for which runtime.
+    """What to remove, how much, by which method, on which text, and for which runtime and how it serves.
 
     `Recipe.load("r.yaml")` reads one, `recipe.save("r.yaml")` writes one; `Recipe.of("ghost", sparsity=0.5)` makes one
     from the fields of its parts, whichever part they are in.
@@ -40,6 +41,7 @@ class Recipe(Recorded):
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
     calibration: CalibrationText = field(default_factory=CalibrationText)
     target: Target = field(default_factory=Target)
+    serving: Serving = field(default_factory=Serving)
 
     @classmethod
     def of(cls, scorer: Any = None, **short: Any) -> Recipe:

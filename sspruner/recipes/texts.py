@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sspruner.errors import InputError
-from sspruner.units import parse_bytes, parse_increase, parse_parameters
+from sspruner.units import parse_bytes, parse_increase, parse_parameters, parse_tokens
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -96,6 +96,11 @@ def pattern_of(value: Any, option: str) -> Any:
 def bytes_of(value: Any, option: str) -> Any:
     """Read `25MB` as bytes."""
     return parse_bytes(value, option) if isinstance(value, str) else value
+
+
+def tokens_of(value: Any, option: str) -> Any:
+    """Read `4k` as tokens."""
+    return parse_tokens(value, option) if isinstance(value, str) else value
 
 
 def parameters_of(value: Any, option: str) -> Any:

@@ -33,6 +33,8 @@ LINKS = {
     "--curves": "allocation.md#the-best-split",
     "--refit": "refit.md",
     "--target": "targets.md",
+    "--pool": "engine-memory.md",
+    "--max-batch": "engine-memory.md#budgets",
     "--calibration": "calibration.md",
     "--no-cache": "calibration.md#cache",
     "--trust-remote-code": "saving.md#what-a-checkpoint-can-do-to-you",

@@ -10,6 +10,7 @@ import yaml
 from sspruner.errors import InputError
 from sspruner.recipes.parts import Budget, CalibrationText, Elements, Limits, Method, Reconstruction, Remove, Target
 from sspruner.recipes.recipe import Recipe
+from sspruner.recipes.serving import Serving
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ EVERYTHING = Recipe(
     Reconstruction(100, 64, 5.0),
     CalibrationText("text.txt", 4, 64, "body"),
     Target("vllm", 2),
+    Serving("float16", "fp8", True, 3, True, 512),
 )
 
 
@@ -71,6 +73,7 @@ def test_nothing_is_the_default(file: Path) -> None:
         ("limits: {state_bytes: 25MB, perplexity_increase: 1%}",
          Recipe(limits=Limits(state_bytes=25e6, perplexity_increase=0.01))),
         ("limits: {parameters: 0.8x}", Recipe(limits=Limits(parameters=0.8))),
+        ("serving: {context: 4k, spec: 2}", Recipe(serving=Serving(context=4096, spec=2))),
         ("limits: {max_batch: 2, memory: 80GB}", Recipe(limits=Limits(max_batch=2, memory=8e10))),
         ("method: {scorer: 'state=ghost,mlp=magnitude'}",
          Recipe(method=Method(scorer={"state": "ghost", "mlp": "magnitude"}))),
