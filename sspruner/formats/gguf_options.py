@@ -18,7 +18,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # the fo
 @Parameter(name="*", group=TARGET)
 @dataclass(frozen=True)
 class GGUF:
-    """What `--to gguf` and `--to gguf-padded` write. Raises InputError for an unknown type."""
+    """The export format gguf with its options. Raises InputError for an unknown type."""
 
     type: Annotated[str | None, text("TYPE", name="--gguf-type", default="the model's")] = None
     """Element type of matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0."""
@@ -26,8 +26,8 @@ class GGUF:
     pre: Annotated[str | None, text("NAME", name="--pre")] = None
     """llama.cpp's name of the pre-tokenizer, if it is not recognised."""
 
-    padded: Annotated[bool, Parameter(show=False, parse=False)] = False
-    """Pad layers of different sizes with zeros (`--to gguf-padded`)."""
+    padded: Annotated[bool, Parameter(parse=False)] = False
+    """Pad layers of different sizes with zeros: the format gguf-padded."""
 
     def __post_init__(self) -> None:
         if self.type is not None and self.type not in TYPES:
