@@ -125,9 +125,7 @@ def _add_tensors(out: Any, package: Any, described: Parts, chosen: Epsilons, kin
         block, size = package.GGML_QUANT_SIZES[stored]
         out.add_tensor_info(name, list(tensor.shape), torch.float32, tensor.numel() // block * size, raw_dtype=stored)
     if plain:
-        warnings.warn(
-            f"{plain} matrices are f16, not {kind}: their rows are no multiple of {BLOCK} long", stacklevel=4
-        )
+        warnings.warn(f"{plain} matrices are f16, not {kind}: their rows are no multiple of {BLOCK} long", stacklevel=4)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_ti_data_to_file()

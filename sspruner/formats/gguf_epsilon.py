@@ -94,7 +94,8 @@ def check_difference(model: Any, described: Parts, chosen: Epsilons) -> str:
 @contextmanager
 def _as_llama(model: Parts, chosen: Epsilons) -> Iterator[None]:
     """Context manager that gives norms and mixers the epsilons and limits with which llama.cpp computes."""
-    values = [(norm, "variance_epsilon", chosen.one / chosen.stream**2) for norm in model.residual_norms]
+    values: list[tuple[Any, str, Any]] = []
+    values += [(norm, "variance_epsilon", chosen.one / chosen.stream**2) for norm in model.residual_norms]
     values += [(norm, "variance_epsilon", chosen.one) for norm in model.mixer_norms]
     values += [(mixer, "time_step_limit", NO_LIMIT) for mixer in model.mixers if hasattr(mixer, "time_step_limit")]
     before = [(module, name, getattr(module, name)) for module, name, _ in values]

@@ -170,8 +170,8 @@ def _nemotron_experts(model: Parts, width: int, router: Any) -> Fields:
     }
     if router.num_group > 1:
         found |= {"expert_group_count": router.num_group, "expert_group_used_count": router.topk_group}
-    latent = [getattr(m, "fc1_latent_proj", None) for m in model.experts]
-    if isinstance(latent[0], torch.nn.Linear):
+    latent = [m.fc1_latent_proj for m in model.experts]
+    if isinstance(latent[0], torch.nn.Linear):  # else an identity
         found["moe_latent_size"] = one("latent size", [layer.weight.shape[0] for layer in latent])
     return found
 

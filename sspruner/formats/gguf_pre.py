@@ -21,9 +21,7 @@ QWEN35 = (
     rf"{ASCII_SUFFIX}|{FIRST}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TEKKEN = rf"{FIRST}{UPPER}*{LOWER}+|{FIRST}{UPPER}+{LOWER}*|\p{{N}}|{SLASH}"
-GPT4O = (
-    rf"{FIRST}{UPPER}*{LOWER}+{ASCII_SUFFIX}?|{FIRST}{UPPER}+{LOWER}*{ASCII_SUFFIX}?|\p{{N}}{{1,3}}|{SLASH}"
-)
+GPT4O = rf"{FIRST}{UPPER}*{LOWER}+{ASCII_SUFFIX}?|{FIRST}{UPPER}+{LOWER}*{ASCII_SUFFIX}?|\p{{N}}{{1,3}}|{SLASH}"
 
 Steps = tuple[str, ...]
 NAMES: dict[tuple[Steps, bool], str] = {  # (steps, whether whole words are looked up before merging) -> name

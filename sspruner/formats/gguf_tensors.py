@@ -100,7 +100,8 @@ def _mamba1(mixer: Any, out: float, epsilons: Epsilons, weights: Weights) -> Nam
     yield "ssm_in.weight", weights(mixer, "in_proj.weight")
     yield from _convolution(mixer, weights)
     state = mixer.A_log.shape[1]
-    rows = list(weights(mixer, "x_proj.weight").split([mixer.dt_proj.weight.shape[1], state, state]))
+    rank = mixer.dt_proj.weight.shape[1]
+    rows = list(torch.split(weights(mixer, "x_proj.weight"), [rank, state, state]))
     for i, name in enumerate(("dt", "b", "c")):
         norm = getattr(mixer, f"{name}_layernorm", None)
         if norm is not None:
@@ -148,7 +149,7 @@ def _neighbours(rows: torch.Tensor, head_dim: int, rotated: int) -> torch.Tensor
     if not rotated:
         return rows
     heads = rows.view(-1, head_dim, *rows.shape[1:])
-    first = heads[:, :rotated].unflatten(1, (2, rotated // 2)).transpose(1, 2).flatten(1, 2)
+    first = torch.unflatten(heads[:, :rotated], 1, (2, rotated // 2)).transpose(1, 2).flatten(1, 2)
     return torch.cat([first, heads[:, rotated:]], 1).view(rows.shape)
 
 

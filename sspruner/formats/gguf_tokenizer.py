@@ -181,7 +181,7 @@ def _special(tokenizer: Any, model: Any) -> Fields:
     ends = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
     ends = list(dict.fromkeys(i for i in ends if i is not None))
     if not ends:
-        raise InputError("gguf: the tokenizer has no end-of-text token, and llama.cpp would take another: set eos_token")
+        raise InputError("gguf: the tokenizer has no end-of-text token (eos_token); llama.cpp would take token 11")
     if len(ends) > len(ENDS):
         warnings.warn(f"llama.cpp stops at {len(ENDS)} tokens by id; here are {ends}", stacklevel=5)
     bos = ends[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id  # unset, llama.cpp takes token 11

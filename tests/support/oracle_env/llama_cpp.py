@@ -19,8 +19,9 @@ SIZE = 512  # bytes, more than either struct has
 FLOAT32 = 0
 # name -> (offset, default); all are 32 bits wide
 CONTEXT = {
-    "n_ctx": (0, 512), "n_batch": (4, 2048), "n_ubatch": (8, 512), "n_seq_max": (12, 1), "n_outputs_max_per_seq": (24, 1),
-    "n_threads": (28, 4), "n_threads_batch": (32, 4), "flash_attn_type": (52, -1), "type_k": (104, 1), "type_v": (108, 1),
+    "n_ctx": (0, 512), "n_batch": (4, 2048), "n_ubatch": (8, 512), "n_seq_max": (12, 1),
+    "n_outputs_max_per_seq": (24, 1), "n_threads": (28, 4), "n_threads_batch": (32, 4), "flash_attn_type": (52, -1),
+    "type_k": (104, 1), "type_v": (108, 1),
 }  # fmt: skip
 MODEL = {"n_gpu_layers": (16, -1), "split_mode": (20, 1)}
 VOCAB_ONLY = 72  # of the model's parameters, one byte
