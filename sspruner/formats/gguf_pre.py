@@ -36,6 +36,11 @@ NAMES: dict[tuple[Steps, bool], str] = {  # (steps, whether whole words are look
     ((GPT4O,), False): "gpt-4o",
 }
 
+MARKS_SPLIT = (
+    "tekken",
+    "gpt-4o",
+)  # llama.cpp's expressions for these lack \p{M}: measured, tests/engines/test_llama.py
+
 
 def recognised(pre_tokenizer: Mapping[str, Any] | None, ignore_merges: bool) -> str:
     """Return llama.cpp's name of a pre-tokenizer, as tokenizer.json describes it; "" if there is none."""

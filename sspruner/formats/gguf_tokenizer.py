@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sspruner.errors import InputError
-from sspruner.formats.gguf_pre import parts, recognised
+from sspruner.formats.gguf_pre import MARKS_SPLIT, parts, recognised
 
 Fields = dict[str, Any]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type
@@ -74,6 +74,12 @@ def _byte_level_bpe(data: Mapping[str, Any], pre: str | None) -> Fields:
             f"gguf: the pre-tokenizer is not recognised: {json.dumps(data['pre_tokenizer'])[:300]}. If llama.cpp has "
             f"it, name it (--pre llama-bpe, for example; the names are in its src/llama-vocab.cpp), {WHAT_TO_DO}"
         )
+    if name in MARKS_SPLIT:
+        warnings.warn(
+            f"llama.cpp's {name} splits letters from combining marks (Devanagari, decomposed accents): such text gets "
+            "other tokens",
+            stacklevel=5,
+        )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 
@@ -119,11 +125,21 @@ def _prefix_space(data: Mapping[str, Any]) -> bool | None:
         return True
     if steps == [replace]:
         return False
-    if len(steps) == 1 and steps[0]["type"] == "Metaspace" and steps[0]["replacement"] == SPACE:
-        if steps[0].get("split"):
-            return None
-        return {"always": True, "never": False}.get(steps[0]["prepend_scheme"])
+    if len(steps) == 1 and steps[0]["type"] == "Metaspace" and not steps[0].get("split"):
+        return _metaspace(steps[0])
     return None
+
+
+def _metaspace(step: Mapping[str, Any]) -> bool:
+    """Return whether a Metaspace puts a space before a text."""
+    if step["prepend_scheme"] == "never":
+        return False
+    warnings.warn(
+        "llama.cpp puts a space before every text and after special tokens; this tokenizer does not where the text "
+        "begins with one",
+        stacklevel=6,
+    )
+    return True
 
 
 def _unigram(data: Mapping[str, Any]) -> Fields:
@@ -132,12 +148,12 @@ def _unigram(data: Mapping[str, Any]) -> Fields:
     if len(spaces) != 1 or spaces[0]["type"] != "Metaspace" or model.get("byte_fallback"):
         raise InputError(f"gguf: llama.cpp's unigram has a Metaspace and no byte fallback; {WHAT_TO_DO}")
     kinds = [step["type"] for step in steps]
-    if kinds not in ([], ["Precompiled"]) or spaces[0]["prepend_scheme"] == "first":
-        raise InputError(f"gguf: llama.cpp's unigram has no {', '.join(kinds)} and Metaspace 'first'; {WHAT_TO_DO}")
+    if kinds not in ([], ["Precompiled"]):
+        raise InputError(f"gguf: llama.cpp's unigram has no normalizer {', '.join(kinds)}; {WHAT_TO_DO}")
     found: Fields = {
         "tokenizer.ggml.model": "t5",
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.add_space_prefix": spaces[0]["prepend_scheme"] == "always",
+        "tokenizer.ggml.add_space_prefix": _metaspace(spaces[0]),
         "tokenizer.ggml.remove_extra_whitespaces": False,
         "scores": dict(model["vocab"]),
     }

@@ -10,7 +10,7 @@ from sspruner.compute.forward import check_predicts_tokens
 from sspruner.errors import ModelError
 from sspruner.files.output import atomic_folder
 from sspruner.formats.fitting import check_fits
-from sspruner.formats.gguf import write_gguf
+from sspruner.formats.gguf import gguf_difference, write_gguf
 from sspruner.formats.gguf_options import GGUF
 from sspruner.formats.native import write_native
 from sspruner.formats.remote import write_remote
@@ -62,7 +62,8 @@ def export(
         raise ModelError("the model is masked; cut it with mode slice, or call sspruner.unmask(model) first")
     if to != "sspruner":
         check_predicts_tokens(model, f"export --to {to}")
-    written = padded(model) if to.endswith("-padded") else model
+    differs = gguf_difference if to == "gguf-padded" else None
+    written = padded(model, to, differs) if to.endswith("-padded") else model
     if runtime:
         check_fits(written, runtime)
     with atomic_folder(out, overwrite) as folder:
