@@ -11,7 +11,7 @@ import base64
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from sspruner.errors import InputError
@@ -94,11 +94,11 @@ def _sentencepiece_bpe(data: Mapping[str, Any]) -> Fields:
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.add_space_prefix": prefix,
-        "scores": _scores(model),
+        "scores": _scores(model, {token["content"] for token in data["added_tokens"]}),
     }
 
 
-def _scores(model: Mapping[str, Any]) -> dict[str, float]:
+def _scores(model: Mapping[str, Any], added: Set[str]) -> dict[str, float]:
     """Return token -> score from the merges: the higher, the earlier.
 
     llama.cpp merges any two neighbours whose join is a token, the one with the highest score first. That is what the
@@ -109,8 +109,9 @@ def _scores(model: Mapping[str, Any]) -> dict[str, float]:
     for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(left + right, []).append(rank)
     vocab, known = model["vocab"], set(pairs)
-    for token, at in ranks.items():
+    for token in vocab.keys() - added:
         splits = {(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab}
+        at = ranks.get(token, [0])
         if splits - known or max(at) - min(at) >= len(at):
             raise InputError(f"gguf: the merges of {token!r} are not SentencePiece's; {WHAT_TO_DO}")
     return {token: -float(min(at)) for token, at in ranks.items()}
