@@ -55,6 +55,8 @@ def unfit(subject: Subject, runtime: Target) -> str:
     """Return why a target does not support a model, and the nearest cut that it supports; "" if it does."""
     if why := runtime.serves(subject.graph):
         return f"{runtime.name} cannot take this model: {why}"
+    if wrong := runtime.misreads(subject.graph, subject.model.config):
+        return f"{runtime} cannot take this model: {'; '.join(wrong)}"
     if why := _unsayable(subject, runtime):
         return why
     if broken := runtime.refuses(subject.graph):
@@ -180,7 +182,8 @@ class Offer:
         """Return a JSON object, with sizes as runs of [first, last, step]."""
         return {
             "tp": self.target.tp,
-            "ran_here": self.target.ran,
+            "how": self.target.how,
+            "checked": self.target.checked,
             "fits": not self.reason,
             "reason": self.reason,
             "notes": list(self.notes),
@@ -216,7 +219,7 @@ def _offer(subject: Subject, runtime: Target, tried: dict[tuple[str, int], Subje
             refused[axis] = f"depends on which go; the last: {because}" if axis == "block" else because
         else:
             axes[axis] = tuple(sizes)
-    return Offer(runtime, why, tuple(runtime.notes(subject.graph)), axes, refused)
+    return Offer(runtime, why, tuple(runtime.notes(subject.graph, subject.model.config)), axes, refused)
 
 
 def _cut_axis(subject: Subject, axis: str, n: int) -> Subject | str:
