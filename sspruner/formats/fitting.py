@@ -204,9 +204,9 @@ def offers(model: Any, only: Target | None = None) -> list[Offer]:
 
 def _offer(subject: Subject, runtime: Target, tried: dict[tuple[str, int], Subject | str]) -> Offer:
     why, fit = unfit(subject, runtime), Fit(runtime, subject.graph)
-    if runtime.serves(subject.graph):
+    if runtime.serves(subject.graph) or runtime.misreads(subject.graph, subject.model.config):
         return Offer(runtime, why, (), {}, {})
-    axes, refused = {}, {}
+    axes, refused, notes = {}, {}, runtime.notes(subject.graph, subject.model.config)
     for axis in subject.graph.axes:
         sizes = fit.takes(axis)
         if not sizes:
@@ -219,7 +219,8 @@ def _offer(subject: Subject, runtime: Target, tried: dict[tuple[str, int], Subje
             refused[axis] = f"depends on which go; the last: {because}" if axis == "block" else because
         else:
             axes[axis] = tuple(sizes)
-    return Offer(runtime, why, tuple(runtime.notes(subject.graph, subject.model.config)), axes, refused)
+            notes += fit.slower(axis, sizes)
+    return Offer(runtime, why, tuple(notes), axes, refused)
 
 
 def _cut_axis(subject: Subject, axis: str, n: int) -> Subject | str:

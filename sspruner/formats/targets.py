@@ -60,7 +60,7 @@ class Target:
 
         Only rules that bind: those of every backend, or of the chosen one.
         """
-        rules = [r for r in self._on(model, sizes=True) if r.level in levels and self._binds(r)]
+        rules = [r for r in self.concerning(model, sizes=True) if r.level in levels and self._binds(r)]
         return [rule for rule in rules if not rule.holds(layout, self.tp)]
 
     def serves(self, graph: SSMGraph) -> str:
@@ -75,7 +75,7 @@ class Target:
 
     def misreads(self, graph: SSMGraph, config: Any) -> list[str]:
         """Describe the mandatory rules that the config breaks, whatever the sizes of the mixers."""
-        rules = [r for r in self._on(_type(graph), sizes=False) if r.level == "must" and self._binds(r)]
+        rules = [r for r in self.concerning(_type(graph), sizes=False) if r.level == "must" and self._binds(r)]
         return [said(rule, config) for rule in rules if not rule.allows(config)]
 
     def refuses(self, graph: SSMGraph) -> list[str]:
@@ -89,14 +89,14 @@ class Target:
         sized = [
             (rule, site.layout)
             for site in graph.layers
-            for rule in self._on(_type(graph), sizes=True)
+            for rule in self.concerning(_type(graph), sizes=True)
             if not rule.holds(site.layout, self.tp)
         ]
-        whole = [(rule, config) for rule in self._on(_type(graph), sizes=False) if not rule.allows(config)]
+        whole = [(rule, config) for rule in self.concerning(_type(graph), sizes=False) if not rule.allows(config)]
         lines = [self._note(r, subject) for r, subject in sized + whole if r.level != "must" or not self._binds(r)]
         return list(dict.fromkeys(lines))
 
-    def _on(self, model: str, sizes: bool) -> list[Rule]:
+    def concerning(self, model: str, sizes: bool) -> list[Rule]:
         """Return the rules, on sizes or on the config, that concern a config type and the backend, if one is chosen."""
         return [
             r
@@ -110,11 +110,15 @@ class Target:
         """Return whether a rule holds for every way to use the target, or for the way that was chosen."""
         return rule.writer in ("", self.writer) and (not rule.backends or bool(self.backend))
 
-    def _note(self, rule: Rule, subject: Any) -> str:
+    def lead(self, rule: Rule) -> str:
+        """Return what breaking a rule means, and where: `slower on CUDA`."""
         on = [f"from a folder of --to {rule.writer}"] if rule.writer not in ("", self.writer) else []
         on += [f"on {', '.join(rule.backends)}"] if rule.backends else []
         lead = {"must": ["not"], "slow": ["slower"], "memory": ["memory"], "note": []}[rule.level]
-        begin = " ".join([*lead, *on])
+        return " ".join([*lead, *on])
+
+    def _note(self, rule: Rule, subject: Any) -> str:
+        begin = self.lead(rule)
         return f"{begin}{': ' if begin else ''}{said(rule, subject)} ({rule.known})"
 
 
@@ -248,6 +252,19 @@ class Fit:
     def _runs(self, sizes: Mapping[str, int]) -> bool:
         return not any(True for _ in self._broken(sizes, ("must",)))
 
+    def slower(self, axis: str, sizes: Sequence[int]) -> list[str]:
+        """Describe the slow paths on which each of these sizes of an axis is, and the present one is not."""
+        rules = [r for r in self.target.concerning(_type(self.graph), sizes=True) if r.level == "slow"]
+        lost = [
+            rule
+            for rule in rules
+            if rule.touches([axis])
+            for layout in self._layouts()
+            if rule.holds(layout, self.target.tp)
+            and not any(rule.holds(layout.resized({axis: n}), self.target.tp) for n in sizes)
+        ]
+        return [f"{axis}: every cut is {self.target.lead(rule)}: {rule.why}" for rule in dict.fromkeys(lost)]
+
     def _layouts(self) -> list[Layout]:
         return list({tuple(site.layout.sizes.items()): site.layout for site in self.graph.layers}.values())
 
@@ -263,7 +280,7 @@ class Fit:
         return list(lines.values())
 
     def takes(self, axis: str) -> list[int]:
-        """Return the sizes of one axis if only this axis is cut, equally in every layer: the fast ones, if there are any."""
+        """Return the sizes to which one axis alone can be cut, equally in every layer: the fast ones, if there are any."""
         groups = [group for group in self.graph.groups.values() if group.axis == axis]
         step = max(group.multiple_of for group in groups)
         candidates = range(step, min(group.units for group in groups), step)
