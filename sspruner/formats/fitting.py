@@ -56,6 +56,8 @@ def unfit(subject: Subject, runtime: Target) -> str:
     """Return why a target does not support a model, and the nearest cut that it supports; "" if it does."""
     if why := runtime.serves(subject.graph):
         return f"{runtime.name} cannot take this model: {why}"
+    if wrong := runtime.misreads(subject.graph, subject.model.config):
+        return f"{runtime} cannot take this model: {'; '.join(wrong)}"
     if why := _unsayable(subject, runtime):
         return why
     if broken := runtime.refuses(subject.graph):
@@ -183,7 +185,8 @@ class Offer:
         """Return a JSON object, with sizes as runs of [first, last, step]."""
         return {
             "tp": self.target.tp,
-            "ran_here": self.target.ran,
+            "how": self.target.how,
+            "checked": self.target.checked,
             "fits": not self.reason,
             "reason": self.reason,
             "notes": list(self.notes),
@@ -204,9 +207,9 @@ def offers(model: Any, only: Target | None = None) -> list[Offer]:
 
 def _offer(subject: Subject, runtime: Target, tried: dict[tuple[str, int], Subject | str]) -> Offer:
     why, fit = unfit(subject, runtime), Fit(runtime, subject.graph)
-    if runtime.serves(subject.graph):
+    if runtime.serves(subject.graph) or runtime.misreads(subject.graph, subject.model.config):
         return Offer(runtime, why, (), {}, {})
-    axes, refused = {}, {}
+    axes, refused, notes = {}, {}, runtime.notes(subject.graph, subject.model.config)
     for axis in subject.graph.axes:
         sizes = fit.takes(axis)
         if not sizes:
@@ -219,7 +222,8 @@ def _offer(subject: Subject, runtime: Target, tried: dict[tuple[str, int], Subje
             refused[axis] = f"depends on which go; the last: {because}" if axis == "block" else because
         else:
             axes[axis] = tuple(sizes)
-    return Offer(runtime, why, tuple(runtime.notes(subject.graph)), axes, refused)
+            notes += fit.slower(axis, sizes)
+    return Offer(runtime, why, tuple(notes), axes, refused)
 
 
 def _cut_axis(subject: Subject, axis: str, n: int) -> Subject | str:

@@ -6,160 +6,162 @@ Arithmetic on sizes only. `sspruner.formats.fitting` checks whether a stock conf
 from __future__ import annotations
 
 import heapq
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sspruner.errors import InputError, ModelError
+from sspruner.formats.rules import HOW, Rule, rules_of, said, table
 
 if TYPE_CHECKING:  # torch is not needed to name a target
-    from sspruner.graph.layout import Layout, Size
+    from sspruner.graph.layout import Layout
     from sspruner.graph.ssm_graph import SSMGraph
 
-TABLE = Path(__file__).with_name("targets.toml")
 MOST_TRIES = 200_000  # largest number of combinations of sizes that are tried
 WAYS = "export --to hf-remote and --to sspruner write any cut"
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One condition on one quantity of every mixer. targets.toml documents the fields."""
-
-    of: str
-    why: str
-    models: tuple[str, ...] = ()
-    level: str = "must"
-    one_of: tuple[int, ...] = ()
-    most: int = 0
-    multiple: int | str = 1
-    twice: str = ""
-    powers: int = 0
-    shards: str = ""
-
-    def holds(self, layout: Layout, tp: int) -> bool:
-        """Return whether the mixer meets the condition, which is also the case if it lacks a quantity."""
-        n, other = quantity(self.of, layout), self.twice or self.multiple
-        beside = quantity(other, layout) if isinstance(other, str) else other
-        if n is None or beside is None:
-            return True
-        return (
-            (not self.one_of or n in self.one_of)
-            and (not self.most or n <= self.most)
-            and (n == 2 * beside if self.twice else n % beside == 0)
-            and (not self.powers or (n >= self.powers and n & (n - 1) == 0))
-            and (not self.shards or _splits(n, tp, self.shards))
-        )
-
-    def touches(self, axes: Sequence[str]) -> bool:
-        """Return whether a cut of these axes changes the quantity."""
-        return any(dim in axes for term in _quantities()[self.of][0] for dim in term)
-
-
-@dataclass(frozen=True)
 class Target:
-    """A runtime with the sizes that it supports.
+    """A runtime with what it supports.
 
-    models  config types that it serves
-    writer  name of the export format that it reads
-    shards  True if it can split a mixer over GPUs
-    ran     True if its rules were tested by running it; False if they were read in its sources
-    tp      number of GPUs that share a model
+    models    config types that it serves
+    writer    name of the export format that it reads
+    rules     its conditions on sizes and config fields
+    shards    True if it can split a mixer over GPUs
+    checked   version that was looked at
+    how       run, read or claimed
+    gone      config types that it does not serve, with the reason
+    backend   device of the runtime that was chosen, "" for any
+    tp        number of GPUs that share a model
     """
 
     name: str
     models: tuple[str, ...]
     writer: str
-    shards: bool
-    ran: bool
     rules: tuple[Rule, ...]
+    shards: bool = False
+    checked: str = ""
+    how: str = "read"
+    gone: Mapping[str, str] = field(default_factory=dict)
+    backend: str = ""
     tp: int = 1
 
     def __str__(self) -> str:
         return f"{self.name} on {self.tp} GPUs" if self.tp > 1 else self.name
 
+    @property
+    def known(self) -> str:
+        """How and in which version its rules were found, unless a rule says otherwise."""
+        return f"{HOW[self.how]} {self.checked}"
+
     def broken(self, model: str, layout: Layout, levels: Sequence[str] = ("must",)) -> list[Rule]:
-        """Return the rules of some levels that a mixer of this size breaks. model: the type of its config."""
-        rules = [r for r in self.rules if r.level in levels and (not r.models or model in r.models)]
+        """Return the rules of some levels that a mixer of this size breaks. model: the type of its config.
+
+        Only rules that bind: those of every backend, or of the chosen one.
+        """
+        rules = [r for r in self.concerning(model, sizes=True) if r.level in levels and self._binds(r)]
         return [rule for rule in rules if not rule.holds(layout, self.tp)]
 
     def serves(self, graph: SSMGraph) -> str:
         """Return the reason why the target does not serve models of this kind, "" if it does."""
         if graph.family is None:
             return f"{self.name} reads models of transformers' families; {graph.model_class} is not known as one"
+        if why := self.gone.get(graph.family.name):
+            return why
         if graph.family.name not in self.models:
             return f"{self.name} has no models of type {graph.family.name}; it has {', '.join(self.models)}"
         return ""
 
+    def misreads(self, graph: SSMGraph, config: Any) -> list[str]:
+        """Describe the mandatory rules that the config breaks, whatever the sizes of the mixers."""
+        rules = [r for r in self.concerning(_type(graph), sizes=False) if r.level == "must" and self._binds(r)]
+        return [said(rule, config) for rule in rules if not rule.allows(config)]
+
     def refuses(self, graph: SSMGraph) -> list[str]:
         """Describe the mandatory rules that the mixers break, without duplicates."""
-        assert graph.family is not None
-        name = graph.family.name
+        name = _type(graph)
         messages = {said(r, site.layout): None for site in graph.layers for r in self.broken(name, site.layout)}
         return list(messages)
 
-    def notes(self, graph: SSMGraph) -> list[str]:
-        """Describe slower paths and other effects of these sizes in the target, without duplicates."""
-        assert graph.family is not None
-        name, levels = graph.family.name, ("fast", "note")
-        messages = {said(r, site.layout): None for site in graph.layers for r in self.broken(name, site.layout, levels)}
-        return list(messages)
+    def notes(self, graph: SSMGraph, config: Any) -> list[str]:
+        """Describe slower paths, other backends and other effects in the target, without duplicates."""
+        sized = [
+            (rule, site.layout)
+            for site in graph.layers
+            for rule in self.concerning(_type(graph), sizes=True)
+            if not rule.holds(site.layout, self.tp)
+        ]
+        whole = [(rule, config) for rule in self.concerning(_type(graph), sizes=False) if not rule.allows(config)]
+        lines = [self._note(r, subject) for r, subject in sized + whole if r.level != "must" or not self._binds(r)]
+        return list(dict.fromkeys(lines))
+
+    def concerning(self, model: str, sizes: bool) -> list[Rule]:
+        """Return the rules, on sizes or on the config, that concern a config type and the backend, if one is chosen."""
+        return [
+            r
+            for r in self.rules
+            if bool(r.of) == sizes
+            and (not r.models or model in r.models)
+            and (not r.backends or not self.backend or self.backend in r.backends)
+        ]
+
+    def _binds(self, rule: Rule) -> bool:
+        """Return whether a rule holds for every way to use the target, or for the way that was chosen."""
+        return rule.writer in ("", self.writer) and (not rule.backends or bool(self.backend))
+
+    def lead(self, rule: Rule) -> str:
+        """Return what breaking a rule means, and where: `slower on CUDA`."""
+        on = [f"from a folder of --to {rule.writer}"] if rule.writer not in ("", self.writer) else []
+        on += [f"on {', '.join(rule.backends)}"] if rule.backends else []
+        lead = {"must": ["not"], "slow": ["slower"], "memory": ["memory"], "note": []}[rule.level]
+        return " ".join([*lead, *on])
+
+    def _note(self, rule: Rule, subject: Any) -> str:
+        begin = self.lead(rule)
+        return f"{begin}{': ' if begin else ''}{said(rule, subject)} ({rule.known})"
 
 
-@cache
-def _table() -> dict[str, Any]:
-    return tomllib.loads(TABLE.read_text(encoding="utf-8"))
-
-
-@cache
-def _quantities() -> dict[str, tuple[Size, str]]:
-    """Return name -> (a sum of products of dimensions, description)."""
-    return {name: (tuple(map(tuple, q["sizes"])), q["says"]) for name, q in _table()["quantities"].items()}
-
-
-def quantity(name: str, layout: Layout) -> int | None:
-    """Return a quantity of a mixer; None if it lacks one of the dimensions."""
-    size, _ = _quantities()[name]
-    return layout.stock_total(size) if all(dim in layout.sizes for term in size for dim in term) else None
-
-
-def said(rule: Rule, layout: Layout) -> str:
-    """Describe a rule that a mixer breaks."""
-    return f"{_quantities()[rule.of][1]} {quantity(rule.of, layout)}: {rule.why}"
-
-
-def _splits(n: int, tp: int, shards: str) -> bool:
-    if shards == "none":
-        return tp == 1
-    return n % tp == 0 or (shards == "even or one" and n == 1) or (shards == "even or spread" and tp % n == 0)
+def _type(graph: SSMGraph) -> str:
+    assert graph.family is not None
+    return graph.family.name
 
 
 def names() -> tuple[str, ...]:
     """Return the names of all targets in the table."""
-    return tuple(name for name in _table() if name != "quantities")
+    return tuple(name for name in table() if name != "quantities")
 
 
 def target(name: str, tp: int = 1) -> Target:
-    """Return a target of the table.
+    """Return a target of the table: `vllm`, or one of its backends, `vllm:cpu`.
 
-    Raises InputError for an unknown name, and for tp > 1 if the target cannot split a mixer.
+    Raises InputError for an unknown name or backend, and for tp > 1 if the target cannot split a mixer.
     """
-    if name not in names():
+    base, _, suffix = name.partition(":")
+    if base not in names():
         raise InputError(f"target {name!r}: unknown; known: {', '.join(names())}")
-    row = _table()[name]
+    row = table()[base]
+    backends = {backend.lower(): backend for backend in row.get("backends", ())}
+    if ":" in name and suffix.lower() not in backends:
+        ways = ", ".join(f"{base}:{one}" for one in backends)
+        raise InputError(f"target {name!r}: unknown; {f'known: {base}, {ways}' if ways else f'{base} has no backends'}")
     if tp < 1:
         raise InputError(f"tp {tp}: must be at least 1")
     if tp > 1 and not row["shards"]:
-        sharing = [other for other in names() if _table()[other]["shards"]]
-        raise InputError(f"tp {tp}: {name} does not split a mixer over GPUs; tp is for {', '.join(sharing)}")
-    rules_data: list[dict[str, Any]] = [
-        {key: tuple(value) if isinstance(value, list) else value for key, value in rule.items()}
-        for rule in row["rules"]
-    ]
-    rules = tuple(Rule(**fields) for fields in rules_data)
-    return Target(name, tuple(row["models"]), row["writer"], row["shards"], row["ran"], rules, tp)
+        sharing = [other for other in names() if table()[other]["shards"]]
+        raise InputError(f"tp {tp}: {base} does not split a mixer over GPUs; tp is for {', '.join(sharing)}")
+    return Target(
+        name=name.lower(),
+        models=tuple(row["models"]),
+        writer=row["writer"],
+        rules=rules_of(row),
+        shards=row["shards"],
+        checked=row["checked"],
+        how=row["how"],
+        gone=row.get("gone", {}),
+        backend=backends.get(suffix.lower(), ""),
+        tp=tp,
+    )
 
 
 def chosen(name: str | None, tp: int) -> Target | None:
@@ -193,6 +195,8 @@ class Fit:
 
     def counts(self, counts: Mapping[str, int], options: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Return the nearest supported counts that still cut every axis that `counts` cuts; of two the larger.
+
+        Sizes for which the target is slow are taken where there is no other.
 
         counts   dependency group -> number of units kept
         options  dependency group -> the counts that all other settings allow
@@ -228,7 +232,7 @@ class Fit:
             )
             for axis in sized
         }
-        rounded = nearest(choices, requested, lambda sizes: not any(True for _ in self._broken(sizes)))
+        rounded = nearest(choices, requested, self._fast) or nearest(choices, requested, self._runs)
         if rounded is None:
             why = "; ".join(dict.fromkeys(self._broken(requested))) or "no such size obeys the other options"
             if not requested:
@@ -239,15 +243,32 @@ class Fit:
             )
         return dict(counts) | {name: n for axis, n in rounded.items() for name in cut[axis]}
 
-    def _broken(self, sizes: Mapping[str, int]) -> Iterator[str]:
-        """Describe the rules that these sizes break: mandatory rules, and fast paths of the axes that are cut."""
-        assert self.graph.family is not None
-        name = self.graph.family.name
+    def _broken(self, sizes: Mapping[str, int], levels: Sequence[str] = ("must", "slow")) -> Iterator[str]:
+        """Describe the rules that these sizes break: mandatory rules, and slow paths of the axes that are cut."""
         for layout in self._layouts():
             after = layout.resized({axis: n for axis, n in sizes.items() if axis in layout.sizes})
-            for rule in self.target.broken(name, after, ("must", "fast")):
+            for rule in self.target.broken(_type(self.graph), after, levels):
                 if rule.level == "must" or rule.touches(list(sizes)):
                     yield said(rule, after)
+
+    def _fast(self, sizes: Mapping[str, int]) -> bool:
+        return not any(True for _ in self._broken(sizes))
+
+    def _runs(self, sizes: Mapping[str, int]) -> bool:
+        return not any(True for _ in self._broken(sizes, ("must",)))
+
+    def slower(self, axis: str, sizes: Sequence[int]) -> list[str]:
+        """Describe the slow paths on which each of these sizes of an axis is, and the present one is not."""
+        rules = [r for r in self.target.concerning(_type(self.graph), sizes=True) if r.level == "slow"]
+        lost = [
+            rule
+            for rule in rules
+            if rule.touches([axis])
+            for layout in self._layouts()
+            if rule.holds(layout, self.target.tp)
+            and not any(rule.holds(layout.resized({axis: n}), self.target.tp) for n in sizes)
+        ]
+        return [f"{axis}: every cut is {self.target.lead(rule)}: {rule.why}" for rule in dict.fromkeys(lost)]
 
     def _layouts(self) -> list[Layout]:
         return list({tuple(site.layout.sizes.items()): site.layout for site in self.graph.layers}.values())
@@ -264,13 +285,14 @@ class Fit:
         return list(lines.values())
 
     def takes(self, axis: str) -> list[int]:
-        """Return the supported sizes of one axis if only this axis is cut, equally in every layer."""
+        """Return the sizes to which one axis alone can be cut, equally in every layer: the fast ones, if there are any."""
         groups = [group for group in self.graph.groups.values() if group.axis == axis]
         step = max(group.multiple_of for group in groups)
         candidates = range(step, min(group.units for group in groups), step)
         if axis not in expressible(self.graph, self.target.writer):
             return []
-        return [n for n in candidates if axis == "block" or not any(True for _ in self._broken({axis: n}))]
+        runs = [n for n in candidates if axis == "block" or self._runs({axis: n})]
+        return [n for n in runs if axis == "block" or self._fast({axis: n})] or runs
 
 
 def fit_to(graph: SSMGraph, name: str | None, tp: int) -> Fit | None:

