@@ -2,8 +2,8 @@
 
 vllm_run.py REQUESTS ANSWERS, both JSON files. A request has `folder`, `prompts` (lists of token ids, decoded as one
 batch), `tokens` (how many), and optionally `engine` (more arguments of vllm.LLM) and `times`. Its answer has, for each
-prompt, the `tokens`, at each step the log-probabilities of the `likely` ones, and how many tokens of the prompt were
-`cached`; or the `error` with which vLLM ended. One engine after the other, in this process: importing vLLM takes longer.
+prompt, the `tokens` and at each step the log-probabilities of the `likely` ones; or the `error` with which vLLM ended.
+One engine after the other, in this process: importing vLLM takes longer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ def decoded(request: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "tokens": list(one.outputs[0].token_ids),
             "likely": [{token: p.logprob for token, p in step.items()} for step in one.outputs[0].logprobs],
-            "cached": one.num_cached_tokens,
         }
         for one in found
     ]
