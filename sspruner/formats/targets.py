@@ -132,12 +132,17 @@ def names() -> tuple[str, ...]:
     return tuple(name for name in table() if name != "quantities")
 
 
+def runtime_of(name: str) -> str:
+    """Return the runtime of a target, without its backend: `vllm` of `vllm:cpu`."""
+    return name.partition(":")[0]
+
+
 def target(name: str, tp: int = 1) -> Target:
     """Return a target of the table: `vllm`, or one of its backends, `vllm:cpu`.
 
     Raises InputError for an unknown name or backend, and for tp > 1 if the target cannot split a mixer.
     """
-    base, _, suffix = name.partition(":")
+    base, suffix = runtime_of(name), name.partition(":")[2]
     if base not in names():
         raise InputError(f"target {name!r}: unknown; known: {', '.join(names())}")
     row = table()[base]
@@ -285,7 +290,7 @@ class Fit:
         return list(lines.values())
 
     def takes(self, axis: str) -> list[int]:
-        """Return the sizes to which one axis alone can be cut, equally in every layer: the fast ones, if there are any."""
+        """Return the sizes to which one axis alone can be cut, in every layer alike: the fast ones, if any."""
         groups = [group for group in self.graph.groups.values() if group.axis == axis]
         step = max(group.multiple_of for group in groups)
         candidates = range(step, min(group.units for group in groups), step)

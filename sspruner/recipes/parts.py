@@ -339,7 +339,7 @@ class Target:
     """The runtime that will serve the pruned model; sizes are rounded to those it supports."""
 
     runtime: Annotated[str | None, text("NAME", name="--target")] = None
-    """Only sizes that this runtime supports: hf, mamba-ssm, vllm, tensorrt-llm or llama.cpp."""
+    """Only sizes that this runtime supports: hf, mamba-ssm, vllm, tensorrt-llm or llama.cpp, or a backend: vllm:cpu."""
 
     tp: Annotated[int, whole()] = 1
     """GPUs over which vllm or tensorrt-llm splits the model."""
