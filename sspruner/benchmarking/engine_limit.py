@@ -11,7 +11,7 @@ from sspruner.benchmarking.engine_memory import EngineCache, engine_cache
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan
 from sspruner.recipes.parts import Limits
-from sspruner.recipes.serving import ENGINES
+from sspruner.recipes.serving import engine_of
 from sspruner.surgery.sizes import sizes
 from sspruner.units import as_bytes
 
@@ -36,7 +36,7 @@ class EngineLimit:
     @property
     def engine(self) -> str:
         """Name of the engine."""
-        return str(self.recipe.target.runtime)
+        return engine_of(self.recipe.target.runtime)
 
     def on_paper(self, limits: Limits) -> Limits:
         """Return the limits without those that the engine counts."""
@@ -88,12 +88,11 @@ def layer_notes(model: Any, graph: SSMGraph, axes: Iterable[str], recipe: Recipe
 
     Empty if no whole layers are cut, or the target is no engine. Raises InputError for options that it does not have.
     """
-    if recipe.target.runtime not in ENGINES or not set(axes) & LAYERS:
+    engine = engine_of(recipe.target.runtime)
+    if not engine or not set(axes) & LAYERS:
         return []
-    cache = engine_cache(recipe.target.runtime, cache_layers(model, graph), recipe.serving, recipe.target.tp)
-    return [
-        f"{recipe.target.runtime} counts layers in groups: {line}" for line in cache.layer_steps(recipe.serving.context)
-    ]
+    cache = engine_cache(engine, cache_layers(model, graph), recipe.serving, recipe.target.tp)
+    return [f"{engine} counts layers in groups: {line}" for line in cache.layer_steps(recipe.serving.context)]
 
 
 def engine_limit(model: Any, graph: SSMGraph, recipe: Recipe) -> EngineLimit | None:
@@ -101,7 +100,7 @@ def engine_limit(model: Any, graph: SSMGraph, recipe: Recipe) -> EngineLimit | N
 
     Raises InputError for options that the engine does not have.
     """
-    if recipe.target.runtime not in ENGINES or recipe.limits.max_batch is None:
+    if not engine_of(recipe.target.runtime) or recipe.limits.max_batch is None:
         return None
     limit = EngineLimit(model, graph, recipe)
     limit.cache()

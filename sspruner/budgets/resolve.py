@@ -7,7 +7,7 @@ from sspruner.budgets.budget import Fit, ResolvedBudget, pattern_sparsity
 from sspruner.errors import InputError
 from sspruner.formats.targets import chosen
 from sspruner.recipes.recipe import Recipe
-from sspruner.recipes.serving import ENGINES
+from sspruner.recipes.serving import engine_of
 
 BEST_SIZE = "uniform-best"
 
@@ -54,7 +54,7 @@ def check_values(recipe: Recipe) -> None:
     """Check what needs neither a model nor a plugin; torch is not imported. Raises InputError."""
     resolve_budget(recipe)
     chosen(recipe.target.runtime, recipe.target.tp)
-    if recipe.serving.given and not (recipe.target.runtime in ENGINES and recipe.limits.max_batch):
+    if recipe.serving.given and not (engine_of(recipe.target.runtime) and recipe.limits.max_batch):
         raise InputError(
             f"{recipe.serving.given[0]}: decides how many sequences an engine holds: give max-batch and target vllm or "
             "llama.cpp, too"

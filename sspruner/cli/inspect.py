@@ -14,7 +14,7 @@ from sspruner.cli.machine import Json, Model, Trust
 from sspruner.errors import InputError
 from sspruner.recipes.flags import text
 from sspruner.recipes.parts import Target
-from sspruner.recipes.serving import ENGINES, EngineOptions
+from sspruner.recipes.serving import ENGINES, EngineOptions, engine_of
 
 NAME = "inspect"
 
@@ -86,7 +86,8 @@ def command(
 
     output.check()
     contexts, machine, pool = view.contexts, view.machine, pool_of(view, target, options)
-    memory_alone = pool is not None and target.runtime not in names()
+    counted = engine_of(target.runtime)
+    memory_alone = pool is not None and counted not in names()
     runtime = None if memory_alone else chosen(target.runtime, target.tp)
 
     import sspruner
@@ -108,9 +109,9 @@ def command(
     if plan is not None:
         check_plan(plan, graph, model=loaded)
     engine = None
-    if pool is not None and target.runtime is not None:
+    if pool is not None:
         layers = cache_layers(loaded, graph), None if plan is None else cache_layers(loaded, graph, plan)
-        engine = engine_memory(target.runtime, layers, options, tp=target.tp, pool=pool, contexts=contexts)
+        engine = engine_memory(counted, layers, options, tp=target.tp, pool=pool, contexts=contexts)
     supported = [] if memory_alone else offers(loaded if plan is None else after(loaded, plan, graph), runtime)
     cut = None if plan is None else footprint(loaded, apply_sizes(loaded, plan), contexts[0])
     data = graph.to_json() | {"footprint": dense.to_json(*machine)}
@@ -138,7 +139,7 @@ def pool_of(view: View, target: Target, options: EngineOptions) -> float | None:
     from sspruner.units import parse_bytes
 
     if view.pool is not None:
-        if target.runtime not in ENGINES:
+        if not engine_of(target.runtime):
             raise InputError(f"--pool: is the memory of an engine's caches: add --target {' or '.join(ENGINES)}")
         if target.tp < 1:
             raise InputError(f"tp {target.tp}: must be at least 1")

@@ -19,6 +19,13 @@ else:  # a text such as 4k is read when the part is built: after that it is a nu
 #: Engines whose memory is counted by their own formulas (sspruner/benchmarking/engine_memory.py).
 ENGINES = ("vllm", "sglang", "llama.cpp")
 
+
+def engine_of(target: str | None) -> str:
+    """Return the engine of a target whose memory is counted, without its backend: `vllm` of `vllm:cpu`; "" if none."""
+    name = (target or "").partition(":")[0]
+    return name if name in ENGINES else ""
+
+
 #: Bytes of one number in a cache.
 CACHE_DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 
