@@ -26,7 +26,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
     p = evaluation.protocol
     if evaluation.by_state:
         state = p["state"]
-        parts.append(_table(f"{title}: recurrent state in {_stored(state)}", "metric", evaluation.by_state, STATES))
+        parts.append(_table(f"{title}: recurrent state in {stored_as(state)}", "metric", evaluation.by_state, STATES))
     if evaluation.rows:
         parts.append(_table(f"{title}: 95 % intervals", "metric", {row.metric: row for row in evaluation.rows}))
     if evaluation.by_position:
@@ -42,7 +42,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
     return Group(*parts, *[Text(line) for line in lines])
 
 
-def _stored(state: Mapping[str, Any]) -> str:
+def stored_as(state: Mapping[str, Any]) -> str:
     """Return how the recurrent states of one sequence are stored, and their bytes."""
     every = "after every token" if state["every"] == 1 else f"every {state['every']} tokens"
     rounding = {"nearest": "rounded to the nearest", "stochastic": "rounded stochastically"}
@@ -68,7 +68,7 @@ def _table(title: str, head: str, rows: Mapping[str, Row], models: tuple[str, st
 def _shown(interval: Interval | None, share: bool) -> str:
     if interval is None:
         return ""
-    scale, digits, unit = (100, 1, " %") if share else (1, 4 if abs(interval.value) < 1 else 3, "")
+    scale, digits, unit = (100, 1, " %") if share else (1, _digits(interval.value), "")
     value, low, high = (f"{scale * x:.{digits}f}" for x in interval)
     return f"{value}{unit} ({low} to {high})"
 
@@ -79,6 +79,11 @@ def _change(row: Row, share: bool) -> str:
     if row.kind == "ratio":
         value, low, high = (f"{100 * (x - 1):+.2f}" for x in row.change)
         return f"{value} % ({low} to {high})"
-    scale, digits, unit = (100, 1, " points") if share else (1, 4, "")
+    scale, digits, unit = (100, 1, " points") if share else (1, max(4, _digits(row.value.value)), "")
     value, low, high = (f"{scale * x:+.{digits}f}" for x in row.change)
     return f"{value}{unit} ({low} to {high})"
+
+
+def _digits(value: float) -> int:
+    """Return the digits after the point: more for small values, such as the KL of a stored state."""
+    return 3 if abs(value) >= 1 else 4 if abs(value) >= 0.01 else 6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,9 @@ def test_a_cut_model_is_quantised_saved_and_loaded(cut: Path, library: str, bits
         found[f"kl_of_{what}"] for what in ("quantised_to_cut", "quantised_to_dense", "cut_to_dense")
     )
     assert 0 < to_cut < WORST[bits]
-    assert of_cut - 1e-3 < to_dense < of_cut + 2 * WORST[bits] + of_cut  # beside the cut's own damage, not instead of it
+    assert (
+        of_cut - 1e-3 < to_dense < of_cut + 2 * WORST[bits] + of_cut
+    )  # beside the cut's own damage, not instead of it
     assert found["saved_is_in_memory"] in (True, None)
     _, of_cut_bytes, of_quantised = found["bytes"]
     assert of_quantised < 0.75 * of_cut_bytes  # the embedding, a quarter of the parameters, stays bf16

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import sspruner
 from sspruner.compute.forward import cache_in
@@ -18,6 +20,7 @@ from sspruner.evaluation.decoded import Decoded
 from sspruner.evaluation.result import Evaluation
 from sspruner.evaluation.stored_state import state_shapes
 from sspruner.recipes.measure import StoredState
+from sspruner.reporting.evaluation import evaluation_table
 from support.tiny import tiny_model, tokens
 from support.zoo import FAMILIES, zoo
 
@@ -130,6 +133,10 @@ def test_evaluation_with_a_dense_model(pair: tuple) -> None:
     state = found.protocol["state"]
     assert (state["fp32_bytes"], state["bytes"]) == (8 * 2 * 4, 8 * (2 + 4))  # 2 heads x 4, 2 states kept
     assert Evaluation.from_json(found.to_json()) == found
+    shown = "".join(str(segment.text) for segment in Console(width=160).render(evaluation_table(found)))
+    assert "int8, rounded to the nearest after every token: 48 bytes a sequence instead of 64" in " ".join(shown.split())
+    assert re.search(r"metric +┃ +stored +┃ +fp32 state +┃ +change", shown)
+    assert shown.index("kl_to_dense") < shown.index("perplexity")
 
 
 def test_evaluation_of_one_model_compares_it_with_itself(pair: tuple) -> None:
