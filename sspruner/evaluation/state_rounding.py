@@ -51,15 +51,19 @@ FORMATS = {
 
 
 def scales(state: torch.Tensor, form: Format) -> torch.Tensor:
-    """Return the scale of each row, fp32 (..., 1); 1 for a row of zeros. state: fp32 (..., N)."""
+    """Return the scale of each row, fp32 (..., 1); 1 for a row of zeros, and without scales. state: (..., N)."""
+    if not form.scaled:
+        return torch.ones_like(state[..., :1])
     scale = state.abs().amax(-1, keepdim=True) / form.largest
-    return torch.where(scale > 0, scale, 1.0) if form.scaled else torch.ones_like(scale)
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def spacing(values: torch.Tensor, form: Format) -> torch.Tensor:
-    """Return the distance between the two numbers of the format around each value, fp32 like `values`."""
+    """Return the distance between the two numbers of the format around each value, fp32: one for all if it is even."""
+    if form.largest < 2.0 ** (form.exponent + 1):
+        return torch.tensor(2.0 ** (form.exponent - form.digits), device=values.device)
     powers = (values.view(torch.int32) & POWER).view(torch.float32)  # 2 ** floor(log2 |value|), 0 for the smallest
-    return powers.clamp_min(2.0**form.exponent) * 2.0**-form.digits
+    return powers.clamp_min_(2.0**form.exponent).mul_(2.0**-form.digits)
 
 
 def rounded(state: torch.Tensor, form: Format, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -68,15 +72,16 @@ def rounded(state: torch.Tensor, form: Format, noise: torch.Tensor | None = None
     noise: uniform in [0, 1), in the shape of the state: rounds stochastically. Without it, rounds to the nearest.
     """
     scale = scales(state, form)
-    values = state / scale
+    values = state / scale if form.scaled else state.clone()
     step = spacing(values, form)
-    steps = values / step  # exact: the step is a power of two
+    steps = values.div_(step)  # exact: the step is a power of two
     if noise is None:
-        whole = steps.round()
+        whole = steps.round_()
     else:
         below = steps.floor()
         whole = below + (noise < steps - below)
-    return (whole * step).clamp(-form.largest, form.largest) * scale
+    stored = whole.mul_(step).clamp_(-form.largest, form.largest)
+    return stored.mul_(scale) if form.scaled else stored
 
 
 def fed_back(state: torch.Tensor, residual: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:

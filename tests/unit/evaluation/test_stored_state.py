@@ -134,7 +134,9 @@ def test_evaluation_with_a_dense_model(pair: tuple) -> None:
     assert (state["fp32_bytes"], state["bytes"]) == (8 * 2 * 4, 8 * (2 + 4))  # 2 heads x 4, 2 states kept
     assert Evaluation.from_json(found.to_json()) == found
     shown = "".join(str(segment.text) for segment in Console(width=160).render(evaluation_table(found)))
-    assert "int8, rounded to the nearest after every token: 48 bytes a sequence instead of 64" in " ".join(shown.split())
+    assert "int8, rounded to the nearest after every token: 48 bytes a sequence instead of 64" in " ".join(
+        shown.split()
+    )
     assert re.search(r"metric +┃ +stored +┃ +fp32 state +┃ +change", shown)
     assert shown.index("kl_to_dense") < shown.index("perplexity")
 
