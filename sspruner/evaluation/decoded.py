@@ -8,6 +8,7 @@ masked or projected. Convolution states and keys and values stay as they are.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,14 +28,24 @@ State = tuple[int, int]  # layer of the cache, number of the state in it
 class Decoded(nn.Module):
     """A model whose forward reads its tokens `every` at a time, and then stores its states as `stored` says.
 
-    stored: None keeps the states as they are. seed: of stochastic rounding. The forward returns `logits`, (b, T, V), as
-    the model's own does, and takes padding on the right only. Tokens between two stores are run at once if all mixers
-    scan in chunks, else one by one: transformers' Mamba1 mixers start several tokens from an empty state.
+    The forward returns `logits`, (b, T, V), as the model's own does, and takes padding on the right only. Tokens
+    between two stores are run at once if all mixers scan in chunks, else one by one: transformers' Mamba1 mixers start
+    several tokens from an empty state.
+
+    stored: None keeps the states as they are. seed: of stochastic rounding. watch: called with the number of tokens
+    read since its last call.
     """
 
-    def __init__(self, model: nn.Module, every: int, stored: StoredState | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int,
+        stored: StoredState | None = None,
+        seed: int = 0,
+        watch: Callable[[int], None] | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.every, self.stored, self.seed = model, every, stored, seed
+        self.model, self.every, self.stored, self.seed, self.watch = model, every, stored, seed, watch
         self.block = every if chunks(model) else 1
         self.training = model.training  # `forward` restores it in all modules
 
@@ -57,6 +68,8 @@ class Decoded(nn.Module):
                 logits[:, start:stop] = out.logits
                 if store is not None and stop % self.every == 0:
                     store(recurrent_states(cache))
+                if self.watch is not None:
+                    self.watch(b * (stop - start))
         return SimpleNamespace(logits=logits)
 
 

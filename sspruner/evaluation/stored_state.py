@@ -7,6 +7,7 @@ in the same steps, so what decoding itself rounds is in all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sspruner.evaluation.decoded import Decoded, chunks, mixers, recurrent_state
 from sspruner.evaluation.result import Row
 from sspruner.evaluation.rows import perplexities, rates
 from sspruner.evaluation.state_rounding import FORMATS, stored_bytes
-from sspruner.evaluation.windows import Windows, joined, logits_of, losses_by_batch, watched
+from sspruner.evaluation.windows import Windows, joined, logits_of, losses_by_batch
 from sspruner.recipes.measure import StoredState
 
 LOGITS_BYTES = 2**28  # of the fp32 logits of one batch; decoding needs little else, and is quicker in large batches
@@ -49,13 +50,14 @@ def stored_state(
     if every >= longest:
         raise InputError(f"every {every}: the longest window has {longest} tokens, so that no stored state would be "
                          "read again; give a longer text and --max-length")  # fmt: skip
-    versions = [logits_of(Decoded(model, every, stored, seed))]
-    plain = logits_of(Decoded(model, every))
+    batches = list(data.batches(max(1, LOGITS_BYTES // (4 * longest * embedding(model).num_embeddings))))
+    total = (2 if against is None else 3) * sum(batch.tokens.numel() for batch in batches)
+    watch = _counter(progress, f"decoding, {stored.state_dtype} and fp32 states", total)
+    versions = [logits_of(Decoded(model, every, stored, seed, watch))]
+    plain = logits_of(Decoded(model, every, watch=watch))
     if against is not None:
         versions.append(plain)
-    dense = plain if against is None else logits_of(Decoded(against, every))
-    size = max(1, LOGITS_BYTES // (4 * longest * embedding(model).num_embeddings))
-    batches = watched(data.batches(size), progress, f"{stored.state_dtype} states", len(data.tokens), size)
+    dense = plain if against is None else logits_of(Decoded(against, every, watch=watch))
     parts = list(losses_by_batch(batches, versions, dense))
     narrow = joined([part for _, (part, *_) in parts])
     if against is None:
@@ -75,6 +77,19 @@ def stored_state(
     bytes_of = {"fp32_bytes": sum(4 * torch.Size(shape).numel() for shape in shapes),
                 "bytes": sum(stored_bytes(shape, form) for shape in shapes)}  # fmt: skip
     return {row.metric: row for row in rows}, how | bytes_of
+
+
+def _counter(progress: Progress | None, phase: str, total: int) -> Callable[[int], None]:
+    """Return a function that reports how many of `total` tokens were read, given how many more there are."""
+    done = 0
+
+    def watch(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress:
+            progress(phase, done, total)
+
+    return watch
 
 
 def every_of(stored: StoredState, model: nn.Module) -> int:

@@ -158,7 +158,11 @@ def test_neither_model_is_changed_or_left_in_another_mode(pair: tuple) -> None:
     cut.train()
     before = {name: p.clone() for name, p in cut.named_parameters()}
     ids = torch.randint(4096, (2, 12), generator=torch.Generator().manual_seed(0))
-    sspruner.evaluate(cut, against=dense, text=ids, max_length=11, state_dtype="bf16", every=2)
+    seen = []
+    sspruner.evaluate(cut, against=dense, text=ids, max_length=11, state_dtype="bf16", every=2,
+                      progress=lambda _, done, total: seen.append((done, total)))  # fmt: skip
+    assert seen[-1] == (3 * 2 * 11, 3 * 2 * 11)  # models, windows, tokens
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert all(torch.equal(p, before[name]) for name, p in cut.named_parameters())
     assert all(module.training for module in cut.modules())
     assert not any("forward" in vars(module) for module in cut.modules())
