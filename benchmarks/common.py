@@ -95,12 +95,9 @@ class Subject:
         return partial(sspruner.masked, self.model, plan, self.graph)
 
     def measure(
-        self,
-        versions: Sequence[Any],
-        text: sspruner.Calibration | None,
-        passages: Sequence[Any] = (),
+        self, versions: Sequence[Any], text: sspruner.Calibration | None, passages: Sequence[Any] = (),
         recall: Any = None,
-    ) -> list[Values]:
+    ) -> list[Values]:  # fmt: skip
         """Return the values of versions of the model, on windows of text, on passages and on recall tasks."""
         batches = list(text.batches(WINDOWS_PER_BATCH)) if text else []
         with quick_on_cpu(self.model, torch.device("cpu")):

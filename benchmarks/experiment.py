@@ -1,8 +1,9 @@
 """Run experiments of recipes/: scorers x cuts, each cell a `sspruner.Recipe`, measured on text that no scorer saw.
 
 A file names the table that is drawn (a function of tables.py) and one section or several. Beside fields of a recipe, a
-row and a cut may have these: `observed`, `seeds`, and `train`, which trains the cut model, or prunes it while it trains
-(mask_every); a row also `models`, `cuts`, and `against`. A cell without a scorer is the dense model.
+row and a cut may have these: `observed`, `seeds`, `stored`, which decodes with states in few bits, and `train`, which
+trains the cut model, or prunes it while it trains (mask_every); a row also `models`, `cuts`, and `against`. A cell
+without a scorer is the dense model.
 
 Every cell is kept in the work folder under a hash of its recipe, the sizes and the scorer's code. One that failed is
 made again. Changes of the engine are not noticed: remove the folder.
@@ -26,7 +27,9 @@ import yaml
 from common import Subject, as_is, progress
 
 import sspruner
+from sspruner.evaluation.decoded import Decoded
 from sspruner.evaluation.windows import alone, losses
+from sspruner.recipes.measure import StoredState
 from sspruner.recipes.train import Settings
 from sspruner.scoring.choice import candidates
 from sspruner.scoring.known import find_scorer
@@ -37,7 +40,7 @@ from sspruner.training.text import Text
 Fields = dict[str, Any]
 Version = Callable[[], Any]
 OWN = ("models", "cuts", "against")  # keys of a row that do not change its cells
-BESIDE = ("observed", "train", "seeds")  # keys of a cell that are no fields of its recipe
+BESIDE = ("observed", "train", "stored", "seeds")  # keys of a cell that are no fields of its recipe
 TRAINING: Fields = {"batch": 8, "at_once": 4, "seq_len": 256, "every": 20, "seed": 0}
 
 
@@ -92,7 +95,7 @@ class Section:
         if train.get("tokens"):
             found["train"] = train | ({"tokens": train["tokens"] // 25} if self.is_quick else {})
         if "scorer" not in found and "mask_every" not in train:
-            return {"train": found["train"]} if "train" in found else {}  # the dense model
+            return {key: found[key] for key in ("train", "stored") if key in found}  # the dense model
         observed = found["observed"] | {"seed": found["observed"].get("seed", 0) + seed}
         return found | {"seed": seed, "observed": observed}
 
@@ -259,6 +262,8 @@ def version_of(subject: Subject, section: Section, cell: Fields, run: Path) -> t
     if data:
         result = sspruner.prune(model, sspruner.Recipe.of(**how), calibration=data, tokenizer=subject.tokenizer)
         kept = sorted({selection.after for selection in result.plan.groups.values()})
+    if "stored" in cell:
+        model = Decoded(model, int(cell["stored"].get("every", 1)), StoredState(**cell["stored"]))
     return as_is(trained(subject, model, cell, run) if "train" in cell else model), kept
 
 

@@ -1,7 +1,4 @@
-"""Draw the pictures of docs/benchmarks.md from its tables.
-
-python benchmarks/figures.py docs/benchmarks.md docs/figures
-"""
+"""Draw the pictures of docs/benchmarks.md from its tables: python benchmarks/figures.py docs/benchmarks.md FOLDER."""
 
 from __future__ import annotations
 

@@ -53,6 +53,15 @@ def published(found: list[Found]) -> list[str]:
     return [table("Increase of perplexity, published and ours", ["scorer, state removed", *show["head"]], rows)]
 
 
+def stored(found: list[Found]) -> list[str]:
+    """Draw KL first, then perplexity, by how recurrent states are stored and by cut."""
+    (one,) = found
+    kinds: dict[str, Show] = {"KL to the dense model, nats per token": partial(value, "kl", 5, 1)}
+    kinds[f"perplexity; dense {dense(one)}"] = ppl
+    head = ["states stored in", *one.section.cuts]
+    return [table(f"{one.model}: {title}", head, grid(one, show)) for title, show in kinds.items()]
+
+
 def allocation(found: list[Found]) -> list[str]:
     """Draw one line for each cut, one column for each allocation."""
     rows, names = [], found[0].rows

@@ -100,10 +100,8 @@ def checks(repeats: int) -> list[list[str]]:
     """Return the formulas on the reference model: predicted, measured, and their ratio."""
     model, tokens = sspruner.load("mamba2-books-4m", dtype="float32")[0], random_tokens(4, 256)
     still, student, teacher = (copy.deepcopy(model) for _ in range(3))
-    jobs: dict[str, Callable[[], Any]] = {
-        "dense": partial(step, model, tokens, likelihood),
-        "forward": partial(forward, still, tokens),
-    }
+    jobs: dict[str, Callable[[], Any]] = {"dense": partial(step, model, tokens, likelihood)}
+    jobs["forward"] = partial(forward, still, tokens)
     jobs["distil"] = partial(step, student, tokens, distillation(teacher))
     cut, work = {f"{keep:g}": sliced(model, 1, keep) for keep in (0.75, 0.5, 0.25)}, counted(model)[1]
     jobs |= {keep: partial(step, small, tokens, likelihood) for keep, small in cut.items()}

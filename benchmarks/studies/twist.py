@@ -75,13 +75,6 @@ def tables(s: Any) -> Made:
     both = f"dense {values['dense', 'not trained']:.2f}, trained alike {values['dense', 'trained']:.2f}"
     head = ["keep", "draws", "best draw", "whole", "ghost, trained", "magnitude, trained"]
     text = table(f"Perplexity after {s.tokens:,} tokens; {both}", head, rows)
-    head = [
-        "keep",
-        "parameters of a slice",
-        "bytes a round, all workers",
-        "2 · 12 · slice · (m − 1)",
-        "ratio",
-        "tokens/s",
-    ]
-    text += "\n" + table("What travels", head, traffic)
+    head = ["keep", "parameters of a slice", "bytes a round, all workers", "2 · 12 · slice · (m − 1)"]
+    text += "\n" + table("What travels", [*head, "ratio", "tokens/s"], traffic)
     return [text], f"seed 0, one run each; learning rate {RATE:g}; dealt every {OFTEN} steps; {DRAWS} draws"

@@ -39,6 +39,7 @@ def command(
     Examples:
         sspruner evaluate smaller --against dense --text t.txt --max-ppl-increase 2%
         sspruner evaluate path/to/model --metrics recall,passkey --json recall.json
+        sspruner evaluate smaller --against dense --text t.txt --state-dtype int8 --rounding stochastic
     """
     check_gates(gates, options, against)
     output.check()
@@ -73,7 +74,7 @@ def command(
 def check_gates(gates: Gates, options: EvaluateOptions, against: str | None) -> None:
     """Raise InputError for a gate whose metric is not measured."""
     measures = options.measures
-    if gates.max_ppl_increase is not None and (against is None or "perplexity" not in measures.chosen):
+    if gates.max_ppl_increase is not None and (against is None or "perplexity" not in options.chosen):
         raise InputError(
             "--max-ppl-increase compares perplexity with the dense model's: give --against DENSE, and perplexity among "
             "--metrics"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +25,8 @@ from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.passkey import passkeys
 from sspruner.evaluation.recall import recall, tasks_for
 from sspruner.evaluation.result import Evaluation, Row
+from sspruner.evaluation.rows import means, perplexities, row
+from sspruner.evaluation.stored_state import every_of, stored_state
 from sspruner.evaluation.windows import losses, measure, windows
 from sspruner.recipes.common import recipe_or_short
 from sspruner.recipes.measure import EvaluateOptions, Measures, TextWindows
@@ -57,7 +58,8 @@ def evaluate(
         options: `EvaluateOptions`; or its fields as `short` arguments: `evaluate(model, tokenizer, text="t.txt",
             tokens=4096)`. `text` may also be tokens, int64 (texts, T), or anything else that `sspruner.calibration`
             takes; the first `tokens` tokens in all are measured.
-            `limit` LAMBADA passages are drawn with the seed. Default metrics: all that can be measured.
+            `limit` LAMBADA passages are drawn with the seed. Default metrics: all that can be measured; with
+            `state_dtype` none.
         against: the model to compare with, usually the dense one. With text "self", the text is sampled from it.
         device: the compute device; CUDA if there is one, else the CPU.
         progress: called with (phase, done, total).
@@ -66,8 +68,7 @@ def evaluate(
         InputError: for invalid arguments, and for texts that are too short.
     """
     options = recipe_or_short(EvaluateOptions, options, short)
-    measures, text, seed = options.measures, options.windows, options.measures.seed
-    chosen = measures.chosen
+    measures, text, seed, chosen = options.measures, options.windows, options.measures.seed, options.chosen
     notes: list[str] = []
     _check(model, against, tokenizer, measures)
     both: Both = (model, against)
@@ -75,16 +76,19 @@ def evaluate(
     lambada_passages = [] if lambada is None else passages(tokenizer, read_passages(str(lambada)), measures.limit, seed)
     passkey_passages = _passkeys(tokenizer, chosen, text.max_length, seed, measures.metrics is not None, notes)
     compute = resolve_device(device)
+    every = every_of(options.state, model)
+    storage: dict[str, Any] = {}
     rows: list[Row] = []
     by_position: dict[str, Row] = {}
     by_length: dict[str, Row] = {}
+    by_state: dict[str, Row] = {}
     pairs = 0
     with ExitStack() as stack:
         for each in (model, against):
             if each is not None:
                 stack.enter_context(on_device(each, compute))
                 stack.enter_context(quick_on_cpu(each, compute))
-        if {"perplexity", "position", "length"} & set(chosen):
+        if {"perplexity", "position", "length"} & set(chosen) or every:
             texts = _texts(text, both, tokenizer, seed, progress)
             if "perplexity" in chosen:
                 rows += _perplexity(both, texts, text.max_length, text.step, seed, progress)
@@ -92,6 +96,9 @@ def evaluate(
                 positions, lengths = _by_length(both, texts, text.max_length, "length" in chosen, seed, progress)
                 by_position = positions if "position" in chosen else {}
                 by_length = lengths if "length" in chosen else {}
+            if every:
+                data = windows(texts, text.max_length, text.step)
+                by_state, storage = stored_state(both, data, options.state, every, seed, progress)
         if lambada_passages:
             rows += _passages(both, "lambada", lambada_passages, seed, progress)
         if "recall" in chosen:
@@ -102,9 +109,9 @@ def evaluate(
             rows += _passages(both, "passkey", passkey_passages, seed, progress)
         if measures.tasks:
             rows += _tasks(both, tokenizer, measures, progress)
-    protocol = _protocol(both, options, pairs, len(passkey_passages), compute)
+    protocol = _protocol(both, options, pairs, len(passkey_passages), compute) | {"state": storage or None}
     against_name = None if against is None else ""
-    return Evaluation("", against_name, protocol, tuple(rows), by_position, by_length, tuple(notes))
+    return Evaluation("", against_name, protocol, tuple(rows), by_position, by_length, tuple(notes), by_state)
 
 
 def _protocol(both: Both, options: EvaluateOptions, pairs: int, passkeys: int, device: torch.device) -> dict[str, Any]:
@@ -131,42 +138,13 @@ def _protocol(both: Both, options: EvaluateOptions, pairs: int, passkeys: int, d
     }
 
 
-MakeInterval = Callable[[Any], Interval]
-
-
-def _row(
-    metric: str, values: Any, against: Any, make: MakeInterval, change: Callable[[Any], Interval], *,
-    items: int, kind: str = "difference",
-) -> Row:  # fmt: skip
-    """Return a row from a model's items and the other model's (None without one)."""
-    if against is None:
-        return Row(metric, make(values), None, None, kind, items)
-    return Row(metric, make(values), make(against), change(against), kind, items)
-
-
-def _perplexities(
-    metric: str, values: torch.Tensor, against: torch.Tensor | None, count: torch.Tensor, seed: int, items: int
-) -> Row:
-    """Return a row of perplexities from the nll and the token count of each window."""
-    return _row(metric, values, against, lambda nll: paired.perplexity(nll, count, seed),
-                lambda base: paired.perplexity_ratio(values, base, count, seed), items=items, kind="ratio")  # fmt: skip
-
-
-def _means(
-    metric: str, values: torch.Tensor, against: torch.Tensor | None, seed: int, make: MakeInterval | None = None
-) -> Row:
-    """Return a row of means over items. make: computes the interval; default: bootstrap."""
-    return _row(metric, values, against, make or partial(paired.mean, seed=seed),
-                lambda other: paired.difference(values, other, seed), items=len(values))  # fmt: skip
-
-
 def _perplexity(
     both: Both, texts: list[torch.Tensor], window: int, stride: int, seed: int, progress: Progress | None
 ) -> list[Row]:
     model, against = both
     ours, theirs = measure(model, windows(texts, window, stride), _batch(window), against, progress)
     n = len(ours.nll)
-    rows = [_perplexities("perplexity", ours.nll, None if theirs is None else theirs.nll, ours.tokens, seed, n)]
+    rows = [perplexities("perplexity", ours.nll, None if theirs is None else theirs.nll, ours.tokens, seed, n)]
     for metric, part in (("kl_to_dense", ours.kl), ("top1_agreement", ours.agreement)):
         if part is not None:
             rows.append(Row(metric, paired.rate(part, ours.tokens, seed), None, None, "difference", n))
@@ -201,7 +179,7 @@ def _bucket(nll: torch.Tensor, against: torch.Tensor | None, counted: torch.Tens
     Windows that end before this range of positions have no tokens.
     """
     count = counted.sum(1)
-    return _perplexities(
+    return perplexities(
         "perplexity", nll.sum(1), None if against is None else against.sum(1), count, seed, int((count > 0).sum())
     )
 
@@ -217,11 +195,11 @@ def _passages(both: Both, name: str, items: list[Passage], seed: int, progress: 
         progress(name, 1, 2)
     their_nll, their_hits = (None, None) if against is None else last_words(against, items, size)
     rows = [
-        _means(f"{name}_accuracy", hits, their_hits, seed, paired.share),
-        _means(f"{name}_nll", nll, their_nll, seed),
+        means(f"{name}_accuracy", hits, their_hits, seed, paired.share),
+        means(f"{name}_nll", nll, their_nll, seed),
     ]
     if name == "lambada":
-        rows.append(_perplexities("lambada_perplexity", nll, their_nll, torch.ones(len(nll)), seed, len(nll)))
+        rows.append(perplexities("lambada_perplexity", nll, their_nll, torch.ones(len(nll)), seed, len(nll)))
     return rows
 
 
@@ -231,7 +209,7 @@ def _recall(both: Both, tokens: torch.Tensor, seed: int, progress: Progress | No
     ours, theirs = (None if each is None else recall(each, tokens, _batch(tokens.shape[1])) for each in both)
     assert ours is not None
     accuracy, nll = (None, None) if theirs is None else theirs
-    return [_means("recall_accuracy", ours[0], accuracy, seed), _means("recall_nll", ours[1], nll, seed)]
+    return [means("recall_accuracy", ours[0], accuracy, seed), means("recall_nll", ours[1], nll, seed)]
 
 
 def _passkeys(
@@ -270,9 +248,9 @@ def _task_row(ours: TaskMetric, theirs: TaskMetric | None, seed: int) -> Row:
         )
     other = None if theirs is None else theirs.part
     if ours.is_perplexity:
-        return _perplexities(ours.name, ours.part, other, ours.count, seed, ours.items)
+        return perplexities(ours.name, ours.part, other, ours.count, seed, ours.items)
     part, count = ours.part, ours.count
-    return _row(ours.name, part, other, lambda each: paired.rate(each, count, seed),
+    return row(ours.name, part, other, lambda each: paired.rate(each, count, seed),
                 lambda their: paired.rate(part - their, count, seed), items=ours.items)  # fmt: skip
 
 

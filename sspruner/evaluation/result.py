@@ -52,7 +52,8 @@ class Evaluation:
     """The result of `evaluate`.
 
     rows: items are windows of text, passages, sequences, or items of a task. by_position: tokens by the number of
-    tokens read before them, "0-127" and so on. by_length: windows of this many tokens, end to end.
+    tokens read before them, "0-127" and so on. by_length: windows of this many tokens, end to end. by_state: metrics of
+    the decoded text, with states stored as `protocol["state"]` says, against fp32 states.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Evaluation:
     by_position: dict[str, Row]
     by_length: dict[str, Row]
     notes: tuple[str, ...]
+    by_state: dict[str, Row] = field(default_factory=dict)
     command: str = ""
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -78,6 +80,7 @@ class Evaluation:
             "rows": [row.to_json() for row in self.rows],
             "perplexity_by_position": {where: row.to_json() for where, row in self.by_position.items()},
             "perplexity_by_length": {length: row.to_json() for length, row in self.by_length.items()},
+            "stored_state": {metric: row.to_json() for metric, row in self.by_state.items()},
             "notes": self.notes,
             "versions": self.versions,
             "command": self.command,
@@ -92,7 +95,10 @@ class Evaluation:
         """
         fields = versioned(strict_json.loads(data) if isinstance(data, str) else data)
         buckets = [table(fields[f"perplexity_by_{what}"]) for what in ("position", "length")]
-        by_position, by_length = ({where: Row.from_json(row) for where, row in rows.items()} for rows in buckets)
+        buckets.append(table(fields.get("stored_state", {})))  # not in files of earlier versions
+        by_position, by_length, by_state = (
+            {where: Row.from_json(row) for where, row in rows.items()} for rows in buckets
+        )
         return cls(
             model=text(fields["model"]),
             against=None if fields["against"] is None else text(fields["against"]),
@@ -101,6 +107,7 @@ class Evaluation:
             by_position=by_position,
             by_length=by_length,
             notes=tuple(map(text, items(fields["notes"]))),
+            by_state=by_state,
             command=text(fields["command"]),
             versions=table(fields["versions"]),
         )

@@ -13,23 +13,28 @@ from sspruner.recipes.common import Composed
 from sspruner.recipes.flags import FromText, number, read_texts, text, whole
 from sspruner.recipes.flags import text as one_text  # where a field is named text
 from sspruner.recipes.lists import names_in, numbers_in
-from sspruner.recipes.texts import increase_of, seed_in_64_bits
+from sspruner.recipes.texts import increase_of, seed_in_64_bits, tokens_or_chunk
 from sspruner.units import parse_bandwidth, parse_flops
 
 if TYPE_CHECKING:
     Quantity = float | None
     Source = Any
+    Every = int | str | None
 else:  # texts such as 3.35TB/s are read when the part is made; in Python a text may also be tokens
     Quantity = float | str | None
     Source = str
+    Every = int | str | None
 
 WHAT = Group("What to measure", sort_key=1)
 TEXT = Group("Text", sort_key=2)
-GATES = Group("Gates", sort_key=3)
+STATE = Group("Stored state", sort_key=3)
+GATES = Group("Gates", sort_key=4)
 LOAD = Group("Load", sort_key=2)
 CEILING = Group("Ceiling", sort_key=3)
 
 METRICS = ("perplexity", "position", "length", "recall", "passkey")
+STATE_DTYPES = ("int8", "fp8", "bf16", "fp16")
+ROUNDINGS = ("nearest", "stochastic", "feedback")
 
 
 @Parameter(name="*", group=WHAT)
@@ -37,7 +42,11 @@ METRICS = ("perplexity", "position", "length", "recall", "passkey")
 class Measures:
     """The measures to take of a model."""
 
-    metrics: Annotated[tuple[str, ...] | None, text("NAME,NAME", default="all"), FromText(names_in, "--metrics")] = None
+    metrics: Annotated[
+        tuple[str, ...] | None,
+        text("NAME,NAME", default="all; with --state-dtype none"),
+        FromText(names_in, "--metrics"),
+    ] = None
     """Some of perplexity, position, length, recall, passkey, separated by commas; or none."""
 
     lambada: Annotated[str | None, text("TEXT")] = None
@@ -62,15 +71,8 @@ class Measures:
             object.__setattr__(self, "metrics", tuple(name for name in self.metrics if name != "none"))
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit {self.limit}: must be at least 1")
-        if wrong := [name for name in self.chosen if name not in METRICS]:
+        if wrong := [name for name in self.metrics or () if name not in METRICS]:
             raise InputError(f"metric {wrong[0]!r}: must be one of {', '.join(METRICS)}")
-        if not (self.chosen or self.lambada is not None or self.tasks):
-            raise InputError(f"nothing to measure: name metrics ({', '.join(METRICS)}), lambada or tasks")
-
-    @property
-    def chosen(self) -> tuple[str, ...]:
-        """Return the metrics to measure: all, unless some are named."""
-        return METRICS if self.metrics is None else self.metrics
 
 
 @Parameter(name="*", group=TEXT)
@@ -108,6 +110,36 @@ class TextWindows:
         return max(1, self.max_length // 2) if self.stride is None else self.stride
 
 
+@Parameter(name="*", group=STATE)
+@dataclass(frozen=True)
+class StoredState:
+    """How recurrent states are stored while a text is decoded."""
+
+    state_dtype: Annotated[str | None, text("DTYPE", default="not measured")] = None
+    """Also decode the text with recurrent states in int8, fp8, bf16 or fp16, beside fp32."""
+
+    rounding: Annotated[str | None, text("NAME", default="nearest")] = None
+    """nearest, stochastic, or feedback: what one rounding leaves over, the next one adds."""
+
+    every: Annotated[Every, text("N", default="1"), FromText(tokens_or_chunk, "--every")] = None
+    """Tokens from one store to the next; or chunk: those of a chunk of the model's scan."""
+
+    def __post_init__(self) -> None:
+        """Read `16`, and give the two others their defaults if a dtype is given."""
+        read_texts(self)
+        if self.state_dtype is None:
+            for name in ("rounding", "every"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} {getattr(self, name)}: says how a state is stored; give --state-dtype")
+            return
+        object.__setattr__(self, "rounding", "nearest" if self.rounding is None else self.rounding)
+        object.__setattr__(self, "every", 1 if self.every is None else self.every)
+        known = {"state_dtype": ("state-dtype", STATE_DTYPES), "rounding": ("rounding", ROUNDINGS)}
+        for name, (option, names) in known.items():
+            if getattr(self, name) not in names:
+                raise InputError(f"{option} {getattr(self, name)!r}: must be one of {', '.join(names)}")
+
+
 @Parameter(name="*")
 @dataclass(frozen=True)
 class EvaluateOptions(Composed):
@@ -115,6 +147,20 @@ class EvaluateOptions(Composed):
 
     measures: Measures = field(default_factory=Measures)
     windows: TextWindows = field(default_factory=TextWindows)
+    state: StoredState = field(default_factory=StoredState)
+
+    def __post_init__(self) -> None:
+        """Check that there is something to measure."""
+        measured = self.chosen or self.state.state_dtype or self.measures.tasks or self.measures.lambada is not None
+        if not measured:
+            raise InputError(f"nothing to measure: name metrics ({', '.join(METRICS)}), lambada, tasks or state-dtype")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Return the metrics to measure: those that are named, else all; with a stored state none."""
+        if self.measures.metrics is not None:
+            return self.measures.metrics
+        return () if self.state.state_dtype else METRICS
 
 
 @Parameter(name="*", group=GATES)

@@ -30,6 +30,16 @@ def known_dtype(value: Any, option: str) -> Any:
     return value
 
 
+def tokens_or_chunk(value: Any, option: str) -> Any:
+    """Read `16` as a number of tokens, and `chunk` as it is. Raises InputError for anything else."""
+    if value is None or value == "chunk":
+        return value
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise InputError(f"{option} {value!r}: expected a number of tokens, at least 1, or chunk")
+    return number
+
+
 def fractions_by_axis(value: Any, option: str) -> Any:
     """Read `state` as it is, and `state=0.5,head=0.25` as a mapping of fractions."""
     if not isinstance(value, str) or ("=" not in value and "," not in value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -12,6 +13,7 @@ from rich.text import Text
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.result import Evaluation, Row
 
+STATES = ("stored", "fp32 state")  # the columns of a model with stored states
 SHARES = ("accuracy", "agreement", "/acc", "/exact_match")  # parts of the names of metrics shown in per cent
 
 
@@ -21,13 +23,16 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
         f" against {escape(evaluation.against)}" if evaluation.against is not None else ""
     )
     parts: list[RenderableType] = []
+    p = evaluation.protocol
+    if evaluation.by_state:
+        state = p["state"]
+        parts.append(_table(f"{title}: recurrent state in {stored_as(state)}", "metric", evaluation.by_state, STATES))
     if evaluation.rows:
         parts.append(_table(f"{title}: 95 % intervals", "metric", {row.metric: row for row in evaluation.rows}))
     if evaluation.by_position:
         parts.append(_table("perplexity by position: tokens read before", "tokens", evaluation.by_position))
     if evaluation.by_length:
         parts.append(_table("perplexity by length of the window", "tokens", evaluation.by_length))
-    p = evaluation.protocol
     source = {"dense": "sampled from the dense model", "model": "sampled from the model"}.get(p["text_from"], p["text"])
     lines = [
         f"text: {source}; windows of {p['window']} tokens, stride {p['stride']}: every token but the first of a text "
@@ -37,11 +42,19 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
     return Group(*parts, *[Text(line) for line in lines])
 
 
-def _table(title: str, head: str, rows: Mapping[str, Row]) -> Table:
+def stored_as(state: Mapping[str, Any]) -> str:
+    """Return how the recurrent states of one sequence are stored, and their bytes."""
+    every = "after every token" if state["every"] == 1 else f"every {state['every']} tokens"
+    rounding = {"nearest": "rounded to the nearest", "stochastic": "rounded stochastically"}
+    how = rounding.get(state["rounding"], "rounded with error feedback")
+    return f"{state['dtype']}, {how} {every}: {state['bytes']:,} bytes a sequence instead of {state['fp32_bytes']:,}"
+
+
+def _table(title: str, head: str, rows: Mapping[str, Row], models: tuple[str, str] = ("model", "against")) -> Table:
     compared = any(row.against is not None for row in rows.values())
     table = Table(title=title, title_justify="left")
     table.add_column(head)
-    for header in ("model", *(("against", "change") if compared else ()), "items"):
+    for header in (models[0], *((models[1], "change") if compared else ()), "items"):
         table.add_column(header, justify="right")
     for name, row in rows.items():
         share = any(part in name for part in SHARES)
@@ -55,7 +68,7 @@ def _table(title: str, head: str, rows: Mapping[str, Row]) -> Table:
 def _shown(interval: Interval | None, share: bool) -> str:
     if interval is None:
         return ""
-    scale, digits, unit = (100, 1, " %") if share else (1, 4 if abs(interval.value) < 1 else 3, "")
+    scale, digits, unit = (100, 1, " %") if share else (1, _digits(interval.value), "")
     value, low, high = (f"{scale * x:.{digits}f}" for x in interval)
     return f"{value}{unit} ({low} to {high})"
 
@@ -66,6 +79,11 @@ def _change(row: Row, share: bool) -> str:
     if row.kind == "ratio":
         value, low, high = (f"{100 * (x - 1):+.2f}" for x in row.change)
         return f"{value} % ({low} to {high})"
-    scale, digits, unit = (100, 1, " points") if share else (1, 4, "")
+    scale, digits, unit = (100, 1, " points") if share else (1, max(4, _digits(row.value.value)), "")
     value, low, high = (f"{scale * x:+.{digits}f}" for x in row.change)
     return f"{value}{unit} ({low} to {high})"
+
+
+def _digits(value: float) -> int:
+    """Return the digits after the point: more for small values, such as the KL of a stored state."""
+    return 3 if abs(value) >= 1 else 4 if abs(value) >= 0.01 else 6

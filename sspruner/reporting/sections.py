@@ -13,6 +13,7 @@ from sspruner.evaluation.result import Evaluation, Row
 from sspruner.plans.plan import PlanSummary
 from sspruner.pruning.report import Report
 from sspruner.reporting.content import Figure, Section, Table, number_text, shown
+from sspruner.reporting.evaluation import STATES, stored_as
 from sspruner.reporting.figures import Line, bars, lines
 from sspruner.reporting.folder import Folder
 from sspruner.reporting.score_sections import score_section
@@ -226,6 +227,21 @@ def _times(title: str, rows: Sequence[Timing]) -> Table:
 
 
 def _evaluation(evaluated: Evaluation, path: str) -> Section:
+    tables = []
+    if evaluated.by_state:
+        how = stored_as(evaluated.protocol["state"])
+        tables.append(_metrics(f"Recurrent state in {how}", STATES, evaluated.by_state.values()))
+    if evaluated.rows:
+        tables.append(_metrics("", ("value", evaluated.against or "against"), evaluated.rows))
+    for what, buckets in (("position", evaluated.by_position), ("length", evaluated.by_length)):
+        if buckets:
+            tables.append(_buckets(f"Perplexity by {what}", buckets))
+    note = f"{path}: {evaluated.model}; 95 % intervals; the change is paired on the same items"
+    return Section("Quality", note, tables=tuple(tables))
+
+
+def _metrics(title: str, models: tuple[str, str], metrics: Iterable[Row]) -> Table:
+    """Return a row for each metric. models: the heads of the columns of values."""
     rows = tuple(
         (
             row.metric,
@@ -234,14 +250,9 @@ def _evaluation(evaluated: Evaluation, path: str) -> Section:
             f"{row.kind} {shown(row.change)}" if row.change else "–",
             _size(row.items),
         )
-        for row in evaluated.rows
+        for row in metrics
     )
-    tables = [Table("", ("metric", "value", evaluated.against or "against", "change", "items"), rows)] if rows else []
-    for what, buckets in (("position", evaluated.by_position), ("length", evaluated.by_length)):
-        if buckets:
-            tables.append(_buckets(f"Perplexity by {what}", buckets))
-    note = f"{path}: {evaluated.model}; 95 % intervals; the change is paired on the same items"
-    return Section("Quality", note, tables=tuple(tables))
+    return Table(title, ("metric", *models, "change", "items"), rows)
 
 
 def _buckets(title: str, buckets: Mapping[str, Row]) -> Table:

@@ -22,7 +22,11 @@ from sspruner.recipes.measure import BenchOptions
 from sspruner.scoring.known import find_scorer
 from support.paths import ROOT
 
-PAGE, SCALING = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("benchmarks", "scaling"))
+PAGES = {
+    name: (ROOT / f"docs/{name}").read_text(encoding="utf-8")
+    for name in ("benchmarks.md", "scaling.md", "when-it-pays.md")
+}
+PAGE, SCALING, PAYS = PAGES.values()
 MARK = re.compile(r"<!-- (.+): (begin|end) -->")
 FIXED = {"| method | 10 % | 30 % | 50 % | 70 % | 90 % |"}  # published by others: no script makes it
 
@@ -69,6 +73,7 @@ def outside(page: str) -> list[str]:
 def test_every_table_lies_between_marks() -> None:
     assert set(outside(PAGE)) == FIXED
     assert set(outside(SCALING)) == {"| | distillation, gradual | TwIST | calibration |"}
+    assert set(outside(PAYS)) == {"| states | fp32 | bf16, fp16 | int8, fp8 |"}
 
 
 def test_a_table_by_hand_is_found() -> None:
@@ -78,7 +83,7 @@ def test_a_table_by_hand_is_found() -> None:
 
 
 def test_marks_are_the_parts_that_make_bench_runs_and_their_files_exist(bench: ModuleType) -> None:
-    for name, page in (("benchmarks.md", PAGE), ("scaling.md", SCALING)):
+    for name, page in PAGES.items():
         marks = [mark for mark, what in MARK.findall(page) if what == "begin"]
         assert sorted(marks) == sorted(p.name for p in bench.PARTS.values() if not p.trains and p.page == name)
     assert all(part.files and all(file.is_file() for file in part.files) for part in bench.PARTS.values())
@@ -87,7 +92,9 @@ def test_marks_are_the_parts_that_make_bench_runs_and_their_files_exist(bench: M
 
 
 def test_every_table_names_the_part_that_makes_it(bench: ModuleType) -> None:
-    sections = re.findall(r"^<!-- (\S+): begin -->\n(.*?)^<!-- \1: end -->", PAGE + SCALING, re.DOTALL | re.MULTILINE)
+    sections = re.findall(
+        r"^<!-- (\S+): begin -->\n(.*?)^<!-- \1: end -->", "".join(PAGES.values()), re.DOTALL | re.MULTILINE
+    )
     wrong = {name: re.findall(r"`python benchmarks/run\.py ([^\s`]+)[^`]*`", body) for name, body in sections}
     wrong = {name: named for name, named in wrong.items() if named != [name] * (not bench.PARTS[name].gpu)}
     assert not wrong  # no GPU was at hand

@@ -14,7 +14,7 @@ SCRIPTS = TESTS / "support" / "oracle_env"
 
 
 def python_of(name: str) -> Path:
-    """Return the interpreter of an environment: `oracle`, `llama` or `vllm`."""
+    """Return the interpreter of an environment: `oracle`, `llama`, `vllm` or `quant`."""
     return ROOT / f".venv-{name}" / "bin" / "python"
 
 
