@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from sspruner.cli.console import prepare, reports_errors, say
 from sspruner.cli.help import command_app
 from sspruner.cli.machine import Folder, Model, ReadingText
+from sspruner.formats.gguf_options import GGUF
 from sspruner.recipes.flags import TARGET, text
 from sspruner.recipes.parts import Target
 
@@ -23,7 +24,7 @@ class Reader(Target):
 
     to: Annotated[str | None, text("NAME", default="hf, or what --target reads")] = None
     """hf: stock transformers. hf-padded: stock, different sizes padded with zeros. hf-remote: transformers with
-    trust_remote_code. mamba-ssm: its own loader. sspruner: sspruner.load."""
+    trust_remote_code. mamba-ssm: its own loader. gguf, gguf-padded: llama.cpp. sspruner: sspruner.load."""
 
 
 @reports_errors
@@ -33,30 +34,36 @@ def command(
     *,
     folder: Folder,
     reader: Reader = Reader(),
+    gguf: GGUF = GGUF(),
     reading: ReadingText = ReadingText(),
 ) -> None:
     """Run `sspruner export`.
 
     Examples:
         sspruner export smaller --out for-transformers
-        sspruner export smaller --target vllm --tp 2 --out for-vllm
+        sspruner export smaller --to gguf --gguf-type q8_0 --out for-llama
     """
     from sspruner.files.output import check_output
-    from sspruner.formats.writers import reads, writer_of
+    from sspruner.formats.writers import gguf_options, reads, writer_of
 
-    target: dict[str, Any] = {"to": reader.to, "target": reader.runtime, "tp": reader.tp}
+    target: dict[str, Any] = {"target": reader.runtime, "tp": reader.tp}
     writer = writer_of(reader.to, reader.runtime, reader.tp)
+    options = gguf_options(writer, gguf)
     check_output(folder.out, folder.overwrite)
 
     import sspruner
+    from sspruner.formats.gguf import gguf_package
     from sspruner.formats.stock import padding
     from sspruner.io.skeleton import skeleton
     from sspruner.reporting.card import report_beside
 
     prepare(reading.plugin)
+    if writer == options.format:
+        gguf_package()
     loaded, tokenizer = sspruner.load(model, **reading.arguments)
     report = report_beside(loaded, model) if model else None
-    sspruner.export(loaded, folder.out, tokenizer, **target, report=report, overwrite=folder.overwrite)
+    to = options if writer == options.format else writer
+    sspruner.export(loaded, folder.out, tokenizer, to=to, **target, report=report, overwrite=folder.overwrite)
     say(f"exported to {folder.out}: {reads(writer, folder.out)}")
     if writer == "hf-padded":
         say(padding(loaded, skeleton(folder.out)))

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 
 from sspruner.errors import InputError
 
+MODEL_FILES = ("config.json", "model.gguf")  # a folder with one of them holds a model, and may be overwritten
+
 
 def check_output(out: str | Path, overwrite: bool = False) -> Path:
     """Return the output folder as a path. Call before long work.
@@ -25,7 +27,7 @@ def check_output(out: str | Path, overwrite: bool = False) -> Path:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise InputError(f"output {out}: exists and is not empty; choose another or add --overwrite")
-        if not (out / "config.json").is_file():
+        if not any((out / name).is_file() for name in MODEL_FILES):
             raise InputError(f"output {out}: holds no model, so it is not overwritten; remove it yourself")
     _check_parent(out)
     return out

@@ -15,6 +15,7 @@ from torch import nn
 
 from sspruner.compute.device import offloaded
 from sspruner.errors import InputError, ModelError, PlanError
+from sspruner.formats.gguf import gguf_difference
 from sspruner.formats.native import native_fields
 from sspruner.formats.stock import REFUSALS, nearest_stock, stock_difference
 from sspruner.formats.targets import WAYS, Fit, Target, names, target
@@ -63,7 +64,9 @@ def unfit(subject: Subject, runtime: Target) -> str:
 
 
 def _unsayable(subject: Subject, runtime: Target) -> str:
-    """Return why the config that a target reads cannot describe a model, whatever its sizes; "" if it can."""
+    """Return why the file or config that a target reads cannot describe a model, whatever the rules; "" if it can."""
+    if runtime.writer == "gguf":
+        return gguf_difference(subject.model)
     if subject.unlike:
         pad = padded_fits(subject.graph, runtime) if runtime.writer == "hf" else ""
         return f"{runtime} cannot take this cut: {subject.unlike}. {nearest_stock(subject.model)}{pad or WAYS}"

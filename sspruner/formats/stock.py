@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,11 @@ def check_stock(model: Any, target: str) -> None:
         raise ModelError(f"{target} cannot express this cut: {why}. {nearest(model)}")
 
 
-def padded(model: Any) -> Any:
+def padded(model: Any, to: str = "hf-padded", differs: Callable[[Any], str] | None = None) -> Any:
     """Return a model of stock sizes that computes the same, with zeros where layers are smaller than the config's size.
+
+    to       the export format, for errors
+    differs  returns why that format cannot express a padded model, "" if it can; by default for stock classes
 
     Sizes with a config field are padded to the largest layer's, others to those before the cut. The logits are proved
     to be equal. Raises ModelError for what zeros cannot fill: projected states, removed modules, new biases. The
@@ -64,14 +67,14 @@ def padded(model: Any) -> Any:
         except (PlanError, *REFUSALS) as error:
             why = " ".join(str(error).split())[:200]
             continue
-        if why := stock_difference(large):
+        if why := (differs or stock_difference)(large):
             continue
         check_same(model, large, graph)
         _as(model, large)
         large.generation_config = model.generation_config
         large.config.dtype = model.dtype
         return large
-    raise ModelError(f"hf-padded cannot express this cut: {why}; hf-remote and sspruner express more")
+    raise ModelError(f"{to} cannot express this cut: {why}; hf-remote and sspruner express more")
 
 
 def padding(model: Any, large: Any) -> str:

@@ -169,8 +169,13 @@ def chosen(name: str | None, tp: int) -> Target | None:
     return None if name is None else target(name, tp)
 
 
-def expressible(graph: SSMGraph) -> set[str]:
-    """Return the axes whose size is a field of the model's stock config, and `block`, which every config counts."""
+def expressible(graph: SSMGraph, writer: str = "hf") -> set[str]:
+    """Return the axes whose size is a field of the model's stock config, and `block`, which every config counts.
+
+    GGUF has a field for every size; which of them llama.cpp builds together is found by trying (formats/gguf.py).
+    """
+    if writer == "gguf":
+        return {*graph.axes} - {"mixer"}
     sizes = graph.family.config_sizes.values() if graph.family else ()
     return {dim for size in sizes for term in size for dim in term} | {"block"}
 
@@ -202,7 +207,7 @@ class Fit:
         for name in counts:
             by_axis.setdefault(groups[name].axis, []).append(name)
         cut = {axis: n for axis, n in by_axis.items() if any(counts[name] < groups[name].units for name in n)}
-        can_cut = expressible(self.graph)
+        can_cut = expressible(self.graph, t.writer)
         for axis, named in cut.items():
             if axis not in can_cut:
                 raise ModelError(
@@ -263,7 +268,7 @@ class Fit:
         groups = [group for group in self.graph.groups.values() if group.axis == axis]
         step = max(group.multiple_of for group in groups)
         candidates = range(step, min(group.units for group in groups), step)
-        if axis not in expressible(self.graph):
+        if axis not in expressible(self.graph, self.target.writer):
             return []
         return [n for n in candidates if axis == "block" or not any(True for _ in self._broken({axis: n}))]
 

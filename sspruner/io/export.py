@@ -10,11 +10,13 @@ from sspruner.compute.forward import check_predicts_tokens
 from sspruner.errors import ModelError
 from sspruner.files.output import atomic_folder
 from sspruner.formats.fitting import check_fits
+from sspruner.formats.gguf import gguf_difference, write_gguf
+from sspruner.formats.gguf_options import GGUF
 from sspruner.formats.native import write_native
 from sspruner.formats.remote import write_remote
 from sspruner.formats.stock import check_stock, padded, write_stock
 from sspruner.formats.targets import chosen
-from sspruner.formats.writers import writer_of
+from sspruner.formats.writers import READABLE, gguf_options, writer_of
 from sspruner.graph.usable import UNQUANTISED, check_not_quantised
 from sspruner.io.save import write_folder
 from sspruner.pruning.report import Report
@@ -27,7 +29,7 @@ def export(
     out: str | Path,
     tokenizer: Any = None,
     *,
-    to: str | None = None,
+    to: str | GGUF | None = None,
     target: str | None = None,
     tp: int = 1,
     report: Report | None = None,
@@ -39,6 +41,9 @@ def export(
         hf-remote  transformers with trust_remote_code=True: one file of code beside the weights; any sizes
         hf-padded  stock classes: layers are padded with zeros to one size; same logits, memory of that size
         mamba-ssm  the loader of the package mamba_ssm: Mamba2 and Mamba of one size in all layers
+        gguf       llama.cpp: the file model.gguf, with the tokenizer; sizes that llama.cpp builds. `GGUF(type="q8_0",
+                   pre="gpt-2")` has its options: element type, name of the pre-tokenizer
+        gguf-padded  the same, after layers are padded with zeros to one size
         sspruner   `sspruner.load`: any cut
     target, tp: a runtime, and the number of GPUs over which it splits the model: selects the format that it reads, and
         checks the sizes
@@ -47,7 +52,9 @@ def export(
     Raises InputError for an unknown format or a folder that is not empty, ModelError for a model that cannot be
     expressed.
     """
-    to, runtime = writer_of(to, target, tp), chosen(target, tp)
+    options = to if isinstance(to, GGUF) else GGUF()
+    to = writer_of(options.format if isinstance(to, GGUF) else to, target, tp)
+    options, runtime = gguf_options(to, options), chosen(target, tp)
     check_not_quantised(model, UNQUANTISED)
     if to != "sspruner" and offloaded(model):
         raise ModelError("export reads the whole model: save an offloaded one with sspruner.save, and load that")
@@ -55,7 +62,8 @@ def export(
         raise ModelError("the model is masked; cut it with mode slice, or call sspruner.unmask(model) first")
     if to != "sspruner":
         check_predicts_tokens(model, f"export --to {to}")
-    written = padded(model) if to == "hf-padded" else model
+    differs = gguf_difference if to == "gguf-padded" else None
+    written = padded(model, to, differs) if to.endswith("-padded") else model
     if runtime:
         check_fits(written, runtime)
     with atomic_folder(out, overwrite) as folder:
@@ -67,6 +75,9 @@ def export(
         elif to == "mamba-ssm":
             check_stock(model, to)
             write_native(model, folder)
+        elif to in READABLE["gguf"]:
+            write_gguf(written, folder, tokenizer, options)
+            tokenizer = None  # it is in the file
         else:
             write_stock(written, folder)
         if tokenizer is not None:

@@ -27,12 +27,15 @@ NATIVE = (
     "from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel\n\n"
     f'model = MambaLMHeadModel.from_pretrained("{FOLDER}", device="cuda")'
 )
+LLAMA = f"llama-server --model {FOLDER}/model.gguf"
 READERS = {  # target of an export -> (library, a sentence, the loading code)
     "sspruner": ("sspruner", "With sspruner:", SSPRUNER),
     "stock": ("transformers", "With transformers, or with `sspruner.load`:", STOCK),
     "hf": ("transformers", "With transformers alone:", STOCK),
     "hf-padded": ("transformers", "With transformers alone; smaller layers are padded with zeros:", STOCK),
     "hf-remote": ("transformers", "With transformers and the code in `modeling_pruned.py`:", REMOTE),
+    "gguf": ("llama.cpp", "With llama.cpp:", LLAMA),
+    "gguf-padded": ("llama.cpp", "With llama.cpp; smaller layers are padded with zeros:", LLAMA),
     "mamba-ssm": ("mamba-ssm", "With the package mamba_ssm, or with `sspruner.load`:", NATIVE),
 }
 
@@ -231,7 +234,7 @@ def _loading(reader: str, tokenizer: bool) -> list[str]:
     return [
         "## How to load it",
         sentence,
-        _fenced(code, "python"),
+        _fenced(code, "bash" if code == LLAMA else "python"),
         _fenced(TOKENIZER, "python") if tokenizer and code != SSPRUNER else "",
     ]
 
