@@ -25,16 +25,16 @@ ENGINES = {
 }
 OWN = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH")  # settings of this interpreter that another must not get
 LOOK = "import importlib.util, sys; sys.exit(3 if importlib.util.find_spec(sys.argv[1]) is None else 0)"
-MISSING = 3  # exit code of LOOK
+MISSING, LOOKING = 3, 60.0  # exit code of LOOK, and the seconds it may take
 CLOSE = 20.0  # seconds that a worker may take to end
 
 
-def check_engine(engine: str, python: Path | None, wait: float) -> None:
+def check_engine(engine: str, python: Path | None) -> None:
     """Raise InputError, before any work, if the interpreter cannot be run or does not find the engine."""
     _, package, _, install = ENGINES[engine]
     command = [*_interpreter(python), "-c", LOOK, package]
     try:
-        code = subprocess.run(command, capture_output=True, check=False, env=_environment(python), timeout=wait)
+        code = subprocess.run(command, capture_output=True, check=False, env=_environment(python), timeout=LOOKING)
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = error.strerror if isinstance(error, OSError) else "it does not answer"
         raise InputError(f"python {python}: cannot be run ({reason}); name the interpreter of {engine}") from None

@@ -50,7 +50,7 @@ def bench(
     runner = options.runner
     if runner.engine == "transformers":
         return bench_in_transformers(models, options, device, progress)
-    check_engine(runner.engine, runner.python, runner.wait)
+    check_engine(runner.engine, runner.python)
     with tempfile.TemporaryDirectory(prefix="sspruner-bench-") as home:
         paths = {}
         for number, (label, model) in enumerate(models.items()):
