@@ -51,8 +51,8 @@ def speed(s: Any) -> Made:
     codes = {"": "", ", accelerated": ", accelerated"} if options.variants.accelerate else {"": ""}
     rows, machine, engine = [], {}, ""
     for shape in recipe["shapes"]:
-        models = models_of(shape, recipe, layers=2 if s.quick else None, device=device)
-        for block in [block for model in models.values() for block in model.backbone.layers]:
+        models = models_of(shape, recipe, s.data, layers=2 if s.quick else None, device=device)
+        for block in [block for m in models.values() for block in m.backbone.layers if not options.runner.python]:
             block.mixer.chunk_size = min(block.mixer.chunk_size, options.load.prompt)  # a prefill is padded to it
         found = sspruner.bench(models, options, device=str(device))
         engine = "{name} {version}".format(**found.engine) if options.runner.python else ""
@@ -78,13 +78,14 @@ def speed(s: Any) -> Made:
 decode = gpu = projection_cost = engines = engines_130m = speed
 
 
-def models_of(shape: str, recipe: dict[str, Any], **how: Any) -> dict[str, Any]:
+def models_of(shape: str, recipe: dict[str, Any], data: Any, **how: Any) -> dict[str, Any]:
     """Return a published shape with random weights, or a trained model, and cuts of it."""
     if shape in SHAPES:
         how["dtype"] = DTYPES[recipe.get("dtype", "float32")]
         return shape_models([shape], recipe["state"], recipe.get("balanced", ()), **how)
-    cut = {k: sspruner.prune(sspruner.load(shape, dtype="float32")[0], "magnitude", keep=k) for k in recipe["state"]}
-    return {shape: sspruner.load(shape, dtype="float32")[0]} | {f"{shape}, state {k}": r.model for k, r in cut.items()}
+    subject = Subject(shape, data)
+    plans = {f"{shape}, state {k}": subject.plan(None, "magnitude", keep=k) for k in recipe["state"]}
+    return {shape: subject.model} | {n: sspruner.apply(Subject(shape, data).model, p) for n, p in plans.items()}
 
 
 def bench_options(recipe: dict[str, Any], quick: bool) -> BenchOptions:
