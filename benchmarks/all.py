@@ -41,8 +41,7 @@ def main() -> None:
         print("\n".join(f"{p.name}: {p.files[0].relative_to(HERE.parent)}" for p in parts))
         return
     given.work.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    failed = []
+    start, failed = time.perf_counter(), []
     with ThreadPoolExecutor(2) as pool:
         for later in (False, True):
             stage = [p for p in parts if not p.timed and bool(p.after) == later]

@@ -1,21 +1,22 @@
-"""Run recipes of commands: of `sspruner compare`, and of `sspruner bench` on a CPU and a GPU, with random weights."""
+"""Run recipes of commands: of `sspruner compare`, and of `sspruner bench` on a CPU and a GPU, and in engines."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-import torch
 import yaml
 from common import NO, Made, Subject, span, table
 
 import sspruner
 from sspruner.benchmarking.record import Timing
-from sspruner.benchmarking.shapes import DTYPES, shape_models
+from sspruner.benchmarking.shapes import DTYPES, SHAPES, shape_models
+from sspruner.compute.device import resolve_device
 from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.measure import BenchOptions
 from sspruner.recipes.yaml import from_data
 
+PARTS = ("load", "variants", "runner")  # of BenchOptions, in recipes
 SMALLER = {"recall-32": 0.5, "recall-16": 0.75}  # smaller models -> the cut of the same size
 
 
@@ -43,24 +44,18 @@ def compare_recall(s: Any) -> Made:
 
 
 def speed(s: Any) -> Made:
-    """Measure what a smaller and a projected state gain at decode and prefill, with the stock step and accelerated.
-
-    Each speed-up compares runs of one repeat with the same code, so that the gain of a smaller state and the gain of
-    better code stay apart.
-    """
-    recipe = yaml.safe_load(s.file.read_text(encoding="utf-8"))
-    options, device = bench_options(recipe, s.quick), recipe.get("device", "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device; nothing was measured and nothing was written")
+    """Measure what a smaller state gains. Each speed-up compares runs of one repeat with the same code or engine."""
+    recipe = yaml.safe_load(s.file.read_text(encoding="utf-8")) | getattr(s, "recipe", {})
+    options, device = bench_options(recipe, s.quick), resolve_device(recipe.get("device", "cpu"))
     cuts = [f"{kind} {size}" for kind in ("state", "balanced") for size in recipe.get(kind, ())]
     codes = {"": "", ", accelerated": ", accelerated"} if options.variants.accelerate else {"": ""}
-    rows, machine = [], {}
+    rows, machine, engine = [], {}, ""
     for shape in recipe["shapes"]:
-        how: dict[str, Any] = {"layers": 2 if s.quick else None, "dtype": DTYPES[recipe.get("dtype", "float32")]}
-        models = shape_models([shape], recipe["state"], recipe.get("balanced", ()), device=device, **how)
-        for block in [block for model in models.values() for block in model.backbone.layers]:
+        models = models_of(shape, recipe, s.data, layers=2 if s.quick else None, device=device)
+        for block in [block for m in models.values() for block in m.backbone.layers if not options.runner.python]:
             block.mixer.chunk_size = min(block.mixer.chunk_size, options.load.prompt)  # a prefill is padded to it
-        found = sspruner.bench(models, options, device=device)
+        found = sspruner.bench(models, options, device=str(device))
+        engine = "{name} {version}".format(**found.engine) if options.runner.python else ""
         machine, have = found.machine, {(row.model, row.batch, row.phase): row for row in found.rows}
         for phase, batch, code in [(p, b, c) for p in recipe["phases"] for b in options.load.batches for c in codes]:
             dense, stock = (have.get((name, batch, phase)) for name in (shape + code, shape))
@@ -69,21 +64,33 @@ def speed(s: Any) -> Made:
             smaller = [have.get((f"{shape}, {cut}{code}", batch, phase)) for cut in cuts]
             cells += [faster(row, dense) for row in smaller]
             cells.append(", ".join(f"{row.ceiling / dense.ceiling:.2f}" if row and dense else NO for row in smaller))
+            both = [f"{r.tokens_per_second[0]:,.0f}; {(r.cache_bytes or 0) / 1e6:.2f}" for r in [dense, *smaller] if r]
             rows.append([f"{shape}, {phase}, batch {batch}{code or ', stock' * (len(codes) > 1)}", *cells])
-    milliseconds = "dense, ms a step" if recipe["phases"] == ["decode"] else "dense, ms"
-    head = ["what", milliseconds, "of the ceiling", *["over stock"] * (len(codes) > 1)]
-    head += [*(f"{cut} / dense" for cut in cuts), "bytes and operations allow"]
+            rows[-1] += [" / ".join(both)] if engine else []
+    head = [engine or "what", "dense, ms" + " a step" * (recipe["phases"] == ["decode"]), "of the ceiling"]
+    head += ["over stock"] * (len(codes) > 1) + [f"{cut} / dense" for cut in cuts] + ["bytes and operations allow"]
+    head += ["tokens/s; MB of cache a sequence"] if engine else []
     title = f"{recipe['title']}: how many times as fast as the dense model with the same code; median (low to high)"
     note = f"{machine['name']}; seed 0; {options.load.repeats} repeats in turns, {options.load.generate} steps each"
     return [table(title, head, rows)], note
 
 
-decode = gpu = projection_cost = speed
+decode = gpu = projection_cost = engines = engines_130m = speed
+
+
+def models_of(shape: str, recipe: dict[str, Any], data: Any, **how: Any) -> dict[str, Any]:
+    """Return a published shape with random weights, or a trained model, and cuts of it."""
+    if shape in SHAPES:
+        how["dtype"] = DTYPES[recipe.get("dtype", "float32")]
+        return shape_models([shape], recipe["state"], recipe.get("balanced", ()), **how)
+    subject = Subject(shape, data)
+    plans = {f"{shape}, state {k}": subject.plan(None, "magnitude", keep=k) for k in recipe["state"]}
+    return {shape: subject.model} | {n: sspruner.apply(Subject(shape, data).model, p) for n, p in plans.items()}
 
 
 def bench_options(recipe: dict[str, Any], quick: bool) -> BenchOptions:
     """Return the options of a speed benchmark; a little of them if it is quick."""
-    options: BenchOptions = from_data(BenchOptions, {key: recipe[key] for key in ("load", "variants") if key in recipe})
+    options: BenchOptions = from_data(BenchOptions, {key: recipe[key] for key in PARTS if key in recipe})
     few = replace(options.load, batches=options.load.batches[:1], repeats=1, generate=1)
     return replace(options, load=few) if quick else options
 

@@ -94,10 +94,7 @@ class Subject:
         """Return what `measure` takes: the model under the mask of a plan."""
         return partial(sspruner.masked, self.model, plan, self.graph)
 
-    def measure(
-        self, versions: Sequence[Any], text: sspruner.Calibration | None, passages: Sequence[Any] = (),
-        recall: Any = None,
-    ) -> list[Values]:  # fmt: skip
+    def measure(self, versions: Sequence[Any], text: Any, passages: Any = (), recall: Any = None) -> list[Values]:
         """Return the values of versions of the model, on windows of text, on passages and on recall tasks."""
         batches = list(text.batches(WINDOWS_PER_BATCH)) if text else []
         with quick_on_cpu(self.model, torch.device("cpu")):

@@ -2,7 +2,6 @@
 
 from .axes import AXES as AXES
 from .axes import ELEMENT_AXES as ELEMENT_AXES
-from .benchmarking.measure import bench as bench
 from .benchmarking.record import Bench as Bench
 from .budgets.decide import plan as plan
 from .calibrate.sources import Calibration as Calibration
@@ -39,6 +38,7 @@ from .graph.family import Family as Family
 from .graph.fingerprint import fingerprint as fingerprint
 from .graph.ssm_graph import SSMGraph as SSMGraph
 from .graph.trace import trace as trace
+from .io.bench import bench as bench
 from .io.export import export as export
 from .io.load import load as load
 from .io.save import save as save

@@ -1,4 +1,4 @@
-"""Bench: prefill and decode of several models, interleaved in one run, against the machine's ceiling."""
+"""Bench in transformers: prefill and decode of several models, in turns in one run, beside the machine's ceiling."""
 
 from __future__ import annotations
 
@@ -20,54 +20,38 @@ from sspruner.compute import acceleration
 from sspruner.compute.device import on_device, resolve_device
 from sspruner.errors import InputError
 from sspruner.graph.trace import trace
-from sspruner.recipes.common import recipe_or_short
 from sspruner.recipes.measure import BenchOptions, Ceiling, Load
 
 WARM_UP = 8  # prompt tokens of the untimed first run on the CPU
 FASTER = ", accelerated"
 
 
-def bench(
+def bench_in_transformers(
     models: Mapping[str, Any],
-    options: BenchOptions | None = None,
-    *,
-    device: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    **short: Any,
+    options: BenchOptions,
+    device: str | None,
+    progress: Callable[[str, int, int], None],
 ) -> Bench:
     """Time prefill and decode of every model at every batch, in turns; the order is drawn anew in each repeat.
 
-    Args:
-        models: label of the rows -> model.
-        options: `BenchOptions`; or its fields as `short` arguments: `bench(models, batches=(1, 16), prompt=128)`.
-            Prompts are random ids. bandwidth (bytes/s) and flops (operations/s) are the machine's; by default the best
-            rates that copies, sums and matrix products reach between the measurements. `profile` shows a decode step
-            at the largest batch.
-        device: the compute device; CUDA if there is one, else the CPU.
-        progress: called with (phase, done, total).
-
-    Raises:
-        InputError: for numbers out of range. A batch that does not fit into memory is left out, and recorded.
+    The arguments are those of `sspruner.bench`. Raises InputError for options that the device does not have. A batch
+    that does not fit into memory is left out, and recorded.
     """
-    options = recipe_or_short(BenchOptions, options, short)
     load, how = options.load, options.variants
-    if not models:
-        raise InputError("bench: there is no model to measure")
     where = resolve_device(device)
     if how.cuda_graph and where.type != "cuda":
         raise InputError(f"cuda_graph: there is none on {where}")
-    progress = progress or (lambda _phase, _done, _total: None)
     variants = _variants(models, how.accelerate and where.type == "cpu")
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(on_device(model, where))
         machine = Machine(where, {next(model.parameters()).dtype for model in models.values()})
         runs = _timed(variants, options, machine, progress)
-        rates = _rates(variants, options.ceiling, machine)
+        rates = rates_of({label: model for label, (model, _) in variants.items()}, options.ceiling, machine)
         rows = [row for label in variants for row in _rows(label, variants[label], runs, rates[label], options, where)]
         shown = _profiles(variants, runs, load, where, progress) if how.profile else {}
     rows.sort(key=lambda row: (row.phase != DECODE, load.batches.index(row.batch)))
-    description = _machine(where, machine, options.ceiling, rates)
+    description = machine_facts(where, options.ceiling, rates)
     return Bench(
         tuple(rows), description, load.prompt, load.generate, load.repeats, load.seed, tuple(runs.failed), shown
     )
@@ -86,23 +70,26 @@ class Runs:
     failed: list[dict[str, Any]]
 
 
-def _rates(variants: dict[str, Variant], ceiling: Ceiling, machine: Machine) -> dict[str, Rates]:
-    """Return the rates for each variant: the given ones, else the measured ones."""
-    return {
-        label: Rates(
-            ceiling.bandwidth or machine.bandwidth, ceiling.flops or machine.flops(next(model.parameters()).dtype)
-        )
-        for label, (model, _) in variants.items()
-    }
+def rates_of(models: Mapping[str, Any], ceiling: Ceiling, machine: Machine | None) -> dict[str, Rates]:
+    """Return the rates for each model: the given ones, else those that the machine measured."""
+
+    def rates(dtype: torch.dtype) -> Rates:
+        if ceiling.bandwidth and ceiling.flops:
+            return Rates(ceiling.bandwidth, ceiling.flops)
+        assert machine is not None
+        return Rates(ceiling.bandwidth or machine.bandwidth, ceiling.flops or machine.flops(dtype))
+
+    return {label: rates(next(model.parameters()).dtype) for label, model in models.items()}
 
 
-def _machine(where: torch.device, machine: Machine, ceiling: Ceiling, rates: dict[str, Rates]) -> dict[str, Any]:
+def machine_facts(where: torch.device, ceiling: Ceiling, rates: Mapping[str, Rates]) -> dict[str, Any]:
     """Return the description of the machine for the record."""
+    name = _processor() if where.type == "cpu" else str(where)
     return {
         "device": str(where),
-        "name": torch.cuda.get_device_name(where) if where.type == "cuda" else _processor(),
+        "name": torch.cuda.get_device_name(where) if where.type == "cuda" and torch.cuda.is_available() else name,
         "threads": torch.get_num_threads(),
-        "bandwidth": ceiling.bandwidth or machine.bandwidth,
+        "bandwidth": max(rate.bandwidth for rate in rates.values()),
         "flops": max(rate.flops for rate in rates.values()),
         "measured": [name for name in ("bandwidth", "flops") if not getattr(ceiling, name)],
     }

@@ -17,6 +17,7 @@ from sspruner.files.output import write_file
 from sspruner.files.provenance import versions
 
 DECODE, PREFILL = "decode", "prefill"
+TRANSFORMERS = {"name": "transformers", "version": "", "notes": []}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Timing:
     peak_bytes  of this model only: weights, caches, activations; on the CPU the growth of the process, None if the
                 system does not report it
     state_bytes recurrent state per sequence
+    cache_bytes of all caches of one sequence, as the engine counts them; None in transformers
     path        the code path that ran
     """
 
@@ -47,6 +49,7 @@ class Timing:
     state_bytes: int
     weight_bytes: int
     path: str
+    cache_bytes: int | None = None
 
     @property
     def fraction(self) -> float:
@@ -78,6 +81,7 @@ class Timing:
             "bytes_moved": self.work.bytes,
             "operations": self.work.operations,
             "path": self.path,
+            **({} if self.cache_bytes is None else {"cache_bytes": self.cache_bytes}),
             **({"tokens": self.tokens, "seconds": [*self.seconds]} if self.seconds else {}),
         }
 
@@ -99,6 +103,7 @@ class Timing:
             state_bytes=integer(fields["state_bytes"]),
             weight_bytes=integer(fields["weight_bytes"]),
             path=text(fields["path"]),
+            cache_bytes=integer(fields["cache_bytes"]) if "cache_bytes" in fields else None,
         )
 
 
@@ -117,7 +122,11 @@ def timing(seconds: Sequence[float], tokens: int, work: Work, rates: Rates, **wh
 
 @dataclass(frozen=True)
 class Bench:
-    """All timings of one run. failed: model, batch and reason of those that did not fit into memory."""
+    """All timings of one run.
+
+    failed: model, batch and reason of those that did not fit into memory.
+    engine: its name, its version, and notes on it.
+    """
 
     rows: tuple[Timing, ...]
     machine: dict[str, Any]
@@ -129,6 +138,7 @@ class Bench:
     profile: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     versions: dict[str, str] = field(default_factory=versions)
+    engine: dict[str, Any] = field(default_factory=lambda: {**TRANSFORMERS, "version": versions()["transformers"]})
 
     def row(self, model: str, batch: int, phase: str = DECODE) -> Timing:
         """Return the row of a model. Raises KeyError if there is none: it did not fit, or was not requested."""
@@ -143,6 +153,7 @@ class Bench:
             "version": 1,
             "machine": self.machine,
             "versions": self.versions,
+            "engine": self.engine,
             "command": self.command,
             "seed": self.seed,
             "prompt": self.prompt,
@@ -172,6 +183,7 @@ class Bench:
             profile={label: items(rows) for label, rows in table(fields["profile"]).items()},
             command=text(fields["command"]),
             versions=table(fields["versions"]),
+            engine=table(fields.get("engine", TRANSFORMERS)),
         )
 
     def save(self, path: str | Path) -> None:

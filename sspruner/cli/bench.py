@@ -55,6 +55,7 @@ def command(
     Examples:
         sspruner bench path/to/model smaller --batch 1,16 --prompt 512
         sspruner bench --shape mamba2-370m --keep 64,32 --batch 64 --json bench.json
+        sspruner bench path/to/model smaller --engine vllm --python path/to/venv/bin/python --batch 1,8,32,64
     """
     output.check()
 
@@ -70,7 +71,7 @@ def command(
         shapes.keep,
         shapes.balanced,
         dtype=machine.dtype,
-        device=machine.device,
+        device=machine.device if options.runner.engine == "transformers" else "cpu",
         seed=options.load.seed,
         trust_remote_code=machine.trust_remote_code,
     )

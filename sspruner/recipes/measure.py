@@ -31,6 +31,9 @@ STATE = Group("Stored state", sort_key=3)
 GATES = Group("Gates", sort_key=4)
 LOAD = Group("Load", sort_key=2)
 CEILING = Group("Ceiling", sort_key=3)
+ENGINE = Group("Engine", sort_key=4)
+
+ENGINES = ("transformers", "vllm", "llama.cpp")  # that `bench` runs models in
 
 METRICS = ("perplexity", "position", "length", "recall", "passkey")
 STATE_DTYPES = ("int8", "fp8", "bf16", "fp16")
@@ -250,6 +253,30 @@ class Ceiling:
         read_texts(self)
 
 
+@Parameter(name="*", group=ENGINE)
+@dataclass(frozen=True)
+class Runner:
+    """What runs the models: transformers here, or an engine in a process of its own environment."""
+
+    engine: Annotated[str, one_text("NAME")] = "transformers"
+    """transformers, vllm or llama.cpp. The latter two run models that are exported to a temporary folder."""
+
+    python: Annotated[Path | None, Parameter(metavar="FILE", show_default="this one")] = None
+    """Python interpreter of the engine's environment, e.g. path/to/venv/bin/python."""
+
+    wait: Annotated[float, number("SECONDS")] = 600.0
+    """Seconds that the engine may take to load the models, and for each measurement."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an unknown engine, and options that transformers does not have."""
+        if self.engine not in ENGINES:
+            raise InputError(f"engine {self.engine!r}: must be one of {', '.join(ENGINES)}")
+        if self.python is not None and self.engine == "transformers":
+            raise InputError("python: transformers runs in this process; name an --engine as well")
+        if not 0 < self.wait < float("inf"):
+            raise InputError(f"wait {self.wait:g}: must be a number of seconds above 0")
+
+
 @Parameter(name="*")
 @dataclass(frozen=True)
 class BenchOptions(Composed):
@@ -258,3 +285,13 @@ class BenchOptions(Composed):
     load: Load = field(default_factory=Load)
     variants: Variants = field(default_factory=Variants)
     ceiling: Ceiling = field(default_factory=Ceiling)
+    runner: Runner = field(default_factory=Runner)
+
+    def __post_init__(self) -> None:
+        """Raise InputError for variants that the engine does not have."""
+        engine = self.runner.engine
+        for name in ("accelerate", "profile"):
+            if engine != "transformers" and getattr(self.variants, name):
+                raise InputError(f"{name}: is of the engine transformers, not of {engine}")
+        if engine == "llama.cpp" and self.variants.cuda_graph:
+            raise InputError("cuda_graph: bench runs llama.cpp on the processor")

@@ -18,8 +18,11 @@ def bench_table(bench: Bench) -> RenderableType:
     machine = bench.machine
     rates = f"{as_bytes(machine['bandwidth'])}/s, {machine['flops'] / 1e9:,.1f} GFLOP/s"
     how = f", {' and '.join(machine['measured'])} measured in this run" if machine["measured"] else ""
+    engine = bench.engine
     paths = dict.fromkeys(f"{row.model}, {row.phase}: {row.path}" for row in bench.rows)
     lines = [
+        f"engine: {engine['name']} {engine['version']}".rstrip(),
+        *engine["notes"],
         f"{machine['name']} ({machine['device']}), {machine['threads']} threads; ceiling: {rates}{how}",
         f"prompt {bench.prompt}, {bench.generate} steps; medians of {bench.repeats} repeats, in turns; seed "
         f"{bench.seed}",
@@ -32,15 +35,17 @@ def bench_table(bench: Bench) -> RenderableType:
 
 def _phase(bench: Bench, phase: str) -> Table:
     """Return the table of one phase, with speed-ups over the first model of the run."""
+    rows = [row for row in bench.rows if row.phase == phase]
+    first_size = {"cache": "cache_bytes"} if rows[0].cache_bytes else {"peak": "peak_bytes"}  # of a sequence; of all
+    last = first_size | {"state": "state_bytes"}
     table = Table(title=phase, title_justify="left")
-    for header in ("batch", "model", "ms", "tokens/s", "speed-up", "ceiling", "reached", "peak", "state"):
+    for header in ("batch", "model", "ms", "tokens/s", "speed-up", "ceiling", "reached", *last):
         table.add_column(header, justify="left" if header == "model" else "right")
     first: dict[int, str] = {}
-    for row in bench.rows:
-        if row.phase != phase:
-            continue
+    for row in rows:
         base = first.setdefault(row.batch, row.model)
         ms, low, high = row.ms
+        sizes = [getattr(row, name) for name in last.values()]
         table.add_row(
             f"{row.batch:,}",
             escape(row.model),
@@ -49,8 +54,7 @@ def _phase(bench: Bench, phase: str) -> Table:
             f"{row.speedup(bench.row(base, row.batch, phase))[0]:.2f}x",
             f"{row.ceiling:,.0f}",
             f"{100 * row.fraction:.0f} %",
-            "" if row.peak_bytes is None else as_bytes(row.peak_bytes),
-            as_bytes(row.state_bytes),
+            *("" if size is None else as_bytes(size) for size in sizes),
         )
     return table
 

@@ -124,7 +124,7 @@ def test_every_recipe_loads_with_its_class(bench: ModuleType) -> None:
     experiment, commands = importlib.import_module("experiment"), importlib.import_module("commands")
     for name in ("compare", "compare_recall"):
         assert CompareRecipe.load(BENCHMARKS / f"recipes/{name}.yaml").cells.scorers
-    for name in ("decode", "gpu", "projection_cost"):
+    for name in ("decode", "gpu", "projection_cost", "engines", "engines_130m"):
         recipe = yaml.safe_load((BENCHMARKS / f"recipes/{name}.yaml").read_text(encoding="utf-8"))
         assert isinstance(commands.bench_options(recipe, quick=False), BenchOptions)
     cells = 0
