@@ -69,7 +69,7 @@ def bench_in_engine(
         times, failed = _timed(process, models, options, machine, progress)
     rates = rates_of(models, options.ceiling, machine)
     path = f"{runner.engine} {ready['version']}" + (", CUDA graph" if options.variants.cuda_graph else "")
-    rows = []
+    rows: list[Timing] = []
     for (label, model), dtype in zip(models.items(), ready["state_dtypes"], strict=True):
         cache = bytes_per_sequence(model, runner.engine, length, where.type, dtype)
         rows += _rows(label, model, times, rates[label], load, cache_bytes=cache, path=path)
