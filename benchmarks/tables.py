@@ -58,8 +58,7 @@ def stored(found: list[Found]) -> list[str]:
     (one,) = found
     kinds: dict[str, Show] = {"KL to the dense model, nats per token": partial(value, "kl", 5, 1)}
     kinds[f"perplexity; dense {dense(one)}"] = ppl
-    head = ["states stored in", *one.section.cuts]
-    return [table(f"{one.model}: {title}", head, grid(one, show)) for title, show in kinds.items()]
+    return [table(f"{one.model}: {t}", ["stored in", *one.section.cuts], grid(one, show)) for t, show in kinds.items()]
 
 
 def allocation(found: list[Found]) -> list[str]:
