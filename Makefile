@@ -10,7 +10,7 @@ QUANT := .venv-quant
 # every process of the tests; where nothing may be written, each would do it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-all compat mutants lint bench wheel clean oracle-env oracle-test
+.PHONY: demo test test-slow test-all compat mutants lint bench wheel clean oracle-env oracle-test llama-test
 
 demo: .venv/installed
 	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
@@ -55,6 +55,10 @@ oracle-env: $(ORACLE)/installed $(LLAMA)/installed $(VLLM)/installed $(QUANT)/in
 
 oracle-test: .venv/installed oracle-env
 	$(BIN)/python -m pytest --numprocesses 0 tests/engines tests/unit/formats/test_oracle_env.py
+
+# A small part of it in llama.cpp alone, for CI: a minute.
+llama-test: .venv/installed $(LLAMA)/installed
+	$(BIN)/python -m pytest -m "not slow" tests/engines/test_llama.py
 
 clean:
 	rm -rf .venv $(ORACLE) $(LLAMA) $(VLLM) $(QUANT) .compat build dist pruned

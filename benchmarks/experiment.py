@@ -1,8 +1,8 @@
 """Run experiments of recipes/: scorers x cuts, each cell a `sspruner.Recipe`, measured on text that no scorer saw.
 
 A file names the table that is drawn (a function of tables.py) and one section or several. Beside fields of a recipe, a
-row and a cut may have these: `observed`, `seeds`, `stored` (states in few bits), and `train`, which trains the cut model,
-or prunes it while it trains (mask_every); a row also `models`, `cuts`, `against`. A cell without a scorer is dense.
+row and a cut may have these: `observed`, `seeds`, `stored` (in few bits), and `train`, which trains the cut model, or
+prunes it while it trains (mask_every); a row also `models`, `cuts`, `against`. A cell without a scorer is dense.
 
 Every cell is kept in the work folder under a hash of its recipe, the sizes and the scorer's code. One that failed is
 made again. Changes of the engine are not noticed: remove the folder.
