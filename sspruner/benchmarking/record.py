@@ -125,7 +125,7 @@ class Bench:
     """All timings of one run.
 
     failed: model, batch and reason of those that did not fit into memory.
-    engine: its name, its version, and notes on it.
+    engine: its name, its version, and notes on it; empty in files of versions that knew none but transformers.
     """
 
     rows: tuple[Timing, ...]
@@ -153,7 +153,7 @@ class Bench:
             "version": 1,
             "machine": self.machine,
             "versions": self.versions,
-            "engine": self.engine,
+            **({"engine": self.engine} if self.engine else {}),
             "command": self.command,
             "seed": self.seed,
             "prompt": self.prompt,
@@ -183,7 +183,7 @@ class Bench:
             profile={label: items(rows) for label, rows in table(fields["profile"]).items()},
             command=text(fields["command"]),
             versions=table(fields["versions"]),
-            engine=table(fields.get("engine", TRANSFORMERS)),
+            engine=table(fields.get("engine", {})),
         )
 
     def save(self, path: str | Path) -> None:

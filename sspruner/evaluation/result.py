@@ -80,11 +80,12 @@ class Evaluation:
             "rows": [row.to_json() for row in self.rows],
             "perplexity_by_position": {where: row.to_json() for where, row in self.by_position.items()},
             "perplexity_by_length": {length: row.to_json() for length, row in self.by_length.items()},
-            "stored_state": {metric: row.to_json() for metric, row in self.by_state.items()},
             "notes": self.notes,
             "versions": self.versions,
             "command": self.command,
         }
+        if self.by_state:
+            data["stored_state"] = {metric: row.to_json() for metric, row in self.by_state.items()}
         return strict_json.dumps(data, indent=2) + "\n"
 
     @classmethod

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sspruner.benchmarking.record import Bench
+from sspruner.benchmarking.record import TRANSFORMERS, Bench
 from sspruner.units import as_bytes
 
 OPERATIONS = 12  # number of operations shown of a profile
@@ -18,7 +18,7 @@ def bench_table(bench: Bench) -> RenderableType:
     machine = bench.machine
     rates = f"{as_bytes(machine['bandwidth'])}/s, {machine['flops'] / 1e9:,.1f} GFLOP/s"
     how = f", {' and '.join(machine['measured'])} measured in this run" if machine["measured"] else ""
-    engine = bench.engine
+    engine = bench.engine or TRANSFORMERS  # files of before had no other
     paths = dict.fromkeys(f"{row.model}, {row.phase}: {row.path}" for row in bench.rows)
     lines = [
         f"engine: {engine['name']} {engine['version']}".rstrip(),

@@ -24,7 +24,7 @@ POOL, CONTEXT = 60_000, 64
 
 
 def hybrid() -> Any:
-    return zoo("falcon_h1", state=16)
+    return zoo("granitemoehybrid", state=16)
 
 
 def in_engine(model: Any, engine: str, pool: float = POOL, **options: Any) -> int:
@@ -100,7 +100,7 @@ def test_a_limit_that_no_cut_meets_and_one_that_is_met() -> None:
 
 @pytest.mark.parametrize("axis", ["block", "mixer"])
 def test_groups_of_layers_are_said_before_a_plan(axis: str) -> None:
-    model = zoo("bamba", layers="MMMMMMAA", state=2)
+    model = zoo("granitemoehybrid", layers="MMMMMMAA", state=2)
     graph = sspruner.trace(model)
     said = layer_notes(model, graph, [axis], Recipe.of(target="vllm", context=CONTEXT))
     assert "vllm counts layers in groups: of 6 recurrent layers, removing fewer than 2 frees nothing" in said
@@ -110,7 +110,7 @@ def test_groups_of_layers_are_said_before_a_plan(axis: str) -> None:
 
 
 def test_the_command_line_says_it_first(tmp_path: Path) -> None:
-    folder = saved_zoo(tmp_path / "m", "bamba", layers="MMMMMMAA", state=2)
+    folder = saved_zoo(tmp_path / "m", "granitemoehybrid", layers="MMMMMMAA", state=2)
     small = ("--samples", 2, "--seq-len", 16, "--scorer", "magnitude", "--axis", "block", "--keep", 7)
     result = run("prune", folder, "--target", "vllm", *small, "--json", "-")
     assert result.exit_code == 0, result.stderr
