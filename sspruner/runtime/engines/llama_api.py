@@ -22,6 +22,7 @@ CONTEXT = {
     "type_k": (104, 1), "type_v": (108, 1),
 }  # fmt: skip
 MODEL = {"n_gpu_layers": (16, -1), "split_mode": (20, 1)}
+VOCAB_ONLY = 72  # of the model's parameters, one byte
 
 
 class Parameters(ctypes.Structure):
@@ -77,10 +78,12 @@ def defaults(function: str, fields: dict[str, tuple[int, int]], **values: int) -
     return parameters  # type: ignore[no-any-return]
 
 
-def load(file: str) -> Any:
+def load(file: str, *, vocab_only: bool = False) -> Any:
     """Return the model of a GGUF file, in the processor's memory. Raises RuntimeError with llama.cpp's reason."""
     LOG.clear()
-    model = API.llama_model_load_from_file(file.encode(), defaults("llama_model_default_params", MODEL, n_gpu_layers=0))
+    parameters = defaults("llama_model_default_params", MODEL, n_gpu_layers=0)
+    parameters.bytes[VOCAB_ONLY] = vocab_only
+    model = API.llama_model_load_from_file(file.encode(), parameters)
     if not model:
         raise RuntimeError(reason())
     return model
