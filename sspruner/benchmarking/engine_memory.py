@@ -68,7 +68,7 @@ class EngineMemory:
 
     @property
     def notes(self) -> list[str]:
-        """What else to know, about the model that will be served."""
+        """Describe what else to know of the model that will be served."""
         served = self.cut or self.dense
         lines = [f"{self.engine} counts layers in groups: {line}" for line in served.layer_steps(self.contexts[0])]
         lines += served.notes(self.pool, self.contexts)

@@ -78,7 +78,7 @@ class Rule:
 
     @property
     def known(self) -> str:
-        """How and in which version the rule was found: `ran with 0.32.0`."""
+        """Say how and in which version the rule was found: `ran with 0.32.0`."""
         return f"{HOW[self.how]} {self.checked}"
 
 

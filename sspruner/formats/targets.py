@@ -52,7 +52,7 @@ class Target:
 
     @property
     def known(self) -> str:
-        """How and in which version its rules were found, unless a rule says otherwise."""
+        """Say how and in which version its rules were found, unless a rule says otherwise."""
         return f"{HOW[self.how]} {self.checked}"
 
     def broken(self, model: str, layout: Layout, levels: Sequence[str] = ("must",)) -> list[Rule]:
