@@ -47,6 +47,49 @@ class SelectiveProjected:
     D: torch.Tensor
 
 
+@dataclass(frozen=True)
+class DeltaProjected:
+    """Inputs of a gated delta rule's scan, exactly as its forward pass computes them.
+
+    S_t = a_t S_{t-1} + k_t beta_t (v_t - (a_t S_{t-1})^T k_t)^T        y_t = S_t^T q_t         S (K, V), by value head
+
+    q and k (b, T, G, K) after the l2 norm, q with the factor 1/sqrt(K); v (b, T, H, V), z (b, T, H*V) the gate before
+    its activation, beta (b, T, H), decay the logarithm of a: fp32 (b, T, H), or (b, T, H, K) where it differs by key
+    channel. G key heads, each with H/G consecutive value heads. Source: Yang, Kautz & Hatamizadeh, "Gated Delta
+    Networks", arXiv 2412.06464; by key channel: "Kimi Linear", arXiv 2510.26692.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    z: torch.Tensor
+    beta: torch.Tensor
+    decay: torch.Tensor
+
+    @property
+    def x(self) -> torch.Tensor:
+        """What is written: v."""
+        return self.v
+
+    @property
+    def B(self) -> torch.Tensor:
+        """The vectors that write to the state: k."""
+        return self.k
+
+    @property
+    def C(self) -> torch.Tensor:
+        """The vectors that read it: q."""
+        return self.q
+
+    @property
+    def dt(self) -> torch.Tensor:
+        """How much of it is written: beta."""
+        return self.beta
+
+
+Scan = Projected | SelectiveProjected | DeltaProjected
+
+
 class Family(ABC):
     """Base class that describes one kind of mixer. Registered through the hook `sspruner_families`.
 
@@ -80,7 +123,7 @@ class Family(ABC):
         """Return the layout of this mixer. Must not read values: the mixer may be on the meta device."""
 
     @abstractmethod
-    def project(self, mixer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor) -> Projected | SelectiveProjected:
+    def project(self, mixer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor) -> Scan:
         """Recompute the inputs of the mixer's scan from the mixer's input.
 
         hidden: (b, T, hidden size), the mixer's input. mask: bool (b, T), False where padding.
