@@ -12,17 +12,25 @@ channels p:
 S holds the empirical Hankel singular values; the importance of direction i is S_i per token. Of all projectors Pi of
 rank k, decode_k encode_k minimises || L_o^T (I - Pi) L_c ||, the error of y if C and h were independent in time.
 
+In a gated delta net k and q take the place of B and C, and the basis is orthogonal, since writing and erasing share
+one key: `least_readout.py`, from E[q q^T] and E[k k^T] alone; S_i is the square root of the error that i directions
+leave.
+
 weights="output" (default): w is the squared gain from y to the mixer's output, through gate, norm and out_proj
 (docs/scorers/ghost.md). weights="none": w = 1, the error of y itself.
 
 Source: balanced truncation (Moore, IEEE TAC 26, 1981) with empirical Gramians; ours for Mamba2, see docs/balanced.md.
 Cost: one Gramian for each layer and batch, with weights about as much as GHOST and half a forward; memory of one chunk;
-one eigen- and singular value decomposition of (N, N) per group. Axes: state, of Mamba2-type mixers.
+one eigen- and singular value decomposition of (N, N) per group. Axes: state, of Mamba2-type mixers and gated delta
+nets.
 """
 
 import torch
 
 import sspruner
+from sspruner.calibrate.state import observability as second_moment
+from sspruner.graph.family import DeltaProjected
+from sspruner_plugins.least_readout import least_readout_basis
 
 RIDGE = 1e-9  # relative to the mean of the diagonal: directions that no token reached or read come last in order
 TINY = 1e-30  # for groups that no token reached or read at all
@@ -42,10 +50,15 @@ class Balanced(sspruner.Scorer):
         self.tokens = 0
         self.reached: torch.Tensor | float = 0.0  # W_c, (G, N, N)
         self.read: torch.Tensor | float = 0.0  # W_o, (G, N, N)
+        self.orthogonal = False  # of a delta rule: `reached` is the sum of k k^T then
 
     def observe(self, view: sspruner.SSMView) -> None:
         self.tokens += view.tokens
-        self.reached = self.reached + (view.weighted_gramian if self.weights == "output" else view.gramian)
+        self.orthogonal = isinstance(view.projected, DeltaProjected)
+        if self.orthogonal:
+            self.reached = self.reached + second_moment(view.B, view.mask)
+        else:
+            self.reached = self.reached + (view.weighted_gramian if self.weights == "output" else view.gramian)
         self.read = self.read + view.observability
 
     def importance(self) -> torch.Tensor:
@@ -55,7 +68,12 @@ class Balanced(sspruner.Scorer):
                 f"{self.tokens} calibration tokens do not determine Gramians of {size} directions; raise --samples or "
                 f"--seq-len to at least {size} tokens in all"
             )
-        self.encode, self.decode, values = balance(torch.as_tensor(self.reached), torch.as_tensor(self.read))
+        reached, read = torch.as_tensor(self.reached), torch.as_tensor(self.read)
+        if self.orthogonal:
+            self.decode, errors = least_readout_basis(read, reached)
+            self.encode = self.decode.mT
+            return errors.clamp_min(0).flip(-1).cummax(-1).values.flip(-1).sqrt()  # not rising, whatever the rounding
+        self.encode, self.decode, values = balance(reached, read)
         return values / self.tokens
 
     def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ import torch
 
 import sspruner
 from sspruner.calibrate import selective, state
-from sspruner.graph.family import Projected
+from sspruner.graph.family import SelectiveProjected
 
 
 class Ghost(sspruner.Scorer):
@@ -38,17 +38,16 @@ class Ghost(sspruner.Scorer):
             raise sspruner.InputError(f"scorer 'ghost': variant={variant!r}; known: joint, means, output")
         self.variant = variant
         self.tokens = 0
-        self.change: torch.Tensor | float = 0.0  # summed squared change of y: (G, N), or (H, P)
+        self.change: torch.Tensor | float = 0.0  # summed squared change of y: (groups, units)
         self.h2: torch.Tensor | float = 0.0  # (G, N)
         self.c2: torch.Tensor | float = 0.0  # (G, N)
 
     def observe(self, view: sspruner.SSMView) -> None:
         self.tokens += view.tokens
-        self.shape = view.group.groups, view.group.units
         if self.variant == "output":
             self.change = self.change + _change_of_output(view, self.axis)
         elif self.axis != "state":
-            self.change = self.change + view.output_energy
+            self.change = self.change + view.by_unit(view.output_energy)
         elif self.variant == "joint":
             self.change = self.change + view.ghost_sum
         else:
@@ -59,18 +58,17 @@ class Ghost(sspruner.Scorer):
     def importance(self) -> torch.Tensor:
         means = self.axis == "state" and self.variant == "means"
         total = torch.as_tensor(self.h2 * self.c2 / self.tokens if means else self.change)
-        # Heads and groups are runs of channels, in the order of memory: a unit's energy is the sum over its run.
-        return torch.sqrt(total.reshape(*self.shape, -1).sum(-1) / self.tokens)
+        return torch.sqrt(total / self.tokens)
 
 
 def _change_of_output(view: sspruner.SSMView, axis: str) -> torch.Tensor:
-    """Return the summed squared change of out_proj's output: fp64 (G, N) on state, else (H, P)."""
+    """Return the summed squared change of out_proj's output: fp64 (groups, units)."""
     w, p = view.output_weights, view.projected
     if axis != "state":
-        return (w * view.y.square() * view.mask[..., None, None]).sum((0, 1), dtype=torch.float64)
-    if isinstance(p, Projected):
-        return state.weighted_ghost_sum(p, w, view.mask)
-    return selective.weighted_ghost_sum(p, w, view.mask)
+        return view.by_unit((w * view.y.square() * view.mask[..., None, None]).sum((0, 1), dtype=torch.float64))
+    if isinstance(p, SelectiveProjected):
+        return selective.weighted_ghost_sum(p, w, view.mask)
+    return state.weighted_ghost_sum(p, w, view.mask)
 
 
 @sspruner.hookimpl

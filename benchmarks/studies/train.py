@@ -127,7 +127,12 @@ def reference_model(family: str, config: dict[str, Any], vocabulary: int, seed: 
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     made = AutoConfig.for_model(family, **config, **tokens, vocab_size=vocabulary, tie_word_embeddings=True)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(made)
+    model = AutoModelForCausalLM.from_config(made)
+    for module in model.modules():
+        if hasattr(module, "head_k_dim"):  # transformers leaves a delta net without memory; dt as in Mamba2
+            dt = torch.exp(torch.empty_like(module.dt_bias).uniform_(math.log(1e-3), math.log(0.1)))
+            module.dt_bias.data = dt + torch.log(-torch.expm1(-dt))
+    return model
 
 
 def reference(s: Any) -> Made:

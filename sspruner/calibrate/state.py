@@ -14,68 +14,17 @@ Letters: b batch, T tokens, G groups, K heads per group (H = G*K), P head dim, N
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 
-from sspruner.graph.family import Projected
+from sspruner.calibrate.chunks import CHUNK, Chunk, chunks, per_group
+from sspruner.graph.family import DeltaProjected, Projected
 
-CHUNK = 64
+Scalar = Projected | DeltaProjected  # one decay per head
 WEIGHTED = 16  # chunk length where weights differ by channel: Q P numbers, Q^2 P products for each token and head
 EXPLICIT = 4  # steps whose states are in memory at once where a sum needs the states themselves
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Q consecutive steps of one mixer, and the state before them; fp32, or fp64 if the inputs are."""
-
-    x: torch.Tensor  # (b, G, K, Q, P)
-    dt: torch.Tensor  # (b, G, K, Q)
-    B: torch.Tensor  # (b, G, Q, N)
-    C: torch.Tensor  # (b, G, Q, N)
-    L: torch.Tensor  # (b, G, K, Q, Q)  decay from step s to step t, 0 for s > t
-    decay: torch.Tensor  # (b, G, K, Q)  exp(cum): decay from the chunk's entry to step t
-    entry: torch.Tensor  # (b, G, K, P, N)  S0, the state that enters the chunk
-    weight: torch.Tensor  # (b, 1, Q)  1 for a token that counts, 0 for padding
-
-
-def chunks(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> Iterator[Chunk]:
-    """Iterate over a batch chunk by chunk, carrying the state. mask: bool (b, T), False where padding."""
-    b, T, H, P = p.x.shape
-    G, N = p.B.shape[2:]
-    dtype = torch.promote_types(p.x.dtype, torch.float32)
-    x = p.x.to(dtype).view(b, T, G, H // G, P).permute(0, 2, 3, 1, 4)  # (b, G, K, T, P)
-    dt = p.dt.to(dtype).view(b, T, G, H // G).permute(0, 2, 3, 1)  # (b, G, K, T)
-    B = p.B.to(dtype).transpose(1, 2)  # (b, G, T, N)
-    C = p.C.to(dtype).transpose(1, 2)  # (b, G, T, N)
-    A = p.A.double().view(1, G, H // G, 1)
-    weight = (torch.ones(b, T, device=x.device) if mask is None else mask).to(dtype)[:, None]  # (b, 1, T)
-    state = x.new_zeros(b, G, H // G, P, N)
-    for start in range(0, T, size):
-        at = slice(start, start + size)
-        # cum in fp64: the exponential of a difference of two large fp32 sums would be inexact.
-        cum = (dt[..., at].double() * A).cumsum(-1)  # (b, G, K, Q)
-        Q = cum.shape[-1]
-        past = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
-        L = (cum[..., :, None] - cum[..., None, :]).to(dtype).masked_fill_(~past, -torch.inf).exp_()
-        chunk = Chunk(
-            x=x[..., at, :].contiguous(),
-            dt=dt[..., at],
-            B=B[..., at, :],
-            C=C[..., at, :],
-            L=L,
-            decay=cum.to(dtype).exp(),
-            entry=state,
-            weight=weight[..., at],
-        )
-        yield chunk
-        carried = chunk.x * (chunk.L[..., -1, :] * chunk.dt)[..., None]  # (b, G, K, Q, P)
-        entered = _per_group(carried.transpose(-1, -2), chunk.B)  # (b, G, K, P, N)
-        state = entered.addcmul_(chunk.decay[..., -1, None, None], state)
-
-
-def state_energy(p: Projected, size: int = CHUNK) -> torch.Tensor:
+def state_energy(p: Scalar, size: int = CHUNK) -> torch.Tensor:
     """Compute q[b,t,h,n] = sum_p h_t[p,n]^2, the energy of each state: (b, T, H, N)."""
     energies = []
     for c in chunks(p, size=size):
@@ -92,13 +41,13 @@ def weighted_energy(c: Chunk, w: torch.Tensor) -> torch.Tensor:
     u = 2 dt B (r + dt |x|^2 B / 2) is expanded inside the sum, which takes few passes over memory.
     """
     inner = _half_overlap(c)  # (b, G, K, Q, N)
-    inner.mul_(_per_group(c.L.square().transpose(-1, -2), w))
+    inner.mul_(per_group(c.L.square().transpose(-1, -2), w))
     injected = torch.einsum("bgkq,bgkqn->bgqn", 2 * c.dt, inner) * c.B  # (b, G, Q, N)
-    entered = c.entry.square().sum(-2) * _per_group(c.decay.square()[..., None, :], w).squeeze(-2)  # (b, G, K, N)
+    entered = c.entry.square().sum(-2) * per_group(c.decay.square()[..., None, :], w).squeeze(-2)  # (b, G, K, N)
     return injected.sum((0, 2)) + entered.sum((0, 2))
 
 
-def ghost_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
+def ghost_sum(p: Scalar, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
     """Sum h_t[k,p,n]^2 C_t[g,n]^2 over samples, tokens, heads of the group and p: fp64 (G, N).
 
     GHOST's joint sum: the product is taken inside the sum. Source: Menezes & Kyrillidis, arXiv 2602.11408.
@@ -107,7 +56,7 @@ def ghost_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK)
 
 
 def weighted_ghost_sum(
-    p: Projected, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = EXPLICIT
+    p: Scalar, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = EXPLICIT
 ) -> torch.Tensor:
     """Sum w_t[k,p] h_t[k,p,n]^2 C_t[g,n]^2 over samples, tokens, heads of the group and p: fp64 (G, N).
 
@@ -122,7 +71,7 @@ def weighted_ghost_sum(
     for c in chunks(p, mask, size):
         Q = c.x.shape[-2]
         coef = (c.L * c.dt[..., None, :])[..., None, :] * c.x.transpose(-1, -2)[..., None, :, :]  # (b, G, K, Q, P, Q)
-        h = _per_group(coef.flatten(3, 4), c.B).view(*coef.shape[:-1], N)  # (b, G, K, Q, P, N)
+        h = per_group(coef.flatten(3, 4), c.B).view(*coef.shape[:-1], N)  # (b, G, K, Q, P, N)
         h.addcmul_(c.decay[..., None, None], c.entry[:, :, :, None])
         counted = (w[..., start : start + Q, :] * c.weight[:, :, None, :, None]).to(h.dtype)  # (b, G, K, Q, P)
         q = (counted[..., None, :] @ h.square_()).squeeze(-2).sum(2)  # (b, G, Q, N)
@@ -131,12 +80,12 @@ def weighted_ghost_sum(
     return total
 
 
-def energy_sum(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
+def energy_sum(p: Scalar, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
     """Sum h_t[k,p,n]^2 over samples, tokens, heads of the group and p: fp64 (G, N). The Gramian's diagonal."""
     return _energy_sum(p, mask, size, observed=False)
 
 
-def _energy_sum(p: Projected, mask: torch.Tensor | None, size: int, observed: bool) -> torch.Tensor:
+def _energy_sum(p: Scalar, mask: torch.Tensor | None, size: int, observed: bool) -> torch.Tensor:
     total = torch.zeros(p.B.shape[2:], dtype=torch.float64, device=p.x.device)
     for c in chunks(p, mask, size):
         w = c.C.square() if observed else torch.ones_like(c.C)
@@ -144,7 +93,7 @@ def _energy_sum(p: Projected, mask: torch.Tensor | None, size: int, observed: bo
     return total.clamp_min(0)
 
 
-def gramian(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
+def gramian(p: Scalar, mask: torch.Tensor | None = None, size: int = CHUNK) -> torch.Tensor:
     """Compute W_c = sum over samples, tokens, heads of the group and p of h_t h_t^T: (G, N, N), symmetric, fp64."""
     total = _no_gramian(p)
     for c in chunks(p, mask, size):
@@ -158,7 +107,7 @@ def gramian(p: Projected, mask: torch.Tensor | None = None, size: int = CHUNK) -
 
 
 def weighted_gramian(
-    p: Projected, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = WEIGHTED
+    p: Scalar, w: torch.Tensor, mask: torch.Tensor | None = None, size: int = WEIGHTED
 ) -> torch.Tensor:
     """Sum w_t[k,p] h_t h_t^T over samples, tokens, heads of the group and p: (G, N, N), symmetric, fp64.
 
@@ -189,7 +138,7 @@ def observability(C: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.einsum("tgn,tgm->gnm", counted, counted)
 
 
-def _no_gramian(p: Projected) -> torch.Tensor:
+def _no_gramian(p: Scalar) -> torch.Tensor:
     G, N = p.B.shape[2:]
     return torch.zeros(G, N, N, dtype=torch.float64, device=p.x.device)
 
@@ -208,14 +157,16 @@ def _chunk_gramian(c: Chunk, inside: torch.Tensor, reach: torch.Tensor, left: to
     return stepped + stepped.transpose(-1, -2) + entered
 
 
-def scan_output(p: Projected, size: int = CHUNK) -> torch.Tensor:
-    """Compute y_t = C_t . h_t + D x_t, the scan's output before gate and norm: (b, T, H, P)."""
+def scan_output(p: Scalar, size: int = CHUNK) -> torch.Tensor:
+    """Compute y_t = C_t . h_t + D x_t, without a D S_t^T q_t, the scan's output before gate and norm: (b, T, H, P)."""
     outputs = []
     for c in chunks(p, size=size):
         score = (c.C @ c.B.transpose(-1, -2))[:, :, None] * c.L * c.dt[..., None, :]  # (b, G, K, Q, Q)
         carried = c.decay[..., None] * (c.C[:, :, None] @ c.entry.transpose(-1, -2))  # (b, G, K, Q, P)
         outputs.append((score @ c.x + carried).flatten(1, 2).transpose(1, 2))  # (b, Q, H, P)
     y = torch.cat(outputs, 1)
+    if isinstance(p, DeltaProjected):
+        return y
     return y + p.D.to(y.dtype).reshape(len(p.D), -1) * p.x.to(y.dtype)  # D (H,), or (H, P) in some models
 
 
@@ -231,10 +182,4 @@ def _half_overlap(c: Chunk) -> torch.Tensor:
     """Compute r_t[n] + dB_t[n] |x_t|^2 / 2: (b, G, K, Q, N)."""
     overlap = (c.x @ c.x.transpose(-1, -2)).mul_(c.L).mul_(c.dt[..., None, :])  # (b, G, K, Q, Q)
     overlap.diagonal(dim1=-2, dim2=-1).mul_(0.5)  # s < t whole, s = t by half: r and |x|^2 dt / 2 in one product
-    return _per_group(overlap, c.B).addcmul_(c.decay[..., None], c.x @ c.entry)
-
-
-def _per_group(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Compute left (b, G, K, R, Q) @ right (b, G, Q, N), one product per group, heads stacked -> (b, G, K, R, N)."""
-    b, G, K, R, Q = left.shape
-    return (left.reshape(b, G, K * R, Q) @ right).view(b, G, K, R, -1)
+    return per_group(overlap, c.B).addcmul_(c.decay[..., None], c.x @ c.entry)

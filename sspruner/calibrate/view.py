@@ -12,7 +12,7 @@ from torch import nn
 from sspruner.calibrate import selective, state
 from sspruner.calibrate.gain import output_weights
 from sspruner.errors import PluginError
-from sspruner.graph.family import Family, Projected, SelectiveProjected
+from sspruner.graph.family import Family, Scan, SelectiveProjected
 from sspruner.graph.group import Block, DependencyGroup
 
 
@@ -76,7 +76,7 @@ class Observation:
         return flat[self.mask.flatten()] if len(flat) == self.mask.numel() else flat
 
     @cached_property
-    def projected(self) -> Projected | SelectiveProjected:
+    def projected(self) -> Scan:
         """Inputs of the mixer's scan."""
         hidden = self.hidden
         if self._family is None:
@@ -88,19 +88,19 @@ class Observation:
     def y(self) -> torch.Tensor:
         """Output of the scan, before gate and norm."""
         p = self.projected
-        return state.scan_output(p) if isinstance(p, Projected) else selective.scan_output(p)
+        return selective.scan_output(p) if isinstance(p, SelectiveProjected) else state.scan_output(p)
 
     @cached_property
     def ghost_sum(self) -> torch.Tensor:
         """See SSMView.ghost_sum."""
         p = self.projected
-        return state.ghost_sum(p, self.mask) if isinstance(p, Projected) else selective.ghost_sum(p, self.mask)
+        return selective.ghost_sum(p, self.mask) if isinstance(p, SelectiveProjected) else state.ghost_sum(p, self.mask)
 
     @cached_property
     def energy_sum(self) -> torch.Tensor:
         """See SSMView.energy_sum."""
         p = self.projected
-        return state.energy_sum(p, self.mask) if isinstance(p, Projected) else selective.energy_sum(p, self.mask)
+        return selective.energy_sum(p, self.mask) if isinstance(p, SelectiveProjected) else state.energy_sum(p, self.mask)
 
     @cached_property
     def output_energy(self) -> torch.Tensor:
@@ -117,31 +117,37 @@ class Observation:
         """See SSMView.weighted_gramian."""
         return state.weighted_gramian(self._one_decay(), self.output_weights, self.mask)
 
-    def _one_decay(self) -> Projected:
-        if not isinstance(self.projected, Projected):
-            raise PluginError("the Gramian of a group's states is defined for Mamba2: Mamba1's decay differs by state")
+    def _one_decay(self) -> state.Scalar:
+        if isinstance(self.projected, SelectiveProjected):
+            raise PluginError("the Gramian of a group's states is defined where they share a decay: not in Mamba1")
         return self.projected
 
     @cached_property
     @torch.no_grad()
     def output_weights(self) -> torch.Tensor:
         """See SSMView.output_weights."""
+        family, mixer, z = self._mixer_family(), self.model.get_submodule(self.site), self.projected.z
         channels = self.y.flatten(2).shape[-1]
-        out_proj = _tensor(self.model, f"{self.site}.out_proj.weight").float()[:, -channels:]
-        norm = getattr(getattr(self.model.get_submodule(self.site), "norm", None), "weight", None)
+        out_proj = _tensor(self.model, f"{self.site}.{family.out}.weight").float()[:, -channels:]
+        norm = getattr(getattr(mixer, family.norm, None), "weight", None)
+        gate = family.gate(mixer, z)
         if norm is None:
-            return output_weights(self.y, self.projected.z, out_proj)
-        groups = self.projected.B.shape[2]
-        return output_weights(self.y, self.projected.z, out_proj, norm.float(), self._given(channels), groups)
+            return output_weights(self.y, gate, out_proj)
+        heads = channels // norm.numel()  # a norm whose weight all heads share averages over one head
+        runs = heads if heads > 1 else self.projected.B.shape[2]
+        return output_weights(self.y, gate, out_proj, norm.float().repeat(heads), self._given(channels), runs)
+
+    def _mixer_family(self) -> Family:
+        assert self._family is not None
+        return self._family
 
     def _given(self, channels: int) -> torch.Tensor:
         """Return the part of out_proj's input that comes from the scan: fp32 (b, T, D); zeros at padding."""
-        assert self._family is not None
-        known = self._family.readout(self.model.get_submodule(self.layer), self.y, self.projected.z)
+        known = self._mixer_family().readout(self.model.get_submodule(self.layer), self.y, self.projected.z)
         if known is not None:
             return known
         given = self.y.new_zeros(*self.mask.shape, channels)
-        given[self.mask] = self.inputs[f"{self.site}.out_proj.weight"][:, -channels:]
+        given[self.mask] = self.inputs[f"{self.site}.{self._mixer_family().out}.weight"][:, -channels:]
         return given
 
 
@@ -164,7 +170,8 @@ class SSMView:
     gradients   gradient of the mean calibration loss, with the keys and shapes of weights; with needs="gradients"
     fisher      mean over sequences of the squared gradient, with the keys and shapes of weights; with needs="fisher"
     norms       fp32 (groups, units): L2 norm of all parameters of each unit
-    x z dt A B C D   inputs of the mixer's scan: see sspruner.graph.family, Projected and SelectiveProjected
+    x z dt A B C D   inputs of the mixer's scan: see sspruner.graph.family, Projected and SelectiveProjected; of a delta
+                rule (DeltaProjected) x is v, dt beta, B k and C q, and there is neither A nor D
     y           fp32 (b, T, H, P): the scan's output, before gate and norm
     """
 
@@ -272,7 +279,7 @@ class SSMView:
         return self.observation.tokens
 
     @property
-    def projected(self) -> Projected | SelectiveProjected:
+    def projected(self) -> Scan:
         """x, z, dt, A, B, C, D together, as the functions of sspruner.calibrate.state and .selective take them."""
         return self.observation.projected
 
@@ -283,7 +290,7 @@ class SSMView:
 
     @property
     def z(self) -> torch.Tensor:
-        """(b, T, H*P) gate, before SiLU."""
+        """(b, T, H*P) gate, before its activation."""
         return self.projected.z
 
     @property
@@ -293,8 +300,8 @@ class SSMView:
 
     @property
     def A(self) -> torch.Tensor:
-        """(H,) decay rate, negative; in Mamba1 (G, P, N)."""
-        return self.projected.A
+        """(H,) decay rate, negative; in Mamba1 (G, P, N). A delta rule has none: see projected.decay."""
+        return self._of_scan("A")
 
     @property
     def B(self) -> torch.Tensor:
@@ -308,8 +315,14 @@ class SSMView:
 
     @property
     def D(self) -> torch.Tensor:
-        """(H,) skip weight; in Mamba1 (G, P)."""
-        return self.projected.D
+        """(H,) skip weight; in Mamba1 (G, P). A delta rule has none."""
+        return self._of_scan("D")
+
+    def _of_scan(self, name: str) -> torch.Tensor:
+        if not hasattr(self.projected, name):
+            raise PluginError(f"{self.layer} is a delta rule: it has no {name}")
+        value: torch.Tensor = getattr(self.projected, name)
+        return value
 
     @property
     def y(self) -> torch.Tensor:
@@ -331,14 +344,19 @@ class SSMView:
         """fp64 (H, P): sum over tokens of y^2, for each channel of each head."""
         return self.observation.output_energy
 
+    def by_unit(self, channels: torch.Tensor) -> torch.Tensor:
+        """Sum values of y's channels, (H, P), over the channels of each unit of the scored group: (groups, units)."""
+        out = [m for m in self.group.members if m.dims == (1,)][-1]  # the last columns that read y: the output projection
+        return channels.flatten()[out.index.to(channels.device)].sum(-1)
+
     @property
     def gramian(self) -> torch.Tensor:
-        """fp64 (G, N, N): sum over tokens, heads of the group and p of h h^T. Mamba2 only."""
+        """fp64 (G, N, N): sum over tokens, heads of the group and p of h h^T. Not in Mamba1."""
         return self.observation.gramian
 
     @property
     def weighted_gramian(self) -> torch.Tensor:
-        """fp64 (G, N, N): sum over tokens, heads of the group and p of w h h^T with w = output_weights. Mamba2 only."""
+        """fp64 (G, N, N): sum over tokens, heads of the group and p of w h h^T with w = output_weights. Not in Mamba1."""
         return self.observation.weighted_gramian
 
     @property

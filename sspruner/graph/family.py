@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sspruner.graph.layout import Layout, Size
@@ -103,6 +104,9 @@ class Family(ABC):
                    must support `state_encode` and `state_decode`, see mamba2_type.py)
     causal         False for mixers that are meant to look ahead
     mixer_axis     True if a block without its mixer still has another module (axis `mixer`)
+    stream_refused reason why the residual stream (axis `hidden`) and whole blocks (`block`, `mixer`) cannot be cut, "" if
+                   they can
+    norm, out      names of the norm after the scan and of the projection of its output
     """
 
     name: str
@@ -113,6 +117,9 @@ class Family(ABC):
     basis_refused: str = "the mixer's code has no projection of B and C"
     causal: bool = True
     mixer_axis: bool = False
+    stream_refused: str = ""
+    norm: str = "norm"
+    out: str = "out_proj"
 
     def recognises(self, module: nn.Module) -> bool:
         """Return whether `module` is a mixer of this family."""
@@ -128,6 +135,10 @@ class Family(ABC):
 
         hidden: (b, T, hidden size), the mixer's input. mask: bool (b, T), False where padding.
         """
+
+    def gate(self, mixer: nn.Module, z: torch.Tensor) -> torch.Tensor:
+        """Compute the factor that the gate z, (b, T, H*P), gives to the scan's output: fp32, in the shape of z."""
+        return F.silu(z.float())
 
     def readout(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:
         """Compute the input of `mixer`'s out_proj from the scan's output y, fp32 (b, T, H, P), and gate z, (b, T, H*P).

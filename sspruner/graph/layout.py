@@ -64,14 +64,16 @@ class Fold:
     """Correction of the values that stay after a slice, so that the sliced model equals the masked one.
 
     After the cut, a norm divides by fewer units. With f = before / after of the dimensions `over`, `target` is
-    multiplied by f ** power. `target` is a tensor (only its run `rows`, if set) or a float attribute.
-    An RMS norm with a weight of its own needs weight *= sqrt(f), eps *= f.
+    multiplied by f ** power. `target` is a tensor (only its run `rows`, if set) or a float attribute; with an `offset`,
+    target + offset is multiplied. An RMS norm with a weight of its own needs weight *= sqrt(f), eps *= f; one that
+    multiplies by 1 + weight needs the offset 1.
     """
 
     target: str
     over: Dims
     power: float
     rows: str | None = None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Layout:
                 Slot(DECODE, (0, 2), (Rows("decode", state),), outer=groups),
             ),
             attributes={a: tuple(map(self.row_dims, size)) for a, size in self.attributes.items()},
+            folds=tuple(replace(fold, over=self.row_dims(fold.over)) for fold in self.folds),
         )
 
     @property

@@ -7,15 +7,19 @@ has the dimension `hidden`, the width of the residual stream.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from sspruner.graph.layout import Fold, Layout, Rows, Slot
 
 KV, HEADS = ("attn_head", "attn_dim"), ("attn_head", "query", "attn_dim")
+QUERIES = ("attn_head", "query", "part", "attn_dim")
 MLP = ("mlp",)
 HIDDEN = ("hidden",)
+READERS = ("gate.weight", "router.weight", "shared_expert_gate.weight")  # of experts, beside the experts
 PACKED = (Rows("gate", MLP), Rows("up", MLP))
 
 
@@ -24,22 +28,25 @@ def attention(module: Any, hidden: int) -> Layout | None:
 
     A unit is one key/value head with its query heads, so that the number of query heads per key/value head is
     unchanged. Zamba2's attention reads two copies of the hidden size side by side and has low-rank adapters on q, k and
-    v.
+    v. Gated attention has the rows of the gate beside those of each query head. A norm of q or k may average over all
+    heads, and takes a fold then.
     """
     if not _has(module, "q_proj", "k_proj", "v_proj", "o_proj"):
         return None
     P = module.head_dim
-    kv, q = module.k_proj.weight.shape[0] // P, module.q_proj.weight.shape[0] // P
+    kv, q = module.k_proj.weight.shape[0] // P, module.o_proj.weight.shape[1] // P
     read = (Rows("hidden", ("copy", "hidden")),)
-    rows = {"q": (Rows("q", HEADS),), "k": (Rows("k", KV),), "v": (Rows("v", KV),)}
+    rows = {"q": (Rows("q", QUERIES),), "k": (Rows("k", KV),), "v": (Rows("v", KV),)}
     adapters: list[Slot] = []
     for letter, out_rows in rows.items():
         for name in _adapters(module, f"linear_{letter}_adapter_list"):
             adapters += [Slot(f"{name}.0.weight", 1, read), Slot(f"{name}.1.weight", 0, out_rows)]
+    over_heads = [n for n, heads in (("q", q), ("k", kv)) if _normed_together(getattr(module, f"{n}_norm", None), heads * P)]
     return Layout(
         sizes={
             "attn_head": kv,
             "query": q // kv,
+            "part": module.q_proj.weight.shape[0] // (q * P),  # the query, and its gate
             "attn_dim": P,
             "hidden": hidden,
             "copy": module.q_proj.weight.shape[1] // hidden,
@@ -48,6 +55,7 @@ def attention(module: Any, hidden: int) -> Layout | None:
             *(Slot(f"{letter}_proj.weight", 0, out_rows) for letter, out_rows in rows.items()),
             *(Slot(f"{letter}_proj.bias", 0, out_rows) for letter, out_rows in rows.items()),
             *(Slot(f"{letter}_proj.weight", 1, read) for letter in rows),
+            *(Slot(f"{n}_norm.weight", 0, (Rows(n, HEADS if n == "q" else KV),)) for n in over_heads),
             *adapters,
             Slot("o_proj.weight", 1, (Rows("heads", HEADS),)),
             *_writes("o_proj"),
@@ -58,6 +66,7 @@ def attention(module: Any, hidden: int) -> Layout | None:
             "num_attention_heads": (("attn_head", "query"),),
             "num_key_value_heads": (("attn_head",),),
         },
+        folds=tuple(fold for n in over_heads for fold in _norm_folds(getattr(module, f"{n}_norm"), f"{n}_norm.", "attn_head")),
     )
 
 
@@ -104,7 +113,7 @@ def experts(module: Any, hidden: int) -> Layout | None:
     if not any(name.startswith("experts.") for name in weights):
         return None
     read, write = (Rows("hidden", HIDDEN),), (Rows("out", HIDDEN),)
-    slots = [Slot(name, 1, read) for name, p in module.named_parameters() if name in ("gate.weight", "router.weight")]
+    slots = [Slot(name, 1, read) for name, p in module.named_parameters() if name in READERS]
     latent = "fc1_latent_proj.weight" in dict(module.named_parameters())
     if latent:
         slots += [Slot("fc1_latent_proj.weight", 1, read), *_writes("fc2_latent_proj")]
@@ -121,14 +130,43 @@ def experts(module: Any, hidden: int) -> Layout | None:
 
 def norm(module: Any, hidden: int) -> Layout | None:
     """Return the layout of an RMS norm over the residual stream, or over copies of it; None for other modules."""
-    weight, eps = getattr(module, "weight", None), "variance_epsilon"
-    if "RMSNorm" not in type(module).__name__ or weight is None or weight.numel() % hidden or not hasattr(module, eps):
+    weight = getattr(module, "weight", None)
+    if "RMSNorm" not in type(module).__name__ or weight is None or weight.numel() % hidden or not _epsilon(module):
         return None
     return Layout(
         sizes={"copy": weight.numel() // hidden, "hidden": hidden},
         slots=(Slot("weight", 0, (Rows("hidden", ("copy", "hidden")),)),),
-        folds=(Fold("weight", HIDDEN, 0.5), Fold(eps, HIDDEN, 1.0)),
+        folds=_norm_folds(module, "", "hidden"),
     )
+
+
+def _norm_folds(module: Any, prefix: str, axis: str) -> tuple[Fold, ...]:
+    """Return the folds of an RMS norm that averages over `axis`."""
+    offset = 1.0 if zero_centred(type(module)) else 0.0
+    return (
+        Fold(f"{prefix}weight", (axis,), 0.5, offset=offset),
+        Fold(f"{prefix}{_epsilon(module)}", (axis,), 1.0),
+    )
+
+
+def _normed_together(module: Any, width: int) -> bool:
+    """Return whether a norm of queries or keys averages over all heads, `width` numbers."""
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.numel() == width and bool(_epsilon(module))
+
+
+def _epsilon(module: Any) -> str:
+    """Return the name of an RMS norm's epsilon, "" if it has none that is known."""
+    return next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)), "")
+
+
+@lru_cache
+def zero_centred(kind: type[nn.Module]) -> bool:
+    """Return whether an RMS norm of this class multiplies by 1 + weight, as Qwen's do: one with weight 0 shows it."""
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        probe = kind(2)
+        probe.weight.zero_()  # type: ignore[operator, union-attr]
+        return bool(probe(torch.ones(1, 2)).abs().amax() > 0)
 
 
 def ends(module: Any, hidden: int) -> Layout | None:

@@ -1,8 +1,11 @@
-"""Mamba2-type mixer with a projected state: k coordinates instead of the N rows of B and C.
+"""Mixer with a projected state: k coordinates instead of the N rows of B and C, or of a delta rule's keys and queries.
 
 B and C are projected after convolution and SiLU, and the state has size k from there on:
 
     B' = B encode^T        C' = C decode        encode (G, k, N), decode (G, N, k)
+
+Keys and queries of a gated delta net are projected after their l2 norm, and not normalised again: k' for both the write
+and the erase, q' for the read. The query's factor stays 1/sqrt(N).
 
 The scan and the decode step are those of the model's own module, CUDA kernels included. This file is self-contained:
 an exported model has a copy beside its weights and runs without sspruner.
@@ -22,13 +25,15 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 def project_state(mixer: Any, encode: torch.Tensor, decode: torch.Tensor) -> None:
     """Project a mixer's state to other coordinates. encode: (G, k, N), decode: (G, N, k), fp32 or wider.
 
-    mixer: of mamba2, zamba2, bamba, granitemoehybrid, falcon_h1 or nemotron_h in transformers. encode and decode become
-    its parameters `state_encode` and `state_decode`, without a copy.
+    mixer: of mamba2, zamba2, bamba, granitemoehybrid, falcon_h1 or nemotron_h in transformers, or a gated delta net of
+    qwen3_next, qwen3_5, qwen3_5_moe, qwen4_exp or olmo_hybrid. encode and decode become its parameters `state_encode`
+    and `state_decode`, without a copy.
     """
-    requires_grad = mixer.in_proj.weight.requires_grad
+    requires_grad = next(mixer.parameters()).requires_grad
     mixer.state_encode = nn.Parameter(encode, requires_grad=requires_grad)
     mixer.state_decode = nn.Parameter(decode, requires_grad=requires_grad)
-    mixer.forward = partial(_forward, mixer)  # not a bound method: those of other classes cannot be pickled
+    forward = _delta_forward if hasattr(mixer, "head_k_dim") else _forward
+    mixer.forward = partial(forward, mixer)  # not a bound method: those of other classes cannot be pickled
 
 
 def unproject_state(mixer: Any) -> None:
@@ -131,3 +136,70 @@ def _forward(
     elif not gated:
         y = y * nn.functional.silu(gate)
     return self.out_proj(y.to(dtype))  # type: ignore[no-any-return]
+
+
+def delta_rows(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return a gated delta net's projections: q, k and v (b, T, channels), z (b, T, H * V), b and a (b, T, H)."""
+    if hasattr(self, "in_proj_qkvz"):
+        q, k, v, z, b, a = self.fix_query_key_value_ordering(
+            self.in_proj_qkvz(hidden_states), self.in_proj_ba(hidden_states)
+        )
+        return torch.cat([part.flatten(2) for part in (q, k, v)], dim=-1), z.flatten(2), b, a
+    if hasattr(self, "in_proj_qkv"):
+        names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+        return tuple(getattr(self, name)(hidden_states) for name in names)
+    names = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
+    q, k, v, z, b, a = (getattr(self, name)(hidden_states) for name in names)
+    return torch.cat([q, k, v], dim=-1), z, b, a
+
+
+@force_accelerate_hooks("conv1d")  # type: ignore[untyped-decorator]
+def _delta_forward(
+    self: Any, hidden_states: torch.Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
+) -> torch.Tensor:
+    """Compute the forward pass of the gated delta nets with a projected state. hidden_states: (b, T, hidden size)."""
+    cache_params = kwargs.pop("cache", None) if cache_params is None else cache_params  # its name since 5.24
+    check_no_cache(kwargs)
+    stock = sys.modules[type(self).__module__]
+    b, T, _ = hidden_states.shape
+    K, V, size = self.head_k_dim, self.head_v_dim, self.state_encode.shape[1]
+    conv_state = recurrent_state = None
+    if cache_params is not None:
+        conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
+        recurrent_state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+    hidden_states = stock.apply_mask_to_padding_states(hidden_states, attention_mask)
+    qkv, gate, write, rate = delta_rows(self, hidden_states)
+
+    qkv, weight = qkv.transpose(1, 2), self.conv1d.weight.squeeze(1)  # (b, channels, T)
+    if conv_state is not None and T == 1 and not cache_params.is_recording_past(self.layer_idx):
+        qkv = stock.causal_conv1d_update(qkv, conv_state, weight, self.conv1d.bias, self.activation)
+    else:
+        if cache_params is not None:
+            qkv = cache_params.update_conv_state(qkv, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        qkv = stock.causal_conv1d_fn(qkv, weight, self.conv1d.bias, activation=self.activation, **kwargs)[..., -T:]
+    q, k, v = qkv.transpose(1, 2).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+    q, k = (stock.l2norm(part.reshape(b, T, -1, K).float()).flatten(2) for part in (q, k))
+    q = coordinates(q, self.state_decode.transpose(1, 2)) * (size / K) ** 0.5  # the kernel divides by sqrt(size)
+    k = coordinates(k, self.state_encode)  # (b, T, Hk, size)
+
+    beta = write.sigmoid() * (2.0 if getattr(self, "allow_neg_eigval", False) else 1.0)
+    decay = -self.A_log.float().exp() * nn.functional.softplus(rate.float() + self.dt_bias)
+    one = recurrent_state is not None and T == 1
+    rule = stock.torch_recurrent_gated_delta_rule if one else stock.torch_chunk_gated_delta_rule
+    y, last = rule(
+        q.to(v.dtype),
+        k.to(v.dtype),
+        v.reshape(b, T, -1, V),
+        g=decay,
+        beta=beta,
+        initial_state=recurrent_state,
+        output_final_state=cache_params is not None,
+        use_qk_l2norm_in_kernel=False,
+        cu_seqlens=kwargs.pop("cu_seq_lens_q", None),
+        **kwargs,
+    )
+    if cache_params is not None:
+        cache_params.update_recurrent_state(last, self.layer_idx)
+    norm, out = (self.o_norm, self.o_proj) if hasattr(self, "o_norm") else (self.norm, self.out_proj)
+    y = norm(y.reshape(-1, V), gate.reshape(-1, V)).reshape(b, T, -1)
+    return out(y)  # type: ignore[no-any-return]

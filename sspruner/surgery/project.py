@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sspruner.graph.layout import ENCODE
@@ -43,12 +44,10 @@ def sliced(held: Basis | None, projection: Projection) -> Basis:
 
 
 def masked(held: Basis | None, projection: Projection) -> Basis:
-    """Return the full state with its readout through the projector decode @ encode: (G, N, N) twice without `held`."""
-    projector = projection.decode.double() @ projection.encode.double()  # (G, N, N)
-    if held is None:
-        return torch.eye(projection.before).repeat(projection.sets, 1, 1), projector.float()
-    encode, decode = held
-    return encode, (decode.double() @ projector.to(decode.device)).float()
+    """Return encode and decode of a state of full size, in which the coordinates that the slice lacks are zero."""
+    encode, decode = sliced(held, projection)
+    lacking = projection.before - projection.after
+    return F.pad(encode, (0, 0, 0, lacking)), F.pad(decode, (0, lacking))
 
 
 def install(model: nn.Module, layer: str, basis: Basis | None) -> None:
@@ -58,7 +57,7 @@ def install(model: nn.Module, layer: str, basis: Basis | None) -> None:
         unproject_state(mixer)
         return
     to = {
-        "device": mixer.in_proj.weight.device,
+        "device": next(mixer.parameters()).device,
         "copy": True,
         "memory_format": torch.contiguous_format,
     }  # like a loaded model

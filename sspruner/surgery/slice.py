@@ -133,7 +133,7 @@ def fold_values(model: nn.Module, site: Site, before: Layout, after: Layout) -> 
                 slot = next(s for s in after.slots if s.tensor == fold.target and s.dim == 0)
                 index = after.rows_of(slot, next(r for r in slot.rows if r.name == fold.rows)).flatten()
                 rows = slice(int(index[0]), int(index[-1]) + 1)
-            value.data[rows] *= factor**fold.power
+            value.data[rows] = ((value.data[rows] + fold.offset) * factor**fold.power - fold.offset).to(value.dtype)
         elif value is not None:
             for path in (site.path, *site.aliases):
                 holder, _ = _owner(model.get_submodule(path), fold.target)

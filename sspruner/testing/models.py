@@ -45,6 +45,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers": "M-AME"},
     "jamba": {},
     "zamba": {"layers": "MAMA", "channels": 8, "ratio": 1},
+    "qwen3_next": {"experts": 0},
+    "qwen3_5_text": {},
+    "qwen3_5_moe_text": {},
+    "qwen4_exp_text": {},
+    "olmo_hybrid": {},
 }
 FAMILIES = tuple(SHAPES)
 TYPES = {"M": "linear_attention", "A": "full_attention", "-": "mlp", "E": "moe"}
@@ -213,6 +218,58 @@ def _zamba(s: SimpleNamespace) -> dict[str, Any]:
         "attention_head_dim": 4,
         "tie_word_embeddings": True,  # as in zamba2
     }
+
+
+def _delta_net(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of gated delta nets: `groups` key heads of `state` channels, `heads` value heads of each."""
+    return {
+        "layer_types": [TYPES[letter] for letter in s.layers],
+        "hidden_size": 16,
+        "intermediate_size": 10,
+        "linear_num_key_heads": s.groups,
+        "linear_num_value_heads": s.groups * s.heads,
+        "linear_key_head_dim": s.state,
+        "linear_value_head_dim": s.channels,
+        **_attention(s),
+        "attention_bias": s.bias,
+    }
+
+
+def _qwen3_5_text(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of qwen3_5_text: half of a head's channels are rotated."""
+    rotation = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+    return _delta_net(s) | {"rope_parameters": rotation}
+
+
+def _qwen3_5_moe_text(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of qwen3_5_moe_text: experts and a shared expert with a gate in every layer."""
+    experts = {"num_experts": s.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    return _qwen3_5_text(s) | experts | {"shared_expert_intermediate_size": 10}
+
+
+def _qwen3_next(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of qwen3_next: qwen3_5_text with interleaved rows, and experts if there are any."""
+    return _qwen3_5_moe_text(s)
+
+
+def _qwen4_exp_text(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of qwen4_exp_text: two copies of the residual stream, indexed attention, sigmoid gates."""
+    return _qwen3_5_moe_text(s) | {
+        "layer_types": ["indexed_attention" if letter == "A" else TYPES[letter] for letter in s.layers],
+        "output_gate_type": "sigmoid",
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 4,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 2,
+    }
+
+
+def _olmo_hybrid(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of olmo_hybrid: norms of queries and keys average over all heads."""
+    return _delta_net(s)
 
 
 def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:

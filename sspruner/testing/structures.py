@@ -42,6 +42,8 @@ _OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "moe_latent_size": st.sampled_from([None, 16]),
     },
     "jamba": {"layers": st.sampled_from(["MAM", "MMA", "AMM", "MAMM"]), "experts": st.sampled_from([1, 3])},
+    "qwen3_next": {"layers": _MIXED, "experts": st.sampled_from([0, 3])},
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid"), {"layers": _MIXED}),
     "zamba": {"layers": st.sampled_from(["AA", "AMA", "MAA", "MAMA"])},  # stock cannot tie a single A
 }
 

@@ -21,7 +21,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 import sspruner
 from sspruner.errors import ModelError, PlanError, ProofError
 from sspruner.graph import causality
-from sspruner.graph.family import Family, Projected
+from sspruner.graph.family import DeltaProjected, Family, Projected
 from sspruner.graph.known import installed_families
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
@@ -29,12 +29,11 @@ from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask
 from sspruner.surgery.proof import slice_with_proof
 from support import oracle
-from support.family_plans import AXES, MAMBA2, draw_plan, each_family, few, logits
+from support.family_plans import AXES, DELTA, MAMBA1, MAMBA2, draw_plan, each_family, few, logits
 from support.tiny import tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 from support.zoo_variants import cache_name
 
-MAMBA1 = tuple(family for family in FAMILIES if family not in MAMBA2)
 INSIDE = ("state", "head", "head_dim", "group", "channel", "dt_rank")
 
 
@@ -60,7 +59,8 @@ def mixed(mixer: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 def hidden_for(mixer: Any) -> torch.Tensor:
     """fp32 (2, 19, hidden size)."""
-    return torch.randn(2, 19, mixer.in_proj.weight.shape[1], generator=torch.Generator().manual_seed(3))
+    out = getattr(mixer, "o_proj", None) or mixer.out_proj
+    return torch.randn(2, 19, out.weight.shape[0], generator=torch.Generator().manual_seed(3))
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-3) -> None:
@@ -78,6 +78,16 @@ def test_a_cut_mamba2_mixer_equals_the_step_recurrence(family, data):
     for mixer in cut_mixers(data, family):
         hidden = hidden_for(mixer)
         assert_close(mixed(mixer, hidden), oracle.mamba2_mixer(mixer, hidden))
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("family", DELTA)
+@few(4)
+@given(st.data())
+def test_a_cut_delta_net_equals_the_step_recurrence(family, data):
+    for mixer in cut_mixers(data, family):
+        hidden = hidden_for(mixer)
+        assert_close(mixed(mixer, hidden), oracle.delta_mixer(mixer, hidden))
 
 
 @pytest.mark.parametrize("family", MAMBA1)
@@ -136,10 +146,12 @@ def test_project_is_what_reaches_the_scan(family, data):
         p = described.project(mixer, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
         if isinstance(p, Projected):
             y = oracle.gated(mixer, oracle.output(p).flatten(2), p.z)
+        elif isinstance(p, DeltaProjected):
+            y = described.readout(mixer, oracle.delta_output(p).float(), p.z).double()
         else:
             y = oracle.selective_output(p).flatten(2) * F.silu(p.z.double())
-        bias = mixer.out_proj.bias
-        y = F.linear(y, mixer.out_proj.weight.double(), None if bias is None else bias.double())
+        out = getattr(mixer, described.out)
+        y = F.linear(y, out.weight.double(), None if out.bias is None else out.bias.double())
         assert_close(mixed(mixer, hidden), y)
 
 
@@ -211,7 +223,7 @@ def other_rows(run: str) -> Patch:
     """In one run of in_proj (not in the others) other units go: the first ones instead of the right ones."""
 
     def change(graph: sspruner.SSMGraph, tensor: str, rows: torch.Tensor) -> torch.Tensor:
-        here = run_of(graph, tensor, run) if "in_proj" in tensor else None
+        here = run_of(graph, tensor, run) if "proj" in tensor else None
         if here is None:
             return rows
         inside = torch.isin(rows, here)
@@ -284,7 +296,8 @@ def stale_sizes(patch: pytest.MonkeyPatch) -> None:
 
 FOLDED = [(f, axis) for f in MAMBA2 for axis in ("head", "head_dim")]
 FOLDED += [(f, axis) for f in ("falcon_mamba", "jamba") for axis in ("state", "dt_rank")]
-FOLDED += [(f, "hidden") for f in FAMILIES]
+FOLDED += [(f, axis) for f in DELTA for axis in ("state", "head_dim")]
+FOLDED += [(f, "hidden") for f in FAMILIES if "hidden" in AXES[f]]
 
 
 @pytest.mark.cover(most=2)
@@ -311,7 +324,7 @@ def test_other_rows_of_x_than_of_z_are_caught(family, run):
 
         breakage = change_rows(change)
     else:
-        breakage = other_rows(run)
+        breakage = other_rows("v" if run == "x" and family in DELTA else run)
     assert_caught(model, half(graph, axis), breakage)
 
 
@@ -452,8 +465,9 @@ def test_stock_classes_load_rightly_or_not_at_all(family, tmp_path_factory, data
         return
     ours = dict(model.named_modules())
     for name, module in loaded.named_modules():
-        if hasattr(module, "variance_epsilon"):  # scaled by the cut; stock has no field for it
-            module.variance_epsilon = ours[name].variance_epsilon
+        for epsilon in ("variance_epsilon", "eps"):  # scaled by the cut; stock has no field for it
+            if hasattr(module, epsilon):
+                setattr(module, epsilon, getattr(ours[name], epsilon))
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 

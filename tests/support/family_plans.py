@@ -23,6 +23,7 @@ _MAMBA2, _MAMBA1, _HYBRID = (
     ("attn_head", "mlp"),
 )
 
+DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid")
 
 AXES = {
     "mamba2": (*_MAMBA2, "hidden", "block"),
@@ -35,10 +36,13 @@ AXES = {
     "nemotron_h": (*_MAMBA2, *_HYBRID, "hidden", "block"),
     "jamba": (*_MAMBA1, *_HYBRID, "hidden", "block", "mixer"),
     "zamba": ("state", "head", "head_dim", "dt_rank", *_HYBRID, "hidden", "block"),
+    **dict.fromkeys(DELTA, (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer")),
+    "qwen4_exp_text": (*_MAMBA2, *_HYBRID),
 }
 
 
-MAMBA2 = tuple(family for family, axes in AXES.items() if "group" in axes)
+MAMBA2 = tuple(family for family, axes in AXES.items() if "group" in axes and family not in DELTA)
+MAMBA1 = tuple(family for family in FAMILIES if family not in (*MAMBA2, *DELTA))
 
 
 each_family = pytest.mark.parametrize("family", FAMILIES)

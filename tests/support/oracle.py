@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sspruner.graph.family import Projected, SelectiveProjected
+from sspruner.graph.family import DeltaProjected, Projected, SelectiveProjected
 
 
 def states(p: Projected) -> torch.Tensor:
@@ -99,3 +99,75 @@ def gated(mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     y = (y if after else y * gate).unflatten(-1, (mixer.n_groups, -1))
     y = (y / (y.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()).flatten(2) * norm.weight.double()
     return y * gate if after else y
+
+
+def delta_states(p: DeltaProjected) -> torch.Tensor:
+    """Return every state of a delta rule, one step at a time: fp64 (b, T, H, V, K)."""
+    k, v, beta, a = p.k.double(), p.v.double(), p.beta.double(), p.decay.double().exp()
+    k = k.repeat_interleave(v.shape[2] // k.shape[2], 2)  # (b, T, H, K)
+    S, steps = v.new_zeros(*v[:, 0].shape, k.shape[-1]), []
+    for t in range(v.shape[1]):
+        S = a[:, t, :, None, None] * S
+        wrong = v[:, t] - torch.einsum("bhvk,bhk->bhv", S, k[:, t])
+        S = S + torch.einsum("bhv,bhk->bhvk", beta[:, t, :, None] * wrong, k[:, t])
+        steps.append(S)
+    return torch.stack(steps, 1)
+
+
+def delta_output(p: DeltaProjected) -> torch.Tensor:
+    """Compute y_t = S_t^T q_t: fp64 (b, T, H, V)."""
+    q = p.q.double().repeat_interleave(p.v.shape[2] // p.q.shape[2], 2)  # (b, T, H, K)
+    return torch.einsum("bthvk,bthk->bthv", delta_states(p), q)
+
+
+def delta_mixer(mixer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Compute a whole gated delta net from its parameters, one key head after another: fp64 (b, T, hidden size).
+
+    Sizes come from the tensors' shapes and the number of key heads. Source: shared notes on the layouts.
+    """
+    w = {name: p.detach().double() for name, p in mixer.named_parameters()}
+    G, H, x = mixer.num_k_heads, len(w["A_log"]), hidden.double()
+    norm, out = ("o_norm", "o_proj") if "o_proj.weight" in w else ("norm", "out_proj")
+    V, width = len(w[f"{norm}.weight"]), w["conv1d.weight"].shape[0]
+    K, R = (width - H * V) // (2 * G), H // G
+    rows = _delta_rows(w, G, R, K, V)
+    taps = w["conv1d.weight"].shape[2]
+    heads = []
+    for g in range(G):
+        at = {"q": g * K, "k": G * K + g * K, "v": 2 * G * K + g * R * V}
+        convolved = {}
+        for name, first in at.items():
+            part = x @ rows[name][g].T  # (b, T, rows)
+            padded = F.pad(part, (0, 0, taps - 1, 0))
+            weight = w["conv1d.weight"][first : first + part.shape[-1], 0]
+            convolved[name] = F.silu(sum(padded[:, i : i + x.shape[1]] * weight[:, i] for i in range(taps)))
+        q, k = (c / (c.square().sum(-1, keepdim=True) + 1e-6).sqrt() for c in (convolved["q"], convolved["k"]))
+        for r in range(R):
+            head = g * R + r
+            strength = (x @ rows["b"][g][r]).sigmoid() * (2.0 if getattr(mixer, "allow_neg_eigval", False) else 1.0)
+            p = DeltaProjected(
+                q=(q / K**0.5)[:, :, None], k=k[:, :, None], v=convolved["v"][..., None, r * V : (r + 1) * V],
+                z=(x @ rows["z"][g][r * V : (r + 1) * V].T), beta=strength[..., None],
+                decay=-(w["A_log"][head].exp() * F.softplus(x @ rows["a"][g][r] + w["dt_bias"][head]))[..., None],
+            )  # fmt: skip
+            y = delta_output(p)[:, :, 0]  # (b, T, V)
+            y = y / (y.square().mean(-1, keepdim=True) + getattr(mixer, norm).variance_epsilon).sqrt()
+            gate = p.z.sigmoid() if getattr(mixer, norm).activation == "sigmoid" else F.silu(p.z)
+            heads.append(y * w[f"{norm}.weight"] * gate)
+    return F.linear(torch.cat(heads, -1), w[f"{out}.weight"])
+
+
+def _delta_rows(w: dict[str, torch.Tensor], G: int, R: int, K: int, V: int) -> dict[str, list[torch.Tensor]]:
+    """Return the rows of q, k, v, z, b and a of each key head."""
+    sizes = {"q": K, "k": K, "v": R * V, "z": R * V}
+    if "in_proj_qkvz.weight" in w:  # interleaved by key head
+        parts = [block.split(list(sizes.values())) for block in w["in_proj_qkvz.weight"].chunk(G)]
+        scalars = [block.chunk(2) for block in w["in_proj_ba.weight"].chunk(G)]
+        rows = {name: [part[i] for part in parts] for i, name in enumerate(sizes)}
+        return rows | {"b": [s[0] for s in scalars], "a": [s[1] for s in scalars]}
+    if "in_proj_qkv.weight" in w:
+        whole = dict(zip("qkv", w["in_proj_qkv.weight"].split([G * K, G * K, G * R * V]), strict=True))
+        whole |= {name: w[f"in_proj_{name}.weight"] for name in "zba"}
+    else:
+        whole = {name: w[f"{'g' if name == 'z' else name}_proj.weight"] for name in "qkvzba"}
+    return {name: list(value.chunk(G)) for name, value in whole.items()}
