@@ -32,7 +32,7 @@ from sspruner.training.text import Text
 WARM_UP, DECAY = 50, 0.5  # warm-up in steps; decay: a fraction of them
 BATCH, FIRST_PAIRS, MORE_PAIRS, LEARNED = 64, 4, 4, 0.9
 STEP, RATE = 0.5, 0.05  # dt and -A before training: learns sooner than with those of a language model
-SIZE = {"state": 64, "pairs": 24, "vocabulary": 128, "layers": 2, "hidden": 64, "head_dim": 32, "steps": 800, "seed": 0}
+SIZE = {"family": "mamba2", "pairs": 24, "vocabulary": 128, "steps": 800, "seed": 0}
 TEST_SEQUENCES, TEST_SEED = 512, 1_000_000
 SCAN = "transformers.models.mamba.modeling_mamba.mamba_selective_scan"
 FILES, WINDOWS = ("books-val.txt", "books-test.txt"), 320
@@ -48,19 +48,12 @@ class Schedule(Settings):
 
 
 def recall_model(s: Any) -> Any:
-    """Return a freshly initialised Mamba2, that writes much into its state and forgets little of it."""
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
-    config = Mamba2Config(
-        vocab_size=s.vocabulary, hidden_size=s.hidden, num_hidden_layers=s.layers, state_size=s.state, expand=2,
-        head_dim=s.head_dim, num_heads=2 * s.hidden // s.head_dim, n_groups=1, chunk_size=32,  # quickest on a CPU
-        time_step_min=STEP, time_step_max=STEP, tie_word_embeddings=False,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-    )  # fmt: skip
-    torch.manual_seed(s.seed)
-    model = Mamba2ForCausalLM(config)
-    for layer in model.backbone.layers:
-        layer.mixer.A_log.data.fill_(math.log(RATE))
+    """Return a freshly initialised model that writes much into its state and forgets little of it."""
+    model = fresh_model(s.family, s.config, s.vocabulary, s.seed, token=None)
+    for module in model.modules():
+        if hasattr(module, "A_log"):
+            module.A_log.data.fill_(math.log(RATE))
+            module.dt_bias.data.fill_(math.log(math.expm1(STEP)))
     model.config.recall_pairs = s.pairs
     return model
 
@@ -93,7 +86,7 @@ def train_recall(model: Any, pairs: int, steps: int, seed: int) -> None:
 
 
 def tables(s: Any) -> Made:
-    """Train and save a model of recall; return its accuracy. Settings: out, and those of SIZE (steps of 64)."""
+    """Train and save a model of recall; return its accuracy. Settings: out, config, and those of SIZE (steps of 64)."""
     vars(s).update(SIZE | vars(s))
     model, start = recall_model(s), time.monotonic()
     train_recall(model, s.pairs, s.steps, s.seed)
@@ -120,12 +113,12 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     return (torch.stack(y) + D * x).permute(1, 2, 0) * nn.functional.silu(z)
 
 
-def reference_model(family: str, config: dict[str, Any], vocabulary: int, seed: int) -> Any:
-    """Return a freshly initialised model of a family."""
+def fresh_model(family: str, config: dict[str, Any], vocabulary: int, seed: int, token: int | None = 0) -> Any:
+    """Return a freshly initialised model of a family. token: that of padding, begin and end."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    made = AutoConfig.for_model(family, **config, **tokens, vocab_size=vocabulary, tie_word_embeddings=True)
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), token)
+    made = AutoConfig.for_model(family, **config, **tokens, vocab_size=vocabulary, tie_word_embeddings=token is not None)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(made)
     for module in model.modules():
@@ -138,7 +131,7 @@ def reference_model(family: str, config: dict[str, Any], vocabulary: int, seed: 
 def reference(s: Any) -> Made:
     """Train and save a reference model; return its facts. Settings: families, family, out, tokens, seed."""
     tokenizer, seed = sspruner.load()[1], getattr(s, "seed", 0)
-    model = reference_model(s.family, s.families[s.family], len(tokenizer), seed)
+    model = fresh_model(s.family, s.families[s.family], len(tokenizer), seed)
     progress(f"{s.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
     text = Text((str(s.data / "books-train.txt"),), tokenizer, 256, seed=seed)
     how: dict[str, Any] = {"batch": 8, "at_once": 8, "bf16": True, "seed": seed, "weight_decay": 0.1}

@@ -27,8 +27,8 @@ def not_causal(model: Any) -> Any:
 
 
 @torch.no_grad()
-def check_causal(mixer: Any, path: str) -> None:
-    """Raise ModelError if the last token changes the mixer's output for earlier tokens.
+def check_causal(mixer: Any, path: str, width: int | None = None) -> None:
+    """Raise ModelError if the last token changes the mixer's output for earlier tokens. width: of its input, if known.
 
     Runs once per mixer class and process; skipped for mixers on the meta device.
     """
@@ -39,7 +39,7 @@ def check_causal(mixer: Any, path: str) -> None:
         return
     if type(mixer).__module__.startswith("mamba_ssm.") and weight.device.type == "cpu":
         return  # its kernels run on a GPU alone; a model on the CPU can still be traced
-    width = weight.shape[1]
+    width = width or weight.shape[1]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, TOKENS, width, generator=generator).to(weight)
     changed = hidden.clone()

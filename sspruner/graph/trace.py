@@ -48,7 +48,7 @@ def trace(model: nn.Module) -> SSMGraph:
             raise ModelError(f"{site.path}: has {', '.join(empty)}; every size must be at least 1")
     for site in mixers:
         if site.family and site.family.causal and not hasattr(model, SAID):
-            check_causal(model.get_submodule(site.path), site.path)
+            check_causal(model.get_submodule(site.path), site.path, site.layout.sizes.get("hidden"))
     groups = [
         dependency_group(site.layout, model.get_submodule(site.path), site.path, axis)
         for site in sites

@@ -224,7 +224,7 @@ def _delta_net(s: SimpleNamespace) -> dict[str, Any]:
     """Return config fields of gated delta nets: `groups` key heads of `state` channels, `heads` value heads of each."""
     return {
         "layer_types": [TYPES[letter] for letter in s.layers],
-        "hidden_size": 16,
+        "hidden_size": 24,
         "intermediate_size": 10,
         "linear_num_key_heads": s.groups,
         "linear_num_value_heads": s.groups * s.heads,
