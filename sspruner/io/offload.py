@@ -55,7 +55,7 @@ class Blocks:
         sources: name of a tensor in the checkpoint -> its file. homes: block -> device on which it stays.
         """
         self.model, self.where, self.folder, self.homes = model, where, folder, homes
-        self.mixers = [site.path for site in graph.layers]
+        self.mixers = {site.path: site.layout.sizes.get("hidden") for site in graph.layers}  # path -> width of its input
         count = len(model.get_submodule(graph.blocks))
         self.blocks = [f"{graph.blocks}.{i}" for i in range(count)]
         self.sources = sources
@@ -170,9 +170,9 @@ class Blocks:
             self._convert({EMBEDDING.get(raw, raw): tensors[raw][...] for raw in self._raw[block]})
         if missing := [name for name, value in self._own(block).items() if value.is_meta]:
             raise ModelError(f"model {self.where}: its weights lack {missing[0]}, or have it in another shape")
-        for path in self.mixers:
+        for path, width in self.mixers.items():
             if block != REST and within(path, block):
-                check_causal(self.model.get_submodule(path), path)
+                check_causal(self.model.get_submodule(path), path, width)
         for name, value in self._own(block).items() if block in self.homes else ():
             _set(self.model, name, value.to(self.homes[block]), value)
 
