@@ -23,7 +23,7 @@ import sspruner
 from sspruner.compute.forward import cache_in, forward
 from sspruner.compute.kernels import KERNELS
 from sspruner.errors import PluginError
-from sspruner.graph.family import Family, Projected, SelectiveProjected
+from sspruner.graph.family import DeltaProjected, Family, Projected, Scan
 from sspruner.graph.known import installed_families
 from sspruner.scoring.known import installed_scorers
 from sspruner.testing.models import FAMILIES, VOCABULARY, zoo
@@ -179,11 +179,11 @@ def _recurrence(family: Family, model: Any) -> str:
     if not mixers:
         return f"{type(model).__name__} has no {family.mixer_class}"
     for path, mixer in mixers:
-        hidden, read = _seen(model, mixer, ids)
+        hidden, read = _seen(model, mixer, getattr(mixer, family.out), ids)
         p = family.project(mixer, hidden, torch.ones(ids.shape, dtype=torch.bool))
         y = _loop(p).float()
         readout = family.readout(mixer, y, p.z)
-        apart = _relative(read, y.flatten(2) * F.silu(p.z) if readout is None else readout)
+        apart = _relative(read, y.flatten(2) * family.gate(mixer, p.z) if readout is None else readout)
         if not apart <= TOLERANCE:
             return f"{path} computes something else than its recurrence, by {apart:.1g} of the largest"
     return ""
@@ -209,27 +209,29 @@ def _decoded(model: Any, ids: torch.Tensor, prefill: int) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-def _seen(model: Any, mixer: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the inputs of a mixer and of its out_proj in a forward over `ids`."""
+def _seen(model: Any, mixer: Any, out: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs of a mixer and of its output projection in a forward over `ids`."""
     seen: dict[nn.Module, torch.Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen[module] = args[0] if args else kwargs["hidden_states"]
 
-    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in (mixer, mixer.out_proj)]
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in (mixer, out)]
     try:
         _logits(model, ids)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen[mixer], seen[mixer.out_proj]
+    return seen[mixer], seen[out]
 
 
-def _loop(p: Projected | SelectiveProjected) -> torch.Tensor:
+def _loop(p: Scan) -> torch.Tensor:
     """Compute h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t, y_t = C_t . h_t + D x_t, step by step.
 
     Returns fp64 (b, T, H, P).
     """
+    if isinstance(p, DeltaProjected):
+        return _delta_loop(p)
     x, dt, A, B, C, D = (tensor.double() for tensor in (p.x, p.dt, p.A, p.B, p.C, p.D))
     if isinstance(p, Projected):  # one dt and one A per head, B and C per group of heads
         heads = x.shape[2]
@@ -239,6 +241,20 @@ def _loop(p: Projected | SelectiveProjected) -> torch.Tensor:
     for t in range(x.shape[1]):
         h = torch.exp(dt[:, t, ..., None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B[:, t, :, None]  # (b, H, P, N)
         steps.append((h * C[:, t, :, None]).sum(-1) + D * x[:, t])
+    return torch.stack(steps, 1)
+
+
+def _delta_loop(p: DeltaProjected) -> torch.Tensor:
+    """Compute S_t = a_t S_{t-1} + k_t beta_t (v_t - (a_t S_{t-1})^T k_t)^T, y_t = S_t^T q_t, step by step."""
+    q, k, v, beta, decay = (tensor.double() for tensor in (p.q, p.k, p.v, p.beta, p.decay))
+    q, k = (tensor.repeat_interleave(v.shape[2] // tensor.shape[2], 2) for tensor in (q, k))  # (b, T, H, K)
+    a = decay.exp() if decay.ndim == 4 else decay.exp()[..., None]  # (b, T, H, K or 1)
+    S, steps = v.new_zeros(*v[:, 0].shape[:2], k.shape[-1], v.shape[-1]), []  # (b, H, K, V)
+    for t in range(v.shape[1]):
+        S = a[:, t, ..., None] * S
+        wrong = v[:, t] - (S * k[:, t, ..., None]).sum(-2)  # (b, H, V)
+        S = S + k[:, t, ..., None] * (beta[:, t, :, None] * wrong)[..., None, :]
+        steps.append((S * q[:, t, ..., None]).sum(-2))
     return torch.stack(steps, 1)
 
 

@@ -9,8 +9,9 @@ from itertools import combinations
 import torch
 from torch import nn
 
-from sspruner.calibrate import selective, state
+from sspruner.calibrate import state
 from sspruner.calibrate.gain import output_weights
+from sspruner.calibrate.scans import statistics_of
 from sspruner.errors import PluginError
 from sspruner.graph.family import Family, Projected, SelectiveProjected
 from sspruner.graph.group import Block, DependencyGroup
@@ -88,19 +89,19 @@ class Observation:
     def y(self) -> torch.Tensor:
         """Output of the scan, before gate and norm."""
         p = self.projected
-        return state.scan_output(p) if isinstance(p, Projected) else selective.scan_output(p)
+        return statistics_of(p).scan_output(p)
 
     @cached_property
     def ghost_sum(self) -> torch.Tensor:
         """See SSMView.ghost_sum."""
         p = self.projected
-        return state.ghost_sum(p, self.mask) if isinstance(p, Projected) else selective.ghost_sum(p, self.mask)
+        return statistics_of(p).ghost_sum(p, self.mask)
 
     @cached_property
     def energy_sum(self) -> torch.Tensor:
         """See SSMView.energy_sum."""
         p = self.projected
-        return state.energy_sum(p, self.mask) if isinstance(p, Projected) else selective.energy_sum(p, self.mask)
+        return statistics_of(p).energy_sum(p, self.mask)
 
     @cached_property
     def output_energy(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sspruner.graph.layout import Layout, Size
@@ -99,10 +100,14 @@ class Family(ABC):
     config_sizes   stock config fields with one value for all layers: field -> a sum of products of dimensions
     config_epsilon config field of the epsilon of the norms over the residual stream, if nothing else reads it
     config_lists   config fields with one entry per block, cut with the blocks
+    config_repeats config fields that hold sizes a second time and win when a config is read: a cut removes them
     basis_refused  reason why the state cannot be projected to another basis, "" if it can (then layout and project
                    must support `state_encode` and `state_decode`, see mamba2_type.py)
     causal         False for mixers that are meant to look ahead
     mixer_axis     True if a block without its mixer still has another module (axis `mixer`)
+    stream_refused reason why the residual stream (axis `hidden`) and whole blocks (`block`, `mixer`) cannot be cut, "" if
+                   they can
+    norm, out      names of the norm after the scan and of the projection of its output
     """
 
     name: str
@@ -110,9 +115,13 @@ class Family(ABC):
     config_sizes: dict[str, Size] = {}
     config_epsilon: str = ""
     config_lists: tuple[str, ...] = ()
+    config_repeats: tuple[str, ...] = ()
     basis_refused: str = "the mixer's code has no projection of B and C"
     causal: bool = True
     mixer_axis: bool = False
+    stream_refused: str = ""
+    norm: str = "norm"
+    out: str = "out_proj"
 
     def recognises(self, module: nn.Module) -> bool:
         """Return whether `module` is a mixer of this family."""
@@ -129,6 +138,10 @@ class Family(ABC):
         hidden: (b, T, hidden size), the mixer's input. mask: bool (b, T), False where padding.
         """
 
+    def gate(self, mixer: nn.Module, z: torch.Tensor) -> torch.Tensor:
+        """Compute the factor that the gate z, (b, T, H*P), gives to the scan's output: fp32, in the shape of z."""
+        return F.silu(z.float())
+
     def readout(self, mixer: nn.Module, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:
         """Compute the input of `mixer`'s out_proj from the scan's output y, fp32 (b, T, H, P), and gate z, (b, T, H*P).
 
@@ -136,6 +149,9 @@ class Family(ABC):
         another run of the block.
         """
         return None
+
+    def fit(self, mixer: nn.Module) -> None:
+        """Make the mixer's forward fit its tensors after a cut, where the class's own cannot take their sizes."""
 
     def belongings(self, model: nn.Module, block: str) -> tuple[str, ...]:
         """Return the paths of modules outside `block` that only this block uses."""

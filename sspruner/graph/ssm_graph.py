@@ -59,6 +59,8 @@ class SSMGraph:
         """Return the dependency groups of one axis. Raises InputError if the model has no such axis."""
         groups = {name: g for name, g in {**self.groups, **self.elements}.items() if g.axis == axis}
         if not groups:
+            if axis in WHOLE_MODEL and self.family and self.family.stream_refused:
+                raise InputError(f"axis {axis!r}: {self.model_class} cannot be cut there: {self.family.stream_refused}")
             available = dict.fromkeys([*self.axes, *(g.axis for g in self.elements.values())])
             raise InputError(f"axis {axis!r}: {self.model_class} has none; it has {', '.join(available)}")
         return groups

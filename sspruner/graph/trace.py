@@ -30,7 +30,7 @@ def trace(model: nn.Module) -> SSMGraph:
     """
     check_usable(model)
     families = installed_families()
-    family = families.get(getattr(getattr(model, "config", None), "model_type", None) or "")
+    family = families.get(model_type(model))
     sites = _sites(model, families, known=family is not None)
     mixers = [site for site in sites if site.family]
     if not mixers:
@@ -55,7 +55,7 @@ def trace(model: nn.Module) -> SSMGraph:
         for axis in site.layout.axes
     ]
     blocks = _block_list(model, mixers[0].path)
-    if family:
+    if family and not family.stream_refused:
         groups += _hidden_group(model, sites)
         groups += _block_groups(model, sites, blocks, family) if blocks else []
     return SSMGraph(
@@ -68,6 +68,13 @@ def trace(model: nn.Module) -> SSMGraph:
         family=family,
         elements=element_groups(model, sites, blocks),
     )
+
+
+def model_type(model: nn.Module) -> str:
+    """Return the model_type of the config, inside a multimodal model that of its text model; "" if there is none."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "model_type", None) or ""
 
 
 def _sites(model: nn.Module, families: dict[str, Family], known: bool) -> list[Site]:

@@ -153,6 +153,8 @@ def _write_sizes(config: Any, stock: dict[str, Any], plan: Plan, graph: SSMGraph
     removed = tuple(f"{path}." for path in dropped_modules(plan, graph))
     layouts = [cut_layout(site, plan, graph) for site in graph.layers if not f"{site.path}.".startswith(removed)]
     values = {f: {layout.stock_total(size) for layout in layouts} for f, size in graph.family.config_sizes.items()}
+    for field in graph.family.config_repeats:
+        vars(config).pop(field, None)
     uniform = all(len(v) == 1 for v in values.values())
     projected = [layout for layout in layouts if layout.is_projected]
     state = {f: size for f, size in graph.family.config_sizes.items() if any("state" in term for term in size)}

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sspruner
-from sspruner.calibrate import selective, state
+from sspruner.calibrate.scans import statistics_of
 from sspruner.compute.forward import embedding, forward
 from sspruner.errors import SSPrunerError
-from sspruner.graph.family import Family, Projected
+from sspruner.graph.family import Family
 from sspruner.graph.known import installed_families
 from sspruner.graph.layout import Layout
 from sspruner.graph.ssm_graph import SSMGraph
@@ -151,14 +151,14 @@ class _Check:
             hidden, output = seen.hidden, seen.output
             mask = torch.ones(ids.shape, dtype=torch.bool)
             p = self.project(mixer, hidden, mask, path, seed)
-            y = (state.scan_output(p) if isinstance(p, Projected) else selective.scan_output(p)).flatten(2)
+            y = statistics_of(p).scan_output(p).flatten(2)
             if self.scan_to_output:
                 expected, candidates = "the mixer's output", {"": self.scan_to_output(mixer, y, p.z)}
                 compared = [output]
             else:
                 expected = "what any part of the mixer is fed"
                 candidates = {"y": y, "y * silu(z)": y * F.silu(p.z.float())}
-                compared = [t for t in seen.fed if t.shape == y.shape]
+                compared = [t.reshape(y.shape) for t in seen.fed if t.numel() == y.numel()]
             error = min((_relative(t, c) for t in compared for c in candidates.values() if t.shape == c.shape),
                         default=math.inf)  # fmt: skip
             if not error < 1e-3:
@@ -185,7 +185,7 @@ class _Check:
         H, N = math.prod(p.x.shape[2:]), p.B.shape[-1]
         wrong = [n for n in ("x", "z", "dt", "B", "C") if getattr(p, n).shape[:2] != (b, T)]
         if wrong or p.B.shape != p.C.shape or p.z.shape[2:] != (H,) or sizes.get("state", N) != N:
-            shapes = ", ".join(f"{n} {tuple(getattr(p, n).shape)}" for n in ("x", "z", "dt", "A", "B", "C", "D"))
+            shapes = ", ".join(f"{n} {tuple(value.shape)}" for n, value in vars(p).items())
             self.fail(
                 f"project gives shapes that do not fit {type(p).__name__} or the layout in {path}: {shapes}", seed
             )

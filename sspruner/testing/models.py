@@ -45,6 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers": "M-AME"},
     "jamba": {},
     "zamba": {"layers": "MAMA", "channels": 8, "ratio": 1},
+    "kimi_linear": {},
+    "bailing_hybrid": {},
 }
 FAMILIES = tuple(SHAPES)
 TYPES = {"M": "linear_attention", "A": "full_attention", "-": "mlp", "E": "moe"}
@@ -215,6 +217,40 @@ def _zamba(s: SimpleNamespace) -> dict[str, Any]:
     }
 
 
+def _kda(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of the families with KDA: latent attention, a dense MLP in the first layer, then experts."""
+    return {
+        "layer_types": [TYPES[letter] for letter in s.layers],
+        "mlp_layer_types": ["dense" if i == 0 or not s.experts else "sparse" for i in range(len(s.layers))],
+        "hidden_size": 16,
+        "linear_num_heads": s.heads,
+        "linear_head_dim": s.channels,
+        "num_attention_heads": s.kv * s.ratio,
+        "num_key_value_heads": s.kv * s.ratio,
+        "attention_bias": s.bias,
+        "kv_lora_rank": 6,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 3,
+        "intermediate_size": 10,
+        "num_local_experts": s.experts or 3,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 8,
+        "n_shared_experts": 1,
+    }
+
+
+def _kimi_linear(s: SimpleNamespace) -> dict[str, Any]:
+    return _kda(s) | {"q_lora_rank": 5}
+
+
+def _bailing_hybrid(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of bailing_hybrid: a token takes 2 of the experts in the better one of two groups."""
+    return _kda(s) | {"num_local_experts": 2 * (s.experts or 3), "n_group": 2}
+
+
 def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """Build a random model in eval mode.
 
@@ -239,6 +275,7 @@ def randomise(model: torch.nn.Module) -> None:
     for name, parameter in [*model.named_parameters(), *buffers]:
         if name.endswith(("A_log", "bias")):
             value = torch.randn(parameter.shape) * 0.7
+            value -= 3 * name.endswith("forget_gate.dt_bias")  # a gate of KDA that is half open forgets all at once
         elif parameter.ndim == 1 or name.endswith(".D"):  # D is (heads, channels) in zamba
             value = torch.rand(parameter.shape) + 0.5
         else:  # (..., fan-in): Linear, embedding, depthwise conv (C, 1, kernel), experts, zamba's per-head projections

@@ -42,6 +42,8 @@ _OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "moe_latent_size": st.sampled_from([None, 16]),
     },
     "jamba": {"layers": st.sampled_from(["MAM", "MMA", "AMM", "MAMM"]), "experts": st.sampled_from([1, 3])},
+    "kimi_linear": {"layers": _MIXED, "experts": st.sampled_from([0, 3]), "q_lora_rank": st.sampled_from([None, 5])},
+    "bailing_hybrid": {"layers": _MIXED, "experts": st.sampled_from([0, 3]), "kda_safe_gate": st.booleans()},
     "zamba": {"layers": st.sampled_from(["AA", "AMA", "MAA", "MAMA"])},  # stock cannot tie a single A
 }
 

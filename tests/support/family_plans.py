@@ -24,6 +24,8 @@ _MAMBA2, _MAMBA1, _HYBRID = (
 )
 
 
+KDA = ("kimi_linear", "bailing_hybrid")
+
 AXES = {
     "mamba2": (*_MAMBA2, "hidden", "block"),
     "mamba": (*_MAMBA1, "hidden", "block"),
@@ -35,6 +37,7 @@ AXES = {
     "nemotron_h": (*_MAMBA2, *_HYBRID, "hidden", "block"),
     "jamba": (*_MAMBA1, *_HYBRID, "hidden", "block", "mixer"),
     "zamba": ("state", "head", "head_dim", "dt_rank", *_HYBRID, "hidden", "block"),
+    **dict.fromkeys(KDA[:2], ("state", "head", "head_dim", *_HYBRID, "hidden", "block", "mixer")),
 }
 
 
