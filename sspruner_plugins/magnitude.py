@@ -1,6 +1,6 @@
 """Magnitude: norm of a unit's weights.
 
-    state       S[g,n] = ||W_B[g,n]||_p * ||W_C[g,n]||_p        rows of in_proj (Mamba1: of x_proj)
+    state       S[g,n] = ||W_B[g,n]||_p * ||W_C[g,n]||_p        rows of in_proj (Mamba1: of x_proj; delta rules: k, q)
     other axes  S[g,u] = p-norm of all parameters of unit u
 
 One ranking for B and C together, because they are cut together. The published baseline of the state-pruning
@@ -41,9 +41,9 @@ class Magnitude(sspruner.Scorer):
             sizes = torch.stack([w.norm(self.p, dim=-1) for w in view.weights.values()])  # (members, groups, units)
             self.score = sizes.amax(0) if self.reduction == "max" else getattr(sizes, self.reduction)(0)
         elif self.axis == "state":  # the linear projections of B and C, before any convolution
-            rows_of = {rows: [w for key, w in view.weights.items() if "proj" in key and key.endswith(rows)]
-                    for rows in (":B", ":C")}  # fmt: skip
-            write, read = (torch.cat(parts, -1) for parts in rows_of.values())  # (G, N, elements)
+            rows_of = [[w for key, w in view.weights.items() if "proj" in key and key.endswith(rows)]
+                    for rows in ((":B", ":k"), (":C", ":q"))]  # fmt: skip
+            write, read = (torch.cat(parts, -1) for parts in rows_of)  # (G, N, elements)
             self.score = write.norm(self.p, dim=-1) * read.norm(self.p, dim=-1)  # (G, N)
         elif self.p == 2:
             self.score = view.norms  # (groups, units)

@@ -24,6 +24,7 @@ from sspruner.graph.family import Family
 from sspruner.graph.known import installed_families
 from sspruner.graph.layout import Layout
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.text_model import text_config
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan
 from sspruner.plugins.manager import plugin_manager
@@ -136,7 +137,7 @@ class _Check:
             return
         for field, size in self.family.config_sizes.items():
             values = {site.layout.total(size) for site in graph.layers}
-            value = getattr(model.config, field, None)
+            value = getattr(text_config(model.config), field, None)
             if value is not None and len(values) == 1 and value not in values:
                 self.fail(f"config.{field} is {value}, config_sizes make it {values.pop()}", seed)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCABULARY = 31
 
@@ -47,6 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "zamba": {"layers": "MAMA", "channels": 8, "ratio": 1},
     "kimi_linear": {},
     "bailing_hybrid": {},
+    "glm5_next_text": {},
 }
 FAMILIES = tuple(SHAPES)
 TYPES = {"M": "linear_attention", "A": "full_attention", "-": "mlp", "E": "moe"}
@@ -251,6 +252,32 @@ def _bailing_hybrid(s: SimpleNamespace) -> dict[str, Any]:
     return _kda(s) | {"num_local_experts": 2 * (s.experts or 3), "n_group": 2}
 
 
+def _glm5_next_text(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of glm5_next_text: two residual streams; the indexer of attention chooses pools of 4 tokens."""
+    return _kda(s) | {
+        "q_lora_rank": 5,
+        "qk_rope_head_dim": 0,
+        "index_topk": 64,
+        "index_kpool": 4,
+        "index_head_dim": 4,
+        "index_n_heads": 2,
+        "hc_mult": 2,
+    }
+
+
+# The vision part of glm5_next, which has no class without one.
+_VISION = {
+    "depth": 1,
+    "hidden_size": 8,
+    "num_heads": 2,
+    "image_size": 8,
+    "patch_size": 2,
+    "out_hidden_size": 16,
+    "intermediate_size": 8,
+    "projection_intermediate_size": 8,
+}
+
+
 def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """Build a random model in eval mode.
 
@@ -263,7 +290,13 @@ def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ove
     config |= build(SimpleNamespace(**shape)) | {n: value for n, value in overrides.items() if n not in SHAPE}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=dtype)
+        if family == "glm5_next_text":
+            parts = {"text_config": config, "vision_config": _VISION, "tie_word_embeddings": config["tie_word_embeddings"]}
+            ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+            made = AutoConfig.for_model("glm5_next", **parts, **ends)
+            model = AutoModelForImageTextToText.from_config(made, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=dtype)
         randomise(model)
     return model.eval()
 

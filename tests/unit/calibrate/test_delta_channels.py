@@ -47,6 +47,7 @@ def test_weights_by_value_channel_and_token(drawn: tuple[DeltaProjected, torch.T
 
 
 (projections())
+@given(projections())
 def test_a_bfloat16_model_is_summed_in_fp32(drawn: tuple[DeltaProjected, torch.Tensor]) -> None:
     """The values are what bfloat16 holds; nothing is rounded after that. q, k and the decay come in fp32."""
     p, mask = drawn
