@@ -44,6 +44,7 @@ _OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "jamba": {"layers": st.sampled_from(["MAM", "MMA", "AMM", "MAMM"]), "experts": st.sampled_from([1, 3])},
     "kimi_linear": {"layers": _MIXED, "experts": st.sampled_from([0, 3]), "q_lora_rank": st.sampled_from([None, 5])},
     "bailing_hybrid": {"layers": _MIXED, "experts": st.sampled_from([0, 3]), "kda_safe_gate": st.booleans()},
+    "glm5_next_text": {"layers": _MIXED, "experts": st.sampled_from([0, 3])},
     "zamba": {"layers": st.sampled_from(["AA", "AMA", "MAA", "MAMA"])},  # stock cannot tie a single A
 }
 

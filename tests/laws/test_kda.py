@@ -27,7 +27,11 @@ from support.zoo import zoo, zoo_models
 from support.zoo_variants import cached
 
 INSIDE = ("state", "head", "head_dim")
-GATES = [("kimi_linear", {}), ("bailing_hybrid", {}), ("bailing_hybrid", {"kda_safe_gate": False})]
+GATES = [
+    *((family, {}) for family in KDA),
+    ("bailing_hybrid", {"kda_safe_gate": False}),
+    ("glm5_next_text", {"linear_lower_bound": None}),
+]
 each_kda = pytest.mark.parametrize("family", KDA)
 
 
@@ -199,7 +203,7 @@ def test_a_published_config_of_kimi_does_not_undo_the_cut(tmp_path: Any) -> None
     assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
 
 
-@each_kda
+@pytest.mark.parametrize("family", KDA[:2])
 def test_attention_stays_where_generation_needs_it(family: str) -> None:
     model = zoo(family, layers="MAM")
     ((name, group),) = sspruner.trace(model).on_axis("block").items()
@@ -209,6 +213,20 @@ def test_attention_stays_where_generation_needs_it(family: str) -> None:
     assert cut_model.config.layer_types == ["full_attention", "linear_attention"]
     assert cut_model.config.mlp_layer_types == ["sparse", "sparse"]
     assert cut_model.generate(tokens(length=4), max_new_tokens=3, do_sample=False).shape[1] == 7
+
+
+@pytest.mark.parametrize("axis", ["hidden", "block", "mixer"])
+def test_what_copies_of_the_residual_stream_forbid_is_refused_by_name(axis: str) -> None:
+    with pytest.raises(sspruner.InputError, match="Glm5NextForConditionalGeneration cannot be cut there: .*several copies"):
+        sspruner.prune(zoo("glm5_next_text"), "magnitude", axis=axis, sparsity=0.5, calibration=tokens())
+
+
+@pytest.mark.parametrize(("axis", "before"), [("mlp", 8), ("attn_head", 4)])
+def test_the_vision_part_is_left_alone(axis: str, before: int) -> None:
+    """Its MLPs look like those of the language model."""
+    groups = sspruner.trace(zoo("glm5_next_text")).on_axis(axis)
+    assert all(name.startswith("model.language_model.layers.") for name in groups)
+    assert before in {group.units for group in groups.values()}
 
 
 @each_kda

@@ -24,7 +24,7 @@ _MAMBA2, _MAMBA1, _HYBRID = (
 )
 
 
-KDA = ("kimi_linear", "bailing_hybrid")
+KDA = ("kimi_linear", "bailing_hybrid", "glm5_next_text")
 
 AXES = {
     "mamba2": (*_MAMBA2, "hidden", "block"),
@@ -38,6 +38,7 @@ AXES = {
     "jamba": (*_MAMBA1, *_HYBRID, "hidden", "block", "mixer"),
     "zamba": ("state", "head", "head_dim", "dt_rank", *_HYBRID, "hidden", "block"),
     **dict.fromkeys(KDA[:2], ("state", "head", "head_dim", *_HYBRID, "hidden", "block", "mixer")),
+    "glm5_next_text": ("state", "head", "head_dim", *_HYBRID),
 }
 
 

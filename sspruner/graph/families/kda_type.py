@@ -112,7 +112,8 @@ class KimiDelta(Family):
         return z.float().sigmoid()
 
     def readout(self, mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:
-        read: torch.Tensor = mixer.o_norm(y, z.view_as(y))  # (b, T, H, V)
+        heads = (*z.shape[:2], mixer.num_heads, -1)
+        read: torch.Tensor = mixer.o_norm(y.reshape(heads), z.reshape(heads))  # (b, T, H, V)
         return read.flatten(2).float()
 
 
