@@ -89,6 +89,11 @@ def _keep(pick: random.Random, group: DependencyGroup, after: int, stay: set[int
     return tuple(sorted([*stay, *pick.sample(rest, after - len(stay))]))
 
 
+def is_mixer(module: torch.nn.Module) -> bool:
+    """Return whether a module of transformers is a state-space mixer; in KDA a gate inside it holds A_log."""
+    return hasattr(module, "forget_gate") or (hasattr(module, "A_log") and not hasattr(module, "qkv_dim"))
+
+
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Return fp32 logits, without a cache."""
     return model(input_ids=ids, use_cache=False).logits.float()
