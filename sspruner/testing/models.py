@@ -45,9 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers": "M-AME"},
     "jamba": {},
     "zamba": {"layers": "MAMA", "channels": 8, "ratio": 1},
-    "kimi_linear": {},
-    "bailing_hybrid": {},
-    "glm5_next_text": {},
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid", "glm5_next_text"), {"channels": 6}),
 }
 FAMILIES = tuple(SHAPES)
 TYPES = {"M": "linear_attention", "A": "full_attention", "-": "mlp", "E": "moe"}
@@ -297,6 +295,9 @@ def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ove
             model = AutoModelForImageTextToText.from_config(made, dtype=dtype)
         else:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=dtype)
+        for name, tensor in model.state_dict(keep_vars=True).items():  # as from_pretrained leaves them
+            if any(part in name for part in model._keep_in_fp32_modules_strict or ()):
+                tensor.data = tensor.data.float()
         randomise(model)
     return model.eval()
 

@@ -21,20 +21,19 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 import sspruner
 from sspruner.errors import ModelError, PlanError, ProofError
 from sspruner.graph import causality
-from sspruner.graph.family import Family, Projected
+from sspruner.graph.family import DeltaProjected, Family, Projected
 from sspruner.graph.known import installed_families
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask
 from sspruner.surgery.proof import slice_with_proof
-from support import oracle
-from support.family_plans import AXES, MAMBA2, draw_plan, each_family, few, logits
+from support import kda_state, oracle
+from support.family_plans import AXES, KDA, MAMBA1, MAMBA2, draw_plan, each_family, few, is_mixer, logits
 from support.tiny import tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 from support.zoo_variants import cache_name
 
-MAMBA1 = tuple(family for family in FAMILIES if family not in MAMBA2)
 INSIDE = ("state", "head", "head_dim", "group", "channel", "dt_rank")
 
 
@@ -49,7 +48,7 @@ def cut_mixers(data: st.DataObject, family: str) -> list[Any]:
     model = data.draw(zoo_models((family,)))
     graph = sspruner.trace(model)
     slicing.slice_model(model, draw_plan(data, graph, INSIDE), graph)
-    return [module for module in model.modules() if hasattr(module, "A_log")]
+    return [module for module in model.modules() if is_mixer(module)]
 
 
 def mixed(mixer: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -60,7 +59,8 @@ def mixed(mixer: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 def hidden_for(mixer: Any) -> torch.Tensor:
     """fp32 (2, 19, hidden size)."""
-    return torch.randn(2, 19, mixer.in_proj.weight.shape[1], generator=torch.Generator().manual_seed(3))
+    out = getattr(mixer, "o_proj", None) or mixer.out_proj
+    return torch.randn(2, 19, out.weight.shape[0], generator=torch.Generator().manual_seed(3))
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-3) -> None:
@@ -136,10 +136,12 @@ def test_project_is_what_reaches_the_scan(family, data):
         p = described.project(mixer, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
         if isinstance(p, Projected):
             y = oracle.gated(mixer, oracle.output(p).flatten(2), p.z)
+        elif isinstance(p, DeltaProjected):
+            y = described.readout(mixer, kda_state.output(p).float(), p.z).double()
         else:
             y = oracle.selective_output(p).flatten(2) * F.silu(p.z.double())
-        bias = mixer.out_proj.bias
-        y = F.linear(y, mixer.out_proj.weight.double(), None if bias is None else bias.double())
+        out = getattr(mixer, described.out)
+        y = F.linear(y, out.weight.double(), None if out.bias is None else out.bias.double())
         assert_close(mixed(mixer, hidden), y)
 
 
@@ -211,7 +213,7 @@ def other_rows(run: str) -> Patch:
     """In one run of in_proj (not in the others) other units go: the first ones instead of the right ones."""
 
     def change(graph: sspruner.SSMGraph, tensor: str, rows: torch.Tensor) -> torch.Tensor:
-        here = run_of(graph, tensor, run) if "in_proj" in tensor else None
+        here = run_of(graph, tensor, run) if "proj" in tensor else None
         if here is None:
             return rows
         inside = torch.isin(rows, here)
@@ -284,7 +286,8 @@ def stale_sizes(patch: pytest.MonkeyPatch) -> None:
 
 FOLDED = [(f, axis) for f in MAMBA2 for axis in ("head", "head_dim")]
 FOLDED += [(f, axis) for f in ("falcon_mamba", "jamba") for axis in ("state", "dt_rank")]
-FOLDED += [(f, "hidden") for f in FAMILIES]
+FOLDED += [(f, axis) for f in KDA for axis in ("state", "head_dim")]
+FOLDED += [(f, "hidden") for f in FAMILIES if "hidden" in AXES[f]]
 
 
 @pytest.mark.cover(most=2)
@@ -311,7 +314,7 @@ def test_other_rows_of_x_than_of_z_are_caught(family, run):
 
         breakage = change_rows(change)
     else:
-        breakage = other_rows(run)
+        breakage = other_rows("v" if run == "x" and family in KDA else run)
     assert_caught(model, half(graph, axis), breakage)
 
 
@@ -344,14 +347,14 @@ def test_a_shared_block_cut_in_one_place_is_caught(family, axis):
 
 @pytest.mark.slow
 @pytest.mark.cover
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "nemotron_h"])  # stock does not tie it
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("nemotron_h", *KDA)])  # stock does not tie it
 def test_a_tied_head_cut_in_one_place_is_caught(family):
     model = zoo(family, hidden=16, tie_word_embeddings=True)
     assert_caught(model, half(sspruner.trace(model), "hidden"), only_the_first_place, ProofError, RuntimeError)
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "block" in AXES[f]])
 def test_stale_layer_numbers_are_caught(family):
     model = zoo(family)
     errors = (ProofError, IndexError, ValueError, AttributeError)  # the cache of the model itself may refuse
@@ -370,17 +373,24 @@ def test_stale_kinds_of_layers_are_caught(family):
 @pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize(
-    ("family", "axis"), [(f, axis) for f, axes in AXES.items() for axis in axes if axis in INSIDE and axis != "channel"]
+    ("family", "axis"),
+    [
+        (f, axis)
+        for f, axes in AXES.items()
+        for axis in axes
+        if axis in INSIDE and axis != "channel" and not (f in KDA and axis == "head_dim")
+    ],
 )
 def test_stale_sizes_are_caught(family, axis):
-    """Not of `channel`: no forward reads the number of channels."""
+    """Not of `channel`, nor of KDA's value channels alone: no forward reads their number."""
     model = zoo(family)
     assert_caught(model, half(sspruner.trace(model), axis), stale_sizes, ProofError, RuntimeError)
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("axis", ["state", "hidden"])
-@each_family
+@pytest.mark.parametrize(
+    ("family", "axis"), [(f, axis) for f in FAMILIES for axis in ("state", "hidden") if axis in AXES[f]]
+)
 def test_a_cut_that_removes_nothing_is_caught(family, axis):
     model = zoo(family, hidden=16)
     assert_caught(model, half(sspruner.trace(model), axis), nothing_dropped)
@@ -390,7 +400,8 @@ def test_a_cut_that_removes_nothing_is_caught(family, axis):
 
 SMALL = {"falcon_h1": "rms_norm_eps", "nemotron_h": "layer_norm_epsilon"}  # the epsilon of the norm after the scan
 STOCK: list[tuple[str, str, dict[str, Any], float]] = [
-    *((family, "state", {}, 0.0) for family in FAMILIES),
+    *((family, "state", {}, 0.0) for family in FAMILIES if family not in KDA),
+    *((family, "head", {}, 0.0) for family in KDA[:2]),
     *((family, axis, {}, 0.0) for family in ("mamba", "falcon_mamba") for axis in ("channel", "dt_rank")),
     *((family, "dt_rank", {}, 0.0) for family in ("jamba", "zamba")),
     *(("falcon_h1", axis, {"mamba_rms_norm": False}, 0.0) for axis in ("head", "head_dim", "group")),
@@ -493,7 +504,7 @@ def test_every_family_is_causal(family, monkeypatch):
 @each_family
 def test_a_mixer_that_looks_ahead_is_refused(family, ahead):
     model = zoo(family)
-    mixer = next(m for m in model.modules() if hasattr(m, "A_log"))
+    mixer = next(m for m in model.modules() if is_mixer(m))
     right = type(mixer)
 
     def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -192,7 +192,7 @@ def test_heads_alone_are_a_stock_config_of_kimi(tmp_path: Any) -> None:
 
 def test_a_published_config_of_kimi_does_not_undo_the_cut(tmp_path: Any) -> None:
     """Its table of sizes wins over linear_num_heads when it is read."""
-    published = {"head_dim": 4, "num_heads": 3, "short_conv_kernel_size": 4}
+    published = {"head_dim": 6, "num_heads": 3, "short_conv_kernel_size": 4}
     model = zoo("kimi_linear", heads=3, linear_attn_config=published)
     assert model.config.linear_attn_config == published
     cut(model, head=2)

@@ -43,6 +43,7 @@ AXES = {
 
 
 MAMBA2 = tuple(family for family, axes in AXES.items() if "group" in axes)
+MAMBA1 = tuple(family for family in FAMILIES if family not in (*MAMBA2, *KDA))
 
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
