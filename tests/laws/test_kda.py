@@ -248,3 +248,13 @@ def test_masked_equals_sliced_on_key_channels(family: str, data: st.DataObject) 
     masked = sspruner.apply(copy.deepcopy(model), plan, mode="mask")
     slice_with_proof(model, plan, graph)
     assert_close(logits(model, ids), logits(masked, ids), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "axis", "options"),
+    [("last", "state", {}), ("last", "state", {"input": "weights"}), ("head-merge", "head", {}), ("sparsessm", "state", {})],
+    ids=str,
+)
+def test_scorers_that_do_not_know_a_delta_rule_say_so(scorer: str, axis: str, options: dict[str, Any]) -> None:
+    with pytest.raises(sspruner.InputError, match=f"{scorer}: (not for delta rules|only Mamba1-type mixers)"):
+        sspruner.score(zoo("kimi_linear"), scorer, axis=axis, calibration=tokens(), options=options)
