@@ -46,7 +46,9 @@ class Last(sspruner.Scorer):
 
     def observe(self, view: sspruner.SSMView) -> None:
         if not any(key.endswith(":B") for key in view.weights):
-            raise sspruner.InputError("last: not for delta rules, whose states have no gain of their own: use ghost or rrqr")
+            raise sspruner.InputError(
+                "last: not for delta rules, whose states have no gain of their own: use ghost or rrqr"
+            )
         if self.needs == "weights":
             self._observe_weights(view)
             return

@@ -2,8 +2,8 @@
 
     S_t = a_t S_{t-1} + k_t u_t^T      u_t = beta_t (v_t - (a_t S_{t-1})^T k_t)      y_t = S_t^T q_t         S (K, V)
 
-Source: "Kimi Linear", arXiv 2510.26692. Inside a chunk of Q steps, given the state S0 that enters it, and with cum_t the
-sum of log a from the chunk's first step to t, D[t,s] = exp(cum_t - cum_s) k_s and E_t = exp(cum_t), both by key channel,
+Source: "Kimi Linear", arXiv 2510.26692. Inside a chunk of Q steps, given the state S0 that enters it, and with cum_t
+the sum of log a from the chunk's first step to t, D[t,s] = exp(cum_t - cum_s) k_s and E_t = exp(cum_t), by key channel,
 
     S_t[n] = E_t[n] S0[n] + sum_{s<=t} D[t,s,n] u_s                                                      (V,)
 

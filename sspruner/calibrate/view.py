@@ -9,11 +9,10 @@ from itertools import combinations
 import torch
 from torch import nn
 
-from sspruner.calibrate import state
+from sspruner.calibrate import scans, state
 from sspruner.calibrate.gain import output_weights
-from sspruner.calibrate.scans import statistics_of
 from sspruner.errors import PluginError
-from sspruner.graph.family import Family, Projected, SelectiveProjected
+from sspruner.graph.family import Family, Projected, Scan
 from sspruner.graph.group import Block, DependencyGroup
 
 
@@ -77,7 +76,7 @@ class Observation:
         return flat[self.mask.flatten()] if len(flat) == self.mask.numel() else flat
 
     @cached_property
-    def projected(self) -> Projected | SelectiveProjected:
+    def projected(self) -> Scan:
         """Inputs of the mixer's scan."""
         hidden = self.hidden
         if self._family is None:
@@ -89,19 +88,19 @@ class Observation:
     def y(self) -> torch.Tensor:
         """Output of the scan, before gate and norm."""
         p = self.projected
-        return statistics_of(p).scan_output(p)
+        return scans.scan_output(p)
 
     @cached_property
     def ghost_sum(self) -> torch.Tensor:
         """See SSMView.ghost_sum."""
         p = self.projected
-        return statistics_of(p).ghost_sum(p, self.mask)
+        return scans.ghost_sum(p, self.mask)
 
     @cached_property
     def energy_sum(self) -> torch.Tensor:
         """See SSMView.energy_sum."""
         p = self.projected
-        return statistics_of(p).energy_sum(p, self.mask)
+        return scans.energy_sum(p, self.mask)
 
     @cached_property
     def output_energy(self) -> torch.Tensor:
@@ -273,7 +272,7 @@ class SSMView:
         return self.observation.tokens
 
     @property
-    def projected(self) -> Projected | SelectiveProjected:
+    def projected(self) -> Scan:
         """x, z, dt, A, B, C, D together, as the functions of sspruner.calibrate.state and .selective take them."""
         return self.observation.projected
 

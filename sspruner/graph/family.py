@@ -150,8 +150,12 @@ class Family(ABC):
         """
         return None
 
-    def fit(self, mixer: nn.Module) -> None:
-        """Make the mixer's forward fit its tensors after a cut, where the class's own cannot take their sizes."""
+    def fit(self, mixer: nn.Module) -> bool:
+        """Replace the mixer's forward after a cut, where that of its class cannot take the sizes of its tensors.
+
+        Returns whether the forward is another one than the class's.
+        """
+        return False
 
     def belongings(self, model: nn.Module, block: str) -> tuple[str, ...]:
         """Return the paths of modules outside `block` that only this block uses."""

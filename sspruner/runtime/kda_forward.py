@@ -29,13 +29,14 @@ def fit_forward(mixer: Any) -> None:
 def is_fitted(mixer: Any) -> bool:
     """Return whether `fit_forward` has replaced the forward of a module."""
     replaced = getattr(vars(mixer).get("forward"), "func", None)
-    return getattr(replaced, "__name__", "") == _kda_forward.__name__
+    return bool(getattr(replaced, "__name__", "") == _kda_forward.__name__)
 
 
 def gate_of(mixer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Return the gate of the norm after the scan, before its activation: (b, T, H * V)."""
-    rows = mixer.g_proj(hidden_states) if hasattr(mixer, "g_proj") else mixer.g_b_proj(mixer.g_a_proj(hidden_states))
-    return rows  # type: ignore[no-any-return]
+    if hasattr(mixer, "g_proj"):
+        return mixer.g_proj(hidden_states)  # type: ignore[no-any-return]
+    return mixer.g_b_proj(mixer.g_a_proj(hidden_states))  # type: ignore[no-any-return]
 
 
 @force_accelerate_hooks("conv1d")  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sspruner
-from sspruner.calibrate.scans import statistics_of
+from sspruner.calibrate import scans
 from sspruner.compute.forward import embedding, forward
 from sspruner.errors import SSPrunerError
 from sspruner.graph.family import Family
@@ -152,7 +152,7 @@ class _Check:
             hidden, output = seen.hidden, seen.output
             mask = torch.ones(ids.shape, dtype=torch.bool)
             p = self.project(mixer, hidden, mask, path, seed)
-            y = statistics_of(p).scan_output(p).flatten(2)
+            y = scans.scan_output(p).flatten(2)
             if self.scan_to_output:
                 expected, candidates = "the mixer's output", {"": self.scan_to_output(mixer, y, p.z)}
                 compared = [output]

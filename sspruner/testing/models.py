@@ -45,7 +45,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers": "M-AME"},
     "jamba": {},
     "zamba": {"layers": "MAMA", "channels": 8, "ratio": 1},
-    **dict.fromkeys(("kimi_linear", "bailing_hybrid", "glm5_next_text"), {"channels": 6}),
+    "kimi_linear": {"channels": 6},
+    "bailing_hybrid": {"channels": 6},
+    "glm5_next_text": {"channels": 6},
 }
 FAMILIES = tuple(SHAPES)
 TYPES = {"M": "linear_attention", "A": "full_attention", "-": "mlp", "E": "moe"}
@@ -251,7 +253,7 @@ def _bailing_hybrid(s: SimpleNamespace) -> dict[str, Any]:
 
 
 def _glm5_next_text(s: SimpleNamespace) -> dict[str, Any]:
-    """Return config fields of glm5_next_text: two residual streams; the indexer of attention chooses pools of 4 tokens."""
+    """Return config fields of glm5_next_text: two residual streams; attention chooses pools of 4 tokens."""
     return _kda(s) | {
         "q_lora_rank": 5,
         "qk_rope_head_dim": 0,
@@ -289,7 +291,11 @@ def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ove
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if family == "glm5_next_text":
-            parts = {"text_config": config, "vision_config": _VISION, "tie_word_embeddings": config["tie_word_embeddings"]}
+            parts = {
+                "text_config": config,
+                "vision_config": _VISION,
+                "tie_word_embeddings": config["tie_word_embeddings"],
+            }
             ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
             made = AutoConfig.for_model("glm5_next", **parts, **ends)
             model = AutoModelForImageTextToText.from_config(made, dtype=dtype)

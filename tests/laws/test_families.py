@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import event, given, reject
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import sspruner
 from sspruner.graph.group import DependencyGroup, as_rows
@@ -187,8 +187,12 @@ def mixer_by_hand(path: str, mixer: torch.nn.Module, plan: Plan) -> tuple[int, i
     for name, selection in plan.groups.items():
         hidden = selection.after if name.endswith(":hidden") else hidden
     if hasattr(mixer, "forget_gate"):
-        H, K, V = (after(axis, size) for axis, size in zip(("head", "state", "head_dim"), kda_sizes(mixer), strict=True))
-        narrow = "g_a_proj" in dict(mixer.named_children())  # decay and gate come through R numbers, else from the input
+        H, K, V = (
+            after(axis, size) for axis, size in zip(("head", "state", "head_dim"), kda_sizes(mixer), strict=True)
+        )
+        narrow = "g_a_proj" in dict(
+            mixer.named_children()
+        )  # decay and gate come through R numbers, else from the input
         R = mixer.g_a_proj.weight.shape[0] if narrow else hidden
         size = (2 * H * K + H * V) * (hidden + 4) + H * hidden  # q, k, v and their convolution, b
         size += H * (K + V) * R + 2 * R * hidden * narrow + H * K + H  # decay, gate, dt_bias, A_log

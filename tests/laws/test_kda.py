@@ -1,4 +1,4 @@
-"""Families with a decay per key channel: what reaches the scan, heads with other key than value channels, their config."""
+"""Families with a decay per key channel: what reaches the scan, key and value channels cut apart, config."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_key_and_value_channels_cut_apart_decode_and_load(family: str, sizes: di
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     assert torch.equal(loaded.generate(ids, **how), model.generate(ids, use_cache=False, **how))
-    with pytest.raises(sspruner.ModelError, match="hf cannot express this cut: .*proj.weight is"):
+    with pytest.raises(sspruner.ModelError, match=r"hf cannot express this cut: .*proj.weight is"):
         sspruner.export(model, tmp_path / "stock", to="hf")
 
 
@@ -217,7 +217,9 @@ def test_attention_stays_where_generation_needs_it(family: str) -> None:
 
 @pytest.mark.parametrize("axis", ["hidden", "block", "mixer"])
 def test_what_copies_of_the_residual_stream_forbid_is_refused_by_name(axis: str) -> None:
-    with pytest.raises(sspruner.InputError, match="Glm5NextForConditionalGeneration cannot be cut there: .*several copies"):
+    with pytest.raises(
+        sspruner.InputError, match=r"Glm5NextForConditionalGeneration cannot be cut there: .*several copies"
+    ):
         sspruner.prune(zoo("glm5_next_text"), "magnitude", axis=axis, sparsity=0.5, calibration=tokens())
 
 
@@ -239,7 +241,7 @@ def test_a_basis_is_refused(family: str) -> None:
 @few(3)
 @given(st.data())
 def test_masked_equals_sliced_on_key_channels(family: str, data: st.DataObject) -> None:
-    """With an epsilon as large as what it is added to, so that a fold too few is seen; sets differ by head and layer."""
+    """With an epsilon that matters, so that a missing fold is seen; sets differ by head and layer."""
     model, ids = data.draw(zoo_models((family,))), tokens()
     for mixer in mixers_of(model):
         mixer.o_norm.variance_epsilon = 0.1
@@ -252,7 +254,12 @@ def test_masked_equals_sliced_on_key_channels(family: str, data: st.DataObject) 
 
 @pytest.mark.parametrize(
     ("scorer", "axis", "options"),
-    [("last", "state", {}), ("last", "state", {"input": "weights"}), ("head-merge", "head", {}), ("sparsessm", "state", {})],
+    [
+        ("last", "state", {}),
+        ("last", "state", {"input": "weights"}),
+        ("head-merge", "head", {}),
+        ("sparsessm", "state", {}),
+    ],
     ids=str,
 )
 def test_scorers_that_do_not_know_a_delta_rule_say_so(scorer: str, axis: str, options: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObj
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_axis_at_once_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
-    """In bf16: all that a layer has is halved, and the first block goes, if one can; then saved, loaded, cut and saved again."""
+    """In bf16: all in a layer is halved, the first block goes if it can; then saved, loaded, cut, saved again."""
     model = zoo(family, hidden=16, dtype=torch.bfloat16)
     graph = sspruner.trace(model)
     groups = {

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 from sspruner.graph.family import DeltaProjected, Family
 from sspruner.graph.layout import Fold, Layout, Rows, Size, Slot
-from sspruner.runtime.kda_forward import fit_forward, gate_of
+from sspruner.runtime.kda_forward import fit_forward, gate_of, is_fitted
 
 HEAD = ("head",)
 STATE = ("head", "state")
@@ -83,8 +83,9 @@ class KimiDelta(Family):
             ),
         )
 
-    def fit(self, mixer: Any) -> None:
+    def fit(self, mixer: Any) -> bool:
         fit_forward(mixer)
+        return is_fitted(mixer)
 
     def project(self, mixer: Any, hidden: torch.Tensor, mask: torch.Tensor) -> DeltaProjected:
         (b, T, _), H, keep = hidden.shape, mixer.num_heads, mask[..., None]

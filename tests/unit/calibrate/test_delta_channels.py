@@ -46,7 +46,6 @@ def test_weights_by_value_channel_and_token(drawn: tuple[DeltaProjected, torch.T
     close(weighted_ghost_sum(p, torch.ones_like(w), mask, size), ghost(p, mask), 1e-12)
 
 
-(projections())
 @given(projections())
 def test_a_bfloat16_model_is_summed_in_fp32(drawn: tuple[DeltaProjected, torch.Tensor]) -> None:
     """The values are what bfloat16 holds; nothing is rounded after that. q, k and the decay come in fp32."""
@@ -59,9 +58,7 @@ def test_a_bfloat16_model_is_summed_in_fp32(drawn: tuple[DeltaProjected, torch.T
 
 
 @given(projections(torch.float64), st.data())
-def test_the_score_is_the_squared_change_of_y(
-    drawn: tuple[DeltaProjected, torch.Tensor], data: st.DataObject
-) -> None:
+def test_the_score_is_the_squared_change_of_y(drawn: tuple[DeltaProjected, torch.Tensor], data: st.DataObject) -> None:
     """Channel n of head h is not read (q is 0 there): y of that head moves by that sum over all tokens."""
     p, mask = drawn
     H, K = p.q.shape[2:]

@@ -106,7 +106,7 @@ def zamba_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
 
 
 def kda_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
-    """q, k, decay (H, K), v, gate (H, V), b, A_log (H), conv [q: H*K | k: H*K | v: H*V], o_norm (V,), columns (H, V)."""
+    """q, k, decay (H, K), v, gate (H, V), b, A_log (H), conv [q: H*K | k: H*K | v: H*V], o_norm (V,), o_proj (H, V)."""
     H, K, V = len(mixer.b_proj.weight), len(mixer.q_proj.weight), len(mixer.v_proj.weight)
     K, V = K // H, V // H
     if axis == "state":  # set g: one head
@@ -217,7 +217,11 @@ def test_the_attributes_that_a_forward_reads_follow_the_cut(model: nn.Module, da
         rows = 0 if site.kind in KDA else mixer.in_proj.weight.shape[0]
         if site.kind in KDA:
             keys, values = len(mixer.forget_gate.dt_bias), mixer.o_proj.in_features
-            assert (len(mixer.q_proj.weight), len(mixer.k_proj.weight), len(mixer.v_proj.weight)) == (keys, keys, values)
+            assert (len(mixer.q_proj.weight), len(mixer.k_proj.weight), len(mixer.v_proj.weight)) == (
+                keys,
+                keys,
+                values,
+            )
             assert mixer.qkv_dim == mixer.num_heads * mixer.head_dim == values
             assert mixer.forget_gate.qkv_dim == mixer.forget_gate.num_heads * mixer.forget_gate.head_dim == keys
             assert mixer.num_heads == mixer.forget_gate.num_heads == mixer.forget_gate.A_log.numel()

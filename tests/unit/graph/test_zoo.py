@@ -122,7 +122,7 @@ def test_saving_and_loading_changes_nothing(variant, dtype, tmp_path):
 @each_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_recurrent_state_is_fp32_and_as_large_as_the_formula(variant, dtype):
-    """H·P·N floats per Mamba2, D·N per Mamba1, H·K·V per KDA, in .layers[i].recurrent_states[0] of the cache, in any dtype."""
+    """H·P·N floats per Mamba2, D·N per Mamba1, H·K·V per KDA, in .layers[i].recurrent_states[0], in any dtype."""
     family, overrides = variant
     model = zoo(family, dtype=dtype, **overrides)
     cache = model(input_ids=tokens(batch=3), use_cache=True)[cache_name(model)]
