@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import nn

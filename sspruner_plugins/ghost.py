@@ -23,8 +23,7 @@ comparison.
 import torch
 
 import sspruner
-from sspruner.calibrate import selective, state
-from sspruner.graph.family import SelectiveProjected
+from sspruner.calibrate import scans
 
 
 class Ghost(sspruner.Scorer):
@@ -63,12 +62,10 @@ class Ghost(sspruner.Scorer):
 
 def _change_of_output(view: sspruner.SSMView, axis: str) -> torch.Tensor:
     """Return the summed squared change of out_proj's output: fp64 (groups, units)."""
-    w, p = view.output_weights, view.projected
+    w = view.output_weights
     if axis != "state":
         return view.by_unit((w * view.y.square() * view.mask[..., None, None]).sum((0, 1), dtype=torch.float64))
-    if isinstance(p, SelectiveProjected):
-        return selective.weighted_ghost_sum(p, w, view.mask)
-    return state.weighted_ghost_sum(p, w, view.mask)
+    return scans.weighted_ghost_sum(view.projected, w, view.mask)
 
 
 @sspruner.hookimpl

@@ -41,6 +41,10 @@ class HeadMerge(sspruner.Scorer):
         self.method = method
 
     def observe(self, view: sspruner.SSMView) -> None:
+        if "in_proj.weight:x" not in view.weights:
+            raise sspruner.InputError(
+                "head-merge: not for delta rules, whose heads cannot stand for each other: use ghost"
+            )
         producing_rows = [view.weights[f"in_proj.weight:{rows}"].double().cpu() for rows in MADE_BY[self.axis]]
         self.rows = F.normalize(torch.cat(producing_rows, -1), dim=-1)  # (groups, units, elements)
         self.members = [(view.group.key(m.tensor), m) for m in view.group.members if m.counted]

@@ -45,6 +45,10 @@ class Last(sspruner.Scorer):
         self.lost: torch.Tensor | float = 0.0  # of 1 - lambda: (G, K, N), or (G, K, 1) if the states of a head share it
 
     def observe(self, view: sspruner.SSMView) -> None:
+        if not any(key.endswith(":B") for key in view.weights):
+            raise sspruner.InputError(
+                "last: not for delta rules, whose states have no gain of their own: use ghost or rrqr"
+            )
         if self.needs == "weights":
             self._observe_weights(view)
             return

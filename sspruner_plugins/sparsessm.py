@@ -33,7 +33,7 @@ class SparseSSM(sspruner.Scorer):
     def observe(self, view: sspruner.SSMView) -> None:
         if not isinstance(view.projected, SelectiveProjected):
             raise sspruner.InputError(
-                "sparsessm: only Mamba1-type mixers; here all states of a head share one decay: use ghost or magnitude"
+                "sparsessm: only Mamba1-type mixers, whose states have decays of their own: use ghost or magnitude"
             )
         self.energy = self.energy + energy_by_channel(view.projected, view.mask)
         self.shape = view.group.groups, view.group.units

@@ -9,10 +9,10 @@ from itertools import combinations
 import torch
 from torch import nn
 
-from sspruner.calibrate import selective, state
+from sspruner.calibrate import scans, state
 from sspruner.calibrate.gain import output_weights
 from sspruner.errors import PluginError
-from sspruner.graph.family import Family, Scan, SelectiveProjected
+from sspruner.graph.family import DeltaProjected, Family, Scan, SelectiveProjected
 from sspruner.graph.group import Block, DependencyGroup
 
 
@@ -87,20 +87,17 @@ class Observation:
     @cached_property
     def y(self) -> torch.Tensor:
         """Output of the scan, before gate and norm."""
-        p = self.projected
-        return selective.scan_output(p) if isinstance(p, SelectiveProjected) else state.scan_output(p)
+        return scans.scan_output(self.projected)
 
     @cached_property
     def ghost_sum(self) -> torch.Tensor:
         """See SSMView.ghost_sum."""
-        p = self.projected
-        return selective.ghost_sum(p, self.mask) if isinstance(p, SelectiveProjected) else state.ghost_sum(p, self.mask)
+        return scans.ghost_sum(self.projected, self.mask)
 
     @cached_property
     def energy_sum(self) -> torch.Tensor:
         """See SSMView.energy_sum."""
-        p = self.projected
-        return selective.energy_sum(p, self.mask) if isinstance(p, SelectiveProjected) else state.energy_sum(p, self.mask)
+        return scans.energy_sum(self.projected, self.mask)
 
     @cached_property
     def output_energy(self) -> torch.Tensor:
@@ -118,9 +115,10 @@ class Observation:
         return state.weighted_gramian(self._one_decay(), self.output_weights, self.mask)
 
     def _one_decay(self) -> state.Scalar:
-        if isinstance(self.projected, SelectiveProjected):
-            raise PluginError("the Gramian of a group's states is defined where they share a decay: not in Mamba1")
-        return self.projected
+        p = self.projected
+        if isinstance(p, SelectiveProjected) or (isinstance(p, DeltaProjected) and p.decay.ndim == 4):
+            raise PluginError("the Gramian of a group's states is defined where they share a decay: not in Mamba1, nor KDA")
+        return p
 
     @cached_property
     @torch.no_grad()

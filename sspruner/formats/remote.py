@@ -14,11 +14,13 @@ from torch import nn
 from sspruner.errors import ModelError
 from sspruner.formats.checkpoint import write_model
 from sspruner.graph.layout import DECODE, ENCODE
+from sspruner.runtime.kda_forward import is_fitted
 from sspruner.runtime.sizes import sizes_of
 from sspruner.surgery.record import RECORD, restore_stock
 
 CODE = "modeling_pruned"  # the file of code beside the weights, without its suffix
 PARTS = ("projected_state.py", "sizes.py")  # files of sspruner.runtime that the file of code consists of
+KDA = "kda_forward.py"  # one more, where a mixer's forward was replaced
 
 CLASSES = '''
 
@@ -45,7 +47,7 @@ class Pruned{model}({model}):
         for module in self.modules():
             if "{encode}" in module._parameters:
                 project_state(module, module.{encode}.data, module.{decode}.data)
-'''
+{fit}'''
 
 
 def write_remote(model: Any, folder: Path) -> None:
@@ -109,12 +111,19 @@ def _difference(model: nn.Module, stock: nn.Module) -> str:
 
 def _code(model: Any) -> str:
     """Return the self-contained file of code, made from sspruner's own files."""
-    parts = [(resources.files("sspruner.runtime") / part).read_text(encoding="utf-8") for part in PARTS]
+    fitted = any(map(is_fitted, model.modules()))
+    names = (*PARTS, KDA) if fitted else PARTS
+    parts = [(resources.files("sspruner.runtime") / part).read_text(encoding="utf-8") for part in names]
     first, *others = (part.rstrip() for part in parts)
     rest = (part.replace("from __future__ import annotations\n", "") for part in others)
     name, config = type(model).__name__, type(model.config).__name__
     classes = CLASSES.format(
-        model=name, config=config, model_type=model.config.model_type, encode=ENCODE, decode=DECODE
+        model=name,
+        config=config,
+        model_type=model.config.model_type,
+        encode=ENCODE,
+        decode=DECODE,
+        fit="            fit_forward(module)\n" if fitted else "",
     )
     head = f"from transformers import {config}, {name}"
     return "\n\n\n".join([first, *rest, head]) + "\n" + classes

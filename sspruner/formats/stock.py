@@ -15,6 +15,7 @@ from sspruner.compute.precision import in_fp32
 from sspruner.errors import ModelError, PlanError
 from sspruner.formats.checkpoint import write_model
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.text_model import text_config
 from sspruner.graph.trace import trace
 from sspruner.runtime.sizes import sizes_of
 from sspruner.surgery.pad import pad
@@ -150,8 +151,9 @@ def _larger(model: Any, graph: SSMGraph) -> Iterator[Any]:
     family, stock = graph.family, (getattr(model.config, RECORD, None) or {}).get("stock", {})
     largest, before = _plain(model), _plain(model)
     for field, size in family.config_sizes.items():
-        setattr(largest, field, max(site.layout.stock_total(size) for site in graph.layers))
-        setattr(before, field, stock.get(field, getattr(before, field)))
+        setattr(text_config(largest), field, max(site.layout.stock_total(size) for site in graph.layers))
+        text = text_config(before)
+        setattr(text, field, stock.get(field, getattr(text, field)))
     if family.config_epsilon:
         setattr(before, family.config_epsilon, stock.get(family.config_epsilon, getattr(before, family.config_epsilon)))
     yield from (largest, before)
@@ -179,12 +181,21 @@ def _original(model: Any) -> nn.Module | None:
     return _built(config, type(model))
 
 
+def stock_class_of(config_class: type) -> Any:
+    """Return the class of transformers that predicts tokens from such a config: of text, else of images and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((kind._model_mapping[config_class] for kind in kinds if config_class in kind._model_mapping), None)
+
+
 def _built(config: Any, model_class: Any = None) -> nn.Module | None:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     try:
         fresh = CONFIG_MAPPING[config.model_type].from_dict(config.to_dict())
+        kind = model_class or stock_class_of(type(fresh))
         with torch.device("meta"):
-            return (model_class or AutoModelForCausalLM._model_mapping[type(fresh)])(fresh)  # type: ignore[no-any-return]
+            return kind(fresh) if kind else None
     except REFUSALS:
         return None

@@ -100,6 +100,7 @@ class Family(ABC):
     config_sizes   stock config fields with one value for all layers: field -> a sum of products of dimensions
     config_epsilon config field of the epsilon of the norms over the residual stream, if nothing else reads it
     config_lists   config fields with one entry per block, cut with the blocks
+    config_repeats config fields that hold sizes a second time and win when a config is read: a cut removes them
     basis_refused  reason why the state cannot be projected to another basis, "" if it can (then layout and project
                    must support `state_encode` and `state_decode`, see mamba2_type.py)
     causal         False for mixers that are meant to look ahead
@@ -114,6 +115,7 @@ class Family(ABC):
     config_sizes: dict[str, Size] = {}
     config_epsilon: str = ""
     config_lists: tuple[str, ...] = ()
+    config_repeats: tuple[str, ...] = ()
     basis_refused: str = "the mixer's code has no projection of B and C"
     causal: bool = True
     mixer_axis: bool = False
@@ -147,6 +149,13 @@ class Family(ABC):
         another run of the block.
         """
         return None
+
+    def fit(self, mixer: nn.Module) -> bool:
+        """Replace the mixer's forward after a cut, where that of its class cannot take the sizes of its tensors.
+
+        Returns whether the forward is another one than the class's.
+        """
+        return False
 
     def belongings(self, model: nn.Module, block: str) -> tuple[str, ...]:
         """Return the paths of modules outside `block` that only this block uses."""

@@ -31,6 +31,8 @@ def attention(module: Any, hidden: int) -> Layout | None:
     v. Gated attention has the rows of the gate beside those of each query head. A norm of q or k may average over all
     heads, and takes a fold then.
     """
+    if _has(module, "kv_b_proj", "o_proj"):
+        return latent_attention(module, hidden)
     if not _has(module, "q_proj", "k_proj", "v_proj", "o_proj"):
         return None
     P = module.head_dim
@@ -67,6 +69,36 @@ def attention(module: Any, hidden: int) -> Layout | None:
             "num_key_value_heads": (("attn_head",),),
         },
         folds=tuple(fold for n in over_heads for fold in _norm_folds(getattr(module, f"{n}_norm"), f"{n}_norm.", "attn_head")),
+    )
+
+
+def latent_attention(module: Any, hidden: int) -> Layout:
+    """Return the layout of latent attention (MLA), whose keys and values are made from one narrow vector for all heads.
+
+    A unit is one head: its rows of q and of keys and values, its columns of o, and its row of a gate, if there is one.
+    What makes the narrow vectors belongs to no head. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
+    """
+    heads = module.kv_b_proj.weight.shape[0] // (module.qk_nope_head_dim + module.v_head_dim)
+    q, kv = (Rows("q", ("attn_head", "qk_dim")),), (Rows("kv", ("attn_head", "kv_dim")),)
+    reads = ("q_proj", "q_a_proj", "kv_a_proj_with_mqa", "g_proj")
+    return Layout(
+        sizes={
+            "attn_head": heads,
+            "qk_dim": module.qk_nope_head_dim + module.qk_rope_head_dim,
+            "kv_dim": module.qk_nope_head_dim + module.v_head_dim,
+            "v_dim": module.v_head_dim,
+            "hidden": hidden,
+        },
+        slots=(
+            *(Slot(f"{name}.weight", 0, q) for name in ("q_proj", "q_b_proj")),
+            Slot("kv_b_proj.weight", 0, kv),
+            Slot("g_proj.weight", 0, (Rows("g", ("attn_head",)),)),
+            *(Slot(f"{name}.weight", 1, (Rows("hidden", HIDDEN),)) for name in reads),
+            Slot("o_proj.weight", 1, (Rows("heads", ("attn_head", "v_dim")),)),
+            *_writes("o_proj"),
+        ),
+        axes={"attn_head": ()},
+        attributes={"num_heads": (("attn_head",),)},
     )
 
 

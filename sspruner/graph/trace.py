@@ -19,6 +19,7 @@ from sspruner.graph.parts import PARTS, output_head
 from sspruner.graph.plain import check_plain
 from sspruner.graph.site import Site, within
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.text_model import text_config, text_path
 from sspruner.graph.usable import check_usable
 
 
@@ -72,9 +73,7 @@ def trace(model: nn.Module) -> SSMGraph:
 
 def model_type(model: nn.Module) -> str:
     """Return the model_type of the config, inside a multimodal model that of its text model; "" if there is none."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "model_type", None) or ""
+    return getattr(text_config(getattr(model, "config", None)), "model_type", None) or ""
 
 
 def _sites(model: nn.Module, families: dict[str, Family], known: bool) -> list[Site]:
@@ -85,7 +84,7 @@ def _sites(model: nn.Module, families: dict[str, Family], known: bool) -> list[S
     head = model.get_output_embeddings() if known else None  # type: ignore[operator]
     hidden = model.get_input_embeddings().weight.shape[1] if known else 0  # type: ignore[operator]
     sites: dict[tuple[object, ...], Site] = {}
-    closed: list[str] = []
+    text, closed = text_path(model) if known else "", list[str]()
     open_: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
         if any(path.startswith(f"{inside}.") for inside in closed):
@@ -95,6 +94,8 @@ def _sites(model: nn.Module, families: dict[str, Family], known: bool) -> list[S
             kind, layout = family.name, family.layout(module)
         elif known and module is head:
             kind, layout = "head", output_head(hidden)
+        elif text and not within(path, text):  # the vision part of a multimodal model
+            continue
         else:
             inside_experts = any(path.startswith(f"{inside}.") for inside in open_)
             # Inside a mixture of experts only a shared MLP is described separately.

@@ -14,6 +14,8 @@ from sspruner.errors import InputError, ModelError
 from sspruner.formats.checkpoint import INDEX, holds_weights, shards
 from sspruner.formats.native import is_native
 from sspruner.formats.sizes import check_sizes
+from sspruner.formats.stock import stock_class_of
+from sspruner.graph.text_model import text_config
 from sspruner.graph.trace import trace
 from sspruner.surgery.record import RECORD, WEIGHTS, RecordedCut, check_recorded, fields
 from sspruner.surgery.slice import cut_buffer, slice_model
@@ -31,9 +33,8 @@ def model_class_of(config: Any) -> Any:
     model's. None for code of its own.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
 
-    default = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    default = stock_class_of(type(config))
     named = getattr(transformers, str(next(iter(getattr(config, "architectures", None) or ()), "")), None)
     fits = isinstance(named, type) and getattr(named, "config_class", None) is type(config)
     return named if default is not None and fits else default
@@ -130,10 +131,11 @@ def finish_cut(model: Any, cut: Any) -> None:
     for buffer in model._sspruner_buffers:
         cut_buffer(*buffer)
     del model._sspruner_buffers
+    text = text_config(model.config)
     for name, value in fields(cut).items():
-        if getattr(model.config, name, None) != value:
+        if getattr(text, name, None) != value:
             with suppress(AttributeError):  # a read-only property that the blocks have set already
-                setattr(model.config, name, value)
+                setattr(text, name, value)
 
 
 def reference_folder(model: str | Path | None) -> Path | None:

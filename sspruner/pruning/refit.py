@@ -222,7 +222,7 @@ def _observe(
         inputs, _ = cut.given(block, batch, {tensor(model, writer.weight): writer.weight})
         u = inputs[writer.weight]  # (b, T, D)
         lack = outputs[batch][writer.weight].to(u.device) - _linear(model, writer.weight, u)  # (b, T, O)
-        if lacking is not None:
+        if lacking is not None and lacking[batch].shape == lack.shape:  # not where the stream is several copies
             lack = lack + lacking[batch].to(lack)
         left_out = torch.arange(first, first + len(mask)) % LEFT_OUT == LEFT_OUT - 1  # (b,)
         for part, which in (("fitted", ~left_out), ("other", left_out)):

@@ -11,6 +11,7 @@ from typing import Any
 from sspruner.axes import axis_of
 from sspruner.errors import PlanError
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.text_model import text_config
 from sspruner.plans.plan import VERSION, Plan
 from sspruner.plans.reduction import Projection, Reduction
 from sspruner.surgery.predict import dropped_modules
@@ -43,7 +44,7 @@ def record(config: Any, original: dict[str, Any], plan: Plan, graph: SSMGraph, b
         return
     previous = getattr(config, RECORD, None) or {}
     stock = dict(previous.get("stock", {}))
-    _write_sizes(config, stock, plan, graph)
+    _write_sizes(text_config(config), stock, plan, graph)
     sizes = graph.family.config_sizes if graph.family else {}
     for field, value in fields(config).items():
         if field not in sizes and original.get(field) != value:
@@ -122,15 +123,17 @@ def subfolder(config: Any, folder: str) -> Iterator[None]:
 def restore_stock(config: Any) -> None:
     """Restore the stock fields of the model before any cut."""
     for field, value in (getattr(config, RECORD, None) or {}).get("stock", {}).items():
-        setattr(config, field, value)
+        setattr(text_config(config), field, value)
 
 
 def fields(config: Any) -> dict[str, Any]:
-    """Return a copy of the config's own fields."""
+    """Return a copy of the config's own fields; of a multimodal model those of its language model."""
     return (
         {}
         if config is None
-        else {k: copy.deepcopy(v) for k, v in vars(config).items() if k != RECORD and not k.startswith("_")}
+        else {
+            k: copy.deepcopy(v) for k, v in vars(text_config(config)).items() if k != RECORD and not k.startswith("_")
+        }
     )
 
 
@@ -153,6 +156,8 @@ def _write_sizes(config: Any, stock: dict[str, Any], plan: Plan, graph: SSMGraph
     removed = tuple(f"{path}." for path in dropped_modules(plan, graph))
     layouts = [cut_layout(site, plan, graph) for site in graph.layers if not f"{site.path}.".startswith(removed)]
     values = {f: {layout.stock_total(size) for layout in layouts} for f, size in graph.family.config_sizes.items()}
+    for field in graph.family.config_repeats:
+        vars(config).pop(field, None)
     uniform = all(len(v) == 1 for v in values.values())
     projected = [layout for layout in layouts if layout.is_projected]
     state = {f: size for f, size in graph.family.config_sizes.items() if any("state" in term for term in size)}

@@ -46,6 +46,8 @@ def slice_model(
         if before.sizes != after.sizes:
             for path in (site.path, *site.aliases):
                 _correct(model.get_submodule(path), after)
+                if site.family:
+                    site.family.fit(model.get_submodule(path))
             fold_values(model, site, before, after)
     drop_blocks(model, plan, graph)
 

@@ -45,6 +45,7 @@ _NAMES = {  # settings that vary between cases
     "nemotron_h": (*_MAMBA2, "kv", "ratio"),
     "jamba": (*_MAMBA1, "kv", "ratio"),
     "zamba": ("heads", "state", "rank", "bias", "conv_bias"),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid", "glm5_next_text"), ("heads", "channels", "bias", "kv", "ratio")),
 }
 
 

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sspruner
-from sspruner.calibrate import selective, state
+from sspruner.calibrate import scans
 from sspruner.compute.forward import embedding, forward
 from sspruner.errors import SSPrunerError
-from sspruner.graph.family import Family, SelectiveProjected
+from sspruner.graph.family import Family
 from sspruner.graph.known import installed_families
 from sspruner.graph.layout import Layout
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.text_model import text_config
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan
 from sspruner.plugins.manager import plugin_manager
@@ -136,7 +137,7 @@ class _Check:
             return
         for field, size in self.family.config_sizes.items():
             values = {site.layout.total(size) for site in graph.layers}
-            value = getattr(model.config, field, None)
+            value = getattr(text_config(model.config), field, None)
             if value is not None and len(values) == 1 and value not in values:
                 self.fail(f"config.{field} is {value}, config_sizes make it {values.pop()}", seed)
 
@@ -151,7 +152,7 @@ class _Check:
             hidden, output = seen.hidden, seen.output
             mask = torch.ones(ids.shape, dtype=torch.bool)
             p = self.project(mixer, hidden, mask, path, seed)
-            y = (selective.scan_output(p) if isinstance(p, SelectiveProjected) else state.scan_output(p)).flatten(2)
+            y = scans.scan_output(p).flatten(2)
             if self.scan_to_output:
                 expected, candidates = "the mixer's output", {"": self.scan_to_output(mixer, y, p.z)}
                 compared = [output]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCABULARY = 31
 
@@ -50,6 +50,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {},
     "qwen4_exp_text": {},
     "olmo_hybrid": {},
+    "kimi_linear": {"channels": 6},
+    "bailing_hybrid": {"channels": 6},
+    "glm5_next_text": {"channels": 6},
 }
 FAMILIES = tuple(SHAPES)
 TYPES = {"M": "linear_attention", "A": "full_attention", "-": "mlp", "E": "moe"}
@@ -272,6 +275,66 @@ def _olmo_hybrid(s: SimpleNamespace) -> dict[str, Any]:
     return _delta_net(s)
 
 
+def _kda(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of the families with KDA: latent attention, a dense MLP in the first layer, then experts."""
+    return {
+        "layer_types": [TYPES[letter] for letter in s.layers],
+        "mlp_layer_types": ["dense" if i == 0 or not s.experts else "sparse" for i in range(len(s.layers))],
+        "hidden_size": 16,
+        "linear_num_heads": s.heads,
+        "linear_head_dim": s.channels,
+        "num_attention_heads": s.kv * s.ratio,
+        "num_key_value_heads": s.kv * s.ratio,
+        "attention_bias": s.bias,
+        "kv_lora_rank": 6,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 3,
+        "intermediate_size": 10,
+        "num_local_experts": s.experts or 3,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 8,
+        "n_shared_experts": 1,
+    }
+
+
+def _kimi_linear(s: SimpleNamespace) -> dict[str, Any]:
+    return _kda(s) | {"q_lora_rank": 5}
+
+
+def _bailing_hybrid(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of bailing_hybrid: a token takes 2 of the experts in the better one of two groups."""
+    return _kda(s) | {"num_local_experts": 2 * (s.experts or 3), "n_group": 2}
+
+
+def _glm5_next_text(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of glm5_next_text: two residual streams; attention chooses pools of 4 tokens."""
+    return _kda(s) | {
+        "q_lora_rank": 5,
+        "qk_rope_head_dim": 0,
+        "index_topk": 64,
+        "index_kpool": 4,
+        "index_head_dim": 4,
+        "index_n_heads": 2,
+        "hc_mult": 2,
+    }
+
+
+# The vision part of glm5_next, which has no class without one.
+_VISION = {
+    "depth": 1,
+    "hidden_size": 8,
+    "num_heads": 2,
+    "image_size": 8,
+    "patch_size": 2,
+    "out_hidden_size": 16,
+    "intermediate_size": 8,
+    "projection_intermediate_size": 8,
+}
+
+
 def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """Build a random model in eval mode.
 
@@ -284,7 +347,20 @@ def zoo(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ove
     config |= build(SimpleNamespace(**shape)) | {n: value for n, value in overrides.items() if n not in SHAPE}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=dtype)
+        if family == "glm5_next_text":
+            parts = {
+                "text_config": config,
+                "vision_config": _VISION,
+                "tie_word_embeddings": config["tie_word_embeddings"],
+            }
+            ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+            made = AutoConfig.for_model("glm5_next", **parts, **ends)
+            model = AutoModelForImageTextToText.from_config(made, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=dtype)
+        for name, tensor in model.state_dict(keep_vars=True).items():  # as from_pretrained leaves them
+            if any(part in name for part in model._keep_in_fp32_modules_strict or ()):
+                tensor.data = tensor.data.float()
         randomise(model)
     return model.eval()
 
@@ -296,6 +372,7 @@ def randomise(model: torch.nn.Module) -> None:
     for name, parameter in [*model.named_parameters(), *buffers]:
         if name.endswith(("A_log", "bias")):
             value = torch.randn(parameter.shape) * 0.7
+            value -= 3 * name.endswith("forget_gate.dt_bias")  # a gate of KDA that is half open forgets all at once
         elif parameter.ndim == 1 or name.endswith(".D"):  # D is (heads, channels) in zamba
             value = torch.rand(parameter.shape) + 0.5
         else:  # (..., fan-in): Linear, embedding, depthwise conv (C, 1, kernel), experts, zamba's per-head projections

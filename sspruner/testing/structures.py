@@ -44,6 +44,9 @@ _OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "jamba": {"layers": st.sampled_from(["MAM", "MMA", "AMM", "MAMM"]), "experts": st.sampled_from([1, 3])},
     "qwen3_next": {"layers": _MIXED, "experts": st.sampled_from([0, 3])},
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid"), {"layers": _MIXED}),
+    "kimi_linear": {"layers": _MIXED, "experts": st.sampled_from([0, 3]), "q_lora_rank": st.sampled_from([None, 5])},
+    "bailing_hybrid": {"layers": _MIXED, "experts": st.sampled_from([0, 3]), "kda_safe_gate": st.booleans()},
+    "glm5_next_text": {"layers": _MIXED, "experts": st.sampled_from([0, 3])},
     "zamba": {"layers": st.sampled_from(["AA", "AMA", "MAA", "MAMA"])},  # stock cannot tie a single A
 }
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import event, given, reject
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import sspruner
 from sspruner.graph.group import DependencyGroup, as_rows
@@ -22,7 +22,7 @@ from sspruner.surgery.mask import mask
 from sspruner.surgery.predict import removed_parameters, removed_state_bytes
 from sspruner.surgery.proof import measured_state_bytes, slice_with_proof
 from sspruner.surgery.slice import slice_model
-from support.family_plans import AXES, draw_plan, each_family, few, logits
+from support.family_plans import AXES, draw_plan, each_family, few, is_mixer, logits
 from support.tiny import tokens
 from support.zoo import rounding, zoo, zoo_models
 
@@ -53,7 +53,7 @@ def assert_equal_logits(
 
 def narrow(model: PreTrainedModel) -> PreTrainedModel:
     """The model as transformers makes it in bf16."""
-    made = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.bfloat16).eval()
+    made = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16).eval()
     made.load_state_dict(model.state_dict())
     return made
 
@@ -121,7 +121,7 @@ def test_mixed_axes_in_one_pass(family, data):
     assert (proof.parameters_removed, proof.state_bytes_removed) == (parameters, state)
     assert count(model) == before - parameters == expected_parameters
     assert measured_state_bytes(model, ids) == state_before - state == expected_state
-    assert [count(m) for m in model.modules() if hasattr(m, "A_log")] == expected_mixers
+    assert [count(m) for m in model.modules() if is_mixer(m)] == expected_mixers
     after = sspruner.trace(model)
     assert (after.parameters, after.state_bytes) == (expected_parameters, expected_state)
     assert {a: s.after for a, s in plan.groups.items() if a in after.groups and axis_stays(a, plan)} == {
@@ -153,7 +153,7 @@ def by_hand(model: PreTrainedModel, masked: PreTrainedModel, plan: Plan) -> tupl
     mixers = [
         mixer_by_hand(path, mixer, plan)
         for path, mixer in model.named_modules()
-        if hasattr(mixer, "A_log") and not any(f"{path}.".startswith(g) for g in gone)
+        if is_mixer(mixer) and not any(f"{path}.".startswith(g) for g in gone)
     ]
     return sum(int(p.count_nonzero()) for p in left), sum(state for _, state in mixers), [size for size, _ in mixers]
 
@@ -161,7 +161,7 @@ def by_hand(model: PreTrainedModel, masked: PreTrainedModel, plan: Plan) -> tupl
 def dropped_paths(model: PreTrainedModel, plan: Plan) -> list[str]:
     """Prefixes of everything that goes as a whole: blocks, mixers, and Zamba2's adapters of hybrid layers that go."""
     gone = []
-    mixers = [path for path, module in model.named_modules() if hasattr(module, "A_log")]
+    mixers = [path for path, module in model.named_modules() if is_mixer(module)]
     for name, selection in plan.groups.items():
         layer, _, axis = name.rpartition(":")
         if axis == "mixer":
@@ -183,9 +183,20 @@ def mixer_by_hand(path: str, mixer: torch.nn.Module, plan: Plan) -> tuple[int, i
     def after(axis: str, before: int) -> int:
         return plan.groups[f"{path}:{axis}"].after if f"{path}:{axis}" in plan.groups else before
 
-    hidden = mixer.in_proj.weight.shape[1]
+    hidden = getattr(mixer, "in_proj", getattr(mixer, "q_proj", None)).weight.shape[1]
     for name, selection in plan.groups.items():
         hidden = selection.after if name.endswith(":hidden") else hidden
+    if hasattr(mixer, "forget_gate"):
+        H, K, V = (
+            after(axis, size) for axis, size in zip(("head", "state", "head_dim"), kda_sizes(mixer), strict=True)
+        )
+        narrow = "g_a_proj" in dict(
+            mixer.named_children()
+        )  # decay and gate come through R numbers, else from the input
+        R = mixer.g_a_proj.weight.shape[0] if narrow else hidden
+        size = (2 * H * K + H * V) * (hidden + 4) + H * hidden  # q, k, v and their convolution, b
+        size += H * (K + V) * R + 2 * R * hidden * narrow + H * K + H  # decay, gate, dt_bias, A_log
+        return size + V + hidden * H * V, 4 * H * K * V
     bias, conv = int(mixer.in_proj.bias is not None), mixer.conv1d.kernel_size[0] + int(mixer.conv1d.bias is not None)
     N = after("state", mixer.ssm_state_size)
     if hasattr(mixer, "dt_bias"):  # Mamba2
@@ -203,6 +214,12 @@ def mixer_by_hand(path: str, mixer: torch.nn.Module, plan: Plan) -> tuple[int, i
     norms = sum(p.numel() for n, p in mixer.named_parameters() if "layernorm" in n) and R + 2 * N  # jamba
     scan = H * (R + 2 * N) * P + D * R + D + D * N + D  # x_proj, dt_proj and its bias, A_log, D
     return 2 * D * (hidden + bias) + D * conv + scan + norms + hidden * (D + bias), 4 * D * N
+
+
+def kda_sizes(mixer: torch.nn.Module) -> tuple[int, int, int]:
+    """Heads, and key and value channels of each."""
+    heads = mixer.forget_gate.A_log.numel()
+    return heads, len(mixer.forget_gate.dt_bias) // heads, len(mixer.o_norm.weight)
 
 
 # 3. composition, save and load

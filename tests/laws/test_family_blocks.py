@@ -28,8 +28,8 @@ from sspruner.plans.reduction import Selection
 from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask
 from sspruner.surgery.proof import slice_with_proof
-from support import oracle
-from support.family_plans import AXES, DELTA, MAMBA1, MAMBA2, draw_plan, each_family, few, logits
+from support import kda_state, oracle
+from support.family_plans import AXES, DELTA, KDA, MAMBA1, MAMBA2, draw_plan, each_family, few, is_mixer, logits
 from support.tiny import tokens
 from support.zoo import FAMILIES, zoo, zoo_models
 from support.zoo_variants import cache_name
@@ -48,7 +48,7 @@ def cut_mixers(data: st.DataObject, family: str) -> list[Any]:
     model = data.draw(zoo_models((family,)))
     graph = sspruner.trace(model)
     slicing.slice_model(model, draw_plan(data, graph, INSIDE), graph)
-    return [module for module in model.modules() if hasattr(module, "A_log")]
+    return [module for module in model.modules() if is_mixer(module)]
 
 
 def mixed(mixer: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -296,7 +296,7 @@ def stale_sizes(patch: pytest.MonkeyPatch) -> None:
 
 FOLDED = [(f, axis) for f in MAMBA2 for axis in ("head", "head_dim")]
 FOLDED += [(f, axis) for f in ("falcon_mamba", "jamba") for axis in ("state", "dt_rank")]
-FOLDED += [(f, axis) for f in DELTA for axis in ("state", "head_dim")]
+FOLDED += [(f, axis) for f in (*DELTA, *KDA) for axis in ("state", "head_dim")]
 FOLDED += [(f, "hidden") for f in FAMILIES if "hidden" in AXES[f]]
 
 
@@ -324,7 +324,7 @@ def test_other_rows_of_x_than_of_z_are_caught(family, run):
 
         breakage = change_rows(change)
     else:
-        breakage = other_rows("v" if run == "x" and family in DELTA else run)
+        breakage = other_rows("v" if run == "x" and family in (*DELTA, *KDA) else run)
     assert_caught(model, half(graph, axis), breakage)
 
 
@@ -357,14 +357,14 @@ def test_a_shared_block_cut_in_one_place_is_caught(family, axis):
 
 @pytest.mark.slow
 @pytest.mark.cover
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "nemotron_h"])  # stock does not tie it
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("nemotron_h", *KDA)])  # stock does not tie it
 def test_a_tied_head_cut_in_one_place_is_caught(family):
     model = zoo(family, hidden=16, tie_word_embeddings=True)
     assert_caught(model, half(sspruner.trace(model), "hidden"), only_the_first_place, ProofError, RuntimeError)
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "block" in AXES[f]])
 def test_stale_layer_numbers_are_caught(family):
     model = zoo(family)
     errors = (ProofError, IndexError, ValueError, AttributeError)  # the cache of the model itself may refuse
@@ -383,17 +383,24 @@ def test_stale_kinds_of_layers_are_caught(family):
 @pytest.mark.slow
 @pytest.mark.cover(most=2)
 @pytest.mark.parametrize(
-    ("family", "axis"), [(f, axis) for f, axes in AXES.items() for axis in axes if axis in INSIDE and axis != "channel"]
+    ("family", "axis"),
+    [
+        (f, axis)
+        for f, axes in AXES.items()
+        for axis in axes
+        if axis in INSIDE and axis != "channel" and not (f in KDA and axis == "head_dim")
+    ],
 )
 def test_stale_sizes_are_caught(family, axis):
-    """Not of `channel`: no forward reads the number of channels."""
+    """Not of `channel`, nor of KDA's value channels alone: no forward reads their number."""
     model = zoo(family)
     assert_caught(model, half(sspruner.trace(model), axis), stale_sizes, ProofError, RuntimeError)
 
 
 @pytest.mark.cover
-@pytest.mark.parametrize("axis", ["state", "hidden"])
-@each_family
+@pytest.mark.parametrize(
+    ("family", "axis"), [(f, axis) for f in FAMILIES for axis in ("state", "hidden") if axis in AXES[f]]
+)
 def test_a_cut_that_removes_nothing_is_caught(family, axis):
     model = zoo(family, hidden=16)
     assert_caught(model, half(sspruner.trace(model), axis), nothing_dropped)
@@ -403,7 +410,8 @@ def test_a_cut_that_removes_nothing_is_caught(family, axis):
 
 SMALL = {"falcon_h1": "rms_norm_eps", "nemotron_h": "layer_norm_epsilon"}  # the epsilon of the norm after the scan
 STOCK: list[tuple[str, str, dict[str, Any], float]] = [
-    *((family, "state", {}, 0.0) for family in FAMILIES),
+    *((family, "state", {}, 0.0) for family in FAMILIES if family not in KDA),
+    *((family, "head", {}, 0.0) for family in KDA[:2]),
     *((family, axis, {}, 0.0) for family in ("mamba", "falcon_mamba") for axis in ("channel", "dt_rank")),
     *((family, "dt_rank", {}, 0.0) for family in ("jamba", "zamba")),
     *(("falcon_h1", axis, {"mamba_rms_norm": False}, 0.0) for axis in ("head", "head_dim", "group")),
@@ -507,7 +515,7 @@ def test_every_family_is_causal(family, monkeypatch):
 @each_family
 def test_a_mixer_that_looks_ahead_is_refused(family, ahead):
     model = zoo(family)
-    mixer = next(m for m in model.modules() if hasattr(m, "A_log"))
+    mixer = next(m for m in model.modules() if is_mixer(m))
     right = type(mixer)
 
     def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

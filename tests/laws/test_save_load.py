@@ -39,14 +39,15 @@ def test_load_gives_back_what_was_saved(model: torch.nn.Module, data: st.DataObj
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_axis_at_once_is_saved_and_loaded(family: str, tmp_path: Path) -> None:
-    """In bf16: all that a layer has is halved, and the first block goes; then saved, loaded, cut and saved again."""
+    """In bf16: all in a layer is halved, the first block goes if it can; then saved, loaded, cut, saved again."""
     model = zoo(family, hidden=16, dtype=torch.bfloat16)
     graph = sspruner.trace(model)
     groups = {
         n: s for axis in graph.axes if axis not in ("block", "mixer") for n, s in half(graph, axis).groups.items()
     }
-    block = graph.groups[f"{graph.blocks}:block"]
-    groups[block.name] = Selection(block.units, (tuple(range(1, block.units)),))
+    block = graph.groups.get(f"{graph.blocks}:block")
+    if block:
+        groups[block.name] = Selection(block.units, (tuple(range(1, block.units)),))
     sspruner.apply(model, Plan(groups))
     loaded = check_round_trip(model, tmp_path / "one")
     sspruner.apply(loaded, uniform(loaded, (0, 2)))

@@ -25,6 +25,8 @@ _MAMBA2, _MAMBA1, _HYBRID = (
 
 DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid")
 
+KDA = ("kimi_linear", "bailing_hybrid", "glm5_next_text")
+
 AXES = {
     "mamba2": (*_MAMBA2, "hidden", "block"),
     "mamba": (*_MAMBA1, "hidden", "block"),
@@ -38,11 +40,13 @@ AXES = {
     "zamba": ("state", "head", "head_dim", "dt_rank", *_HYBRID, "hidden", "block"),
     **dict.fromkeys(DELTA, (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer")),
     "qwen4_exp_text": (*_MAMBA2, *_HYBRID),
+    **dict.fromkeys(KDA[:2], ("state", "head", "head_dim", *_HYBRID, "hidden", "block", "mixer")),
+    "glm5_next_text": ("state", "head", "head_dim", *_HYBRID),
 }
 
 
 MAMBA2 = tuple(family for family, axes in AXES.items() if "group" in axes and family not in DELTA)
-MAMBA1 = tuple(family for family in FAMILIES if family not in (*MAMBA2, *DELTA))
+MAMBA1 = tuple(family for family in FAMILIES if family not in (*MAMBA2, *DELTA, *KDA))
 
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -87,6 +91,11 @@ def draw_plan(data: st.DataObject, graph: sspruner.SSMGraph, axes: tuple[str, ..
 def _keep(pick: random.Random, group: DependencyGroup, after: int, stay: set[int]) -> tuple[int, ...]:
     rest = [unit for unit in range(group.units) if unit not in stay]
     return tuple(sorted([*stay, *pick.sample(rest, after - len(stay))]))
+
+
+def is_mixer(module: torch.nn.Module) -> bool:
+    """Return whether a module of transformers is a state-space mixer; in KDA a gate inside it holds A_log."""
+    return hasattr(module, "forget_gate") or (hasattr(module, "A_log") and not hasattr(module, "qkv_dim"))
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -104,10 +104,11 @@ def gated(mixer: Any, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 def delta_states(p: DeltaProjected) -> torch.Tensor:
     """Return every state of a delta rule, one step at a time: fp64 (b, T, H, V, K)."""
     k, v, beta, a = p.k.double(), p.v.double(), p.beta.double(), p.decay.double().exp()
+    a = a[..., None, :] if a.ndim == 4 else a[..., None, None]  # by key channel, or one for all
     k = k.repeat_interleave(v.shape[2] // k.shape[2], 2)  # (b, T, H, K)
     S, steps = v.new_zeros(*v[:, 0].shape, k.shape[-1]), []
     for t in range(v.shape[1]):
-        S = a[:, t, :, None, None] * S
+        S = a[:, t] * S
         wrong = v[:, t] - torch.einsum("bhvk,bhk->bhv", S, k[:, t])
         S = S + torch.einsum("bhv,bhk->bhvk", beta[:, t, :, None] * wrong, k[:, t])
         steps.append(S)

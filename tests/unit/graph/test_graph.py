@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -22,6 +22,7 @@ from sspruner.plans.plan import Plan
 from sspruner.plugins.manager import plugin_manager
 from sspruner.surgery.slice import slice_model
 from support.examples import examples
+from support.family_plans import AXES, KDA
 from support.tiny import models, selections, tiny_model
 from support.zoo import FAMILIES, zoo, zoo_models
 
@@ -104,8 +105,33 @@ def zamba_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
     return rows | {(name, (0, 2 if name == "x_proj_weight" else 1)): channels for name in by_head}
 
 
+def kda_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
+    """q, k, decay (H, K), v, gate (H, V), b, A_log (H), conv [q: H*K | k: H*K | v: H*V], o_norm (V,), o_proj (H, V)."""
+    H, K, V = len(mixer.b_proj.weight), len(mixer.q_proj.weight), len(mixer.v_proj.weight)
+    K, V = K // H, V // H
+    if axis == "state":  # set g: one head
+        keys, values = [g * K + unit], []
+    elif axis == "head_dim":  # one set for all heads
+        keys, values = [], [h * V + unit for h in range(H)]
+    else:
+        keys, values = [unit * K + n for n in range(K)], [unit * V + p for p in range(V)]
+    heads, norm = [unit] * (axis == "head"), [unit] * (axis == "head_dim")
+    gate = ("forget_gate.f_proj.weight", "forget_gate.f_b_proj.weight", "forget_gate.dt_bias")
+    rows = {
+        **dict.fromkeys([(n, (0,)) for n in ("q_proj.weight", "k_proj.weight", *gate)], keys),
+        **dict.fromkeys([(n, (0,)) for n in ("v_proj.weight", "g_proj.weight", "g_b_proj.weight")], values),
+        ("conv1d.weight", (0,)): [*keys, *(H * K + n for n in keys), *(2 * H * K + p for p in values)],
+        ("b_proj.weight", (0,)): heads,
+        ("forget_gate.A_log", (2 if mixer.forget_gate.A_log.ndim == 4 else 0,)): heads,
+        ("o_norm.weight", (0,)): norm,
+        ("o_proj.weight", (1,)): values,
+    }
+    return {key: r for key, r in rows.items() if r}
+
+
 MAMBA1 = ("mamba", "falcon_mamba", "jamba")
 UNITS = {f: zamba_unit if f == "zamba" else mamba1_unit if f in MAMBA1 else mamba2_unit for f in FAMILIES}
+UNITS |= dict.fromkeys(KDA, kda_unit)
 
 
 @examples(25)
@@ -129,6 +155,8 @@ def test_the_axes_of_a_mixer(family: str) -> None:
     P = {"granitemoehybrid": 16, "zamba": 8}.get(family, 4)
     if UNITS[family] is mamba2_unit:
         own = {"state": (2, 6), "head": (2, 2), "head_dim": (4, P), "group": (1, 2)}
+    elif UNITS[family] is kda_unit:
+        own = {"state": (2, 6), "head": (1, 2), "head_dim": (1, 6)}
     elif family == "zamba":
         own = {"state": (2, 6), "head": (1, 2), "head_dim": (2, P), "dt_rank": (2, 3)}
     else:
@@ -136,10 +164,10 @@ def test_the_axes_of_a_mixer(family: str) -> None:
     for layer in graph.layers:
         assert {g.axis: (g.groups, g.units) for g in graph.groups_of(layer)} == own
         assert layer.kind == family
-    around = {"hidden", "block"}
+    around = {"hidden", "block"} & set(AXES[family])
     if family not in ("mamba2", "mamba", "falcon_mamba"):
         around |= {"attn_head", "mlp"}
-    if family in ("bamba", "granitemoehybrid", "falcon_h1", "jamba"):  # an MLP is left, or attention
+    if family in ("bamba", "granitemoehybrid", "falcon_h1", "jamba", *KDA[:2]):  # an MLP is left, or attention
         around |= {"mixer"}
     assert set(graph.axes) == {*own, *around}
     assert "group" not in sspruner.trace(zoo(family, groups=1)).axes
@@ -154,7 +182,11 @@ def test_units_and_bytes_add_up(model: nn.Module, data: st.DataObject) -> None:
     assert graph.weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
     for layer in graph.layers:
         mixer = model.get_submodule(layer.path)
-        assert layer.state_bytes == mixer.intermediate_size * mixer.ssm_state_size * 4
+        if hasattr(mixer, "forget_gate"):
+            channels, states = len(mixer.v_proj.weight), len(mixer.k_proj.weight) // mixer.num_heads
+        else:
+            channels, states = mixer.intermediate_size, mixer.ssm_state_size
+        assert layer.state_bytes == channels * states * 4
         for group in graph.groups_of(layer):
             in_state = group.axis != "dt_rank"
             assert group.groups * group.units * group.state_bytes_per_unit == layer.state_bytes * in_state
@@ -182,8 +214,19 @@ def test_the_attributes_that_a_forward_reads_follow_the_cut(model: nn.Module, da
     slice_model(model, Plan({name: data.draw(selections(group.groups, group.units, exactly=after))}), graph)
     for site in sspruner.trace(model).layers:
         mixer = model.get_submodule(site.path)
-        rows = mixer.in_proj.weight.shape[0]
-        if site.kind in MAMBA1:
+        rows = 0 if site.kind in KDA else mixer.in_proj.weight.shape[0]
+        if site.kind in KDA:
+            keys, values = len(mixer.forget_gate.dt_bias), mixer.o_proj.in_features
+            assert (len(mixer.q_proj.weight), len(mixer.k_proj.weight), len(mixer.v_proj.weight)) == (
+                keys,
+                keys,
+                values,
+            )
+            assert mixer.qkv_dim == mixer.num_heads * mixer.head_dim == values
+            assert mixer.forget_gate.qkv_dim == mixer.forget_gate.num_heads * mixer.forget_gate.head_dim == keys
+            assert mixer.num_heads == mixer.forget_gate.num_heads == mixer.forget_gate.A_log.numel()
+            assert mixer.conv_dim == 2 * keys + values == mixer.conv1d.weight.shape[0]
+        elif site.kind in MAMBA1:
             assert rows == 2 * mixer.intermediate_size
             assert mixer.x_proj.weight.shape[0] == mixer.time_step_rank + 2 * mixer.ssm_state_size
         elif site.kind == "zamba":
@@ -222,6 +265,7 @@ def test_dropping_rows_of_several_dimensions_seen_as_one(data: st.DataObject) ->
 def test_every_parameter_is_described_for_the_hidden_axis(model: nn.Module) -> None:
     """A unit of `hidden` owns one row or column of every tensor that is as wide, a tied one once."""
     graph = sspruner.trace(model)
+    assume(not (graph.family and graph.family.stream_refused))
     (group,) = graph.on_axis("hidden").values()
     width = model.get_input_embeddings().weight.shape[1]
     assert (group.groups, group.units) == (1, width)

@@ -11,7 +11,7 @@ import sspruner
 from sspruner.graph.group import DependencyGroup
 from support.tp_graph import tp_graph, tp_group
 from support.tp_modules import DISTINCT, modules
-from support.zoo import FAMILIES, zoo
+from support.zoo import zoo
 
 ROOTS = {"attn_head": ("q_proj",), "mlp": ("gate_proj", "gate_up_proj", "input_linear", "up_proj")}
 
@@ -46,7 +46,7 @@ def theirs(model: nn.Module, graph: Any, group: DependencyGroup) -> dict[tuple[s
 
 @pytest.mark.slow
 @pytest.mark.cover
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(DISTINCT))
 def test_groups_around_the_mixers_are_torch_prunings(family: str) -> None:
     model = zoo(family, **DISTINCT[family])
     graph = tp_graph(model)

@@ -21,6 +21,7 @@ from sspruner.budgets.decide import select
 from sspruner.graph.group import Block, DependencyGroup
 from sspruner.plans.plan import Plan, check_plan
 from sspruner.plans.reduction import Selection
+from support.family_plans import AXES
 from support.tiny import everything, half, plans, tiny_model
 from support.zoo import FAMILIES, zoo
 
@@ -290,7 +291,9 @@ def test_plans_that_fit_are_let_through(data: st.DataObject) -> None:
     assert set(plan.axes) == {name.rpartition(":")[2] for name in plan.groups}
 
 
-ATTENTION = {f: sspruner.trace(zoo(f)) for f in FAMILIES if f not in ("mamba2", "mamba", "falcon_mamba")}
+ATTENTION = {
+    f: sspruner.trace(zoo(f)) for f in FAMILIES if "block" in AXES[f] and f not in ("mamba2", "mamba", "falcon_mamba")
+}
 
 
 def blocks_with(graph: sspruner.SSMGraph, kind: str) -> set[int]:

@@ -45,6 +45,7 @@ def owned(model: torch.nn.Module, group: Any, g: int, u: int) -> dict[str, torch
 
 # Experts run in fp32 and below only; here everything runs in fp64.
 PLAIN = {"jamba": {"experts": 1}, "granitemoehybrid": {"experts": 0}, "nemotron_h": {"layers": "M-AM"}}
+PLAIN |= {family: {"experts": 0} for family in family_plans.KDA}
 FAMILIES_AND_AXES = [(f, a) for f in FAMILIES for a in AXES if a in family_plans.AXES[f]]
 
 

@@ -19,7 +19,7 @@ import sspruner
 from sspruner_plugins.torch_pruning import NORMALIZERS, REDUCTIONS, SCORERS
 from support.tp_graph import EndlessWalk, tp_graph, tp_group
 from support.tp_modules import DISTINCT, modules
-from support.zoo import FAMILIES, zoo
+from support.zoo import zoo
 
 BY_NAME = {cls.name: cls for cls in SCORERS}
 EVERY_NORMALIZER = [n for n in (*NORMALIZERS, "sentinel_0.3") if n != "lamp"] + ["lamp"]
@@ -376,7 +376,7 @@ def each(units: int, *offsets: int, rows: int = 1) -> tuple[tuple[int, ...], ...
 
 @pytest.mark.slow
 @pytest.mark.cover
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(DISTINCT))
 def test_hidden_groups_are_right(family: str) -> None:
     """Everything that is as wide as the hidden size, norms too; behind Zamba's concatenation, what is twice as wide."""
     model = zoo(family, **DISTINCT[family])
@@ -438,7 +438,7 @@ def test_mlp_groups_are_right(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(DISTINCT))
 def test_limit_nothing_inside_a_mixer(family: str) -> None:
     """Why the axes of a mixer are specified by hand: there is no group to compare with."""
     model = zoo(family)
