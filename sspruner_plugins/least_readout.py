@@ -36,8 +36,7 @@ def least_readout_basis(read: torch.Tensor, written: torch.Tensor) -> tuple[torc
             better = cost < least
             best = torch.where(better[:, None, None], U.detach(), best)
             least = torch.where(better, cost.detach(), least)
-            optimizer.zero_grad()
-            cost.sum().backward()
+            (free.grad,) = torch.autograd.grad(cost.sum(), free)
             optimizer.step()
     return best, readout_errors(best, read, written)
 
@@ -45,7 +44,8 @@ def least_readout_basis(read: torch.Tensor, written: torch.Tensor) -> tuple[torc
 def readout_errors(U: torch.Tensor, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
     """Return err_k for k = 0 .. N-1: (G, N). U: (G, N, N), directions in columns."""
     lost = (U.mT @ read @ U) * (U.mT @ written @ U)  # (G, N, N): err_k is the sum of its block from k on
-    return lost.flip(-1, -2).cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1).flip(-1)
+    errors: torch.Tensor = lost.flip(-1, -2).cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1).flip(-1)
+    return errors
 
 
 def _cost(U: torch.Tensor, read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
@@ -66,13 +66,15 @@ def _best_start(read: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
 
 def _principal(moment: torch.Tensor) -> torch.Tensor:
     """Return eigenvectors in columns, those of the largest eigenvalues first: (G, N, N)."""
-    return torch.linalg.eigh(moment).eigenvectors.flip(-1)
+    vectors: torch.Tensor = torch.linalg.eigh(moment).eigenvectors
+    return vectors.flip(-1)
 
 
 def _root(moment: torch.Tensor) -> torch.Tensor:
     """Return L with L L^T = the moment, small eigenvalues raised to a floor: (G, N, N)."""
     values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp_min(TINY).sqrt()[:, None]
+    root: torch.Tensor = vectors * values.clamp_min(TINY).sqrt()[:, None]
+    return root
 
 
 def _unit_trace(moment: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,9 @@ def fresh_model(family: str, config: dict[str, Any], vocabulary: int, seed: int,
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), token)
-    made = AutoConfig.for_model(family, **config, **tokens, vocab_size=vocabulary, tie_word_embeddings=token is not None)
+    made = AutoConfig.for_model(
+        family, **config, **tokens, vocab_size=vocabulary, tie_word_embeddings=token is not None
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(made)
     for module in model.modules():

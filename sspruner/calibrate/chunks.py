@@ -5,7 +5,7 @@ chunk's first step to t, and L[t,s] = exp(cum_t - cum_s) for s <= t,
 
     h_t = sum_{s<=t} L[t,s] dt_s x_s (x) B_s  +  exp(cum_t) S0                                       (P, N)
 
-A gated delta rule has this form, too, with k for B, q for C, dt = 1, and for x the values u that it really writes, which
+A gated delta rule has this form, too, with k for B, q for C, dt = 1, and for x the values u that it really writes. They
 solve a triangular system in the chunk (Yang et al., "Parallelizing Linear Transformers with the Delta Rule", arXiv
 2406.06484, section 3; with decay arXiv 2412.06464, section 3.3):
 

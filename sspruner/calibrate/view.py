@@ -117,7 +117,9 @@ class Observation:
     def _one_decay(self) -> state.Scalar:
         p = self.projected
         if isinstance(p, SelectiveProjected) or (isinstance(p, DeltaProjected) and p.decay.ndim == 4):
-            raise PluginError("the Gramian of a group's states is defined where they share a decay: not in Mamba1, nor KDA")
+            raise PluginError(
+                "the Gramian of a group's states is defined where they share a decay: not in Mamba1, nor KDA"
+            )
         return p
 
     @cached_property
@@ -344,7 +346,9 @@ class SSMView:
 
     def by_unit(self, channels: torch.Tensor) -> torch.Tensor:
         """Sum values of y's channels, (H, P), over the channels of each unit of the scored group: (groups, units)."""
-        out = [m for m in self.group.members if m.dims == (1,)][-1]  # the last columns that read y: the output projection
+        out = [m for m in self.group.members if m.dims == (1,)][
+            -1
+        ]  # the last columns that read y: the output projection
         return channels.flatten()[out.index.to(channels.device)].sum(-1)
 
     @property

@@ -35,7 +35,7 @@ class Wanted:
 
     @property
     def of_state(self) -> bool:
-        """True if what is trained enters with B, C or A (k or q): then x, z and dt depend on nothing that is trained."""
+        """True if what is trained enters with B, C or A (k, q): then x, z and dt depend on nothing that is trained."""
         return self.rows <= {"A", "B", "C", "k", "q"}
 
 

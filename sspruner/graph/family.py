@@ -105,8 +105,8 @@ class Family(ABC):
                    must support `state_encode` and `state_decode`, see mamba2_type.py)
     causal         False for mixers that are meant to look ahead
     mixer_axis     True if a block without its mixer still has another module (axis `mixer`)
-    stream_refused reason why the residual stream (axis `hidden`) and whole blocks (`block`, `mixer`) cannot be cut, "" if
-                   they can
+    stream_refused reason why the residual stream (axis `hidden`) and whole blocks (`block`, `mixer`) cannot be cut, ""
+                   if they can
     norm, out      names of the norm after the scan and of the projection of its output
     """
 

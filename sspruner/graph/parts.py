@@ -43,7 +43,9 @@ def attention(module: Any, hidden: int) -> Layout | None:
     for letter, out_rows in rows.items():
         for name in _adapters(module, f"linear_{letter}_adapter_list"):
             adapters += [Slot(f"{name}.0.weight", 1, read), Slot(f"{name}.1.weight", 0, out_rows)]
-    over_heads = [n for n, heads in (("q", q), ("k", kv)) if _normed_together(getattr(module, f"{n}_norm", None), heads * P)]
+    over_heads = [
+        n for n, heads in (("q", q), ("k", kv)) if _normed_together(getattr(module, f"{n}_norm", None), heads * P)
+    ]
     return Layout(
         sizes={
             "attn_head": kv,
@@ -68,7 +70,9 @@ def attention(module: Any, hidden: int) -> Layout | None:
             "num_attention_heads": (("attn_head", "query"),),
             "num_key_value_heads": (("attn_head",),),
         },
-        folds=tuple(fold for n in over_heads for fold in _norm_folds(getattr(module, f"{n}_norm"), f"{n}_norm.", "attn_head")),
+        folds=tuple(
+            fold for n in over_heads for fold in _norm_folds(getattr(module, f"{n}_norm"), f"{n}_norm.", "attn_head")
+        ),
     )
 
 
@@ -174,7 +178,8 @@ def norm(module: Any, hidden: int) -> Layout | None:
 
 def _norm_folds(module: Any, prefix: str, axis: str) -> tuple[Fold, ...]:
     """Return the folds of an RMS norm that averages over `axis`."""
-    offset = 1.0 if zero_centred(type(module)) else 0.0
+    kind: Any = type(module)
+    offset = 1.0 if zero_centred(kind) else 0.0
     return (
         Fold(f"{prefix}weight", (axis,), 0.5, offset=offset),
         Fold(f"{prefix}{_epsilon(module)}", (axis,), 1.0),
@@ -197,7 +202,7 @@ def zero_centred(kind: type[nn.Module]) -> bool:
     """Return whether an RMS norm of this class multiplies by 1 + weight, as Qwen's do: one with weight 0 shows it."""
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         probe = kind(2)
-        probe.weight.zero_()  # type: ignore[operator, union-attr]
+        probe.weight.zero_()  # type: ignore[operator]
         return bool(probe(torch.ones(1, 2)).abs().amax() > 0)
 
 

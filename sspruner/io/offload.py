@@ -55,7 +55,9 @@ class Blocks:
         sources: name of a tensor in the checkpoint -> its file. homes: block -> device on which it stays.
         """
         self.model, self.where, self.folder, self.homes = model, where, folder, homes
-        self.mixers = {site.path: site.layout.sizes.get("hidden") for site in graph.layers}  # path -> width of its input
+        self.mixers = {
+            site.path: site.layout.sizes.get("hidden") for site in graph.layers
+        }  # path -> width of its input
         count = len(model.get_submodule(graph.blocks))
         self.blocks = [f"{graph.blocks}.{i}" for i in range(count)]
         self.sources = sources

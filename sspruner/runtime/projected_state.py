@@ -146,11 +146,10 @@ def delta_rows(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ..
         )
         return torch.cat([part.flatten(2) for part in (q, k, v)], dim=-1), z.flatten(2), b, a
     if hasattr(self, "in_proj_qkv"):
-        names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-        return tuple(getattr(self, name)(hidden_states) for name in names)
-    names = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
-    q, k, v, z, b, a = (getattr(self, name)(hidden_states) for name in names)
-    return torch.cat([q, k, v], dim=-1), z, b, a
+        parts = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        return tuple(part(hidden_states) for part in parts)
+    qkv = torch.cat([part(hidden_states) for part in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+    return qkv, self.g_proj(hidden_states), self.b_proj(hidden_states), self.a_proj(hidden_states)
 
 
 @force_accelerate_hooks("conv1d")  # type: ignore[untyped-decorator]

@@ -28,7 +28,7 @@ from sspruner.plans.reduction import Selection
 from sspruner.surgery import slice as slicing
 from sspruner.surgery.mask import mask
 from sspruner.surgery.proof import slice_with_proof
-from support import kda_state, oracle
+from support import oracle
 from support.family_plans import AXES, DELTA, KDA, MAMBA1, MAMBA2, draw_plan, each_family, few, is_mixer, logits
 from support.tiny import tokens
 from support.zoo import FAMILIES, zoo, zoo_models

@@ -108,7 +108,7 @@ class DeltaNet(Family):
         )[..., :T].transpose(1, 2)
         qkv = (F.silu(qkv) * mask[..., None]).to(hidden.dtype)
         keys = mixer.num_k_heads * mixer.head_k_dim
-        q, k, v = qkv.split([keys, keys, qkv.shape[-1] - 2 * keys], dim=-1)
+        q, k, v = torch.split(qkv, [keys, keys, qkv.shape[-1] - 2 * keys], dim=-1)
         q, k = (l2_normalised(part.reshape(b, T, mixer.num_k_heads, mixer.head_k_dim)) for part in (q, k))
         q = q * mixer.head_k_dim**-0.5
         if hasattr(mixer, ENCODE):

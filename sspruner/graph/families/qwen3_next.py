@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sspruner.graph.families.delta_type import DeltaNet, Q, K, V, Z, B, A
+from sspruner.graph.families.delta_type import A, B, DeltaNet, K, Q, V, Z
 from sspruner.graph.family import Family
 from sspruner.graph.layout import Rows, Slot
 from sspruner.plugins.hookspecs import hookimpl
