@@ -358,7 +358,7 @@ class SSMView:
 
     @property
     def weighted_gramian(self) -> torch.Tensor:
-        """fp64 (G, N, N): sum over tokens, heads of the group and p of w h h^T with w = output_weights. Not in Mamba1."""
+        """fp64 (G, N, N): sum over tokens, heads of the group and p of w h h^T, w the output_weights. Not in Mamba1."""
         return self.observation.weighted_gramian
 
     @property
