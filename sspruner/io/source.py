@@ -15,7 +15,7 @@ from sspruner.formats.checkpoint import INDEX, holds_weights, shards
 from sspruner.formats.native import is_native
 from sspruner.formats.sizes import check_sizes
 from sspruner.graph.trace import trace
-from sspruner.surgery.record import RECORD, WEIGHTS, RecordedCut, check_recorded, fields
+from sspruner.surgery.record import RECORD, WEIGHTS, RecordedCut, check_recorded, fields, text_config
 from sspruner.surgery.slice import cut_buffer, slice_model
 from sspruner.surgery.tensors import add_bias
 
@@ -130,10 +130,11 @@ def finish_cut(model: Any, cut: Any) -> None:
     for buffer in model._sspruner_buffers:
         cut_buffer(*buffer)
     del model._sspruner_buffers
+    config = text_config(model.config)
     for name, value in fields(cut).items():
-        if getattr(model.config, name, None) != value:
+        if getattr(config, name, None) != value:
             with suppress(AttributeError):  # a read-only property that the blocks have set already
-                setattr(model.config, name, value)
+                setattr(config, name, value)
 
 
 def reference_folder(model: str | Path | None) -> Path | None:

@@ -43,7 +43,7 @@ def record(config: Any, original: dict[str, Any], plan: Plan, graph: SSMGraph, b
         return
     previous = getattr(config, RECORD, None) or {}
     stock = dict(previous.get("stock", {}))
-    _write_sizes(config, stock, plan, graph)
+    _write_sizes(text_config(config), stock, plan, graph)
     sizes = graph.family.config_sizes if graph.family else {}
     for field, value in fields(config).items():
         if field not in sizes and original.get(field) != value:
@@ -119,10 +119,16 @@ def subfolder(config: Any, folder: str) -> Iterator[None]:
         setattr(config, RECORD, data)
 
 
+def text_config(config: Any) -> Any:
+    """Return the part of a config that describes the language model: the config itself, unless it is of several."""
+    part = getattr(config, "get_text_config", None)
+    return config if part is None else part()
+
+
 def restore_stock(config: Any) -> None:
     """Restore the stock fields of the model before any cut."""
     for field, value in (getattr(config, RECORD, None) or {}).get("stock", {}).items():
-        setattr(config, field, value)
+        setattr(text_config(config), field, value)
 
 
 def fields(config: Any) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def fields(config: Any) -> dict[str, Any]:
     return (
         {}
         if config is None
-        else {k: copy.deepcopy(v) for k, v in vars(config).items() if k != RECORD and not k.startswith("_")}
+        else {k: copy.deepcopy(v) for k, v in vars(text_config(config)).items() if k != RECORD and not k.startswith("_")}
     )
 
 
@@ -151,10 +157,11 @@ def _write_sizes(config: Any, stock: dict[str, Any], plan: Plan, graph: SSMGraph
     if graph.family is None:
         return
     removed = tuple(f"{path}." for path in dropped_modules(plan, graph))
-    layouts = [cut_layout(site, plan, graph) for site in graph.layers if not f"{site.path}.".startswith(removed)]
-    values = {f: {layout.stock_total(size) for layout in layouts} for f, size in graph.family.config_sizes.items()}
-    uniform = all(len(v) == 1 for v in values.values())
-    projected = [layout for layout in layouts if layout.is_projected]
+    sites = [site for site in graph.sites if not f"{site.path}.".startswith(removed)]
+    layouts = {site.path: cut_layout(site, plan, graph) for site in sites}
+    values = {field: found for field, found in graph.family.stock_sizes(layouts).items() if found}
+    uniform = all(len(found) == 1 for found in values.values())
+    projected = [layout for layout in layouts.values() if layout.is_projected]
     state = {f: size for f, size in graph.family.config_sizes.items() if any("state" in term for term in size)}
     coordinates = {f: min(layout.total(size) for layout in projected) for f, size in state.items() if projected}
     for field, value in values.items():
