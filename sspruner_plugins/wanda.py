@@ -7,9 +7,10 @@
 Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695, section 3;
 the structured form is ours. Means are over the tokens that are not padding.
 
-On other axes only linear layers count: convolutions, A_log, D, dt_bias, biases, norms and routers have no input x. On
-the axes expert, expert_mlp and latent, each expert's matrices count with the tokens that this expert gets; neurons of an
-expert that gets none are ranked by their weights alone. On the axis hidden experts do not count; layers are observed in every mixer, attention and MLP; embeddings and the head do not count.
+On other axes only linear layers count: convolutions, A_log, D, dt_bias, biases, norms and routers have no input x.
+On the axes expert, expert_mlp and latent, each expert's matrices count, with the tokens that this expert gets; neurons
+of an expert that gets none are ranked by their weights alone. On the axis hidden experts do not count, and layers are
+observed in every mixer, attention and MLP; embeddings and the head do not count.
 
 Cost: one more forward of each observed block and one pass over its inputs; an fp32 copy of the weights that are scored.
 Axes: all of single tensors (not block, not mixer), and weight.

@@ -65,7 +65,7 @@ def routed(moe: nn.Module, hidden: torch.Tensor, mask: torch.Tensor) -> Routed:
         seen.extend([*args, *(kwargs[name] for name in names[len(args) :])])
         raise _Captured
 
-    handle = moe.experts.register_forward_pre_hook(capture, with_kwargs=True)  # type: ignore[union-attr,operator]
+    handle = moe.experts.register_forward_pre_hook(capture, with_kwargs=True)  # type: ignore[union-attr]
     try:
         with suppress(_Captured):
             moe(hidden)
@@ -80,25 +80,21 @@ def expert_sums(experts: Any, given: Routed) -> ExpertSums:
     """Compute the sums of one batch. experts: the module with the stacked weights, (E, out, in)."""
     up, down = up_weights(experts), experts.down_proj
     E, _, D = up.shape
-    zeros = down.new_zeros(E, dtype=torch.float64)
-    sums = ExpertSums(
-        *(zeros.clone() for _ in range(4)),
-        {up_name(experts): zeros.new_zeros(E, D), "down_proj": zeros.new_zeros(E, down.shape[2])},
-    )
+    tokens, weights, norms, weighted_norms = down.new_zeros(4, E, dtype=torch.float64)
+    energy = {up_name(experts): tokens.new_zeros(E, D), "down_proj": tokens.new_zeros(E, down.shape[2])}
     for e, x, inner, g in by_expert(experts, given):
         norm = F.linear(inner, down[e].float()).double().norm(dim=-1)  # (c,)
-        sums.tokens[e], sums.weights[e] = len(x), g.sum()
-        sums.norms[e], sums.weighted_norms[e] = norm.sum(), (g * norm).sum()
-        sums.energy[up_name(experts)][e] = x.double().square().sum(0)
-        sums.energy["down_proj"][e] = inner.double().square().sum(0)
-    return sums
+        tokens[e], weights[e], norms[e], weighted_norms[e] = len(x), g.sum(), norm.sum(), (g * norm).sum()
+        energy[up_name(experts)][e] = x.double().square().sum(0)
+        energy["down_proj"][e] = inner.double().square().sum(0)
+    return ExpertSums(tokens, weights, norms, weighted_norms, energy)
 
 
 def by_expert(experts: Any, given: Routed) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield for each expert that has tokens: its index, their inputs (c, D) and neurons (c, I), fp32, and g, fp64."""
     up = up_weights(experts)
     gated = up_name(experts) == "gate_up_proj"
-    for e in given.experts.unique().tolist():
+    for e in sorted(set(given.experts.flatten().tolist())):
         token, slot = (given.experts == e).nonzero(as_tuple=True)
         x = given.hidden[token].float()
         rows = F.linear(x, up[e].float())  # (c, 2I) or (c, I)

@@ -70,7 +70,10 @@ def experts(module: Any, hidden: int) -> Layout | None:
             **dict.fromkeys(("experts.intermediate_dim", "ffn_dim"), (NEURONS,)),
             **dict.fromkeys(("input_size", "hidden_dim", f"{router}.hidden_dim", "experts.hidden_dim"), (HIDDEN,)),
         },
-        counts={"expert": _fewest(gate, groups), **dict.fromkeys(("expert_mlp", "latent"), Counts(multiple_of=GROUPED))},
+        counts={
+            "expert": _fewest(gate, groups),
+            **dict.fromkeys(("expert_mlp", "latent"), Counts(multiple_of=GROUPED)),
+        },
     )
 
 

@@ -78,7 +78,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of units of one axis with which a module's code can run: multiples, and no fewer than `least`, and why."""
+    """Numbers of units of one axis with which a module's code runs: multiples, no fewer than `least`, and why."""
 
     multiple_of: int = 1
     least: int = 1

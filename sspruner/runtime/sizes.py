@@ -13,7 +13,8 @@ PLAIN = (bool, int, float, str)
 def sizes_of(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
     """Return the differences between `model` and `stock`, built from a config alone, as JSON for `resize`.
 
-    shapes: parameter, or buffer that is saved with them -> its shape; attributes: module -> numbers and strings that its forward reads.
+    shapes: parameter, or buffer that is saved with them -> its shape; attributes: module -> numbers and strings that
+    its forward reads.
     """
     built = {name: tensor.shape for name, tensor in stock.state_dict().items()}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -35,8 +36,8 @@ def resize(model: nn.Module, sizes: dict[str, Any]) -> None:
     for name, shape in sizes["shapes"].items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if leaf in module._buffers:
-            module._buffers[leaf] = module._buffers[leaf].new_empty(shape)
+        if (buffer := module._buffers.get(leaf)) is not None:
+            module._buffers[leaf] = buffer.new_empty(shape)
             continue
         parameter = module._parameters.get(leaf)
         module.register_parameter(

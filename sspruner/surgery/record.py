@@ -136,7 +136,9 @@ def fields(config: Any) -> dict[str, Any]:
     return (
         {}
         if config is None
-        else {k: copy.deepcopy(v) for k, v in vars(text_config(config)).items() if k != RECORD and not k.startswith("_")}
+        else {
+            k: copy.deepcopy(v) for k, v in vars(text_config(config)).items() if k != RECORD and not k.startswith("_")
+        }
     )
 
 

@@ -151,8 +151,8 @@ class Pruner:
         self.groups = self.graph.on_axis(axis)
         if any(member.mask != ZERO for group in self.groups.values() for member in group.members):
             raise InputError(
-                f"axis {axis}: gradual pruning sets weights to zero while it trains, which bars no expert from the choice; "
-                "cut with sspruner.prune, then train what stays: sspruner train distil"
+                f"axis {axis}: gradual pruning sets weights to zero while it trains, which bars no expert from the "
+                "choice; cut with sspruner.prune, then train what stays: sspruner train distil"
             )
         self.parameters = dict(model.named_parameters())
         scored = {name for group in self.groups.values() for name in _tensors(group)}

@@ -25,7 +25,7 @@ FAMILIES: dict[str, tuple[str, str, str]] = {
 
 
 def block(family: str, *, seed: int = 0, top_k: int = 3, **overrides: Any) -> Any:
-    """Build one mixture of experts in eval mode: 8 experts of 24 neurons, or 16 in 4 routing groups (bailing_hybrid)."""
+    """Build one mixture of experts in eval mode: 8 experts of 24 neurons; in bailing_hybrid 16 in 4 routing groups."""
     package, config_name, name = FAMILIES[family]
     home = f"transformers.models.{package}"
     config_class = getattr(importlib.import_module(f"{home}.configuration_{package}"), config_name)

@@ -27,7 +27,7 @@ class Jamba(Mamba1Type):
     }
     couplings = dict.fromkeys(
         ("expert_mlp", "mlp"),
-        "expert_mlp and mlp at one size, as intermediate_size is the width of the experts and of the MLPs in other layers",
+        "expert_mlp and mlp at one size: intermediate_size is the width of the experts and of other layers' MLPs",
     )
     mixer_axis = True
     folds = (

@@ -233,6 +233,9 @@ def test_a_shared_experts_width_in_copies_of_an_expert(neurons: int, copies: set
     """48 neurons: no config can say one and a half."""
     graph = graph_of(nn.ModuleDict({"moe": block("kimi_linear")}))
     layouts = {site.path: site.layout for site in graph.sites}
-    assert {path: layout.sizes.get("mlp") for path, layout in layouts.items()} == {"moe": None, "moe.shared_experts": 48}
+    assert {path: layout.sizes.get("mlp") for path, layout in layouts.items()} == {
+        "moe": None,
+        "moe.shared_experts": 48,
+    }
     layouts["moe"] = layouts["moe"].resized({"expert_mlp": neurons})
     assert shared_copies(layouts) == copies
