@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-# What a mask makes of the rows of dropped units. A dropped expert must not be chosen: its logit is -inf, or the bias that
-# is added before the choice.
+# What a mask makes of the rows of dropped units. A dropped expert must not be chosen: its logit, or the bias that is
+# added before the choice, is -inf.
 ZERO = "zero"
 BARRED = "-inf"
 BARRED_LOGITS = "zero, and the products of an input with these rows -inf"
