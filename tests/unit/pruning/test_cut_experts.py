@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_generation_with_a_cache_is_that_of_the_whole_forward(family: str) -> No
         assert made[0, length] == logits(model, made[:, :length])[0, -1].argmax()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_offloaded_model_is_cut_as_in_memory(family: str, tmp_path: Path) -> None:
     """And when it is interrupted and resumed."""
@@ -213,3 +215,31 @@ def test_what_experts_cannot_have_is_refused_by_name() -> None:
             sspruner.prune(model, "magnitude", axis=axis, sparsity=0.34, refit="output", calibration=tokens(8))
     with pytest.raises(InputError, match="axis expert: gradual pruning sets weights to zero"):
         Pruner(model, "expert", Schedule(0.5, 0, 2, 1), 1.0, "uniform", tokens())
+
+
+def test_a_masked_model_computes_each_sequence_by_itself() -> None:
+    """Beside another or alone: the mask bars experts token by token."""
+    model = zoo("granitemoehybrid")
+    sspruner.apply(model, cut(model, "expert"), mode="mask")
+    ids = tokens(2)
+    together = logits(model, ids)
+    for row in range(2):
+        alone = logits(model, ids[row : row + 1])
+        assert (together[row] - alone[0]).abs().max() <= 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_masked_model_are_masked_by_themselves(through: Any) -> None:
+    model, ids = zoo("granitemoehybrid"), tokens()
+    dense = logits(model, ids)
+    sspruner.apply(model, cut(model, "expert"), mode="mask")
+    masked, other = logits(model, ids), through(model)
+    assert torch.equal(logits(other, ids), masked)
+    sspruner.unmask(model)
+    assert torch.equal(logits(model, ids), dense)
+    assert torch.equal(logits(other, ids), masked)
+    with torch.no_grad():
+        next(other.parameters()).zero_()
+    assert not torch.equal(logits(other, ids), masked)
+    sspruner.unmask(through(other))
+    assert torch.equal(logits(model, ids), dense)
