@@ -4,6 +4,7 @@
 AXES = {
     *("state", "head", "head_dim", "group", "channel", "dt_rank"),  # in a mixer
     *("attn_head", "mlp", "hidden", "block", "mixer"),  # around it
+    *("expert", "expert_mlp", "latent"),  # in mixtures of experts
 }
 
 #: Axes of single elements: zeros in tensors that keep their size.

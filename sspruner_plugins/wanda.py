@@ -7,8 +7,10 @@
 Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695, section 3;
 the structured form is ours. Means are over the tokens that are not padding.
 
-On other axes only linear layers count: convolutions, A_log, D, dt_bias, biases, norms and fused experts have no input
-x. On the axis hidden, layers are observed in every mixer, attention and MLP; embeddings and the head do not count.
+On other axes only linear layers count: convolutions, A_log, D, dt_bias, biases, norms and routers have no input x.
+On the axes expert, expert_mlp and latent, each expert's matrices count, with the tokens that this expert gets; neurons
+of an expert that gets none are ranked by their weights alone. On the axis hidden experts do not count, and layers are
+observed in every mixer, attention and MLP; embeddings and the head do not count.
 
 Cost: one more forward of each observed block and one pass over its inputs; an fp32 copy of the weights that are scored.
 Axes: all of single tensors (not block, not mixer), and weight.
@@ -19,6 +21,7 @@ import torch
 
 import sspruner
 
+EXPERTS = {"experts.gate_up_proj", "experts.up_proj", "experts.down_proj"}
 REDUCTIONS = ("sum", "mean", "max")
 
 
@@ -33,23 +36,33 @@ class Wanda(sspruner.Scorer):
         if reduction not in REDUCTIONS:
             raise sspruner.InputError(f"scorer 'wanda': reduction={reduction!r}; known: {', '.join(REDUCTIONS)}")
         self.reduction = reduction
-        self.size: dict[str, torch.Tensor] = {}  # |W|: fp32 (out, in)
-        self.energy: dict[str, torch.Tensor] = {}  # sum_t x^2: fp64 (in,)
-        self.tokens: dict[str, int] = {}
+        self.size: dict[str, torch.Tensor] = {}  # |W|: fp32 (out, in), of experts (E, out, in)
+        self.energy: dict[str, torch.Tensor] = {}  # sum_t x^2: fp64 (in,), of experts (E, 1, in)
+        self.tokens: dict[str, torch.Tensor | int] = {}  # of experts (E, 1, 1)
 
     def observe(self, view: sspruner.SSMView) -> None:
         self.group = view.group
-        for key in self._owned() & set(view.inputs):
+        owned = self._owned()
+        for key in sorted(owned & EXPERTS):
+            energy, tokens = view.routing.energy[key.removeprefix("experts.")], view.routing.tokens
+            self._add(view, key, energy[:, None], tokens[:, None, None])
+        for key in owned & set(view.inputs) if self.axis not in ("expert", "expert_mlp") else ():
             x = view.inputs[key]  # (tokens, in)
-            if key not in self.size:
-                self.size[key], self.energy[key], self.tokens[key] = view.tensor(key).abs(), x.new_zeros(()).double(), 0
-            self.energy[key] = self.energy[key] + x.double().square().sum(0)
-            self.tokens[key] += len(x)
+            self._add(view, key, x.double().square().sum(0), len(x))
+
+    def _add(self, view: sspruner.SSMView, key: str, energy: torch.Tensor, tokens: torch.Tensor | int) -> None:
+        if key not in self.size:
+            self.size[key], self.energy[key], self.tokens[key] = view.tensor(key).abs(), torch.zeros_like(energy), 0
+        self.energy[key] = self.energy[key] + energy
+        self.tokens[key] = self.tokens[key] + tokens
 
     def importance(self) -> torch.Tensor:
-        if not any(self.tokens.values()):
+        if not any(bool(torch.as_tensor(tokens).any()) for tokens in self.tokens.values()):
             raise sspruner.InputError("no linear layer of these units was given a token; choose another scorer")
-        rms = {key: (energy / max(self.tokens[key], 1)).sqrt() for key, energy in self.energy.items()}  # (in,)
+        tokens = {key: torch.as_tensor(count, device=self.energy[key].device) for key, count in self.tokens.items()}
+        rms = {key: (energy / tokens[key].clamp_min(1)).sqrt() for key, energy in self.energy.items()}  # (in,)
+        if self.axis == "expert_mlp":
+            rms = {key: torch.where(tokens[key] > 0, size, 1.0) for key, size in rms.items()}
         owned = self.group.gather({key: self.size[key] * rms[key] for key in rms})
         scores = torch.cat([s.double() for s in owned.values()], -1)  # (groups, units, elements)
         if self.reduction == "max":

@@ -56,7 +56,7 @@ def allocate(
         if ignored(name, budget.ignore) or guarded == group.units:
             counts[name] = group.units
         elif budget.keep is not None:
-            counts[name] = _checked_keep(budget.keep, group.units, step, name)
+            counts[name] = _checked_keep(budget.keep, group, step)
         else:
             counts[name] = _uniform(group, ratio_of(name, budget), step, bounds_of(name, group.units, step, budget))
         if counts[name] < guarded:
@@ -149,7 +149,7 @@ def _options(group: DependencyGroup, budget: ResolvedBudget) -> list[int]:
     """Return the sizes that a group may have."""
     step = math.lcm(budget.multiple_of, group.multiple_of)
     least, most = bounds_of(group.name, group.units, step, budget)
-    return sorted({*range(max(step, least), most + 1, step), most})
+    return sorted({*(n for n in group.counts(step, least) if n <= most), most})
 
 
 def _steps(
@@ -168,7 +168,7 @@ def _steps(
     padded = F.pad(ranked, (0, missing := len(sizes) * step - group.units))
     sizes[-1] -= missing
     worth = (padded.view(len(sizes), step).sum(-1) / sizes).cummin(0).values  # removes increases by rounding
-    worth[: max(math.ceil(least / step), 1)] = torch.inf
+    worth[: math.ceil(max(least, group.least, 1) / step)] = torch.inf
     within = math.ceil(most / step)
     return worth[:within], sizes[:within]
 
@@ -186,9 +186,9 @@ def _uniform(group: DependencyGroup, sparsity: float, multiple_of: int, bounds: 
     target = group.units * (1 - sparsity)
     nearest = min([0, *allowed, group.units], key=lambda n: (abs(n - target), -n))
     bounded = min(max(nearest, least), most)
-    if 0 < nearest < group.units or 0 < bounded != nearest:
+    if bounded >= min(group.least, group.units) and (0 < nearest < group.units or 0 < bounded != nearest):
         return bounded
-    feasible = sorted((n for n in allowed if n < group.units), key=lambda n: (abs(n - target), -n))
+    feasible = sorted(group.counts(multiple_of), key=lambda n: (abs(n - target), -n))
     sets = f"{group.groups} sets of {group.units} units" if group.groups > 1 else f"{group.units} units"
     steps = f" in multiples of {multiple_of}" if multiple_of > 1 else ""
     advice = (
@@ -197,14 +197,18 @@ def _uniform(group: DependencyGroup, sparsity: float, multiple_of: int, bounds: 
         else "it cannot be cut; leave it out with ignore"
     )
     does = "removes nothing from" if nearest else "removes everything from"
+    if 0 < nearest < group.units:
+        does, steps = f"keeps {nearest} of", f", and {group.least} have to stay ({group.why_least})"
     raise InputError(f"{group.name}: {sparsity:g} {does} {sets}{steps}; {advice}")
 
 
-def _checked_keep(keep: int, units: int, multiple_of: int, name: str) -> int:
-    if keep > units:
-        raise InputError(f"keep {keep}: {name} has only {units} units")
-    allowed = sorted({*range(multiple_of, units + 1, multiple_of), units})
+def _checked_keep(keep: int, group: DependencyGroup, multiple_of: int) -> int:
+    if keep > group.units:
+        raise InputError(f"keep {keep}: {group.name} has only {group.units} units")
+    allowed = [*group.counts(multiple_of), group.units]
     if keep not in allowed:
-        near = sorted(sorted(allowed, key=lambda n: abs(n - keep))[:2])
-        raise InputError(f"keep {keep}: not a multiple of {multiple_of}; nearest: {' or '.join(map(str, near))}")
+        near, why = sorted(sorted(allowed, key=lambda n: abs(n - keep))[:2]), f"not a multiple of {multiple_of}"
+        if keep < group.least:
+            near, why = allowed[:1], f"{group.name} needs {group.least} or more ({group.why_least})"
+        raise InputError(f"keep {keep}: {why}; nearest: {' or '.join(map(str, near))}")
     return keep

@@ -202,6 +202,7 @@ def bounds_of(name: str, units: int, step: int, budget: ResolvedBudget) -> tuple
     """Return the minimal and maximal number of units that a group may keep. Raises InputError if there is none.
 
     A floor is rounded up to a step and a cap down; the whole group is always a step. Without a floor the minimum is 0.
+    What the model's code needs at least (`DependencyGroup.least`) is not part of it.
     """
     floor, cap = _last_match(name, budget.floor, 0), _last_match(name, budget.cap, units)
     if floor > units:

@@ -11,6 +11,7 @@ from torch import nn
 
 from sspruner.calibrate import scans, state
 from sspruner.calibrate.gain import output_weights
+from sspruner.calibrate.routing import ExpertSums, expert_sums, routed
 from sspruner.errors import PluginError
 from sspruner.graph.family import DeltaProjected, Family, Scan, SelectiveProjected
 from sspruner.graph.group import Block, DependencyGroup
@@ -83,6 +84,14 @@ class Observation:
             raise PluginError(f"{self.layer} is not a mixer: it has no scan; use hidden and weights")
         with torch.no_grad():
             return self._family.project(self.model.get_submodule(self.layer), hidden, self.mask)
+
+    @cached_property
+    def routing(self) -> ExpertSums:
+        """See SSMView.routing."""
+        hidden, module = self.hidden, self.model.get_submodule(self.layer)
+        if not hasattr(module, "experts"):
+            raise PluginError(f"{self.layer} has no experts: it has no routing; use hidden and weights")
+        return expert_sums(module.experts, routed(module, hidden, self.mask))
 
     @cached_property
     def y(self) -> torch.Tensor:
@@ -170,6 +179,7 @@ class SSMView:
     gradients   gradient of the mean calibration loss, with the keys and shapes of weights; with needs="gradients"
     fisher      mean over sequences of the squared gradient, with the keys and shapes of weights; with needs="fisher"
     norms       fp32 (groups, units): L2 norm of all parameters of each unit
+    routing     in mixtures of experts, sums over the tokens of each expert: see sspruner.calibrate.routing, ExpertSums
     x z dt A B C D   inputs of the mixer's scan: see sspruner.graph.family, Projected and SelectiveProjected; of a delta
                 rule (DeltaProjected) x is v, dt beta, B k and C q, and there is neither A nor D
     y           fp32 (b, T, H, P): the scan's output, before gate and norm
@@ -277,6 +287,11 @@ class SSMView:
     def tokens(self) -> int:
         """Number of tokens that are not padding."""
         return self.observation.tokens
+
+    @property
+    def routing(self) -> ExpertSums:
+        """In a mixture of experts: sums over the tokens of each expert (sspruner.calibrate.routing), fp64 (E,) each."""
+        return self.observation.routing
 
     @property
     def projected(self) -> Scan:

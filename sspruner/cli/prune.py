@@ -53,7 +53,7 @@ def command(
     from sspruner.benchmarking.engine_limit import layer_notes
     from sspruner.compute.processes import barrier, rank
     from sspruner.compute.progress import bars
-    from sspruner.io.save import loading
+    from sspruner.io.save import check_mask, loading
     from sspruner.io.source import name_of
     from sspruner.pruning.prepare import check_recipe
     from sspruner.pruning.table import result_table
@@ -65,6 +65,8 @@ def command(
         if recipe.target.runtime and rank() == 0:
             for line in layer_notes(loaded, sspruner.trace(loaded), recipe.remove.axes, recipe):
                 warn(line)
+        if output.out and recipe.method.mode == "mask":
+            check_mask(sspruner.trace(loaded), recipe.remove.axes)
         result = sspruner.prune(
             loaded,
             recipe,

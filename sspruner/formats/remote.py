@@ -101,7 +101,8 @@ def _difference(model: nn.Module, stock: nn.Module) -> str:
     ours, theirs = ({n for n, _ in m.named_modules()} for m in (model, stock))
     if ours != theirs:
         return f"module {sorted(ours ^ theirs)[0]} is in {'the built' if theirs - ours else 'the cut'} model alone"
-    shapes = [{n: tuple(b.shape) for n, b in m.named_buffers()} for m in (model, stock)]
+    saved = model.state_dict().keys()
+    shapes = [{n: tuple(b.shape) for n, b in m.named_buffers() if n not in saved} for m in (model, stock)]
     other = [name for name, shape in shapes[0].items() if shapes[1].get(name) != shape]
     if other:
         return f"the buffer {other[0]} was cut, and is not among the weights"

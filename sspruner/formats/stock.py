@@ -119,6 +119,8 @@ def nearest_stock(model: Any) -> str:
         if axis in fields and len(sizes) > 1:
             units = [group.units for group in graph.on_axis(axis).values()]
             advice.append(f"--axis {axis} --keep {round(sum(units) / len(units))}, one size for all layers")
+        elif axis in graph.family.couplings:
+            advice.append(graph.family.couplings[axis])
         elif axis not in fields:
             advice.append(f"{axis} uncut, at {', '.join(map(str, sorted(whole)))}")
     text = "; ".join(advice)
@@ -138,7 +140,7 @@ def stock_difference(model: Any) -> str:
             return f"the {what} {other[0]} is in one of the cut model and {type(model).__name__} alone"
     sizes = sizes_of(model, stock)
     for name, shape in sizes["shapes"].items():
-        return f"{name} is {tuple(shape)}, and {tuple(stock.get_parameter(name).shape)} in {type(model).__name__}"
+        return f"{name} is {tuple(shape)}, and {tuple(stock.state_dict()[name].shape)} in {type(model).__name__}"
     for path, attributes in sizes["attributes"].items():
         name, value = next(iter(attributes.items()))
         return f"{path}.{name} is {value}, and {vars(stock.get_submodule(path)).get(name)} in {type(model).__name__}"
@@ -150,8 +152,9 @@ def _larger(model: Any, graph: SSMGraph) -> Iterator[Any]:
     assert graph.family is not None
     family, stock = graph.family, (getattr(model.config, RECORD, None) or {}).get("stock", {})
     largest, before = _plain(model), _plain(model)
-    for field, size in family.config_sizes.items():
-        setattr(text_config(largest), field, max(site.layout.stock_total(size) for site in graph.layers))
+    for field, values in family.stock_sizes({site.path: site.layout for site in graph.sites}).items():
+        if values:
+            setattr(text_config(largest), field, max(values))
         text = text_config(before)
         setattr(text, field, stock.get(field, getattr(text, field)))
     if family.config_epsilon:

@@ -292,11 +292,10 @@ class Fit:
     def takes(self, axis: str) -> list[int]:
         """Return the sizes to which one axis alone can be cut, in every layer alike: the fast ones, if any."""
         groups = [group for group in self.graph.groups.values() if group.axis == axis]
-        step = max(group.multiple_of for group in groups)
-        candidates = range(step, min(group.units for group in groups), step)
+        candidates = set.intersection(*({*group.counts()} for group in groups))
         if axis not in expressible(self.graph, self.target.writer):
             return []
-        runs = [n for n in candidates if axis == "block" or self._runs({axis: n})]
+        runs = [n for n in sorted(candidates) if axis == "block" or self._runs({axis: n})]
         return [n for n in runs if axis == "block" or self._fast({axis: n})] or runs
 
 

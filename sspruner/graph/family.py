@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,9 @@ class Family(ABC):
     name           name printed by `sspruner inspect`. If it equals the config's `model_type`, the rest of the model
                    (attention, MLP, hidden size, blocks) is described, too; otherwise only the mixers are
     mixer_class    class name of the mixer module; recognised by name, so that nothing has to be imported
-    config_sizes   stock config fields with one value for all layers: field -> a sum of products of dimensions
+    config_sizes   stock config fields with one value for all layers: field -> a sum of products of dimensions, of the
+                   mixers, or of the other modules that have these dimensions
+    couplings      axis -> why a stock config cannot hold a cut of it alone, for config fields that several modules read
     config_epsilon config field of the epsilon of the norms over the residual stream, if nothing else reads it
     config_lists   config fields with one entry per block, cut with the blocks
     config_repeats config fields that hold sizes a second time and win when a config is read: a cut removes them
@@ -113,6 +115,7 @@ class Family(ABC):
     name: str
     mixer_class: str
     config_sizes: dict[str, Size] = {}
+    couplings: dict[str, str] = {}
     config_epsilon: str = ""
     config_lists: tuple[str, ...] = ()
     config_repeats: tuple[str, ...] = ()
@@ -156,6 +159,17 @@ class Family(ABC):
         Returns whether the forward is another one than the class's.
         """
         return False
+
+    def stock_sizes(self, layouts: Mapping[str, Layout]) -> dict[str, set[int]]:
+        """Return what modules would need of each stock config field: field -> the values, one if a config can hold all.
+
+        layouts: path of a module -> its layout, for all modules that the graph describes. A field that none of them
+        reads has no values.
+        """
+        return {
+            field: {layout.stock_total(size) for layout in layouts.values() if layout.has(size)}
+            for field, size in self.config_sizes.items()
+        }
 
     def belongings(self, model: nn.Module, block: str) -> tuple[str, ...]:
         """Return the paths of modules outside `block` that only this block uses."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+# What a mask makes of the rows of dropped units. A dropped expert must not be chosen: its logit, or the bias that is
+# added before the choice, is -inf.
+ZERO = "zero"
+BARRED = "-inf"
+BARRED_LOGITS = "zero, and the products of an input with these rows -inf"
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,7 @@ class Member:
     index     int64 (groups, units, rows per unit) on the CPU: rows of `tensor` along `dims` (flattened, if several)
     row_size  number of elements in one such row
     counted   True for a parameter; buffers are cut, but not counted
+    mask      what a mask makes of the rows: ZERO, BARRED or BARRED_LOGITS
     """
 
     tensor: str
@@ -23,6 +31,7 @@ class Member:
     index: torch.Tensor
     row_size: int
     counted: bool = True
+    mask: str = ZERO
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the member's values for each unit: (groups, units, elements per unit), fp32."""
@@ -50,8 +59,9 @@ class DependencyGroup:
     """Units of one layer on one axis that are cut together in every member: `groups` sets of `units` units.
 
     Every set keeps the same number of units, since the model's forward reshapes a flat dimension by them; which units
-    are kept may differ between sets. The number is a multiple of `multiple_of`. A group of whole modules has `blocks`,
-    one for each unit, and no members.
+    are kept may differ between sets. The number is a multiple of `multiple_of`, and `least` or more, for the reason
+    `why_least`; it may always be all of them. A group of whole modules has `blocks`, one for each unit, and no
+    members.
 
     On the axes of single elements `tensor` names a two-dimensional parameter: sets are its rows, units its columns,
     there are no members, and any number of elements may be zeroed. `runs` names ranges of its rows.
@@ -65,6 +75,8 @@ class DependencyGroup:
     state_bytes_per_unit: int = 0
     blocks: tuple[Block, ...] = ()
     multiple_of: int = 1
+    least: int = 1
+    why_least: str = ""
     tensor: str = ""
     runs: Mapping[str, torch.Tensor] | None = None  # name -> int64 (rows,)
 
@@ -77,6 +89,14 @@ class DependencyGroup:
     def parameters_per_unit(self) -> int:
         """Number of parameters removed with one unit, if nothing else is cut."""
         return sum(m.index.shape[2] * m.row_size for m in self.members if m.counted)
+
+    def counts(self, multiple_of: int = 1, least: int = 1) -> range:
+        """Return the numbers of units that a cut may keep in every set, fewer than all, in increasing order.
+
+        They are multiples of `multiple_of` and of the group's own, and not below `least` and the group's own.
+        """
+        step = math.lcm(multiple_of, self.multiple_of)
+        return range(math.ceil(max(least, self.least, 1) / step) * step, self.units, step)
 
     def key(self, tensor: str) -> str:
         """Return a parameter's name relative to the layer, as scorers use it."""

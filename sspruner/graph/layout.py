@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import nn
 
-from sspruner.graph.group import DependencyGroup, Member
+from sspruner.graph.group import ZERO, DependencyGroup, Member
 
 ENCODE, DECODE = "state_encode", "state_decode"  # parameters of a mixer with a projected state
 Dims = tuple[str, ...]
@@ -42,12 +42,14 @@ class Slot:
     dim     dimension of the tensor; or several, flattened in that order, where rows differ by head in a tensor
             (head, rows, ...). Then the leading ones are only indices, and another slot cuts them
     outer   dimensions around the runs: all runs are repeated for each index of `outer` (interleaved rows)
+    mask    what a mask makes of the rows of dropped units (graph.group): zero, unless a choice depends on them
     """
 
     tensor: str
     dim: int | tuple[int, ...]
     rows: tuple[Rows, ...]
     outer: Dims = ()
+    mask: str = ZERO
 
     @property
     def tensor_dims(self) -> tuple[int, ...]:
@@ -77,6 +79,15 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Numbers of units of one axis with which a module's code runs: multiples, no fewer than `least`, and why."""
+
+    multiple_of: int = 1
+    least: int = 1
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Layout:
     """Description of one module: its dimensions, tensors, axes and the attributes that depend on them.
 
@@ -87,6 +98,7 @@ class Layout:
     attributes  integers that the module's forward reads: attribute path -> a sum of products of dimensions; attributes
                 that the module lacks are skipped
     folds       corrections of the values that stay
+    counts      numbers of units in every set with which the module's code runs, for axes on which not all do
     """
 
     sizes: Mapping[str, int]
@@ -95,6 +107,7 @@ class Layout:
     state: Dims = ()
     attributes: Mapping[str, Size] = field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
+    counts: Mapping[str, Counts] = field(default_factory=dict)
 
     def count(self, dims: Dims) -> int:
         """Return the product of the sizes of `dims`."""
@@ -103,6 +116,10 @@ class Layout:
     def total(self, size: Size) -> int:
         """Evaluate a sum of products of dimensions."""
         return sum(self.count(term) for term in size)
+
+    def has(self, size: Size) -> bool:
+        """Return whether the layout has every dimension of a sum of products."""
+        return all(d in self.sizes for term in size for d in term)
 
     def resized(self, sizes: Mapping[str, int]) -> Layout:
         """Return this layout with the sizes of some dimensions replaced."""
@@ -215,6 +232,7 @@ def members(layout: Layout, module: nn.Module, path: str, axis: str, groups: Dim
                         index=layout.index_map(slot, rows, axis, groups),
                         row_size=tensor.numel() // extent,
                         counted=slot.tensor in parameters,
+                        mask=slot.mask,
                     )
                 )
     return slices
@@ -224,6 +242,7 @@ def dependency_group(layout: Layout, module: nn.Module, path: str, axis: str) ->
     """Return the dependency group of `axis` in the module at `path`."""
     groups = layout.axes[axis]
     sets, units = layout.count(groups), layout.sizes[axis]
+    counts = layout.counts.get(axis, Counts())
     return DependencyGroup(
         layer=path,
         axis=axis,
@@ -231,4 +250,7 @@ def dependency_group(layout: Layout, module: nn.Module, path: str, axis: str) ->
         units=units,
         members=tuple(members(layout, module, path, axis, groups)),
         state_bytes_per_unit=state_bytes(layout) // (sets * units) if axis in layout.state else 0,
+        multiple_of=counts.multiple_of,
+        least=counts.least,
+        why_least=counts.why,
     )

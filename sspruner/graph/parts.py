@@ -1,4 +1,4 @@
-"""Layouts of the modules around the mixers: attention, MLP, experts, norms, embeddings.
+"""Layouts of the modules around the mixers: attention, MLP, norms, embeddings; experts are in experts.py.
 
 Modules are recognised by their attributes, and only in models whose family is known by `model_type`. Every layout
 has the dimension `hidden`, the width of the residual stream.
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.graph.experts import experts
 from sspruner.graph.layout import Fold, Layout, Rows, Slot
 
 KV, HEADS = ("attn_head", "attn_dim"), ("attn_head", "query", "attn_dim")
 QUERIES = ("attn_head", "query", "part", "attn_dim")
 MLP = ("mlp",)
 HIDDEN = ("hidden",)
-READERS = ("gate.weight", "router.weight", "shared_expert_gate.weight")  # of experts, beside the experts
 PACKED = (Rows("gate", MLP), Rows("up", MLP))
 
 
@@ -135,32 +135,6 @@ def mlp(module: Any, hidden: int) -> Layout | None:
         slots=tuple(slots),
         axes={"mlp": ()},
         attributes={"intermediate_size": (MLP,)},
-    )
-
-
-def experts(module: Any, hidden: int) -> Layout | None:
-    """Return the layout of a mixture of experts, or None for other modules. Only its hidden size can be cut.
-
-    Expert weights have shape (experts, out, in); the router and, where present, the latent projections are included.
-    """
-    if not hasattr(module, "experts"):
-        return None
-    weights = {name: p for name, p in module.named_parameters() if p.ndim == 3}
-    if not any(name.startswith("experts.") for name in weights):
-        return None
-    read, write = (Rows("hidden", HIDDEN),), (Rows("out", HIDDEN),)
-    slots = [Slot(name, 1, read) for name, p in module.named_parameters() if name in READERS]
-    latent = "fc1_latent_proj.weight" in dict(module.named_parameters())
-    if latent:
-        slots += [Slot("fc1_latent_proj.weight", 1, read), *_writes("fc2_latent_proj")]
-    else:
-        slots += [Slot(name, 1, write) if name.endswith("down_proj") else Slot(name, 2, read) for name in weights]
-    return Layout(
-        sizes={"hidden": hidden},
-        slots=tuple(slots),
-        attributes=dict.fromkeys(
-            ("input_size", "gate.hidden_dim", "router.hidden_dim", "experts.hidden_dim"), (HIDDEN,)
-        ),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +13,21 @@ import torch
 
 from sspruner.axes import ELEMENT_AXES, axis_of
 from sspruner.compute.device import offloaded
-from sspruner.errors import ModelError
+from sspruner.errors import InputError, ModelError
 from sspruner.files.output import atomic_folder
 from sspruner.formats.checkpoint import write_model
 from sspruner.formats.stock import stock_difference
+from sspruner.graph.group import BARRED_LOGITS
+from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.usable import UNQUANTISED, check_not_quantised
 from sspruner.io.offload import write_weights
 from sspruner.plans.tensors import FOLDER
 from sspruner.pruning.report import Report
 from sspruner.reporting.card import write_card
-from sspruner.surgery.mask import added_biases, masked_projections
+from sspruner.surgery.mask import added_biases, barred_routers, masked_projections
 from sspruner.surgery.record import RECORD, WEIGHTS, noted, subfolder
+
+NO_TENSOR = "no tensor that is saved could say which experts a mask bars from the choice"
 
 
 def save(
@@ -48,6 +52,8 @@ def save(
             "torch.save(model, FILE), or save the model of transformers that is inside it"
         )
     check_not_quantised(model, UNQUANTISED)
+    if routers := barred_routers(model):
+        raise ModelError(f"{routers[0]}: {NO_TENSOR}; save the model cut, or unmasked: sspruner.unmask(model)")
     with atomic_folder(out, overwrite) as folder:
         write_folder(model, folder, tokenizer, result.report if result else None)
         if result is not None:
@@ -60,6 +66,13 @@ def save(
             result.report.save(folder / "report.json")
             result.recipe.save(folder / "recipe.yaml")
     return Path(out)
+
+
+def check_mask(graph: SSMGraph, axes: Sequence[str]) -> None:
+    """Raise InputError, before any work, if a mask of these axes could not be saved."""
+    for group in graph.groups.values():
+        if group.axis in axes and any(member.mask == BARRED_LOGITS for member in group.members):
+            raise InputError(f"mode mask: {group.name}: {NO_TENSOR}; use mode slice, or leave out --out")
 
 
 def write_folder(model: Any, folder: Path, tokenizer: Any, report: Report | None) -> None:

@@ -219,11 +219,18 @@ def check_plan(plan: Plan, graph: SSMGraph, fingerprint: str | None = None, mode
         if isinstance(reduction, Projection) and (why := basis_refused(group, graph)):
             raise PlanError(f"{name}: cannot be projected: {why}")
         if reduction.after % group.multiple_of and reduction.after < reduction.before:
+            near = min([*group.counts(), group.units], key=lambda n: abs(n - reduction.after))
             raise PlanError(
-                f"{name}: keeps {reduction.after} units; the model's code needs a multiple of {group.multiple_of}"
+                f"{name}: keeps {reduction.after} units; the model's code needs a multiple of {group.multiple_of}; the "
+                f"nearest is {near}"
             )
         if reduction.after == 0:
             raise PlanError(f"{name}: keeps nothing; at least 1 unit has to stay (to drop whole layers: axis block)")
+        if reduction.after < min(group.least, reduction.before):
+            sets = f" in each of {group.groups} sets" if group.groups > 1 else ""
+            raise PlanError(
+                f"{name}: keeps {reduction.after} units; at least {group.least} have to stay{sets}: {group.why_least}"
+            )
     for name, keep in plan.elements.items():
         check_mask(keep, _find(name, graph.elements, "tensor to zero elements of"))
     check_updates(plan.updates, model, graph)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sspruner.axes import axis_of
 from sspruner.compute.forward import no_tokens
 from sspruner.evaluation.damage import Damage
 from sspruner.files import strict_json
@@ -18,6 +19,7 @@ from sspruner.files.provenance import hub_name, peak_memory_bytes, versions
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.pruning.stages import Decision, Outcome, PruneJob
+from sspruner.scoring.scores import Scores
 from sspruner.surgery.proof import Proof
 
 # Check of a report's field, by the first word of its type.
@@ -40,6 +42,7 @@ class Report:
     recipe      the recipe (`Recipe.to_json`), {} in reports of version 0.1
     base_model  name of the base model on the hub (`hub_name`), "" if it is not from the hub
     left_out    why perplexity and KL were not measured, "" if they were
+    zero_scores by axis, units that the scorer could say nothing of: what they are, how many of how many, and by group
     """
 
     scorer: str
@@ -68,6 +71,7 @@ class Report:
     target: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     left_out: str = ""
+    zero_scores: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -140,6 +144,7 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
             for name, group in run.groups.items()
             if not group.tensor
         },
+        zero_scores=zero_scores(decision.scores),
         proof=outcome.proof,
         refit=_refit(method.refit, decision, outcome),
         search=search,
@@ -155,6 +160,18 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
         base_model=hub_name(job.model),
         recipe=job.recipe.to_json(),
     )
+
+
+def zero_scores(scores: Scores) -> dict[str, Any]:
+    """Count the units whose importance is exactly 0, on axes where the scorer says what this means (`Scorer.zero`)."""
+    found = {}
+    for axis, what in strict_json.loads(scores.metadata.get("zero", "{}")).items():
+        on_axis = {name: s for name, s in scores.importance.items() if axis_of(name) == axis}
+        groups = {name: count for name, s in on_axis.items() if (count := int((s == 0).sum()))}
+        if groups:
+            units = sum(s.numel() for s in on_axis.values())
+            found[axis] = {"what": what, "zero": sum(groups.values()), "units": units, "groups": groups}
+    return found
 
 
 def _refit(kind: str, decision: Decision, outcome: Outcome) -> dict[str, Any]:

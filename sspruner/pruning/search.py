@@ -71,7 +71,8 @@ def fractions(groups: Mapping[str, DependencyGroup], multiple_of: int, fit: Fit 
     if fit:
         return [1 - kept / units for kept in reversed(fit.takes(next(iter(groups.values())).axis))]
     step = math.lcm(multiple_of, *(group.multiple_of for group in groups.values()))
-    return [1 - kept / units for kept in reversed(range(step, units, step))]
+    counts = max(groups.values(), key=lambda group: group.units).counts(step)
+    return [1 - kept / units for kept in reversed(counts)]
 
 
 def meet(
@@ -332,4 +333,5 @@ def same_size(plan: Plan, graph: SSMGraph, multiple_of: int, make: Callable[[int
     sets = {name: group.groups for name, group in groups.items()}
     mean = sum(sets[n] * k for n, k in kept.items()) / sum(sets.values())
     step = math.lcm(multiple_of, *(group.multiple_of for group in groups.values()))
-    return make(max(step, int(mean // step) * step))
+    least = max(step, *(group.least for group in groups.values()))
+    return make(max(math.ceil(least / step), int(mean // step)) * step)

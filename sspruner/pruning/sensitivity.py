@@ -124,6 +124,6 @@ def damage_curves(
 
 def levels(group: DependencyGroup, multiple_of: int) -> list[int]:
     """Return the sizes at which a group is measured, largest first: near LEVELS, in its steps, below its full size."""
-    step = math.lcm(multiple_of, group.multiple_of)
-    sizes = {max(round(group.units * level / step), 1) * step for level in LEVELS}
+    counts = group.counts(multiple_of)
+    sizes = {max(round(group.units * level / counts.step) * counts.step, counts.start) for level in LEVELS}
     return sorted((size for size in sizes if size < group.units), reverse=True)

@@ -146,6 +146,11 @@ def _notes(report: Report) -> list[Text]:
             f"{sum(layer['step'] > 0 for layer in layers.values())} of {len(layers)} layers have new values"
         )
         lines += [f"{path}: {layer['stopped']}" for path, layer in layers.items() if layer["stopped"]]
+    for axis, found in report.zero_scores.items():
+        lines.append(
+            f"{axis}: {found['zero']:,} of {found['units']:,} are {found['what']}, and score 0 "
+            f"(in {len(found['groups'])} of the layers): more text may tell them apart"
+        )
     if report.sparsity:
         sparsity = report.sparsity
         lines.append(

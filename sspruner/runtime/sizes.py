@@ -13,10 +13,11 @@ PLAIN = (bool, int, float, str)
 def sizes_of(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
     """Return the differences between `model` and `stock`, built from a config alone, as JSON for `resize`.
 
-    shapes: parameter -> its shape; attributes: module -> numbers and strings that its forward reads.
+    shapes: parameter, or buffer that is saved with them -> its shape; attributes: module -> numbers and strings that
+    its forward reads.
     """
-    built = {name: p.shape for name, p in stock.named_parameters(remove_duplicate=False)}
-    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    built = {name: tensor.shape for name, tensor in stock.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     modules = dict(stock.named_modules())
     attributes = {}
     for path, module in model.named_modules():
@@ -35,6 +36,9 @@ def resize(model: nn.Module, sizes: dict[str, Any]) -> None:
     for name, shape in sizes["shapes"].items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
+        if (buffer := module._buffers.get(leaf)) is not None:
+            module._buffers[leaf] = buffer.new_empty(shape)
+            continue
         parameter = module._parameters.get(leaf)
         module.register_parameter(
             leaf, nn.Parameter(torch.empty(shape) if parameter is None else parameter.new_empty(shape))

@@ -41,6 +41,8 @@ class Scorer(ABC):
     comparable  True if importance can be compared between layers without scaling, such as a loss or a share. If not,
             the allocation "global" divides it by the root of the layer's sum of squares (sspruner.budgets.comparable)
     spectrum    description of importance if it is a spectrum, such as "Hankel singular values": reports plot it
+    zero        description of the units whose importance is exactly 0, such as "experts that no calibration token
+            reached": reports count them
     token_sums  names of the attributes that are sums over tokens, to be summed over processes that observe a part of
             the calibration each. An instance may set its own value, depending on its options
     granularity   on the axes of single elements: whether they compete within a "row", a "tensor", or "global"
@@ -54,6 +56,7 @@ class Scorer(ABC):
     granularity: ClassVar[str] = "tensor"
     comparable: ClassVar[bool] = False
     spectrum: ClassVar[str] = ""
+    zero: ClassVar[str] = ""
 
     axis: str = ""  # set by the engine: the axis being scored
     seed: int = 0  # set by the engine: the run's seed

@@ -92,6 +92,7 @@ def walk(
 def _metadata(run: Run, job: Job, model: str, data: Calibration | None, sequential: bool) -> dict[str, str]:
     observed = data if job.needs != {"weights"} else None
     spectra = [cls.spectrum for cls, _ in job.scorers.values() if cls.spectrum]
+    zeros = {axis: cls.zero for axis, (cls, _) in job.scorers.items() if cls.zero}
     elements = {axis: cls.granularity for axis, (cls, _) in job.scorers.items() if axis in ELEMENT_AXES}
     return {
         "sspruner": versions()["sspruner"],
@@ -107,6 +108,7 @@ def _metadata(run: Run, job: Job, model: str, data: Calibration | None, sequenti
         ),
         **({"granularity": strict_json.dumps(elements)} if elements else {}),
         **({"spectrum": spectra[0]} if spectra else {}),
+        **({"zero": strict_json.dumps(zeros, sort_keys=True)} if zeros else {}),
         **({"changes_weights": ", ".join(dict.fromkeys(job.changes_weights))} if job.changes_weights else {}),
     }
 

@@ -1,6 +1,7 @@
 """Mask mode: set the units and elements that a plan drops to zero, in place. Sizes do not change.
 
-New values of a plan are written first. Everything can be undone to the bit.
+Dropped experts are barred from the choice instead. New values of a plan are written first. Everything can be undone to
+the bit.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from torch import nn
 from sspruner.compute.device import offloaded
 from sspruner.errors import PlanError
 from sspruner.graph.fingerprint import fingerprint
-from sspruner.graph.group import DependencyGroup, Member, as_rows
+from sspruner.graph.group import BARRED, BARRED_LOGITS, DependencyGroup, Member, as_rows
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan, check_mask, check_plan
 from sspruner.plans.reduction import Basis, Projection, Reduction
 from sspruner.surgery.project import install, mask_state
+from sspruner.surgery.router import bar, unbar
 from sspruner.surgery.tensors import add_bias, new_biases, remove_bias, tensor, write, zero
 
 _SAVED = "_sspruner_masked"  # attribute of a masked model: the overwritten values, in order
@@ -47,6 +49,13 @@ class _SavedBasis:
     layer: str
     projection: Projection
     basis: Basis | None
+
+
+@dataclass(frozen=True)
+class _SavedRouter:
+    """A router, by its path, some of whose experts are barred by hooks."""
+
+    path: str
 
 
 @torch.no_grad()
@@ -81,11 +90,16 @@ def mask_group(model: nn.Module, group: DependencyGroup, reduction: Reduction) -
     if isinstance(reduction, Projection):
         saved.append(_SavedBasis(group.layer, reduction, mask_state(model, group.layer, reduction)))
         return
-    for name, dims, rows in dropped(group, reduction, model):
+    for name, dims, rows, value in dropped(group, reduction, model):
         flat = as_rows(tensor(model, name).data, dims)
         rows = rows.to(flat.device)
         saved.append(_Saved(name, flat.index_select(0, rows), dims, rows))
-        _write_rows(model, name, dims, rows, torch.zeros_like(flat[rows]))
+        _write_rows(model, name, dims, rows, torch.full_like(flat[rows], value))
+    for member in group.members:
+        if member.mask == BARRED_LOGITS:
+            router = member.tensor.rpartition(".")[0]
+            bar(model.get_submodule(router), dropped_rows(member, reduction))
+            saved.append(_SavedRouter(router))
 
 
 @torch.no_grad()
@@ -124,6 +138,8 @@ def unmask(model: nn.Module) -> None:
     for saved in reversed(getattr(model, _SAVED, None) or []):
         if isinstance(saved, _SavedBasis):
             install(model, saved.layer, saved.basis)
+        elif isinstance(saved, _SavedRouter):
+            unbar(model.get_submodule(saved.path))
         elif saved.values is None:
             remove_bias(model, saved.tensor)
         elif saved.rows is not None:
@@ -135,10 +151,10 @@ def unmask(model: nn.Module) -> None:
     setattr(model, _SAVED, None)
 
 
-def _saved(model: nn.Module) -> list[_Saved | _SavedBasis]:
+def _saved(model: nn.Module) -> list[_Saved | _SavedBasis | _SavedRouter]:
     if getattr(model, _SAVED, None) is None:
         setattr(model, _SAVED, [])
-    saved: list[_Saved | _SavedBasis] = getattr(model, _SAVED)
+    saved: list[_Saved | _SavedBasis | _SavedRouter] = getattr(model, _SAVED)
     return saved
 
 
@@ -175,13 +191,16 @@ def masked(model: nn.Module, plan: Plan, graph: SSMGraph | None = None) -> Itera
 
 def dropped(
     group: DependencyGroup, reduction: Reduction, model: nn.Module
-) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
-    """Yield (tensor, dims, rows) of dropped units; for dropped modules, the parameters that write their output."""
+) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor, float]]:
+    """Yield (tensor, dims, rows, masked value) of dropped units.
+
+    For dropped modules these are the parameters that write their output.
+    """
     for member in group.members:
-        yield member.tensor, member.dims, dropped_rows(member, reduction)
+        yield member.tensor, member.dims, dropped_rows(member, reduction), -torch.inf if member.mask == BARRED else 0.0
     for unit in reduction.dropped(0) if group.blocks else ():
         for name in group.blocks[unit].writers:
-            yield name, (0,), torch.arange(len(tensor(model, name)))
+            yield name, (0,), torch.arange(len(tensor(model, name))), 0.0
 
 
 def dropped_rows(member: Member, reduction: Reduction) -> torch.Tensor:
@@ -199,6 +218,12 @@ def added_biases(model: nn.Module) -> list[str]:
     """Return the names of the biases of a masked model that `unmask` removes."""
     saved = getattr(model, _SAVED, None) or []
     return [s.tensor for s in saved if isinstance(s, _Saved) and s.values is None]
+
+
+def barred_routers(model: nn.Module) -> list[str]:
+    """Return the paths of the routers of a masked model whose dropped experts are barred by hooks, not by a tensor."""
+    saved = getattr(model, _SAVED, None) or []
+    return [s.path for s in saved if isinstance(s, _SavedRouter)]
 
 
 def masked_projections(model: nn.Module) -> dict[str, Projection]:

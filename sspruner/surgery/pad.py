@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sspruner.errors import PlanError
+from sspruner.graph.group import BARRED, BARRED_LOGITS
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Reduction, Selection
@@ -31,12 +32,13 @@ def pad(cut: nn.Module, graph: SSMGraph, large: nn.Module, target: SSMGraph) -> 
         raise PlanError(f"{other[0]} is in one of the models alone")
     parameters = dict(large.named_parameters())  # shared parameters once, under the name that graphs use
     buffers = {name: tensor for name, tensor in large.named_buffers() if name in large_values}
+    empty = _empty(plan, target)
     for name, tensor in {**parameters, **buffers}.items():
         value = values[name]
         places = without_rows(torch.arange(tensor.numel()).view(tensor.shape), dropped.get(name, {}))
         if places.shape != value.shape:
             raise PlanError(f"{name} is {tuple(value.shape)}, and {tuple(places.shape)} where it is padded")
-        tensor.zero_()
+        tensor.fill_(empty.get(name, 0.0))
         tensor.view(-1)[places.flatten()] = value.to(tensor).flatten()
     for site in target.sites:
         after = cut_layout(site, plan, target)
@@ -64,6 +66,18 @@ def _first_units(graph: SSMGraph, target: SSMGraph) -> Plan:
         if after < group.units:
             groups[name] = Selection(group.units, (tuple(range(after)),) * group.groups)
     return Plan(groups)
+
+
+def _empty(plan: Plan, target: SSMGraph) -> dict[str, float]:
+    """Return what the units that are added have instead of zeros, by tensor: a bias of -inf where experts are chosen.
+
+    Raises PlanError for experts of a router without such a bias: with zeros they would be chosen.
+    """
+    members = [member for name in plan.groups for member in target.groups[name].members]
+    for member in members:
+        if member.mask == BARRED_LOGITS:
+            raise PlanError(f"{member.tensor} has no bias that could bar an expert of zeros from the choice")
+    return {member.tensor: -math.inf for member in members if member.mask == BARRED}
 
 
 def _value(module: nn.Module, attribute: str) -> Any:

@@ -154,12 +154,13 @@ def _write_sizes(config: Any, stock: dict[str, Any], plan: Plan, graph: SSMGraph
     if graph.family is None:
         return
     removed = tuple(f"{path}." for path in dropped_modules(plan, graph))
-    layouts = [cut_layout(site, plan, graph) for site in graph.layers if not f"{site.path}.".startswith(removed)]
-    values = {f: {layout.stock_total(size) for layout in layouts} for f, size in graph.family.config_sizes.items()}
+    sites = [site for site in graph.sites if not f"{site.path}.".startswith(removed)]
+    layouts = {site.path: cut_layout(site, plan, graph) for site in sites}
+    values = {field: found for field, found in graph.family.stock_sizes(layouts).items() if found}
     for field in graph.family.config_repeats:
         vars(config).pop(field, None)
-    uniform = all(len(v) == 1 for v in values.values())
-    projected = [layout for layout in layouts if layout.is_projected]
+    uniform = all(len(found) == 1 for found in values.values())
+    projected = [layout for layout in layouts.values() if layout.is_projected]
     state = {f: size for f, size in graph.family.config_sizes.items() if any("state" in term for term in size)}
     coordinates = {f: min(layout.total(size) for layout in projected) for f, size in state.items() if projected}
     for field, value in values.items():

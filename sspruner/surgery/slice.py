@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sspruner.axes import axis_of
+from sspruner.graph.experts import EXPERTS
 from sspruner.graph.group import drop_rows
 from sspruner.graph.layout import Layout
 from sspruner.graph.site import Site
@@ -30,14 +31,14 @@ def slice_model(
     """Project the states that `plan` projects, then remove the rows of dropped units, then dropped modules.
 
     Parameters that several modules share stay shared. `surgery.record` writes the cut into the config. later: list to
-    which the cuts of buffers, (module, name, cuts), are appended instead of being made; the loader makes them at the
-    end.
+    which the cuts of buffers that no checkpoint has, (module, name, cuts), are appended instead of being made; the
+    loader makes them at the end.
     """
     plan, graph = project_states(model, plan, graph)
     for name, cuts in rows_to_drop(plan, graph).items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
-        if later is not None and leaf in owner._buffers:
+        if later is not None and leaf in owner._non_persistent_buffers_set:
             later.append((owner, leaf, cuts))
         else:
             _drop(model, getattr(owner, leaf), cuts)
@@ -49,6 +50,7 @@ def slice_model(
                 if site.family:
                     site.family.fit(model.get_submodule(path))
             fold_values(model, site, before, after)
+            _correct_whole(model, site, before, after)
     drop_blocks(model, plan, graph)
 
 
@@ -119,6 +121,17 @@ def _correct(module: nn.Module, after: Layout) -> None:
         owner, leaf = _owner(module, attribute)
         if owner is not None:
             setattr(owner, leaf, after.total(size))
+
+
+def _correct_whole(model: nn.Module, site: Site, before: Layout, after: Layout) -> None:
+    """Correct the number of experts that a whole model keeps for its auxiliary loss, in every module around a site."""
+    if site.kind != "experts" or before.count(EXPERTS) == after.count(EXPERTS):
+        return
+    parts = site.path.split(".")
+    for depth in range(len(parts)):
+        around = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(vars(around).get("num_experts"), int):
+            around.num_experts = after.count(EXPERTS)  # type: ignore[assignment]
 
 
 def fold_values(model: nn.Module, site: Site, before: Layout, after: Layout) -> None:

@@ -90,6 +90,9 @@ class _Check:
             graph = trace(model)
         except SSPrunerError as error:
             self.fail(f"cannot be traced: {error}", seed)
+        for site in graph.sites:
+            if site.family is None:
+                self.filled(site.layout, model.get_submodule(site.path), site.path, seed)
         self.config(model, graph, seed)
         self.scan(model, mixers, seed)
         self.units(graph, seed)
@@ -105,6 +108,16 @@ class _Check:
     def layout(self, mixer: nn.Module, path: str, seed: int) -> None:
         """Check that the rows fill their tensors, attributes match the module, and no value is read."""
         layout = self.family.layout(mixer)
+        self.filled(layout, mixer, path, seed)
+        try:
+            empty = self.family.layout(copy.deepcopy(mixer).to("meta"))
+        except Exception as error:
+            self.fail(f"layout reads values: on the meta device it fails ({type(error).__name__}: {error})", seed)
+        if _plain(empty) != _plain(layout):
+            self.fail(f"layout of {path} on the meta device is another one", seed)
+
+    def filled(self, layout: Layout, mixer: nn.Module, path: str, seed: int) -> None:
+        """Check that the rows of a layout fill the tensors of its module, and that attributes match it."""
         tensors = {**dict(mixer.named_parameters()), **dict(mixer.named_buffers())}
         if not any(slot.tensor in tensors for slot in layout.slots):
             self.fail(f"layout names no tensor of {path}: it has {', '.join(tensors)}", seed)
@@ -124,19 +137,12 @@ class _Check:
         for axis, groups in layout.axes.items():
             if not {axis, *groups} <= set(layout.sizes):
                 self.fail(f"axis {axis} of {path} has no size in the layout, or is nested in what has none", seed)
-        try:
-            empty = self.family.layout(copy.deepcopy(mixer).to("meta"))
-        except Exception as error:
-            self.fail(f"layout reads values: on the meta device it fails ({type(error).__name__}: {error})", seed)
-        if _plain(empty) != _plain(layout):
-            self.fail(f"layout of {path} on the meta device is another one", seed)
 
     def config(self, model: Any, graph: SSMGraph, seed: int) -> None:
         """Check that config fields with one value for all layers equal the layout's."""
         if not self.ours(graph.family):
             return
-        for field, size in self.family.config_sizes.items():
-            values = {site.layout.total(size) for site in graph.layers}
+        for field, values in self.family.stock_sizes({site.path: site.layout for site in graph.sites}).items():
             value = getattr(text_config(model.config), field, None)
             if value is not None and len(values) == 1 and value not in values:
                 self.fail(f"config.{field} is {value}, config_sizes make it {values.pop()}", seed)

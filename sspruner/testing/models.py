@@ -132,7 +132,7 @@ def _granitemoehybrid(s: SimpleNamespace) -> dict[str, Any]:
     """Return config fields of granitemoehybrid: bamba with experts and a shared MLP in every layer."""
     return _bamba(s) | {
         "layer_types": [TYPES[letter] for letter in s.layers],
-        "intermediate_size": 8,
+        "intermediate_size": 16,
         "shared_intermediate_size": 10,
         "num_local_experts": s.experts,
         "num_experts_per_tok": 2,
@@ -181,7 +181,7 @@ def _nemotron_h(s: SimpleNamespace) -> dict[str, Any]:
         "n_routed_experts": 6,
         "n_group": 2,  # a token takes 2 of the 3 experts in the better one
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 8,
+        "moe_intermediate_size": 16,
         "moe_shared_expert_intermediate_size": 7,
         "moe_latent_size": 16,
         "routed_scaling_factor": 1.5,

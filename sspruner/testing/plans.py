@@ -88,7 +88,7 @@ def random_projection(sets: int, before: int, after: int, generator: torch.Gener
 
 def sizes(group: DependencyGroup) -> list[int]:
     """Return the numbers of units that a cut may keep in every set."""
-    return list(range(group.multiple_of, group.units, group.multiple_of))
+    return list(group.counts())
 
 
 def _must_stay(graph: SSMGraph) -> list[list[str]]:

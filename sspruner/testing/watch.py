@@ -198,7 +198,7 @@ def chooser(group: DependencyGroup, pattern: bool) -> Callable[[torch.Tensor], t
             return _best(parts, 2).flatten(-2)
         count = max(width // 2, 1)
         if width == group.units and not group.tensor:
-            count = max(count // group.multiple_of * group.multiple_of, min(group.multiple_of, width))
+            count = min(group.counts(), key=lambda n: (abs(n - count), n), default=width)
         return _best(scores, count)
 
     return choose

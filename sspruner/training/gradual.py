@@ -29,7 +29,7 @@ from sspruner.calibrate.view import SSMView
 from sspruner.compute.device import check_whole
 from sspruner.errors import InputError
 from sspruner.graph.fingerprint import fingerprint
-from sspruner.graph.group import DependencyGroup
+from sspruner.graph.group import ZERO, DependencyGroup
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import reduction
@@ -149,6 +149,11 @@ class Pruner:
         self.budget: dict[str, Any] = {"granularity": "global"} if axis in ELEMENT_AXES else {"allocation": allocation}
         self.graph = trace(model)
         self.groups = self.graph.on_axis(axis)
+        if any(member.mask != ZERO for group in self.groups.values() for member in group.members):
+            raise InputError(
+                f"axis {axis}: gradual pruning sets weights to zero while it trains, which bars no expert from the "
+                "choice; cut with sspruner.prune, then train what stays: sspruner train distil"
+            )
         self.parameters = dict(model.named_parameters())
         scored = {name for group in self.groups.values() for name in _tensors(group)}
         self.trained = {name: p for name, p in self.parameters.items() if name in scored and p.requires_grad}
@@ -209,7 +214,7 @@ class Pruner:
                 data = tensor(self.model, group.tensor).data
                 data.mul_(kept.to(data.device))
                 continue
-            for t, dims, rows in dropped(group, reduction(kept), self.model):
+            for t, dims, rows, _ in dropped(group, reduction(kept), self.model):
                 data = tensor(self.model, t).data
                 front = data.movedim(dims, tuple(range(len(dims))))
                 front[torch.unravel_index(rows.to(data.device), front.shape[: len(dims)])] = 0

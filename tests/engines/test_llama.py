@@ -151,10 +151,11 @@ BOTH = {  # channels and hidden size together
     "mamba": ("channel", "hidden"),
     "falcon_mamba": ("channel", "hidden"),
     "jamba, tied": ("state", "dt_rank", "mlp"),
+    "jamba, experts": ("expert", "expert_mlp", "mlp"),
     "bamba, partial rotary": ("head", "hidden", "state", "mlp", "attn_head"),
     "granite, no rope": ("head_dim", "hidden", "state", "mlp"),
     "falcon_h1, norm": ("head", "head_dim", "hidden", "state", "mlp"),
-    "nemotron_h, experts": ("head", "state", "group", "attn_head"),
+    "nemotron_h, experts": ("head", "state", "group", "attn_head", "expert", "expert_mlp"),
 }
 PADDED = [
     ("mamba", "channel"), ("falcon_mamba", "state"), ("jamba, experts", "channel"), ("bamba, partial rotary", "head"),

@@ -97,6 +97,8 @@ SAME: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, Any]]] = {
     ),
     "granite": (granite, {}),
     "granite, 7 states": (lambda: kept(granite(), state=7), {}),
+    "granite, 2 of 3 experts": (lambda: kept(granite(), expert=2), {}),
+    "granite, 8 of 16 neurons of each expert": (lambda: kept(granite(), expert_mlp=8), {}),
     "granite without experts": (lambda: kept(granite(experts=0), state=7), {}),
     "falcon_h1": (falcon, {}),
     "falcon_h1, 7 states, 1 of 2 heads": (lambda: kept(falcon(mamba_rms_norm=False), state=7, head=1), {}),
@@ -114,6 +116,7 @@ OTHER: dict[str, Callable[[], torch.nn.Module]] = {  # what targets.toml refuses
 FAILS: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, Any], str]] = {
     "mamba": (lambda: zoo("mamba"), {}, "selective_scan_fwd"),
     "bamba": (lambda: zoo("bamba"), {}, "linear_attention"),
+    "nemotron_h with experts": (lambda: nemotron(layers="MEAM"), {}, "is_act_and_mul=False"),
     "prefix caching": (books, CACHING, "IndexError"),
     "prefix caching, 32 states": (lambda: kept(books(), state=32), CACHING, "IndexError"),
 }

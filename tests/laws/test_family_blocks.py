@@ -165,7 +165,7 @@ def half(graph: sspruner.SSMGraph, axis: str, layers: slice = slice(None), seed:
     pick, groups = random.Random(seed), list(graph.on_axis(axis).values())[layers]
     plan = {}
     for group in groups:
-        after = max(1, group.units // 2 // group.multiple_of * group.multiple_of)
+        after = min(group.counts(), key=lambda n: (abs(n - group.units // 2), n), default=group.units)
         keep = [tuple(sorted(pick.sample(range(group.units), after))) for _ in range(group.groups)]
         plan[group.name] = Selection(group.units, tuple(keep))
     return Plan(plan)

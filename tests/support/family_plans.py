@@ -17,10 +17,11 @@ from sspruner.plans.reduction import Selection
 from support.examples import scaled
 from support.zoo import FAMILIES
 
-_MAMBA2, _MAMBA1, _HYBRID = (
+_MAMBA2, _MAMBA1, _HYBRID, _EXPERTS = (
     ("state", "head", "head_dim", "group"),
     ("state", "channel", "dt_rank"),
     ("attn_head", "mlp"),
+    ("expert", "expert_mlp"),
 )
 
 DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid")
@@ -33,16 +34,18 @@ AXES = {
     "falcon_mamba": (*_MAMBA1, "hidden", "block"),
     "zamba2": (*_MAMBA2, *_HYBRID, "hidden", "block"),
     "bamba": (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer"),
-    "granitemoehybrid": (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer"),
+    "granitemoehybrid": (*_MAMBA2, *_HYBRID, *_EXPERTS, "hidden", "block", "mixer"),
     "falcon_h1": (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer"),
-    "nemotron_h": (*_MAMBA2, *_HYBRID, "hidden", "block"),
-    "jamba": (*_MAMBA1, *_HYBRID, "hidden", "block", "mixer"),
+    "nemotron_h": (*_MAMBA2, *_HYBRID, *_EXPERTS, "latent", "hidden", "block"),
+    "jamba": (*_MAMBA1, *_HYBRID, *_EXPERTS, "hidden", "block", "mixer"),
     "zamba": ("state", "head", "head_dim", "dt_rank", *_HYBRID, "hidden", "block"),
     **dict.fromkeys(DELTA, (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer")),
-    "qwen4_exp_text": (*_MAMBA2, *_HYBRID),
-    **dict.fromkeys(KDA[:2], ("state", "head", "head_dim", *_HYBRID, "hidden", "block", "mixer")),
-    "glm5_next_text": ("state", "head", "head_dim", *_HYBRID),
+    "qwen3_5_moe_text": (*_MAMBA2, *_HYBRID, *_EXPERTS, "hidden", "block", "mixer"),
+    "qwen4_exp_text": (*_MAMBA2, *_HYBRID, *_EXPERTS),
+    **dict.fromkeys(KDA[:2], ("state", "head", "head_dim", *_HYBRID, *_EXPERTS, "hidden", "block", "mixer")),
+    "glm5_next_text": ("state", "head", "head_dim", *_HYBRID, *_EXPERTS),
 }
+WITH_EXPERTS = tuple(family for family, axes in AXES.items() if "expert" in axes)
 
 
 MAMBA2 = tuple(family for family, axes in AXES.items() if "group" in axes and family not in DELTA)
@@ -65,11 +68,7 @@ def few(examples: int) -> settings:
 def draw_plan(data: st.DataObject, graph: sspruner.SSMGraph, axes: tuple[str, ...]) -> Plan:
     """Draw a plan for groups of these axes, each with its own size; the units kept differ by group and head."""
     pick = random.Random(data.draw(st.integers(0, 2**16), "units"))
-    sizes = {
-        name: [n for n in range(g.multiple_of, g.units) if n % g.multiple_of == 0]
-        for name, g in graph.groups.items()
-        if g.axis in axes
-    }
+    sizes = {name: [*g.counts()] for name, g in graph.groups.items() if g.axis in axes}
     able = [name for name, choice in sizes.items() if choice]
     assume(able)
     # One mixer and one attention layer have to stay, whatever blocks go.

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sspruner
 from sspruner.formats import gguf_pre
+from sspruner.graph.group import DependencyGroup
 from sspruner.plans.plan import Plan
 from sspruner.testing.plans import selection
 from support.zoo import zoo
@@ -45,14 +46,14 @@ def cut(model: PreTrainedModel, *axes: str, seed: int = 7) -> PreTrainedModel:
     """Cut some axes in every layer to the same size: half of the units, other ones in each layer and group."""
     for axis in axes:
         groups = sspruner.trace(model).on_axis(axis)
-        kept = {name: _fewer(group.units, group.multiple_of) for name, group in groups.items()}
+        kept = {name: _fewer(group) for name, group in groups.items()}
         plan = {name: selection(g.groups, g.units, kept[name], seed + i) for i, (name, g) in enumerate(groups.items())}
         model = sspruner.apply(model, Plan(plan))
     return model
 
 
-def _fewer(units: int, multiple: int) -> int:
-    return max(units // 2 // multiple * multiple, multiple)
+def _fewer(group: DependencyGroup) -> int:
+    return min(group.counts(), key=lambda n: (abs(n - group.units // 2), n))
 
 
 def axes_of(name: str) -> list[str]:
@@ -60,9 +61,9 @@ def axes_of(name: str) -> list[str]:
     family, graph = VARIANTS[name][0], sspruner.trace(variant(name))
     alone = [axis for axis in graph.axes if axis not in ("weight", "decay", "mixer")]
     alone = [axis for axis in alone if not (family in TWICE and axis in CHANNELS)]
-    several = [axis for axis in alone if all(g.units > g.multiple_of for g in graph.on_axis(axis).values())]
+    several = [axis for axis in alone if all(g.counts() for g in graph.on_axis(axis).values())]
     if name == "jamba, experts":  # its dense MLPs have the experts' width
-        several.remove("mlp")
+        several = [axis for axis in several if axis not in ("mlp", "expert_mlp")]
     return [axis for axis in several if not ("experts" in name and axis == "block")]  # a block of experts may not go
 
 

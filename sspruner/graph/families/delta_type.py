@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sspruner.graph.experts import EXPERTS, NEURONS
 from sspruner.graph.family import DeltaProjected, Family
 from sspruner.graph.layout import ENCODE, Fold, Layout, Rows, Size, Slot
 from sspruner.runtime.projected_state import coordinates, delta_rows
@@ -34,6 +35,12 @@ CONFIG_SIZES: dict[str, Size] = {
     "linear_key_head_dim": (("state",),),
     "linear_value_head_dim": (("head_dim",),),
 }
+ATTENTION_SIZES: dict[str, Size] = {
+    "num_key_value_heads": (("attn_head",),),
+    "num_attention_heads": (("attn_head", "query"),),
+}
+EXPERT_SIZES: dict[str, Size] = {"num_experts": (EXPERTS,), "moe_intermediate_size": (NEURONS,)}
+SHARED_SIZES: dict[str, Size] = {"shared_expert_intermediate_size": (("mlp",),)}
 
 
 class DeltaNet(Family):

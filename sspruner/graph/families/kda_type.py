@@ -13,12 +13,14 @@ weight is shared by all heads, so that all heads keep the same ones.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
+from sspruner.graph.experts import EXPERTS, NEURONS, shared_copies
 from sspruner.graph.family import DeltaProjected, Family
 from sspruner.graph.layout import Fold, Layout, Rows, Size, Slot
 from sspruner.runtime.kda_forward import fit_forward, gate_of, is_fitted
@@ -30,7 +32,12 @@ HIDDEN = (Rows("hidden", ("hidden",)),)
 OUT = (Rows("out", ("hidden",)),)
 Q, K, V, Z = Rows("q", STATE), Rows("k", STATE), Rows("v", INNER), Rows("z", INNER)
 A, B = Rows("a", STATE), Rows("b", HEAD)
-CONFIG_SIZES: dict[str, Size] = {"linear_num_heads": (HEAD,), "linear_head_dim": (("head_dim",),)}
+CONFIG_SIZES: dict[str, Size] = {
+    "linear_num_heads": (HEAD,),
+    "linear_head_dim": (("head_dim",),),
+    "num_local_experts": (EXPERTS,),
+    "moe_intermediate_size": (NEURONS,),
+}
 
 
 class KimiDelta(Family):
@@ -41,6 +48,9 @@ class KimiDelta(Family):
     basis_refused = "the decay differs by key channel"
     mixer_axis = True
     norm, out = "o_norm", "o_proj"
+
+    def stock_sizes(self, layouts: Mapping[str, Layout]) -> dict[str, set[int]]:
+        return super().stock_sizes(layouts) | {"n_shared_experts": shared_copies(layouts)}
 
     def layout(self, mixer: Any) -> Layout:
         H, gate = mixer.num_heads, mixer.forget_gate

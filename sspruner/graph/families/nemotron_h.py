@@ -1,5 +1,6 @@
 """Nemotron-H: each block holds one module, a Mamba2 mixer, attention, an MLP or experts."""
 
+from sspruner.graph.experts import EXPERTS, NEURONS
 from sspruner.graph.families.mamba2_type import HEAD, Mamba2Type
 from sspruner.graph.family import Family
 from sspruner.plugins.hookspecs import hookimpl
@@ -14,6 +15,9 @@ class NemotronH(Mamba2Type):
         "n_groups": (("group",),),
         "mamba_num_heads": (HEAD,),
         "mamba_head_dim": (("head_dim",),),
+        "n_routed_experts": (EXPERTS,),
+        "moe_intermediate_size": (NEURONS,),
+        "moe_latent_size": (("latent",),),
     }
     config_lists = ("layers_block_type",)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sspruner.graph.families.delta_type import A, B, DeltaNet, K, Q, V, Z
+from sspruner.graph.families.delta_type import ATTENTION_SIZES, CONFIG_SIZES, EXPERT_SIZES, A, B, DeltaNet, K, Q, V, Z
 from sspruner.graph.family import Family
 from sspruner.graph.layout import Rows, Slot
 from sspruner.plugins.hookspecs import hookimpl
@@ -23,6 +23,7 @@ class Qwen3Next(DeltaNet):
     """Family of Qwen3-Next models."""
 
     name, mixer_class = "qwen3_next", "Qwen3NextGatedDeltaNet"
+    config_sizes = CONFIG_SIZES | ATTENTION_SIZES | EXPERT_SIZES
 
     def projections(self, mixer: Any) -> tuple[Slot, ...]:
         groups = ("group",)

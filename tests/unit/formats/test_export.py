@@ -11,6 +11,7 @@ import torch
 
 import sspruner
 from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 from sspruner.testing.plans import directions
 from support.command import run as cli
 from support.projected import PROJECTED, every_state
@@ -88,6 +89,16 @@ def test_any_sizes_are_expressed(family: str, axis: str, tmp_path: Path) -> None
     plan = half(sspruner.trace(model), axis)
     name = next(iter(plan.groups))
     check_export(sspruner.apply(model, Plan({name: plan.groups[name]})), tmp_path)
+
+
+@pytest.mark.slow
+def test_layers_with_different_experts_are_expressed(tmp_path: Path) -> None:
+    """A router's bias for the choice, a buffer that is saved, has another size in every layer."""
+    model = zoo("nemotron_h", layers="MEAEM")
+    groups = list(sspruner.trace(model).on_axis("expert").values())
+    keep = {groups[0].name: Selection(3, ((0, 2), (1, 2)))}
+    keep |= {n: s for n, s in half(sspruner.trace(model), "expert_mlp").groups.items() if ".3." in n}
+    check_export(sspruner.apply(model, Plan(keep)), tmp_path)
 
 
 @pytest.mark.slow

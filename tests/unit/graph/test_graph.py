@@ -22,7 +22,7 @@ from sspruner.plans.plan import Plan
 from sspruner.plugins.manager import plugin_manager
 from sspruner.surgery.slice import slice_model
 from support.examples import examples
-from support.family_plans import AXES, KDA
+from support.family_plans import AXES, DELTA, KDA, WITH_EXPERTS
 from support.tiny import models, selections, tiny_model
 from support.zoo import FAMILIES, zoo, zoo_models
 
@@ -129,9 +129,48 @@ def kda_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
     return {key: r for key, r in rows.items() if r}
 
 
+def delta_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
+    """conv [q: G*K | k: G*K | v: G*R*V]; rows of q, k (G, K), v, z (G, R, V), b, a (G, R) in one tensor or in several."""
+    G, H, K, V = mixer.num_k_heads, mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim
+    R = H // G
+    keys: list[tuple[int, int]] = []  # (key head, channel)
+    heads: list[tuple[int, int]] = []  # (key head, value head of it)
+    values: list[tuple[int, int, int]] = []  # (key head, value head of it, channel)
+    if axis == "state":
+        keys = [(g, unit)]
+    elif axis == "head_dim":  # one set for all heads
+        values = [(h, r, unit) for h in range(G) for r in range(R)]
+    elif axis == "head":
+        heads, values = [(g, unit)], [(g, unit, p) for p in range(V)]
+    else:
+        keys, heads = [(unit, n) for n in range(K)], [(unit, r) for r in range(R)]
+        values = [(unit, r, p) for r in range(R) for p in range(V)]
+    k, h, v = [a * K + n for a, n in keys], [a * R + r for a, r in heads], [(a * R + r) * V + p for a, r, p in values]
+    norm, out = ("o_norm", "o_proj") if hasattr(mixer, "o_norm") else ("norm", "out_proj")
+    conv = [*k, *(G * K + n for n in k), *(2 * G * K + p for p in v)]
+    rows: Owned = {
+        ("conv1d.weight", (0,)): conv,
+        **dict.fromkeys([("dt_bias", (0,)), ("A_log", (0,))], h),
+        (f"{norm}.weight", (0,)): [unit] * (axis == "head_dim"),
+        (f"{out}.weight", (1,)): v,
+    }
+    if hasattr(mixer, "in_proj_qkvz"):  # for each key head [ q | k | v | z ] and [ b | a ]
+        width = 2 * K + 2 * R * V
+        at = [a * width + n + i * K for a, n in keys for i in (0, 1)]
+        at += [a * width + 2 * K + r * V + p + i * R * V for a, r, p in values for i in (0, 1)]
+        rows |= {("in_proj_qkvz.weight", (0,)): at}
+        rows |= {("in_proj_ba.weight", (0,)): [a * 2 * R + r + i * R for a, r in heads for i in (0, 1)]}
+    elif hasattr(mixer, "in_proj_qkv"):
+        rows |= {("in_proj_qkv.weight", (0,)): conv, ("in_proj_z.weight", (0,)): v}
+        rows |= {(f"in_proj_{name}.weight", (0,)): h for name in "ba"}
+    else:
+        rows |= {(f"{name}_proj.weight", (0,)): part for name, part in zip("qkvgba", (k, k, v, v, h, h), strict=True)}
+    return {key: r for key, r in rows.items() if r}
+
+
 MAMBA1 = ("mamba", "falcon_mamba", "jamba")
 UNITS = {f: zamba_unit if f == "zamba" else mamba1_unit if f in MAMBA1 else mamba2_unit for f in FAMILIES}
-UNITS |= dict.fromkeys(KDA, kda_unit)
+UNITS |= dict.fromkeys(KDA, kda_unit) | dict.fromkeys(DELTA, delta_unit)
 
 
 @examples(25)
@@ -155,6 +194,8 @@ def test_the_axes_of_a_mixer(family: str) -> None:
     P = {"granitemoehybrid": 16, "zamba": 8}.get(family, 4)
     if UNITS[family] is mamba2_unit:
         own = {"state": (2, 6), "head": (2, 2), "head_dim": (4, P), "group": (1, 2)}
+    elif UNITS[family] is delta_unit:
+        own = {"state": (2, 6), "head": (2, 2), "head_dim": (1, 4), "group": (1, 2)}
     elif UNITS[family] is kda_unit:
         own = {"state": (2, 6), "head": (1, 2), "head_dim": (1, 6)}
     elif family == "zamba":
@@ -167,7 +208,9 @@ def test_the_axes_of_a_mixer(family: str) -> None:
     around = {"hidden", "block"} & set(AXES[family])
     if family not in ("mamba2", "mamba", "falcon_mamba"):
         around |= {"attn_head", "mlp"}
-    if family in ("bamba", "granitemoehybrid", "falcon_h1", "jamba", *KDA[:2]):  # an MLP is left, or attention
+    if family in WITH_EXPERTS:
+        around |= {"expert", "expert_mlp"} | ({"latent"} if family == "nemotron_h" else set())
+    if "mixer" in AXES[family]:  # an MLP is left, or attention
         around |= {"mixer"}
     assert set(graph.axes) == {*own, *around}
     assert "group" not in sspruner.trace(zoo(family, groups=1)).axes
@@ -184,6 +227,8 @@ def test_units_and_bytes_add_up(model: nn.Module, data: st.DataObject) -> None:
         mixer = model.get_submodule(layer.path)
         if hasattr(mixer, "forget_gate"):
             channels, states = len(mixer.v_proj.weight), len(mixer.k_proj.weight) // mixer.num_heads
+        elif hasattr(mixer, "head_k_dim"):
+            channels, states = mixer.num_v_heads * mixer.head_v_dim, mixer.head_k_dim
         else:
             channels, states = mixer.intermediate_size, mixer.ssm_state_size
         assert layer.state_bytes == channels * states * 4

@@ -482,7 +482,7 @@ def test_new_weights_do_not_revive_what_is_dropped_beside_them(family: str, monk
                 assert name in result.plan.updates
                 expected = expected * stays
             group = graph.groups[f"{name.partition('.mixer')[0]}.mixer:state"]
-            for tensor, dims, rows in dropped(group, result.plan.groups[group.name], dense):
+            for tensor, dims, rows, _ in dropped(group, result.plan.groups[group.name], dense):
                 if tensor == name:
                     expected.movedim(dims, tuple(range(len(dims))))[rows] = 0
                     assert not values.movedim(dims, tuple(range(len(dims))))[rows].any()

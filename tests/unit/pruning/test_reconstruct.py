@@ -45,7 +45,7 @@ def half_plan(model: Any, axis: str, seed: int = 0) -> sspruner.Plan:
     """Remove about half of the units of one axis, others in every set and layer."""
     chosen = {}
     for number, (name, group) in enumerate(sspruner.trace(model).on_axis(axis).items()):
-        after = max(group.multiple_of, group.units // 2 // group.multiple_of * group.multiple_of)
+        after = min(group.counts(), key=lambda n: (abs(n - group.units // 2), n), default=group.units)
         chosen[name] = selection(group.groups, group.units, after, seed + number)
     return sspruner.Plan(chosen)
 
