@@ -11,7 +11,10 @@ X is never stored, only its Gram matrix in fp64, whose pivoted Cholesky factoris
 matrix squares singular values: below 1e-7 of the largest, states count as linearly dependent. They come after all
 pivots, by their own energy. Of equal residuals the first state is the pivot; in fp64 S falls from pivot to pivot.
 
-Cost: N^2 per token and group, N^3 at the end. Axes: state. Options: none.
+variant="energy" leaves out the pivoting: S[g,n] = sqrt(E[B_n^2]), the energy of keys. It is a bad choice, kept for
+comparison (docs/scorers/rrqr.md): what is written often is not what is read.
+
+Cost: N^2 per token and group, N^3 at the end. Axes: state. Options: variant="pivoted" (default) or "energy".
 """
 
 import torch
@@ -25,7 +28,10 @@ class RRQR(sspruner.Scorer):
     name, axes, needs = "rrqr", {"state"}, "activations"
     token_sums = ("gram", "tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, variant: str = "pivoted") -> None:
+        if variant not in ("pivoted", "energy"):
+            raise sspruner.InputError(f"scorer 'rrqr': variant={variant!r}; known: pivoted, energy")
+        self.variant = variant
         self.gram: torch.Tensor | float = 0.0  # sum_t B_t B_t^T: fp64 (G, N, N)
         self.tokens = 0
 
@@ -35,6 +41,8 @@ class RRQR(sspruner.Scorer):
         self.tokens += view.tokens
 
     def importance(self) -> torch.Tensor:
+        if self.variant == "energy":
+            return (torch.as_tensor(self.gram).diagonal(dim1=-2, dim2=-1) / max(self.tokens, 1)).sqrt()
         return torch.stack([pivoted(gram / max(self.tokens, 1)) for gram in torch.as_tensor(self.gram)])
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sspruner.errors import ModelError
+from sspruner.formats.convolutions import split_convolutions
 
 NAMES = ("model.safetensors", "pytorch_model.bin")  # names of a folder's weights; the first that exists is read
 INDEX = ".index.json"
@@ -23,6 +24,7 @@ MAX_SHARD = "5GB"  # largest size of a written file; the default of transformers
 def write_model(model: Any, folder: Path, **options: Any) -> None:
     """Call `model.save_pretrained`: config, generation config, and safetensors in shards of MAX_SHARD with an index."""
     model.save_pretrained(folder, max_shard_size=MAX_SHARD, **options)
+    split_convolutions(model, folder)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

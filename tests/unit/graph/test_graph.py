@@ -130,7 +130,7 @@ def kda_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
 
 
 def delta_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
-    """conv [q: G*K | k: G*K | v: G*R*V]; rows of q, k (G, K), v, z (G, R, V), b, a (G, R) in one tensor or in several."""
+    """conv [q: G*K | k: G*K | v: G*R*V]; rows of q, k (G, K), v, z (G, R, V), b, a (G, R) in one tensor or several."""
     G, H, K, V = mixer.num_k_heads, mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim
     R = H // G
     keys: list[tuple[int, int]] = []  # (key head, channel)

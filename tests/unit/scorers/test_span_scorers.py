@@ -42,6 +42,17 @@ every_scorer = pytest.mark.parametrize(("name", "options", "families"), SCORERS)
 # rrqr
 
 
+def test_the_energy_of_keys_is_a_root_mean_square() -> None:
+    model, mask = zoo("qwen3_5_text"), torch.ones(2, 19, dtype=torch.bool)
+    mask[1, 7:] = False
+    with batches_of(19):
+        scores = importance(model, tokens(2, 19), "rrqr", mask=mask, options={"variant": "energy"})
+        views = shown(model, tokens(2, 19), "state", mask=mask)
+    for name, found in scores.items():
+        B = torch.cat([view.B[view.mask] for view in views if view.group.name == name]).double()  # (tokens, G, N)
+        torch.testing.assert_close(found.double(), B.square().mean(0).sqrt(), rtol=1e-5, atol=0)
+
+
 def slow_qrcp(X: torch.Tensor) -> tuple[list[int], list[float]]:
     """Gram-Schmidt by hand: the pivots in their order, and what is left of each outside the span of those before it."""
     left, order, norms = X.double().clone(), list[int](), list[float]()
