@@ -23,11 +23,11 @@ from sspruner import doctor
 from sspruner.doctor import Check, diagnose
 from sspruner.errors import PluginError
 from sspruner.graph import causality
-from sspruner.graph.family import Projected
+from sspruner.graph.family import DeltaProjected, Projected
 from sspruner.graph.known import installed_families
 from sspruner.plugins import manager
 from support.command import done, run
-from support.oracle import output, selective_output
+from support.oracle import delta_output, output, selective_output
 from support.paths import ROOT
 from support.zoo import FAMILIES, zoo
 
@@ -279,7 +279,8 @@ def test_a_scan_that_is_another_recurrence(
 
     def project(self: Any, *args: Any) -> Any:
         p = right(self, *args)
-        return type(p)(**{**vars(p), "dt": p.dt * 1.05})
+        name = "beta" if isinstance(p, DeltaProjected) else "dt"
+        return type(p)(**{**vars(p), name: p.dt * 1.05})
 
     monkeypatch.setattr(type(described), "project", project)
     found = checks()
@@ -292,9 +293,10 @@ def test_the_loop_is_the_oracles(family: str) -> None:
     model, described = zoo(family), installed_families()[family]
     mixer = next(m for m in model.modules() if described.recognises(m))
     with torch.no_grad():
-        hidden, _ = doctor._seen(model, mixer, doctor._ids())
+        hidden, _ = doctor._seen(model, mixer, getattr(mixer, described.out), doctor._ids())
         p = described.project(mixer, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
-        expected = output(p) if isinstance(p, Projected) else selective_output(p)
+        oracle = {Projected: output, DeltaProjected: delta_output}.get(type(p), selective_output)
+        expected = oracle(p)
         torch.testing.assert_close(doctor._loop(p), expected, rtol=1e-9, atol=1e-9)
 
 
