@@ -183,8 +183,10 @@ def expressible(graph: SSMGraph, writer: str = "hf") -> set[str]:
     """
     if writer == "gguf":
         return {*graph.axes} - {"mixer"}
-    sizes = graph.family.config_sizes.values() if graph.family else ()
-    return {dim for size in sizes for term in size for dim in term} | {"block"}
+    if graph.family is None:
+        return {"block"}
+    sizes, coupled = graph.family.config_sizes.values(), graph.family.couplings
+    return {dim for size in sizes for term in size for dim in term} | {"block", *coupled}
 
 
 @dataclass(frozen=True)

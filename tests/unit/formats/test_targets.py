@@ -285,8 +285,7 @@ def test_the_offer_for_hf_is_the_exact_check(family: str) -> None:
         if axis == "block":
             continue  # which of them go decides
         groups = graph.on_axis(axis)
-        step = max(g.multiple_of for g in groups.values())
-        sizes = [*range(step, min(g.units for g in groups.values()), step)]
+        sizes = sorted(set.intersection(*({*g.counts()} for g in groups.values())))
         for n in sizes[len(sizes) // 3 :][:1]:  # the offer has tried the mildest
             cut = zoo(family, hidden=16, mamba_rms_norm=False) if family == "falcon_h1" else zoo(family, hidden=16)
             sspruner.apply(cut, uniform(cut, axis, n))

@@ -73,6 +73,41 @@ def reference_wanda(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> 
     return {name: parameters[name].detach().double().abs() * size for name, size in rms.items()}
 
 
+@torch.no_grad()
+def reference_experts(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, idle: float) -> dict[str, torch.Tensor]:
+    """|W| times the root mean square of what each expert reads, by hooks and expert by expert: fp64 (E, out, in).
+
+    idle: the size of the input of an expert that gets no token.
+    """
+    calls: dict[str, list[Any]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: calls.setdefault(name, []).append(args))
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    ]
+    for row, counted in zip(ids, mask, strict=True):
+        model(input_ids=row[counted][None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    sizes = {}
+    for name, seen in calls.items():
+        module = model.get_submodule(name)
+        hidden, chosen, _ = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        gated = hasattr(module, "gate_up_proj")
+        up = "gate_up_proj" if gated else "up_proj"
+        read: dict[str, list[torch.Tensor]] = {up: [], "down_proj": []}
+        for e in range(len(module.down_proj)):
+            x = hidden[(chosen == e).any(-1)]
+            rows = x @ getattr(module, up)[e].T
+            inner = module.act_fn(rows.chunk(2, -1)[0]) * rows.chunk(2, -1)[1] if gated else module.act_fn(rows)
+            for key, value in ((up, x), ("down_proj", inner)):
+                some = value.double().square().mean(0).sqrt()
+                read[key].append(some if len(x) else torch.full((value.shape[1],), idle, dtype=torch.float64))
+        for key, rms in read.items():
+            sizes[f"{name}.{key}"] = getattr(module, key).detach().double().abs() * torch.stack(rms)[:, None]
+    return sizes
+
+
 def reference_gradients(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """Autograd on a copy, row by row, without the padding: gradient of the mean loss per predicted token."""
     copied = copy.deepcopy(model).float().requires_grad_(True)
@@ -151,8 +186,12 @@ def test_wanda_adds_up_what_a_unit_owns_in_linear_layers(family: str, reduction:
     scores = importance(model, ids, "wanda", axis=axes, mask=mask, options={"reduction": reduction})
     assert {graph.groups[name].axis for name in scores} == set(axes)
     for name, score in scores.items():
+        axis = graph.groups[name].axis
+        if axis in ("expert", "expert_mlp", "latent"):
+            inside = inside | reference_experts(model, ids, mask, idle=float(axis == "expert_mlp"))
+        within = {key: s for key, s in inside.items() if axis != "hidden" or ".experts." not in key}
         for g, u in some_units(graph.groups[name]):
-            values = elements(inside, owned(model, graph.groups[name], g, u))
+            values = elements(within, owned(model, graph.groups[name], g, u))
             value = values.max() if reduction == "max" else getattr(values, reduction)()
             assert float(score[g, u]) == pytest.approx(float(value), rel=1e-3), (name, g, u)
 
