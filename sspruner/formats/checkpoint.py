@@ -63,6 +63,16 @@ def wide_tensors(folder: Path) -> set[str]:
     return {name for name, dtype in dtypes.items() if dtype == "F32"} if {"BF16", "F16"} & {*dtypes.values()} else set()
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """Return the names of a checkpoint's tensors, from safetensors headers; none of a pickle."""
+    names: list[str] = []
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                names += tensors.keys()
+    return names
+
+
 def holds_weights(folder: Path) -> bool:
     """Check whether a folder holds a model's weights; other files of tensors, such as training_args.bin, are none."""
     return any((folder / f"{name}{end}").is_file() for name in NAMES for end in ("", INDEX))

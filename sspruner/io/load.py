@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from sspruner.compute.finite import check_finite
 from sspruner.compute.processes import world
 from sspruner.errors import InputError, ModelError
-from sspruner.formats.checkpoint import wide_tensors
+from sspruner.formats.checkpoint import tensor_names, wide_tensors
 from sspruner.formats.native import read_native
 from sspruner.formats.sizes import check_counts
 from sspruner.graph.causality import not_causal
@@ -187,6 +189,8 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
     except Exception as error:
         raise cannot(error, f"model {where}: cannot be loaded", trust_remote_code) from error
     _check_complete(where, info, cut=bool(cuts))
+    if is_local(where):
+        _say_what_is_lost(where, Path(where) / folder, loaded)
     if cuts:
         finish_cut(loaded, cut)
     return loaded
@@ -253,6 +257,23 @@ def _check_complete(where: str, info: dict[str, Any], cut: bool) -> None:
         raise ModelError(
             f"model {where}: {len(mismatched)} parameters do not have the shape that config.json says, e.g. {name} is "
             f"{tuple(saved)}, not {tuple(expected)}"
+        )
+
+
+def _say_what_is_lost(where: str, folder: Path, model: Any) -> None:
+    """Warn of weights that the model's class leaves out without a word: what is saved later lacks them.
+
+    Such are the layers of multi-token prediction, and the vision part of a model that is loaded as text alone.
+    """
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    names = tensor_names(folder) if patterns else []
+    left = [name for name in names if any(pattern.search(name) for pattern in patterns)]
+    if left:
+        parts = Counter(".".join(name.split(".")[: 1 if name.startswith("mtp.") else 3]) for name in left)
+        listed = ", ".join(f"{part} ({count})" for part, count in parts.most_common(3))
+        logger.warning(
+            "model %s: %s does not load %d of its weights, and what is saved will lack them: %s",
+            *(where, type(model).__name__, len(left), listed),
         )
 
 

@@ -246,7 +246,7 @@ def _qwen3_5_text(s: SimpleNamespace) -> dict[str, Any]:
 
 def _qwen3_5_moe_text(s: SimpleNamespace) -> dict[str, Any]:
     """Return config fields of qwen3_5_moe_text: experts and a shared expert with a gate in every layer."""
-    experts = {"num_experts": s.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    experts = {"num_experts": s.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     return _qwen3_5_text(s) | experts | {"shared_expert_intermediate_size": 10}
 
 
@@ -295,7 +295,7 @@ def _kda(s: SimpleNamespace) -> dict[str, Any]:
         "num_experts_per_tok": 2,
         "n_group": 1,
         "topk_group": 1,
-        "moe_intermediate_size": 8,
+        "moe_intermediate_size": 16,
         "n_shared_experts": 1,
     }
 

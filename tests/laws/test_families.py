@@ -183,7 +183,7 @@ def mixer_by_hand(path: str, mixer: torch.nn.Module, plan: Plan) -> tuple[int, i
     def after(axis: str, before: int) -> int:
         return plan.groups[f"{path}:{axis}"].after if f"{path}:{axis}" in plan.groups else before
 
-    hidden = getattr(mixer, "in_proj", getattr(mixer, "q_proj", None)).weight.shape[1]
+    hidden = (getattr(mixer, "o_proj", None) or mixer.out_proj).weight.shape[0]
     for name, selection in plan.groups.items():
         hidden = selection.after if name.endswith(":hidden") else hidden
     if hasattr(mixer, "forget_gate"):
@@ -197,6 +197,15 @@ def mixer_by_hand(path: str, mixer: torch.nn.Module, plan: Plan) -> tuple[int, i
         size = (2 * H * K + H * V) * (hidden + 4) + H * hidden  # q, k, v and their convolution, b
         size += H * (K + V) * R + 2 * R * hidden * narrow + H * K + H  # decay, gate, dt_bias, A_log
         return size + V + hidden * H * V, 4 * H * K * V
+    if hasattr(mixer, "head_k_dim"):  # a gated delta net
+        G, K, V = (
+            after("group", mixer.num_k_heads),
+            after("state", mixer.head_k_dim),
+            after("head_dim", mixer.head_v_dim),
+        )
+        H = G * after("head", mixer.num_v_heads // mixer.num_k_heads)
+        size = 2 * (G * K + H * V + H) * hidden + (2 * G * K + H * V) * 4  # q, k, v, z, b, a, the convolution
+        return size + 2 * H + V + hidden * H * V, 4 * H * K * V  # dt_bias, A_log, norm, output
     bias, conv = int(mixer.in_proj.bias is not None), mixer.conv1d.kernel_size[0] + int(mixer.conv1d.bias is not None)
     N = after("state", mixer.ssm_state_size)
     if hasattr(mixer, "dt_bias"):  # Mamba2

@@ -21,8 +21,9 @@ from sspruner.runtime import projected_state
 from sspruner.surgery import project, proof
 from sspruner.testing.plans import directions
 from support.examples import examples
+from support.family_plans import DELTA, KDA
 from support.native import native_model
-from support.projected import PROJECTED, every_state, projection
+from support.projected import ANY_BASIS, PROJECTED, every_state, orthogonal, projection
 from support.round_trip import check_round_trip
 from support.tensors import same, tensors
 from support.tiny import close, half, logits, models, plans, tiny_model, tokens
@@ -31,6 +32,7 @@ from support.zoo_variants import cached
 
 OTHERS = ("mamba", "falcon_mamba", "jamba", "zamba")
 each_family = pytest.mark.parametrize("family", PROJECTED)
+each_basis = pytest.mark.parametrize("family", ANY_BASIS)
 
 
 def with_projected_C(model: Any, plan: Plan, ids: torch.Tensor, patch: pytest.MonkeyPatch) -> torch.Tensor:
@@ -67,7 +69,7 @@ def test_a_full_basis_is_the_identity(family: str, data: st.DataObject) -> None:
 
 
 @examples(25)
-@given(zoo_models(PROJECTED), st.data())
+@given(zoo_models(ANY_BASIS), st.data())
 def test_masked_equals_sliced(model: Any, data: st.DataObject) -> None:
     """Alone, and beside cuts of other axes; then once more on top of the first."""
     ids = tokens()
@@ -79,6 +81,32 @@ def test_masked_equals_sliced(model: Any, data: st.DataObject) -> None:
         masked = sspruner.apply(copy.deepcopy(model), plan, mode="mask")
         model = sspruner.apply(model, plan)
         close(logits(model, ids), logits(masked, ids), masked, ids)
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("family", DELTA)
+def test_an_orthogonal_basis_leaves_a_delta_rule_as_it_is(family: str) -> None:
+    """Keys and queries may be rotated; an oblique basis would need one key to write and another to erase."""
+    model, ids = zoo(family), tokens()
+    expected = logits(model, ids)
+    groups = sspruner.trace(model).on_axis("state")
+    for basis in (orthogonal, projection):
+        for sliced in (True, False):
+            other = copy.deepcopy(model)
+            for i, group in enumerate(groups.values()):
+                r = basis(group.groups, group.units, group.units, i)
+                project.install(other, group.layer, (project.sliced if sliced else project.masked)(None, r))
+            if basis is orthogonal:
+                close(logits(other, ids), expected, model, ids)
+            else:
+                assert (logits(other, ids) - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", KDA)
+def test_decays_by_key_channel_have_no_other_basis(family: str) -> None:
+    model = zoo(family)
+    with pytest.raises(sspruner.PlanError, match="cannot be projected: the decay differs by key channel"):
+        sspruner.apply(model, every_state(sspruner.trace(model)))
 
 
 @pytest.mark.cover
@@ -125,7 +153,7 @@ def test_the_slow_truth_of_a_projection() -> None:
 
 
 @pytest.mark.cover
-@each_family
+@each_basis
 def test_decoding_with_a_cache_is_the_whole_forward(family: str) -> None:
     """A prefill of 7 tokens, then one token after another."""
     model, ids = sspruner.apply(zoo(family), every_state(sspruner.trace(zoo(family)))), tokens(2, 12)
@@ -134,7 +162,7 @@ def test_decoding_with_a_cache_is_the_whole_forward(family: str) -> None:
 
 
 @pytest.mark.cover
-@each_family
+@each_basis
 def test_padding_does_not_matter(family: str) -> None:
     model = sspruner.apply(zoo(family), every_state(sspruner.trace(zoo(family))))
     ids = tokens(1, 9)
@@ -224,7 +252,7 @@ def test_unmask_restores_every_bit(model: Any, dtype: torch.dtype, data: st.Data
 
 @pytest.mark.slow
 @examples(15)
-@given(st.one_of(zoo_models(PROJECTED), models(least_state=2)), st.data())
+@given(st.one_of(zoo_models(ANY_BASIS), models(least_state=2)), st.data())
 def test_saved_and_loaded(model: Any, data: st.DataObject) -> None:
     """Any plan with projections, cut once or twice: every bit, every generated token."""
     for _ in range(data.draw(st.integers(1, 2))):
@@ -236,7 +264,7 @@ def test_saved_and_loaded(model: Any, data: st.DataObject) -> None:
 
 @pytest.mark.ci_cover
 @pytest.mark.slow
-@each_family
+@each_basis
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_masked_model_is_saved_as_it_is(family: str, twice: bool, tmp_path: Path) -> None:
     """With its projector, on top of a basis too. What is loaded is not masked: the projector is among its weights."""
@@ -253,7 +281,7 @@ def test_a_masked_model_is_saved_as_it_is(family: str, twice: bool, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.cover
-@each_family
+@each_basis
 def test_encode_and_decode_stay_fp32_in_a_narrow_checkpoint(family: str, tmp_path: Path) -> None:
     model = zoo(family, dtype=torch.bfloat16)
     plan = every_state(sspruner.trace(model))
@@ -265,7 +293,7 @@ def test_encode_and_decode_stay_fp32_in_a_narrow_checkpoint(family: str, tmp_pat
             mixer = loaded.get_submodule(name.rpartition(":")[0])
             assert torch.equal(mixer.state_encode, r.encode)
             assert torch.equal(mixer.state_decode, r.decode)
-            assert mixer.in_proj.weight.dtype == (torch.float16 if dtype == "float16" else torch.bfloat16)
+            assert mixer.conv1d.weight.dtype == (torch.float16 if dtype == "float16" else torch.bfloat16)
 
 
 def test_stock_classes_do_not_read_it_as_something_else(tmp_path: Path) -> None:
@@ -341,7 +369,7 @@ def test_native_modules_and_other_axes_are_refused() -> None:
         sspruner.apply(model, Plan({"backbone.layers.0.mixer:head_dim": projection(2, 4, 2)}))
 
 
-@each_family
+@each_basis
 def test_every_family_that_ships_says_whether_it_can(family: str) -> None:
     graph = sspruner.trace(zoo(family))
     assert not any(basis_refused(group, graph) for group in graph.on_axis("state").values())
@@ -369,10 +397,10 @@ def test_selecting_among_directions() -> None:
 
 @given(models(dtypes=(torch.float32,), least_state=2))
 def test_a_wrong_factor_is_seen_by_the_proof(model: Any) -> None:
-    """encode of another projection than the mask's: the proof fails."""
+    """encode of another projection than the slice's: the proof fails."""
     plan = every_state(sspruner.trace(model))
-    sliced = project.sliced
+    masked = project.masked
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(project, "sliced", lambda held, r: (sliced(held, r)[0] * 1.1, sliced(held, r)[1]))
+        patch.setattr(project, "masked", lambda held, r: (masked(held, r)[0] * 1.1, masked(held, r)[1]))
         with pytest.raises(sspruner.ProofError, match="sliced and masked logits differ"):
             sspruner.apply(model, plan)
