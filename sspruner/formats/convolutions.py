@@ -1,8 +1,8 @@
 """Convolutions of delta rules in a checkpoint: one tensor each for q, k and v, in the sizes of q, k and v.
 
 transformers keeps one convolution for all three and splits it into equal parts when it saves, whatever their sizes
-(`Concatenate` reversed, conversion_mapping.py of 5.23). It reads its own files rightly, since it joins them again; other
-runtimes read the parts.
+(`Concatenate` reversed, conversion_mapping.py of 5.23). It reads its own files rightly, since it joins them again;
+other runtimes read the parts.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def test_gradients_reach_everything(family: str) -> None:
         direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         slope = float((parameter.grad * direction).sum())
         with torch.no_grad():
-            step = 1e-3  # the scan runs in fp32
+            step = 3e-4  # the scan runs in fp32
             ahead = loss_at(loss, parameter, direction, step)
             back = loss_at(loss, parameter, direction, -step)
         assert slope == pytest.approx((ahead - back) / (2 * step), rel=2e-2, abs=1e-3), name
