@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import sspruner
+from sspruner.graph.family import DeltaProjected
 
 
 class Last(sspruner.Scorer):
@@ -45,11 +46,12 @@ class Last(sspruner.Scorer):
         self.lost: torch.Tensor | float = 0.0  # of 1 - lambda: (G, K, N), or (G, K, 1) if the states of a head share it
 
     def observe(self, view: sspruner.SSMView) -> None:
-        if not any(key.endswith(":B") for key in view.weights):
+        weighed = self.needs == "weights"
+        if not any(k.endswith(":B") for k in view.weights) if weighed else isinstance(view.projected, DeltaProjected):
             raise sspruner.InputError(
                 "last: not for delta rules, whose states have no gain of their own: use ghost or rrqr"
             )
-        if self.needs == "weights":
+        if weighed:
             self._observe_weights(view)
             return
         counted, G = view.mask, view.group.groups

@@ -103,6 +103,10 @@ def cache_layers(model: Any, graph: SSMGraph, plan: Plan | None = None) -> Cache
             kinds.append(_recurrent_layer(layout, model.get_submodule(site.path)))
         else:
             attention += stay
+            if "attn_dim" not in layout.sizes:
+                raise ModelError(
+                    f"{site.path}: engines keep one narrow vector of latent attention, which is not counted here"
+                )
             heads.append((layout.sizes["attn_head"], layout.sizes["attn_dim"]))
     if not kinds:
         raise ModelError("the plan leaves no recurrent layer")

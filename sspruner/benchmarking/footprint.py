@@ -14,7 +14,9 @@ from typing import Any
 from torch import nn
 
 from sspruner.compute.forward import embedding
+from sspruner.graph.parts import keys_and_values
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.text_model import text_config, text_path
 from sspruner.surgery.sizes import sizes
 
 CONTEXT = 4096  # tokens
@@ -117,9 +119,9 @@ def footprint(model: Any, graph: SSMGraph, context: int = CONTEXT) -> Footprint:
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     table = embedding(model).weight
     tied = uses[id(table)] > 1
-    fixed = 0
+    fixed, elsewhere = 0, _beside_the_text(model)
     for name, p in model.named_parameters():
-        if id(p) in experts or (p is table and not tied):
+        if id(p) in experts or id(p) in elsewhere or (p is table and not tied):
             continue
         once = p is table or "_adapter_list." in name  # Zamba2's adapters belong to one of the layers that share
         fixed += _bytes(p) * (1 if once else uses[id(p)])
@@ -135,7 +137,7 @@ def footprint(model: Any, graph: SSMGraph, context: int = CONTEXT) -> Footprint:
         row_bytes=0 if tied else table.shape[1] * table.element_size(),
         expert_bytes=sum(_bytes(p) for p in experts.values()),
         experts=next((p.shape[0] for p in experts.values()), 0),
-        experts_per_token=model.config.num_experts_per_tok if experts else 0,
+        experts_per_token=text_config(model.config).num_experts_per_tok if experts else 0,
     )
 
 
@@ -144,9 +146,18 @@ def _kv_bytes(model: nn.Module, graph: SSMGraph) -> int:
     total = 0
     for site in graph.sites:
         if site.kind == "attention":
-            itemsize = model.get_parameter(f"{site.path}.k_proj.weight").element_size()
-            total += 2 * site.layout.count(("attn_head", "attn_dim")) * itemsize * (1 + len(site.aliases))
+            itemsize = model.get_parameter(f"{site.path}.o_proj.weight").element_size()
+            total += keys_and_values(site.layout) * itemsize * (1 + len(site.aliases))
     return total
+
+
+def _beside_the_text(model: Any) -> set[int]:
+    """Return the ids of the parameters that no step of decoding reads: the vision part of a multimodal model."""
+    text = text_path(model)
+    if not text:
+        return set()
+    read = {id(p) for module in (model.get_submodule(text), model.get_output_embeddings()) for p in module.parameters()}
+    return {id(p) for p in model.parameters()} - read
 
 
 def _experts(model: nn.Module, graph: SSMGraph) -> dict[int, nn.Parameter]:

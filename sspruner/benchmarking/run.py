@@ -102,7 +102,7 @@ def _importable(name: str) -> bool:
 
 
 def _call(model: Any, ids: torch.Tensor, position: int, cache: dict[str, Any]) -> Any:
-    positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
+    positions = torch.arange(position, position + ids.shape[1], device=ids.device).expand(len(ids), -1)
     options = {"use_cache": True, "position_ids": positions, "logits_to_keep": 1, **cache}
     taken = accepted(model)
     return model(input_ids=ids, **{name: value for name, value in options.items() if name in taken})

@@ -35,7 +35,7 @@ def split_convolutions(model: Any, folder: Path) -> None:
         parts = [_read(files[name], name) for name in names]
         sizes = _sizes(next(site for site in sites if owner.endswith(f"{site.path.partition('layers.')[2]}.")))
         if [len(part) for part in parts] != sizes:
-            for name, part in zip(names, torch.cat(parts).split(sizes), strict=True):
+            for name, part in zip(names, torch.split(torch.cat(parts), sizes), strict=True):
                 changed[files[name]][name] = part.contiguous()
     for file, tensors in changed.items():
         save_file(load_file(file) | tensors, file, metadata={"format": "pt"})

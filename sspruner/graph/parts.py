@@ -91,6 +91,7 @@ def latent_attention(module: Any, hidden: int) -> Layout:
             "qk_dim": module.qk_nope_head_dim + module.qk_rope_head_dim,
             "kv_dim": module.qk_nope_head_dim + module.v_head_dim,
             "v_dim": module.v_head_dim,
+            "narrow": module.kv_a_proj_with_mqa.weight.shape[0],
             "hidden": hidden,
         },
         slots=(
@@ -104,6 +105,11 @@ def latent_attention(module: Any, hidden: int) -> Layout:
         axes={"attn_head": ()},
         attributes={"num_heads": (("attn_head",),)},
     )
+
+
+def keys_and_values(layout: Layout) -> int:
+    """Return how many numbers of keys and values an attention layer of transformers keeps of each token."""
+    return layout.sizes["narrow"] if "narrow" in layout.sizes else 2 * layout.count(KV)  # latent attention: one vector
 
 
 def mlp(module: Any, hidden: int) -> Layout | None:
@@ -141,7 +147,8 @@ def mlp(module: Any, hidden: int) -> Layout | None:
 def norm(module: Any, hidden: int) -> Layout | None:
     """Return the layout of an RMS norm over the residual stream, or over copies of it; None for other modules."""
     weight = getattr(module, "weight", None)
-    if "RMSNorm" not in type(module).__name__ or weight is None or weight.numel() % hidden or not _epsilon(module):
+    named = "RMSNorm" in type(module).__name__
+    if not named or weight is None or weight.numel() % hidden or not _epsilon(module):
         return None
     return Layout(
         sizes={"copy": weight.numel() // hidden, "hidden": hidden},
@@ -175,7 +182,10 @@ def _epsilon(module: Any) -> str:
 def zero_centred(kind: type[nn.Module]) -> bool:
     """Return whether an RMS norm of this class multiplies by 1 + weight, as Qwen's do: one with weight 0 shows it."""
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-        probe = kind(2)
+        try:
+            probe = kind(2)
+        except TypeError:  # a gated norm, which takes more than its width
+            return False
         probe.weight.zero_()  # type: ignore[operator]
         return bool(probe(torch.ones(1, 2)).abs().amax() > 0)
 

@@ -71,7 +71,11 @@ def prune(here: Path, says: Says, *args: object, model: object = "model") -> Non
     [
         (
             "--scorer ghots",
-            ("unknown scorer 'ghots'", "known: balanced, block-influence, flap, ghost,", "did you mean 'ghost'?"),
+            (
+                "unknown scorer 'ghots'",
+                "known: balanced, block-influence, ean,",
+                "did you mean 'ghost'?",
+            ),
         ),
         ("--sparsity half", ("--sparsity", "number", "sspruner prune --help")),
         ("--keep 17", ("keep 17", LAYER, "only 16 units")),

@@ -15,12 +15,13 @@ from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery.apply import apply_sizes
+from support.family_plans import KDA
 from support.tiny import half, tiny_model, tokens
 from support.zoo import FAMILIES, zoo
 
 
 @pytest.mark.cover(families=4)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in KDA])
 def test_sizes_are_those_of_the_caches(family: str) -> None:
     """Against the footprint, which is tested against transformers' caches. Those keep a column more."""
     model = zoo(family)
@@ -40,7 +41,7 @@ def model_state(model: object) -> int:
 
 
 @pytest.mark.cover(families=4)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in KDA])
 def test_a_plan_leaves_the_layers_of_the_cut_model(family: str) -> None:
     model = zoo(family, hidden=16)
     graph = sspruner.trace(model)
@@ -57,6 +58,13 @@ def test_a_plan_leaves_the_layers_of_the_cut_model(family: str) -> None:
         if axis not in ("block", "mixer"):  # Nemotron-H's second block is an MLP
             smaller = axis in ("state", "head", "head_dim", "group", "channel", "attn_head")
             assert (predicted != dense) == smaller, axis
+
+
+@pytest.mark.parametrize("family", KDA)
+def test_latent_attention_is_not_counted_as_keys_and_values(family: str) -> None:
+    model = zoo(family)
+    with pytest.raises(ModelError, match="one narrow vector of latent attention, which is not counted"):
+        cache_layers(model, sspruner.trace(model))
 
 
 def test_a_projected_state_keeps_the_rows_of_b_and_c() -> None:

@@ -57,7 +57,7 @@ def test_built_ins_come_by_entry_point_like_anyone(register) -> None:
     companions = dict.fromkeys(("ean", "router-weight", "expert-frequency"), "reap")
     assert origins == {name: companions.get(name, name.replace("-", "_")) for name in origins}
     homes = {name: type(family).__module__ for name, family in installed_families().items()}
-    assert all(homes[name] == f"sspruner.graph.families.{name}" for name in FAMILIES)
+    assert all(name.startswith(homes[name].removeprefix("sspruner.graph.families.")) for name in FAMILIES)
     assert all(home.startswith("sspruner.graph.families.") for home in homes.values())
 
 

@@ -21,6 +21,7 @@ from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.surgery.mask import dropped, is_masked
 from support.examples import examples
+from support.family_plans import DELTA, KDA
 from support.scoring import batches_of, calibrated, importance
 from support.tiny import half, logits, tiny_model, tokens
 from support.zoo import FAMILIES, zoo, zoo_models
@@ -89,7 +90,7 @@ def mixer_rows(mixer: Any) -> dict[str, tuple[str, list[int]]]:
     return {"B": ("in_proj", list(range(2 * D, 2 * D + GN))), "C": ("in_proj", list(range(2 * D + GN, 2 * D + 2 * GN)))}
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "zamba"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("zamba", *DELTA, *KDA)])
 def test_rows_of_b_and_c_are_the_ones_that_make_them(family: str) -> None:
     """By the mixer's code, and by the states that own them in the graph."""
     model = zoo(family)

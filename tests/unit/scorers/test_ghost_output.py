@@ -240,7 +240,8 @@ def test_the_mask_alone_keeps_padding_out(family: str, axis: str) -> None:
         scorer.observe(view)
         expected = slow_sum(view.projected, w, mask)
         if axis == "head":
-            expected = (w.view_as(view.y) * view.y.double().square() * mask[..., None, None]).sum((0, 1)).detach()
+            energy = (w.view_as(view.y) * view.y.double().square() * mask[..., None, None]).sum((0, 1, 3)).detach()
+            expected = energy.view(view.group.groups, view.group.units)  # heads in runs, by group
         torch.testing.assert_close(scorer.change.detach(), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
 
