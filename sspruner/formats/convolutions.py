@@ -33,12 +33,17 @@ def split_convolutions(model: Any, folder: Path) -> None:
     for owner in owners:
         names = [owner + part for part in PARTS]
         parts = [_read(files[name], name) for name in names]
-        sizes = _sizes(next(site for site in sites if owner.endswith(f"{site.path.partition('layers.')[2]}.")))
+        sizes = _sizes(next(site for site in sites if _layer(site.path) == _layer(owner)))
         if [len(part) for part in parts] != sizes:
             for name, part in zip(names, torch.split(torch.cat(parts), sizes), strict=True):
                 changed[files[name]][name] = part.contiguous()
     for file, tensors in changed.items():
         save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
+def _layer(path: str) -> str:
+    """Return the number of a layer from a path in it, whose other parts may have other names on disk (Bailing's)."""
+    return path.partition("layers.")[2].partition(".")[0]
 
 
 def _sizes(site: Site) -> list[int]:

@@ -85,5 +85,12 @@ def _make_buffers(model: Any) -> None:
     for module in model.modules():
         for leaf in module._non_persistent_buffers_set:
             module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device="cpu")
-    for module in model.modules():
-        model._init_weights(module)  # has no effect on meta tensors
+    _fill(model, model)
+
+
+def _fill(module: Any, owner: Any) -> None:
+    """Initialise a module and those inside it. owner: the model around it, of a multimodal one the part it is in."""
+    owner = module if hasattr(module, "_init_weights") else owner
+    for child in module.children():
+        _fill(child, owner)
+    owner._init_weights(module)  # has no effect on meta tensors

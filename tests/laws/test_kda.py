@@ -265,3 +265,16 @@ def test_masked_equals_sliced_on_key_channels(family: str, data: st.DataObject) 
 def test_scorers_that_do_not_know_a_delta_rule_say_so(scorer: str, axis: str, options: dict[str, Any]) -> None:
     with pytest.raises(sspruner.InputError, match=f"{scorer}: (not for delta rules|only Mamba1-type mixers)"):
         sspruner.score(zoo("kimi_linear"), scorer, axis=axis, calibration=tokens(), options=options)
+
+
+@each_kda
+def test_a_model_on_disk_is_cut_as_one_in_memory(family: str, tmp_path: Any) -> None:
+    """Key channels go block by block: the forward of each mixer is replaced there, too."""
+    sspruner.save(zoo(family), tmp_path / "dense")
+    data, how = tokens(4, 20), {"axis": {"state": 0.5, "head": 0.5}}
+    memory = sspruner.load(tmp_path / "dense")[0]
+    plan = sspruner.prune(memory, "ghost", calibration=data, **how).plan
+    apart, _ = sspruner.load(tmp_path / "dense", offload=tmp_path / "work")
+    assert sspruner.prune(apart, "ghost", calibration=data, **how).plan.groups == plan.groups
+    sspruner.save(apart, tmp_path / "cut")
+    assert_close(logits(sspruner.load(tmp_path / "cut")[0], data), logits(memory, data))
