@@ -16,6 +16,7 @@ from sspruner.benchmarking.footprint import Footprint, footprint
 from sspruner.compute.forward import cache_in, forward
 from sspruner.errors import ModelError
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.text_model import text_config
 from sspruner.io.skeleton import skeleton
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
@@ -129,7 +130,7 @@ def test_weights_are_read_as_often_as_they_are_used(family: str) -> None:
     found = taken(model)
     assert found.fixed_read_bytes == reads(model)
     tied = family in ("zamba", "zamba2")
-    assert found.row_bytes == (0 if tied else 4 * model.config.hidden_size)
+    assert found.row_bytes == (0 if tied else 4 * text_config(model.config).hidden_size)
     if not tied and not found.expert_bytes:
         assert found.fixed_read_bytes == found.weight_bytes - 31 * found.row_bytes  # all but the table
 
