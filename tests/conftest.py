@@ -43,18 +43,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+MANY, SOME = 10, {"families": 7}  # a test over more families than that runs on so many
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test marked `cover`, `make test` runs a few cases; of one marked `ci_cover`, CI runs as many as it says. The
-    others are for `make test-all`.
+    others are for `make test-all`. A test over all families without such a mark runs on some of them: other ones in
+    every test.
     """
     tests = groupby(items, key=lambda item: item.nodeid.partition("[")[0])
     for name, same in [(name, list(group)) for name, group in tests]:
         fast, ci = (same[0].get_closest_marker(marker) for marker in ("cover", "ci_cover"))
-        if fast:
-            _leave_out(same, name, fast.kwargs, ["slow"])
-        if ci or fast:
-            _leave_out(same, name, (ci or fast).kwargs, ["slow", "exhaustive"])
+        many = len({case.get("family", "") for case in _cases(same)}) > MANY if hasattr(same[0], "callspec") else False
+        if fast or many:
+            _leave_out(same, name, fast.kwargs if fast else SOME, ["slow"])
+        if ci or fast or many:
+            _leave_out(same, name, (ci or fast).kwargs if ci or fast else SOME, ["slow", "exhaustive"])
 
 
 def _leave_out(items: list[pytest.Item], name: str, size: dict[str, int], markers: list[str]) -> None:

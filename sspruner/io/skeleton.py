@@ -65,6 +65,7 @@ def skeleton(
                 built = AutoModelForCausalLM.from_config(config, dtype=resolved, trust_remote_code=trust_remote_code)
             else:
                 built = model_class._from_config(config, dtype=resolved)
+                _keep_wide(built)
     except (InputError, ModelError):
         raise
     except Exception as error:  # transformers raises many types for a bad config or name
@@ -78,6 +79,14 @@ def skeleton(
         finish_cut(built, cut)
     built.config.dtype = dtype or cut.dtype
     return built.eval()
+
+
+def _keep_wide(model: Any) -> None:
+    """Give the parameters that a class keeps in fp32 that dtype, like `from_pretrained`."""
+    kept = model._keep_in_fp32_modules_strict or ()
+    for name, p in model.named_parameters():
+        if any(f".{part}." in f".{name}." for part in kept):
+            p.data = p.data.float()
 
 
 def _make_buffers(model: Any) -> None:
