@@ -43,7 +43,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-MANY, SOME = 10, {"families": 7}  # a test over more families than that runs on so many
+MANY, SOME = 10, {"families": 5}  # a test over more families than that runs on so many
 
 
 @pytest.hookimpl(tryfirst=True)
