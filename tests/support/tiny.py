@@ -103,7 +103,7 @@ def half(graph: sspruner.SSMGraph, axis: str = "state") -> Plan:
     """Return a plan that keeps every other unit of one axis, or as many of those as the layers' code supports."""
     groups = graph.on_axis(axis)
     keep = {n: range(0, g.units, 2)[: (g.units + 1) // 2 // g.multiple_of * g.multiple_of] for n, g in groups.items()}
-    keep = {n: k if len(k) >= groups[n].least else range(groups[n].least) for n, k in keep.items()}
+    keep = {n: range(groups[n].least) if len(k) < groups[n].least > 1 else k for n, k in keep.items()}
     return Plan({n: Selection(g.units, (tuple(keep[n]),) * g.groups) for n, g in groups.items()})
 
 
