@@ -312,7 +312,8 @@ def test_a_forgotten_fold_is_caught(family, axis):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("run", ["z", "x"])
 def test_other_rows_of_x_than_of_z_are_caught(family, run):
-    model = zoo(family, heads=3)
+    # With seed 0 rounding decides between two experts of qwen4_exp, so that the proof's bound is wide.
+    model = zoo(family, heads=3, seed=int(family in DELTA))
     axis = "channel" if family in ("mamba", "falcon_mamba", "jamba") else "head"
     graph = sspruner.trace(model)
     if family == "zamba":  # interleaved: row 2c is x_c, row 2c + 1 is z_c
@@ -410,7 +411,9 @@ def test_a_cut_that_removes_nothing_is_caught(family, axis):
 
 SMALL = {"falcon_h1": "rms_norm_eps", "nemotron_h": "layer_norm_epsilon"}  # the epsilon of the norm after the scan
 STOCK: list[tuple[str, str, dict[str, Any], float]] = [
-    *((family, "state", {}, 0.0) for family in FAMILIES if family not in KDA),
+    *((family, "state", {}, 0.0) for family in (*MAMBA2, *MAMBA1)),
+    *((family, "state", {"rms_norm_eps": 1e-8}, 1e-3) for family in DELTA if family != "olmo_hybrid"),
+    *((family, "group", {}, 0.0) for family in DELTA),
     *((family, "head", {}, 0.0) for family in KDA[:2]),
     *((family, axis, {}, 0.0) for family in ("mamba", "falcon_mamba") for axis in ("channel", "dt_rank")),
     *((family, "dt_rank", {}, 0.0) for family in ("jamba", "zamba")),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from transformers import PreTrainedModel
 
-from support.family_plans import KDA, is_mixer
+from support.family_plans import DELTA, KDA, is_mixer
 from support.tiny import tokens
 from support.zoo import FAMILIES, rounding, zoo, zoo_models
 from support.zoo_variants import PURE, VARIANTS, cache_name, cached, sharing
@@ -19,7 +19,7 @@ from support.zoo_variants import PURE, VARIANTS, cache_name, cached, sharing
 pytestmark = pytest.mark.slow  # facts about transformers
 
 MAMBA1 = ("mamba", "falcon_mamba", "jamba", "zamba")
-MAMBA2 = tuple(family for family in FAMILIES if family not in (*MAMBA1, *KDA))
+MAMBA2 = tuple(family for family in FAMILIES if family not in (*MAMBA1, *KDA, *DELTA))
 
 
 def _name(value: Any) -> str | None:
@@ -132,11 +132,14 @@ def test_the_recurrent_state_is_fp32_and_as_large_as_the_formula(variant, dtype)
     mixers = {m.layer_idx: m for m in model.modules() if is_mixer(m)}
     assert states.keys() == mixers.keys()
     for i, mixer in mixers.items():
+        assert states[i].dtype == torch.float32
+        assert len(cache.layers[i].recurrent_states) == 1
+        if family in DELTA:
+            assert states[i].nbytes == 3 * mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim * 4
+            continue
         channels = mixer.intermediate_size if family in MAMBA1 else mixer.num_heads * mixer.head_dim
         assert channels == getattr(mixer, "intermediate_size", mixer.qkv_dim if family in KDA else None)
-        assert states[i].dtype == torch.float32
         assert states[i].nbytes == 3 * channels * (mixer.head_dim if family in KDA else mixer.ssm_state_size) * 4
-        assert len(cache.layers[i].recurrent_states) == 1
 
 
 @each_family
@@ -146,7 +149,7 @@ def test_left_padding_is_exact_without_a_bias_in_in_proj(family):
 
 
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="padding is zeroed before in_proj: conv1d sees the bias")
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in KDA])  # these have no bias before conv1d
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in (*KDA, *DELTA)])  # no bias before conv1d there
 def test_left_padding_is_exact_with_a_bias_in_in_proj(family):
     model, ids = zoo(family), tokens()
     assert_close(left_padded(model, ids), uncached(model, ids))
