@@ -79,6 +79,7 @@ class DeltaNet(Family):
                 Slot(norm, 0, (Rows("norm", ("head_dim",)),)),
                 Slot(f"{self.out}.weight", 1, (Rows("y", INNER),)),
                 Slot(f"{self.out}.weight", 0, OUT),
+                Slot(f"{self.out}.bias", 0, OUT),
             ),
             axes={
                 "state": ("group",),

@@ -21,6 +21,7 @@ from sspruner.surgery import proof
 from sspruner.surgery import tensors as writing
 from support.elements import biases_lacking, mixed, new_values, random_like, random_mask
 from support.examples import examples
+from support.family_plans import AXES
 from support.round_trip import check_round_trip
 from support.tensors import same, tensors
 from support.tiny import close, half, logits, tiny_model, tokens
@@ -73,13 +74,13 @@ def test_masked_equals_sliced(model: torch.nn.Module, data: st.DataObject) -> No
 
 @pytest.mark.ci_cover(most=3)
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "hidden" in AXES[f]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_bias_that_can_be_added(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """All at once with a cut of the hidden size, which they follow; then saved, loaded, cut on every axis, saved."""
     model = zoo(family, bias=False, hidden=16, dtype=dtype)
     updates = out_biases(model)
-    assert any(name.endswith("mixer.out_proj.bias") or ".mamba.out_proj.bias" in name for name in updates)
+    assert any(name.endswith((".out_proj.bias", ".o_proj.bias")) for name in updates)
     cut = half(sspruner.trace(model), "hidden")
     sspruner.apply(model, Plan(cut.groups, updates=updates))
     (hidden,) = cut.groups.values()
