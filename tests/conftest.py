@@ -43,7 +43,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-MANY, SOME = 10, {"families": 5}  # a test over more families than that runs on so many
+MANY, SOME, FEW = 10, {"families": 5}, {"families": 3}  # a test over more families runs on some; a slow one on few
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -56,10 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for name, same in [(name, list(group)) for name, group in tests]:
         fast, ci = (same[0].get_closest_marker(marker) for marker in ("cover", "ci_cover"))
         many = len({case.get("family", "") for case in _cases(same)}) > MANY if hasattr(same[0], "callspec") else False
+        some = FEW if same[0].get_closest_marker("slow") else SOME
         if fast or many:
-            _leave_out(same, name, fast.kwargs if fast else SOME, ["slow"])
+            _leave_out(same, name, fast.kwargs if fast else some, ["slow"])
         if ci or fast or many:
-            _leave_out(same, name, (ci or fast).kwargs if ci or fast else SOME, ["slow", "exhaustive"])
+            _leave_out(same, name, (ci or fast).kwargs if ci or fast else some, ["slow", "exhaustive"])
 
 
 def _leave_out(items: list[pytest.Item], name: str, size: dict[str, int], markers: list[str]) -> None:
