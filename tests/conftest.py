@@ -55,7 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = groupby(items, key=lambda item: item.nodeid.partition("[")[0])
     for name, same in [(name, list(group)) for name, group in tests]:
         fast, ci = (same[0].get_closest_marker(marker) for marker in ("cover", "ci_cover"))
-        many = len({case.get("family", "") for case in _cases(same)}) > MANY if hasattr(same[0], "callspec") else False
+        many = (
+            len({case.get("family", case.get("variant", "")) for case in _cases(same)}) > MANY
+            if hasattr(same[0], "callspec")
+            else False
+        )
         some = FEW if same[0].get_closest_marker("slow") else SOME
         if fast or many:
             _leave_out(same, name, fast.kwargs if fast else some, ["slow"])
