@@ -38,7 +38,9 @@ def split_convolutions(model: Any, folder: Path) -> None:
             for name, part in zip(names, torch.split(torch.cat(parts), sizes), strict=True):
                 changed[files[name]][name] = part.contiguous()
     for file, tensors in changed.items():
-        save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+        new = file.with_suffix(".new")  # the tensors that are read are views of the old file
+        save_file(load_file(file) | tensors, new, metadata={"format": "pt"})
+        new.replace(file)
 
 
 def _layer(path: str) -> str:

@@ -69,22 +69,22 @@ class DeltaProjected:
 
     @property
     def x(self) -> torch.Tensor:
-        """What is written: v."""
+        """Return what is written: v."""
         return self.v
 
     @property
     def B(self) -> torch.Tensor:
-        """The vectors that write to the state: k."""
+        """Return the vectors that write to the state: k."""
         return self.k
 
     @property
     def C(self) -> torch.Tensor:
-        """The vectors that read it: q."""
+        """Return the vectors that read it: q."""
         return self.q
 
     @property
     def dt(self) -> torch.Tensor:
-        """How much of it is written: beta."""
+        """Return how much of it is written: beta."""
         return self.beta
 
 

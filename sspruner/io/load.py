@@ -223,6 +223,7 @@ def _apart(
     resolved_dtype = getattr(torch, dtype) if dtype != "auto" else built.config.dtype or saved_dtype(weights)
     wide = _saved_wide(weights, dtype)
     built = skeleton(where, dtype=resolved_dtype, buffers=True, wide=wide, trust_remote_code=trust_remote_code)
+    _say_what_is_lost(where, weights, built)
     return offload(built, where, weights, folder, device_map, max_memory)
 
 

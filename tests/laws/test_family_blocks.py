@@ -155,6 +155,18 @@ def test_project_is_what_reaches_the_scan(family, data):
         assert_close(mixed(mixer, hidden), y)
 
 
+@pytest.mark.parametrize("family", [*DELTA, "kimi_linear"])
+def test_project_has_the_activation_of_the_config(family):
+    """Not SiLU, because most models have that."""
+    described, model = installed_families()[family], zoo(family, hidden_act="gelu")
+    mixer = next(module for module in model.modules() if is_mixer(module))
+    assert mixer.activation == "gelu"
+    hidden = hidden_for(mixer)
+    p = described.project(mixer, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))
+    read = described.readout(mixer, oracle.delta_output(p).float(), p.z)
+    assert_close(mixed(mixer, hidden), F.linear(read, getattr(mixer, described.out).weight))
+
+
 # 6. wrong engines are caught
 
 Patch = Callable[[pytest.MonkeyPatch], None]

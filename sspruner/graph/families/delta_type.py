@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
 
 from sspruner.graph.experts import EXPERTS, NEURONS
 from sspruner.graph.family import DeltaProjected, Family
@@ -107,14 +108,7 @@ class DeltaNet(Family):
     def project(self, mixer: Any, hidden: torch.Tensor, mask: torch.Tensor) -> DeltaProjected:
         b, T, _ = hidden.shape
         qkv, z, write, rate = delta_rows(mixer, hidden * mask[..., None])
-        weight = mixer.conv1d.weight
-        qkv = F.conv1d(
-            qkv.transpose(1, 2).to(weight.dtype),  # (b, channels, T)
-            weight,
-            padding=weight.shape[-1] - 1,
-            groups=len(weight),
-        )[..., :T].transpose(1, 2)
-        qkv = (F.silu(qkv) * mask[..., None]).to(hidden.dtype)
+        qkv = convolved(mixer, qkv, mask)
         keys = mixer.num_k_heads * mixer.head_k_dim
         q, k, v = torch.split(qkv, [keys, keys, qkv.shape[-1] - 2 * keys], dim=-1)
         q, k = (l2_normalised(part.reshape(b, T, mixer.num_k_heads, mixer.head_k_dim)) for part in (q, k))
@@ -138,6 +132,19 @@ class DeltaNet(Family):
         heads = (-1, mixer.head_v_dim)
         read: torch.Tensor = getattr(mixer, self.norm)(y.reshape(heads), z.reshape(heads))  # (b T H, V)
         return read.reshape(z.shape).float()
+
+
+def convolved(mixer: Any, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Apply a delta rule's convolution and activation to its rows of q, k and v: (b, T, channels), zero at padding."""
+    weight = mixer.conv1d.weight
+    out = F.conv1d(
+        rows.transpose(1, 2).to(weight.dtype),  # (b, channels, T)
+        weight,
+        padding=weight.shape[-1] - 1,
+        groups=len(weight),
+    )[..., : rows.shape[1]].transpose(1, 2)
+    activated: torch.Tensor = ACT2FN[mixer.activation](out).to(rows.dtype) * mask[..., None]
+    return activated
 
 
 def l2_normalised(rows: torch.Tensor) -> torch.Tensor:

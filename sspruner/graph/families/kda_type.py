@@ -17,10 +17,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers.activations import ACT2FN
 
 from sspruner.graph.experts import EXPERTS, NEURONS, shared_copies
+from sspruner.graph.families.delta_type import convolved, l2_normalised
 from sspruner.graph.family import DeltaProjected, Family
 from sspruner.graph.layout import Fold, Layout, Rows, Size, Slot
 from sspruner.runtime.kda_forward import fit_forward, gate_of, is_fitted
@@ -101,18 +100,11 @@ class KimiDelta(Family):
         (b, T, _), H, keep = hidden.shape, mixer.num_heads, mask[..., None]
         hidden = hidden * keep
         qkv = torch.cat([mixer.q_proj(hidden), mixer.k_proj(hidden), mixer.v_proj(hidden)], -1)  # (b, T, H*(2K+V))
-        weight = mixer.conv1d.weight
-        mixed = F.conv1d(
-            qkv.transpose(1, 2).to(weight.dtype),  # (b, channels, T)
-            weight,
-            padding=weight.shape[-1] - 1,
-            groups=len(weight),
-        )[..., :T].transpose(1, 2)
-        mixed = ACT2FN[mixer.activation](mixed).to(qkv.dtype) * keep
-        q, k, v = (part.reshape(b, T, H, -1) for part in mixed.split([len(p.weight) for p in _qkv(mixer)], -1))
+        mixed = convolved(mixer, qkv, mask)
+        q, k, v = (part.reshape(b, T, H, -1) for part in torch.split(mixed, [len(p.weight) for p in _qkv(mixer)], -1))
         return DeltaProjected(
-            q=_normalised(q) * q.shape[-1] ** -0.5,
-            k=_normalised(k),
+            q=l2_normalised(q) * q.shape[-1] ** -0.5,
+            k=l2_normalised(k),
             v=v,
             z=gate_of(mixer, hidden),
             beta=mixer.b_proj(hidden).sigmoid() * keep,
@@ -130,9 +122,3 @@ class KimiDelta(Family):
 
 def _qkv(mixer: Any) -> tuple[Any, Any, Any]:
     return mixer.q_proj, mixer.k_proj, mixer.v_proj
-
-
-def _normalised(rows: torch.Tensor) -> torch.Tensor:
-    """Divide vectors by their length, as the kernels do: x / sqrt(sum x^2 + 1e-6), in fp32 or wider; rows (..., K)."""
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

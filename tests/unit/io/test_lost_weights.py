@@ -36,6 +36,13 @@ def test_weights_that_a_class_ignores_are_counted_by_part(folder: Path, caplog: 
     assert not any("mtp" in name for name, _ in model.named_parameters())
 
 
+def test_it_is_said_of_a_model_that_stays_on_disk(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sspruner.load(folder, offload=tmp_path / "work")
+    assert "does not load 3 of its weights" in caplog.text
+
+
 def test_nothing_is_said_of_a_whole_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     zoo("qwen3_5_text").save_pretrained(tmp_path)
     sspruner.load(tmp_path)
