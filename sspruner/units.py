@@ -55,6 +55,11 @@ def interval_text(interval: Sequence[float], *, unit: str = "", sign: str = "") 
     return f"{shown[0]}{unit} ({shown[1]} to {shown[2]})"
 
 
+def stacked(text: str) -> str:
+    """Return `value (low to high)` with the interval on a line of its own, so that a table is narrow."""
+    return text.replace(" (", "\n(", 1)
+
+
 def percent(before: Any, after: Any) -> str:
     """Format the relative change from one number to another; "" from zero."""
     return f"{100 * (after / before - 1):+.2f} %" if before else ""

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.result import Evaluation, Row
-from sspruner.units import interval_text
+from sspruner.units import interval_text, stacked
 
 STATES = ("stored", "fp32 state")  # the columns of a model with stored states
 SHARES = ("accuracy", "agreement", "/acc", "/exact_match")  # parts of the names of metrics shown in per cent
@@ -72,7 +72,7 @@ def _table(
         cells = [_shown(row.value, share, chance.get(name))]
         if compared:
             cells += [_shown(row.against, share, chance.get(name)), _change(row, share)]
-        table.add_row(escape(name), *cells, str(row.items))
+        table.add_row(escape(name), *map(stacked, cells), str(row.items))
     return table
 
 

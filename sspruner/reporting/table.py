@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sspruner.comparison.record import Comparison
+from sspruner.units import stacked
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
@@ -21,6 +22,6 @@ def comparison_table(comparison: Comparison) -> RenderableType:
         for name in head:
             table.add_column(name, justify="left" if name == head[0] else "right")
         for row in rows:
-            table.add_row(escape(row[0]), *(escape(cell).replace(" (", "\n(", 1) for cell in row[1:]))
+            table.add_row(escape(row[0]), *(stacked(escape(cell)) for cell in row[1:]))
         parts.append(table)
     return Group(*parts, *map(Text, comparison.notes()))
