@@ -54,7 +54,7 @@ def main() -> None:
             if part.name not in failed and not part.trains:
                 insert(DOCS / part.page, part.name, output(part, given).read_text(encoding="utf-8"))
         if any(part.page == "benchmarks.md" for part in parts):
-            draw(DOCS / "benchmarks.md", DOCS / "figures")
+            draw(DOCS, DOCS / "figures")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

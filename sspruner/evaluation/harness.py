@@ -1,6 +1,6 @@
 """Run lm-eval's tasks through its HFLM on a model in memory; a pruned model needs no other code.
 
-Needs the optional extra `sspruner[eval]`. lm-eval's results are split into items again, so that intervals and
+Needs the optional extra `eval`. lm-eval's results are split into items again, so that intervals and
 comparisons are computed as for the other metrics: means of items, and perplexities from sums over items.
 """
 
@@ -47,7 +47,7 @@ def check_harness() -> None:
             import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"tasks need lm-eval, which is not installed ({error}): pip install 'sspruner[eval]'"
+            f"tasks need lm-eval, which is not installed ({error}): pip install '.[eval]'"
         ) from None
 
 

@@ -86,7 +86,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise InputError("export --to gguf needs the package gguf: pip install 'sspruner[gguf]'") from error
+        raise InputError("export --to gguf needs the package gguf: pip install '.[gguf]'") from error
     return gguf
 
 

@@ -77,7 +77,7 @@ def _auto(
     try:
         from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map
     except ImportError as error:
-        raise InputError("device_map needs the package accelerate: pip install 'sspruner[train]'") from error
+        raise InputError("device_map needs the package accelerate: pip install '.[train]'") from error
     for place in {*(max_memory or ())} - {"cpu", DISK}:
         device_of(place)
     path = blocks[0].rpartition(".")[0]

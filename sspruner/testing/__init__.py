@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sspruner.testing' has no attribute {name!r}")
     if find_spec("hypothesis") is None:
-        raise ImportError("sspruner.testing needs hypothesis, which is not installed: pip install 'sspruner[testing]'")
+        raise ImportError("sspruner.testing needs hypothesis, which is not installed: pip install '.[testing]'")
     return getattr(import_module(_HOME[name]), name)
 
 

@@ -211,7 +211,7 @@ def test_tasks_without_lm_eval_are_one_line(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = run("evaluate", saved_model(tmp_path / "m", layers=1), "--metrics", "none", "--tasks", "x", "--limit", 1)
     assert done.exit_code == 2
-    assert "pip install 'sspruner[eval]'" in done.stderr
+    assert "pip install '.[eval]'" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -1,0 +1,109 @@
+"""Site and front page, without mkdocs: navigation, signatures, notebooks, metadata, what errors say to install."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import sspruner
+from support.paths import ROOT
+
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
+
+
+def entries(nav: Any) -> Iterator[str]:
+    """Yield the pages of a navigation, at any depth."""
+    if isinstance(nav, str):
+        yield nav
+    for inner in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+        yield from entries(inner)
+
+
+def test_the_navigation_has_every_page_once_and_no_other() -> None:
+    nav = list(entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_pages_link_inside_the_site_alone() -> None:
+    """A site has no files above docs/; GitHub has, so that only the site would show the dead link."""
+    for page in DOCS.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).resolve().is_relative_to(DOCS), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_every_public_name_has_its_signature_on_a_page() -> None:
+    shown = re.findall(r"^::: sspruner\.(\w+)$", "".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
+    without = {"AXES", "ELEMENT_AXES", "Choose"}  # no docstring: a table has them
+    assert sorted(shown) == sorted(set(sspruner.__all__) - without)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 200
+    assert re.search(r"<!-- demo: begin -->\n```text\n.*?```\n<!-- demo: end -->", README, re.DOTALL)
+
+
+def cells(notebook: Path) -> list[dict[str, Any]]:
+    return [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_prints_what_it_shows(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "notebook"}
+    with torch.random.fork_rng():
+        for number, cell in enumerate(cells(notebook), start=1):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec"), namespace)
+            shown = "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
+            assert printed.getvalue() == shown, f"{notebook.name}, cell {number}"
+
+
+def test_there_are_two_notebooks_that_pages_link_to() -> None:
+    pages = README + "".join(page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md"))
+    assert len(NOTEBOOKS) == 2
+    for notebook in NOTEBOOKS:
+        assert notebook.name in pages
+        assert cells(notebook)
+
+
+def test_what_is_said_to_install_is_an_extra_that_works_from_a_clone() -> None:
+    """`pip install 'sspruner[x]'` asks a registry; `.[x]` is the clone, PATH/sspruner[x] the same from elsewhere."""
+    own = Path("sspruner/reporting"), Path("docs/cli.md")  # the report's own error and page
+    files = [*(ROOT / "sspruner").rglob("*.py"), *DOCS.rglob("*.md"), ROOT / "README.md"]
+    named = 0
+    for file in files:
+        for said, extra in re.findall(r"pip install '([^'\[]*)\[(\w+)\]'", file.read_text(encoding="utf-8")):
+            named += 1
+            assert extra in PROJECT["optional-dependencies"], f"{file.name}: {extra}"
+            if not any(file.is_relative_to(ROOT / path) for path in own):
+                assert said in (".", "path/to/sspruner"), f"{file.name}: {said}[{extra}]"
+    assert named > 8
+
+
+def test_metadata_is_complete() -> None:
+    needed = {"description", "readme", "license", "license-files", "keywords", "classifiers", "urls", "authors"}
+    assert needed <= set(PROJECT)
+    assert PROJECT["readme"] == "README.md"
+    classifiers = " ".join(PROJECT["classifiers"])
+    assert all(part in classifiers for part in ("Development Status", "Linux", "3.11", "Typing :: Typed"))
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == sspruner.__version__
+    assert citation["license"] == PROJECT["license"]
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
