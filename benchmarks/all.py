@@ -1,7 +1,7 @@
-"""`make bench`: every table of docs/benchmarks.md, each by its own command, between its marks in it; pictures.
+"""`make bench`: every table of the results in docs/, each by its own command, between its marks; pictures.
 
     python benchmarks/all.py damage refit                   # some parts
-    python benchmarks/all.py --quick --work /tmp/quick      # that every part works; the page is left alone
+    python benchmarks/all.py --quick --work /tmp/quick      # that every part works; the pages are left alone
 
 What a part prints is kept in the work folder, and a part that is there already is not run again. Two parts run at a
 time, one thread each; those that measure time or memory run alone, after the others.
@@ -52,9 +52,8 @@ def main() -> None:
     if not given.quick:
         for part in parts:
             if part.name not in failed and not part.trains:
-                insert(DOCS / part.page, part.name, output(part, given).read_text(encoding="utf-8"))
-        if any(part.page == "benchmarks.md" for part in parts):
-            draw(DOCS, DOCS / "figures")
+                insert(page_of(part.name), part.name, output(part, given).read_text(encoding="utf-8"))
+        draw(DOCS, DOCS / "figures")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -80,6 +79,15 @@ def run(part: Part, given: argparse.Namespace) -> bool:
         return False
     out.write_text(done.stdout.replace(str(given.work), "WORK"), encoding="utf-8")
     return True
+
+
+def page_of(name: str) -> Path:
+    """Return the page that has the marks of a part."""
+    begin = f"<!-- {name}: begin -->"
+    pages = [page for page in sorted(DOCS.rglob("*.md")) if begin in page.read_text(encoding="utf-8")]
+    if len(pages) != 1:
+        raise SystemExit(f"{begin} stands in {len(pages)} pages of {DOCS}, not in one")
+    return pages[0]
 
 
 def insert(page: Path, name: str, text: str) -> None:

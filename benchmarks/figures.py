@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and of the pages from tables of the pages: python benchmarks/figures.py docs FOLDER."""
+"""Draw the pictures of the README and of the pages from their tables: python benchmarks/figures.py docs FOLDER."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _tables(page: str, part: str) -> Iterator[Table]:
 
 
 def damage(text: str) -> dict[str, Curve]:
-    """Return the increase of perplexity of Mamba2, in % with its interval, by column of `reconstruct` and states kept."""
+    """Return the increase of perplexity of Mamba2, in % with an interval, by column of `reconstruct` and states kept."""
     part = text.partition("<!-- reconstruct: begin -->")[2].partition("<!-- reconstruct: end -->")[0]
     head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in part.splitlines() if line.startswith("|"))
     found: dict[str, Curve] = {column: {} for column in DAMAGE}
@@ -76,7 +76,12 @@ def _damage(found: dict[str, Curve], file: Path, paper: str) -> None:
             label = f"{name} +{values[-1]:.1f} %"
             ax.annotate(label, (kept[-1], values[-1]), (9, 6), textcoords="offset points", color=colour)
         ax.set_xscale("log", base=2)
-        ax.set(xlabel="states kept, of 128 (band: 95 % interval)", ylabel="increase of perplexity, %", xlim=(140, 3.6), ylim=(-0.5, 13.5))
+        ax.set(
+            xlabel="states kept, of 128 (band: 95 % interval)",
+            ylabel="increase of perplexity, %",
+            xlim=(140, 3.6),
+            ylim=(-0.5, 13.5),
+        )
         ticks = [128, *sorted({k for column in found.values() for k in column}, reverse=True)]
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
