@@ -45,7 +45,7 @@ lint: .venv/installed
 # The pages as a site, in site/. A warning, a dead link or a page outside the navigation is an error. Signatures are read
 # from the sources, so that its environment needs neither torch nor sspruner.
 docs: $(DOCS)/installed
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # Every table of docs/benchmarks.md; needs ../shared/data. `make bench BENCH=--quick` tries every part, BENCH=refit makes one.
 bench: .venv/installed

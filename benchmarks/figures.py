@@ -47,7 +47,7 @@ def _tables(page: str, part: str) -> Iterator[Table]:
 
 
 def damage(text: str) -> dict[str, Curve]:
-    """Return the increase of perplexity of Mamba2, in % with an interval, by column of `reconstruct` and states kept."""
+    """Return the increase of perplexity of Mamba2, in % with an interval, by column of `reconstruct` and by states."""
     part = text.partition("<!-- reconstruct: begin -->")[2].partition("<!-- reconstruct: end -->")[0]
     head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in part.splitlines() if line.startswith("|"))
     found: dict[str, Curve] = {column: {} for column in DAMAGE}

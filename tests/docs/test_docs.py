@@ -44,17 +44,22 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page; `line` is the number of lines before its first one."""
+    """A fenced block of a page; `line` is the number of lines before its first one. joined: no prose before it."""
 
     language: str
     text: str
     line: int
+    joined: bool
 
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     assert text.count("\n```") % 2 == 0, f"{page.name}: a fence is not closed"
-    return [Block(m[1], m[2], text[: m.start(2)].count("\n")) for m in FENCE.finditer(text)]
+    found, end = [], 0
+    for m in FENCE.finditer(text):
+        found.append(Block(m[1], m[2], text[: m.start(2)].count("\n"), joined=not text[end : m.start()].strip()))
+        end = m.end()
+    return found
 
 
 def prose(page: Path) -> str:
@@ -102,8 +107,8 @@ def test_examples_run_and_print_what_the_page_says(page: Path, sandbox: Path) ->
         code = compile("\n" * block.line + block.text, str(page), "exec")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, namespace)
-        if printed.getvalue():
-            shown = following.text if following and following.language == "text" else None
+        shown = following.text if following and following.language == "text" else ""
+        if printed.getvalue() or (following and following.joined and shown):
             assert printed.getvalue() == shown, f"{page.name}, line {block.line + 1}: prints something else"
 
 
