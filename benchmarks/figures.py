@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and of the pages from their tables: python benchmarks/figures.py docs FOLDER."""
+"""Draw the pictures of the results from their tables: python benchmarks/figures.py docs FOLDER."""
 
 from __future__ import annotations
 
@@ -15,24 +15,14 @@ COLOURS = {
 }  # fmt: skip
 IN_TABLE_ONLY = ("ghost, output", "balanced, no weights", "rrqr", "magnitude, reconstruct")  # level with others
 Table = tuple[str, list[str], dict[str, list[float]]]  # title, columns, rows
-Curve = dict[int, tuple[float, float, float]]  # states kept -> value, low, high
-#: What the README's picture shows: the column of the table, its name there, and its colours on light and on dark paper.
-DAMAGE = {
-    "none": ("GHOST", "#B84F00", "#F0883E"),
-    "reconstruct": ("+ reconstruction", "#00735A", "#2BBF9A"),
-    "balanced": ("balanced", "#0072B2", "#58A6FF"),
-}
-PAPERS = {"light": ("#1F2328", "#D8DEE4", 1), "dark": ("#E6EDF3", "#3D444D", 2)}  # ink, grid, place of the colours
 
 
 def draw(pages: Path, folder: Path) -> None:
-    """Draw every picture: the README's as SVG for light and dark paper, the others as PNG files."""
+    """Draw every picture, as PNG files."""
     import matplotlib
 
     matplotlib.use("Agg")
     text = "".join(page.read_text(encoding="utf-8") for page in sorted(pages.rglob("*.md")))
-    for paper in PAPERS:
-        _damage(damage(text), folder / f"damage-{paper}.svg", paper)
     _recall([*_tables(text, "recall-64"), *_tables(text, "recall-128")], folder / "recall.png")
     _positions([*_tables(text, "positions")], folder / "positions.png")
     _calibration(next(_tables(text, "calibration_size")), folder / "calibration.png")
@@ -44,51 +34,6 @@ def _tables(page: str, part: str) -> Iterator[Table]:
     for found in re.finditer(r"^\*\*(.+)\*\*\n\n((?:\|.+\n)+)", text, re.MULTILINE):
         head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in found[2].splitlines())
         yield found[1], head[1:], {row[0]: [float(cell.split()[0]) for cell in row[1:]] for row in rows}
-
-
-def damage(text: str) -> dict[str, Curve]:
-    """Return the increase of perplexity of Mamba2, in % with an interval, by column of `reconstruct` and by states."""
-    part = text.partition("<!-- reconstruct: begin -->")[2].partition("<!-- reconstruct: end -->")[0]
-    head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in part.splitlines() if line.startswith("|"))
-    found: dict[str, Curve] = {column: {} for column in DAMAGE}
-    for row in rows:
-        if kept := re.fullmatch(r"mamba2-books-4m state, (\d+) of 128", row[1]):
-            for column in DAMAGE:
-                value, low, high, *_ = map(float, re.findall(r"[+-][\d.]+(?=%)", row[head.index(column)]))
-                found[column][int(kept[1])] = value, low, high
-    return found
-
-
-def _damage(found: dict[str, Curve], file: Path, paper: str) -> None:
-    """Draw damage against states kept, with a name at each line instead of a legend."""
-    from matplotlib import pyplot
-
-    ink, grid, place = PAPERS[paper]
-    style: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-    style |= {"svg.hashsalt": "sspruner", "font.size": 12, "axes.edgecolor": grid}
-    with pyplot.rc_context(style):
-        figure, ax = pyplot.subplots(figsize=(6.6, 3.3), layout="constrained")
-        for column, (name, *colours) in DAMAGE.items():
-            kept, (values, low, high) = list(found[column]), zip(*found[column].values(), strict=True)
-            colour = colours[place - 1]
-            ax.fill_between(kept, low, high, color=colour, alpha=0.25, linewidth=0)
-            ax.plot([128, *kept], [0, *values], color=colour, marker="o", markersize=5, linewidth=2)
-            label = f"{name} +{values[-1]:.1f} %"
-            ax.annotate(label, (kept[-1], values[-1]), (9, 6), textcoords="offset points", color=colour)
-        ax.set_xscale("log", base=2)
-        ax.set(
-            xlabel="states kept, of 128 (band: 95 % interval)",
-            ylabel="increase of perplexity, %",
-            xlim=(140, 3.6),
-            ylim=(-0.5, 13.5),
-        )
-        ticks = [128, *sorted({k for column in found.values() for k in column}, reverse=True)]
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.minorticks_off()
-        ax.grid(True, axis="y", color=grid, linewidth=0.6)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        figure.savefig(file, transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
 
 
 def _recall(found: list[Table], file: Path) -> None:

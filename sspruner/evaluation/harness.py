@@ -46,9 +46,7 @@ def check_harness() -> None:
         with _quiet():
             import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            f"tasks need lm-eval, which is not installed ({error}): pip install '.[eval]'"
-        ) from None
+        raise InputError(f"tasks need lm-eval, which is not installed ({error}): pip install '.[eval]'") from None
 
 
 def run_tasks(

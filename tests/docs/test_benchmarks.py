@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import math
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,8 @@ def test_a_part_runs_once_and_one_that_fails_leaves_the_page_alone(
     monkeypatch.setattr(bench, "RUN", run)
     monkeypatch.setattr(bench, "DOCS", tmp_path)
     monkeypatch.setattr(bench, "draw", lambda pages, folder: None)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/damage.py").touch()
     monkeypatch.setattr(bench, "PARTS", {"a": importlib.import_module("run").Part("a", study="a")})
     monkeypatch.setattr(sys, "argv", ["all.py", "--work", str(tmp_path)])
     run.write_text("print('half'); raise SystemExit(3)", encoding="utf-8")
@@ -250,20 +253,19 @@ def test_the_readme_quotes_published_numbers_of_the_page() -> None:
             assert list(readme[label].values())[place] == expected, (row, cut)
 
 
-def test_the_readmes_picture_is_that_of_the_table(bench: ModuleType, tmp_path: Path) -> None:
+def test_the_readmes_picture_is_that_of_the_table(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    figures = importlib.import_module("figures")
-    found = figures.damage(TEXT)
-    rows_of = rows(part("reconstruct"))
+    picture = runpy.run_path(str(ROOT / "docs/figures/damage.py"))
+    found, cells = picture["curves"](TEXT), rows(part("reconstruct"))
     for column, curve in found.items():
         assert sorted(curve) == [4, 13, 32]
         for kept, interval in curve.items():
-            cell = rows_of[f"mamba2-books-4m state, {kept} of 128"][column]
+            cell = cells[f"mamba2-books-4m state, {kept} of 128"][column]
             assert cell.startswith("{:+.2f}% ({:+.2f}% to {:+.2f}%)".format(*interval))
     matplotlib.use("Agg")
-    for paper in figures.PAPERS:
+    for paper in picture["PAPERS"]:
         drawn = (ROOT / f"docs/figures/damage-{paper}.svg").read_text(encoding="utf-8")
-        figures._damage(found, tmp_path / "new.svg", paper)
+        picture["draw"](found, tmp_path / "new.svg", paper)
         if f"Matplotlib v{matplotlib.__version__}," in drawn:  # another one may draw another outline
             assert (tmp_path / "new.svg").read_text(encoding="utf-8") == drawn
 
@@ -271,8 +273,15 @@ def test_the_readmes_picture_is_that_of_the_table(bench: ModuleType, tmp_path: P
 def test_a_part_has_one_page(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "DOCS", tmp_path)
     for name in ("one", "two"):
-        (tmp_path / f"{name}.md").write_text("<!-- both: begin -->\n<!-- both: end -->\n" + f"<!-- {name}: begin -->\n")
-    assert bench.page_of("two") == tmp_path / "two.md"
+        marks = [f"<!-- {part}: {what} -->" for part in ("both", name) for what in ("begin", "end")]
+        (tmp_path / f"{name}.md").write_text("before\n{}\n{}\n{}\n{}\nafter\n".format(*marks), encoding="utf-8")
+    bench.insert("two", "new\n")
+    assert "new" not in (tmp_path / "one.md").read_text(encoding="utf-8")
+    assert (
+        (tmp_path / "two.md")
+        .read_text(encoding="utf-8")
+        .endswith("<!-- two: begin -->\nnew\n\n<!-- two: end -->\nafter\n")
+    )
     for name, count in (("both", 2), ("none", 0)):
-        with pytest.raises(SystemExit, match=f"{name}: begin --> stands in {count} pages"):
-            bench.page_of(name)
+        with pytest.raises(SystemExit, match=f"marks of {name} stand in {count} pages"):
+            bench.insert(name, "new")
