@@ -14,7 +14,7 @@ Curve = dict[int, tuple[float, float, float]]  # states kept -> increase of perp
 #: Column of the table -> its name in the picture, its colour on light paper, and on dark.
 LINES = {
     "none": ("GHOST", "#B84F00", "#F0883E"),
-    "reconstruct": ("+ reconstruction", "#00735A", "#2BBF9A"),
+    "reconstruct": ("reconstructed", "#00735A", "#2BBF9A"),
     "balanced": ("balanced", "#0072B2", "#58A6FF"),
 }
 PAPERS = {"light": ("#1F2328", "#D8DEE4", 1), "dark": ("#E6EDF3", "#3D444D", 2)}  # ink, grid, place of the colours
