@@ -1,6 +1,6 @@
 """Run lm-eval's tasks through its HFLM on a model in memory; a pruned model needs no other code.
 
-Needs the optional extra `eval`. lm-eval's results are split into items again, so that intervals and
+Needs the optional extra `sspruner[eval]`. lm-eval's results are split into items again, so that intervals and
 comparisons are computed as for the other metrics: means of items, and perplexities from sums over items.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sspruner.errors import InputError
+from sspruner.errors import InputError, install
 
 BOOTSTRAP = 1000  # lm-eval's bootstrap resamples, for metrics that are not means of items
 
@@ -46,7 +46,7 @@ def check_harness() -> None:
         with _quiet():
             import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise InputError(f"tasks need lm-eval, which is not installed ({error}): pip install '.[eval]'") from None
+        raise InputError(f"tasks need lm-eval, which is not installed ({error}): {install('eval')}") from None
 
 
 def run_tasks(
