@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 import sspruner
+from support.command import run
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -55,6 +57,28 @@ def test_the_readme_is_short() -> None:
     assert re.search(r"<!-- demo: begin -->\n```text\n.*?```\n<!-- demo: end -->", README, re.DOTALL)
 
 
+@pytest.mark.slow
+def test_the_demo_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, proof and prompt to the letter. Perplexities and seconds are the machine's."""
+    found = re.search(r"^demo:.*\n\t\$\(BIN\)/sspruner (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    shown = re.search(r"<!-- demo: begin -->\n```text\n(.*?)```", README, re.DOTALL)
+    assert found
+    assert shown
+    monkeypatch.chdir(tmp_path)
+    done = run(*shlex.split(found[1]))
+    assert done.exit_code == 0, done.stderr
+    same = re.compile(
+        r"^(mamba2-books|│ (state|parameters|weight bytes)|proof|calibration|\s*prompt|saved|load|next|  \w+ )"
+    )
+    printed, expected = (
+        [" ".join(line.split()) for line in text.splitlines() if same.match(line)] for text in (done.stdout, shown[1])
+    )
+    assert len(expected) > 12
+    assert [line.partition(" (limit")[0].partition(" to 0.0e")[0] for line in printed] == [
+        line.partition(" (limit")[0].partition(" to 0.0e")[0] for line in expected
+    ]
+
+
 def cells(notebook: Path) -> list[dict[str, Any]]:
     return [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
 
@@ -81,7 +105,7 @@ def test_there_are_two_notebooks_that_pages_link_to() -> None:
 
 
 def test_what_is_said_to_install_is_an_extra_that_works_from_a_clone() -> None:
-    """`pip install 'sspruner[x]'` would ask a registry; `.[x]` is the clone, PATH/sspruner[x] the same from elsewhere."""
+    """`sspruner[x]` would ask a registry; `.[x]` is the clone, and PATH/sspruner[x] the clone from elsewhere."""
     pages = [page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md") if "examples" not in page.parts]
     said = re.findall(r"pip install '([^'\[]*)\[(\w+)\]'", README + "".join(pages))
     assert {place for place, _ in said} == {".", "path/to/sspruner"}
