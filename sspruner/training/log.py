@@ -62,8 +62,10 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def _tracker(name: str, folder: Path) -> Any:
     """Start a tracker for the run in `folder`."""
+    from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    PartialState()  # the loggers of accelerate want it
     kind = LOGGER_TYPE_TO_CLASS[name]
     tracker = kind(folder.name, logging_dir=folder) if kind.requires_logging_directory else kind(folder.name)
     tracker.main_process_only = False  # there is none but in the first process
