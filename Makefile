@@ -47,7 +47,7 @@ lint: .venv/installed
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
-# Every table of docs/benchmarks.md; needs ../shared/data. `make bench BENCH=--quick` tries every part, BENCH=refit makes one.
+# Every table of the results in docs/; needs ../shared/data. `make bench BENCH=--quick` tries every part, BENCH=refit makes one.
 bench: .venv/installed
 	$(BIN)/python benchmarks/all.py $(BENCH)
 
