@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import sspruner
+from sspruner.scoring.known import installed_scorers
 from support.command import run
 from support.paths import ROOT
 
@@ -55,6 +56,11 @@ def test_every_public_name_has_its_signature_on_a_page() -> None:
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) < 200
     assert re.search(r"<!-- demo: begin -->\n```text\n.*?```\n<!-- demo: end -->", README, re.DOTALL)
+
+
+def test_the_readme_counts_the_scorers_that_ship() -> None:
+    shipped = [cls for cls, _ in installed_scorers().values() if cls.__module__.startswith("sspruner_plugins.")]
+    assert f" {len(shipped)} ship\n" in README
 
 
 @pytest.mark.slow
