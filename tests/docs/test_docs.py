@@ -248,6 +248,20 @@ def test_every_scorer_has_a_page() -> None:
     assert linked == {f"scorers/{page.name}" for page in DOCS if page.parent.name == "scorers"}
 
 
+def test_every_scorer_page_says_what_it_costs_and_when_to_use_it() -> None:
+    for page in (page for page in DOCS if page.parent.name == "scorers"):
+        text = page.read_text(encoding="utf-8")
+        for part in (
+            "\n| axes |",
+            "\n| needs |",
+            "\n| cost |",
+            "\n**When to use it.**",
+            "\n**When it loses.**",
+            "\n```text\n",
+        ):
+            assert part in text, f"{page.name}: {part.strip()}"
+
+
 def test_the_architecture_lists_every_module_and_every_contract() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     packages = [p.parent for p in (ROOT / "sspruner").glob("*/__init__.py")]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import re
 import shlex
 import tomllib
@@ -19,12 +16,12 @@ import yaml
 import sspruner
 from sspruner.scoring.known import installed_scorers
 from support.command import run
+from support.notebooks import NOTEBOOKS, code_cells, printed, read, shown
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 
 
 def entries(nav: Any) -> Iterator[str]:
@@ -85,29 +82,23 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-def cells(notebook: Path) -> list[dict[str, Any]]:
-    return [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_prints_what_it_shows(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "notebook"}
+    found = read(notebook)
     with torch.random.fork_rng():
-        for number, cell in enumerate(cells(notebook), start=1):
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec"), namespace)
-            shown = "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
-            assert printed.getvalue() == shown, f"{notebook.name}, cell {number}"
+        texts = printed(found)
+    assert texts == [shown(cell) for cell in code_cells(found)], "write it anew: python tests/support/notebooks.py"
 
 
 def test_there_are_two_notebooks_that_pages_link_to() -> None:
     pages = README + "".join(page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md"))
+    assert sorted(DOCS.rglob("*.ipynb")) == NOTEBOOKS
     assert len(NOTEBOOKS) == 2
     for notebook in NOTEBOOKS:
         assert notebook.name in pages
-        assert cells(notebook)
+        assert any(shown(cell) for cell in code_cells(read(notebook)))
 
 
 def test_what_is_said_to_install_is_an_extra_that_works_from_a_clone() -> None:
