@@ -146,6 +146,31 @@ def test_other_cuts_of_the_reference_model(reference: Bench, name: str) -> None:
     reference.check(name)
 
 
+GDN: dict[str, dict[str, int]] = {  # axis -> what stays of it
+    "dense": {},
+    "channels of a head": {"state": 32, "head_dim": 32},
+    "key heads": {"group": 1},
+    "value heads": {"head": 1},
+    "the rest": {"attn_head": 1, "mlp": 200, "hidden": 128, "block": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def gdn(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("gdn"))
+    for name, axes in GDN.items():
+        model, _ = sspruner.load("gdn-books", dtype="float32")
+        for axis, keep in axes.items():
+            model = smaller(model, axis, keep)
+        bench.add(name, model)
+    return bench.run()
+
+
+@pytest.mark.parametrize("name", GDN)
+def test_the_reference_model_of_delta_rules(gdn: Bench, name: str) -> None:
+    gdn.check(name)
+
+
 CASES = [(name, axis) for name in VARIANTS for axis in ("dense", *axes_of(name))]
 BOTH = {  # channels and hidden size together
     "mamba": ("channel", "hidden"),
@@ -156,11 +181,18 @@ BOTH = {  # channels and hidden size together
     "granite, no rope": ("head_dim", "hidden", "state", "mlp"),
     "falcon_h1, norm": ("head", "head_dim", "hidden", "state", "mlp"),
     "nemotron_h, experts": ("head", "state", "group", "attn_head", "expert", "expert_mlp"),
+    "qwen3_5": ("state", "head_dim"),
+    "qwen3_5, tied": ("state", "head_dim", "group", "attn_head", "mlp", "hidden"),
+    "qwen3_5, experts": ("state", "head_dim", "head", "expert", "expert_mlp", "mlp", "hidden"),
+    "qwen3_next, experts": ("state", "head_dim", "head", "group", "attn_head", "expert", "expert_mlp", "hidden"),
+    "kimi_linear, experts": ("head", "attn_head", "expert", "expert_mlp", "mlp", "hidden"),
+    "bailing_hybrid, experts": ("state", "head_dim", "head", "attn_head", "expert", "expert_mlp", "mlp", "hidden"),
 }
 PADDED = [
     ("mamba", "channel"), ("falcon_mamba", "state"), ("jamba, experts", "channel"), ("bamba, partial rotary", "head"),
     ("granite, rope and experts", "state"), ("granite, no rope", "mlp"), ("falcon_h1, norm", "head_dim"),
-    ("nemotron_h", "state"),
+    ("nemotron_h", "state"), ("qwen3_5", "state"), ("qwen3_next, experts", "head_dim"),
+    ("kimi_linear, experts", "head"), ("bailing_hybrid, experts", "state"),
 ]  # fmt: skip
 
 

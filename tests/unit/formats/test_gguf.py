@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 import sspruner
 from sspruner.formats.gguf import check_gguf, element_type
+from sspruner.formats.gguf_attention import _neighbours
 from sspruner.formats.gguf_blocks import parts
 from sspruner.formats.gguf_epsilon import BOUND, Epsilons, check_difference, epsilon_of, epsilons
 from sspruner.formats.gguf_options import GGUF, TYPES
-from sspruner.formats.gguf_tensors import _neighbours
 from sspruner.formats.writers import gguf_options, writer_of
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
