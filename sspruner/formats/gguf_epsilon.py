@@ -95,7 +95,9 @@ def check_difference(model: Any, described: Parts, chosen: Epsilons) -> str:
     found = difference(model, described, chosen)
     said = f"llama.cpp has one epsilon and no limits of dt: {'; '.join(reasons)}"
     if not found <= BOUND:  # NaN is too much, too
-        raise ModelError(f"gguf: {said}; the logits would differ by {found:.1e} of the largest, above {BOUND:g}")
+        said += f"; the logits would differ by {found:.1e} of the largest, above {BOUND:g}"
+        padded = "; --to gguf-padded pads to sizes with the epsilon of before" if described.kind in DELTA else ""
+        raise ModelError(f"gguf: {said}{padded}")
     return f"{said}; the logits differ by {found:.1e} of the largest"
 
 

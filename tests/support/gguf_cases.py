@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5, tied": ("qwen3_5_text", {"channels": 6, "heads": 1, "kv": 1, "tie_word_embeddings": True}),
     "qwen3_5, experts": ("qwen3_5_moe_text", {"channels": 6}),
     "qwen3_next, experts": ("qwen3_next", {"channels": 6, "heads": 3, "experts": 3}),
-    "kimi_linear, experts": ("kimi_linear", {"heads": 4, "q_lora_rank": None}),
+    "kimi_linear, experts": ("kimi_linear", {"heads": 4, "q_lora_rank": None, "rms_norm_eps": 1e-6}),
     "bailing_hybrid, experts": ("bailing_hybrid", {"heads": 4}),
 }
 # Axes that llama.cpp takes with another one alone.
