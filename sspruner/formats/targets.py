@@ -299,12 +299,20 @@ class Fit:
 
     def takes(self, axis: str) -> list[int]:
         """Return the sizes to which one axis alone can be cut, in every layer alike: the fast ones, if any."""
-        groups = [group for group in self.graph.groups.values() if group.axis == axis]
-        candidates = set.intersection(*({*group.counts()} for group in groups))
+        runs = [n for n in self._candidates(axis) if axis == "block" or self._runs({axis: n})]
+        return [n for n in runs if axis == "block" or self._fast({axis: n})] or runs
+
+    def takes_none(self, axis: str) -> str:
+        """Return why there is no size to which one axis alone can be cut; "" if the config has no field for it."""
+        sizes = self._candidates(axis)
+        return "; ".join(dict.fromkeys(self._broken({axis: sizes[-1]}, ("must",)))) if sizes else ""
+
+    def _candidates(self, axis: str) -> list[int]:
+        """Return the sizes to which an axis can be cut in every layer alike, whatever the rules."""
         if axis not in expressible(self.graph, self.target.writer):
             return []
-        runs = [n for n in sorted(candidates) if axis == "block" or self._runs({axis: n})]
-        return [n for n in runs if axis == "block" or self._fast({axis: n})] or runs
+        groups = [group for group in self.graph.groups.values() if group.axis == axis]
+        return sorted(set.intersection(*({*group.counts()} for group in groups)))
 
 
 def fit_to(graph: SSMGraph, name: str | None, tp: int) -> Fit | None:

@@ -171,7 +171,7 @@ def test_a_target_cuts_both_channels_alike() -> None:
     asked = dict.fromkeys(graph.on_axis("state"), 2) | dict.fromkeys(graph.on_axis("head_dim"), 4)
     made = fit.counts(asked, {name: range(1, 7) for name in asked})
     assert len(set(made.values())) == 1
-    with pytest.raises(sspruner.InputError, match="cut state and head_dim to one size"):
+    with pytest.raises(sspruner.InputError, match="cut both to it: --axis state"):
         fit.counts(dict.fromkeys(graph.on_axis("state"), 3), dict.fromkeys(graph.on_axis("state"), range(1, 6)))
 
 
@@ -179,5 +179,7 @@ def test_what_llama_cpp_takes_of_the_reference_model() -> None:
     (offer,) = offers(skeleton("gdn-books"), target("llama.cpp"))
     assert not offer.reason
     assert {"group", "head", "mlp", "attn_head", "hidden", "block"} == set(offer.axes)
+    assert {"state", "head_dim"} == set(offer.refused)
+    assert offer.refused["state"].startswith("key channels of a head 63: llama.cpp has one size")
     (offer,) = offers(skeleton("gdn-books"), target("llama.cpp:cuda"))
     assert not offer.reason, "64 channels have a kernel"
