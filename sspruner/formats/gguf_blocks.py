@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sspruner.errors import ModelError
+from sspruner.graph.text_model import text_config, text_path
 
 ARCHITECTURES = {  # type of the config -> general.architecture
     "mamba": "mamba",
@@ -107,10 +108,15 @@ class Parts:
 
 def parts(model: Any) -> Parts:
     """Return the parts of a model. Raises ModelError for a family that llama.cpp does not have."""
-    config = model.config
+    config = text_config(model.config)
     if config.model_type not in ARCHITECTURES:
         raise ModelError(
             f"gguf: llama.cpp has no models of type {config.model_type}; it has {', '.join(ARCHITECTURES)}"
+        )
+    if text_path(model):
+        raise ModelError(
+            f"gguf: the file holds a language model alone; {type(model).__name__} has other parts. Load it as one: "
+            "sspruner.load, or AutoModelForCausalLM"
         )
     body = model.base_model
     falcon_h1 = config.model_type == "falcon_h1"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import sspruner
 from sspruner.formats.fitting import offers
@@ -106,6 +107,13 @@ def test_every_rotated_pair_takes_a_position_of_the_text(pairs: int, sections: l
     assert all(i % total < 3 * made[i % total % 3] for i in range(pairs))
 
 
+def multimodal() -> Any:
+    text = variant("qwen3_5").config.to_dict()
+    vision = {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8, "out_hidden_size": 24}
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
+    return AutoModelForImageTextToText.from_config(config)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "key channels alone": (
         lambda: cut(variant("qwen3_5"), "state"),
@@ -143,6 +151,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a decay without a bound": (
         lambda: zoo("bailing_hybrid", bias=False, heads=4, kda_safe_gate=False),
         "kda_safe_gate is false here",
+    ),
+    "a multimodal model": (
+        multimodal,
+        "the file holds a language model alone; Qwen3_5ForConditionalGeneration has other parts. Load it as one",
     ),
     "olmo": (lambda: zoo("olmo_hybrid", bias=False), "llama.cpp has no models of type olmo_hybrid; it has mamba"),
 }  # fmt: skip
