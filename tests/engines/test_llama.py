@@ -171,12 +171,18 @@ def gdn(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         for axis, keep in axes.items():
             model = smaller(model, axis, keep)
         bench.add(name, model)
+    model, _ = sspruner.load("gdn-books", dtype="float32")
+    bench.add("q8_0", model, to=GGUF("q8_0"), new=0)
     return bench.run()
 
 
 @pytest.mark.parametrize("name", GDN)
 def test_the_reference_model_of_delta_rules(gdn: Bench, name: str) -> None:
     gdn.check(name)
+
+
+def test_an_element_type_of_delta_rules(gdn: Bench) -> None:
+    gdn.check("q8_0", 3e-2)
 
 
 CASES = [(name, axis) for name in VARIANTS for axis in ("dense", *axes_of(name))]
@@ -287,12 +293,12 @@ def test_tokens_of_texts(tokenized: Any, name: str) -> None:
     assert len(left_out) < len(HOSTILE) / 2
 
 
-@pytest.mark.parametrize("keep", [128, 32])
-def test_the_server_speaks_openai(books: Callable[[], Any], tmp_path: Path, keep: int) -> None:
+@pytest.mark.parametrize(("name", "keep"), [("mamba2-books-4m", 128), ("mamba2-books-4m", 32), ("gdn-books", 64)])
+def test_the_server_speaks_openai(tmp_path: Path, name: str, keep: int) -> None:
     """Two requests at once: texts go in, and the tokens of transformers come out, with their log-probabilities."""
-    model = books() if keep == 128 else smaller(books(), "state", keep)
+    model, tokenizer = sspruner.load(name, dtype="float32")
+    model = smaller(model, "state", keep) if keep == 32 else model
     prompts = ["The old man", "She said that the"]
-    _, tokenizer = sspruner.load()
     file = sspruner.export(model, tmp_path / "out", tokenizer, to="gguf") / "model.gguf"
     answers = json.loads(run("llama", "llama_server.py", str(file), str(NEW), *prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
