@@ -1,8 +1,8 @@
 """Export gguf: one file for llama.cpp, written with the package gguf and no converter.
 
 The parts of the model, under names common to all families, are in gguf_blocks.py; fields and what llama.cpp cannot
-build in gguf_fields.py; names and values of the tensors in gguf_tensors.py; the one epsilon in gguf_epsilon.py; the
-vocabulary in gguf_tokenizer.py.
+build in gguf_fields.py; names and values of the tensors in gguf_tensors.py; delta rules in gguf_delta.py, attention
+in gguf_attention.py; the one epsilon in gguf_epsilon.py; the vocabulary in gguf_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from sspruner.formats.gguf_blocks import Parts, parts
 from sspruner.formats.gguf_epsilon import Epsilons, check_difference, epsilons
 from sspruner.formats.gguf_fields import cuts, fields
 from sspruner.formats.gguf_options import BLOCK, FILE, GGUF
-from sspruner.formats.gguf_tensors import ALWAYS_F32, Weights, tensors
+from sspruner.formats.gguf_tensors import ALWAYS_F32, tensors
 from sspruner.formats.gguf_tokenizer import vocabulary
+from sspruner.formats.gguf_weights import Weights
 from sspruner.graph.trace import trace
 
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
