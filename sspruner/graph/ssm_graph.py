@@ -147,4 +147,7 @@ def _members_by_tensor(group: DependencyGroup, folded: set[str]) -> tuple[str, .
         key = f"{m.tensor.removeprefix(group.layer + '.')} dim {', '.join(map(str, m.dims))}"
         lines.setdefault(key, []).append(m.rows)
     cut = [f"{key}: rows of {', '.join(rows)}" for key, rows in lines.items()]
+    if group.gain:
+        tensor, matrix = group.key(group.gain.tensor), group.key(group.gain.into)
+        cut.append(f"{tensor} dim 0: one for all groups, moved into {matrix} where these keep other units")
     return (*cut, f"scaled, so that sliced = masked: {', '.join(sorted(folded))}") if folded else tuple(cut)
