@@ -26,7 +26,7 @@ from sspruner.graph.class_reads import changes
 from sspruner.graph.family import DeltaProjected, Family, Projected, Scan
 from sspruner.graph.known import installed_families
 from sspruner.scoring.known import installed_scorers
-from sspruner.testing.models import FAMILIES, VOCABULARY, zoo
+from sspruner.testing.models import SHAPES, VOCABULARY, zoo
 
 LEAST_TRANSFORMERS = (5, 23)  # in 5.22 some mixers with several groups compute wrongly without kernels
 TOKENS = 19  # more than two chunks of the tiny models (8), and not a multiple of the chunk length
@@ -127,7 +127,7 @@ def _gpu() -> str:
 
 
 def _self_tests(family: Family) -> Iterator[Check]:
-    if family.name not in FAMILIES:
+    if family.name not in SHAPES:
         says = "no self-test is known; sspruner.testing.check_family tests it on your models"
         yield Check(family.name, True, says, skipped=True)
         return

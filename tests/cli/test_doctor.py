@@ -30,10 +30,11 @@ from sspruner.plugins import manager
 from support.command import done, run
 from support.oracle import delta_output, output, selective_output
 from support.paths import ROOT
-from support.zoo import FAMILIES, zoo
+from support.zoo import FAMILIES, SHAPES, zoo
 
 TESTED = [f"{family} {test}" for family in sorted(FAMILIES) for test in ("class", "causality", "recurrence")]
 NATIVE = ["mamba_ssm.Mamba", "mamba_ssm.Mamba2"]
+LACKING = [family for family in SHAPES if family not in FAMILIES]  # those of a newer transformers
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def test_all_is_well_here() -> None:
     assert {line[:6] for line in lines} == {"PASS  ", "SKIP  "}
     names = [line[6:].partition(": ")[0] for line in lines]
     assert len(set(names)) == len(names)
-    assert set(TESTED + NATIVE) == set(names) - {
+    assert set(TESTED + NATIVE + LACKING) == set(names) - {
         "python", "sspruner", "torch", "transformers", "mamba_ssm", "causal_conv1d", "triton", "kernels", "plugins",
     }  # fmt: skip
     says = dict(line[6:].split(": ", 1) for line in lines)
