@@ -5,15 +5,16 @@ ORACLE := .venv-oracle
 LLAMA := .venv-llama
 VLLM := .venv-vllm
 QUANT := .venv-quant
+DOCS := .venv-docs
 
 # Packages are compiled as they are imported: a few of many. Most of them once, after they were installed, and not by
 # every process of the tests; where nothing may be written, each would do it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-all compat mutants lint bench wheel clean oracle-env oracle-test llama-test
+.PHONY: demo test test-slow test-all compat mutants lint docs bench wheel clean oracle-env oracle-test llama-test
 
 demo: .venv/installed
-	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --out pruned --overwrite
+	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --calibration page --seq-len 128 --out pruned --overwrite
 
 # About four minutes on two cores.
 test: .venv/installed
@@ -41,7 +42,12 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Every table of docs/benchmarks.md; needs ../shared/data. `make bench BENCH=--quick` tries every part, BENCH=refit makes one.
+# The pages as a site, in site/. A warning, a dead link or a page outside the navigation is an error. Signatures are read
+# from the sources, so that its environment needs neither torch nor sspruner.
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# Every table of the results in docs/; needs ../shared/data. `make bench BENCH=--quick` tries every part, BENCH=refit makes one.
 bench: .venv/installed
 	$(BIN)/python benchmarks/all.py $(BENCH)
 
@@ -61,13 +67,20 @@ llama-test: .venv/installed $(LLAMA)/installed
 	$(BIN)/python -m pytest -m "not slow" tests/engines/test_llama.py
 
 clean:
-	rm -rf .venv $(ORACLE) $(LLAMA) $(VLLM) $(QUANT) .compat build dist pruned
+	rm -rf .venv $(DOCS) $(ORACLE) $(LLAMA) $(VLLM) $(QUANT) .compat build dist pruned site
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sspruner needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python -c 'import datasets, hypothesis, matplotlib.pyplot, torch_pruning, sspruner.testing.models'
+	@touch $@
+
+$(DOCS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(DOCS)/requirements.txt
+	$(DOCS)/bin/pip install --quiet --constraint constraints.txt --requirement $(DOCS)/requirements.txt
 	@touch $@
 
 $(ORACLE)/installed: tests/support/oracle_env/requirements.txt constraints.txt

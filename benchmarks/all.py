@@ -1,7 +1,7 @@
-"""`make bench`: every table of docs/benchmarks.md, each by its own command, between its marks in it; pictures.
+"""`make bench`: every table of the results in docs/, each by its own command, between its marks; pictures.
 
     python benchmarks/all.py damage refit                   # some parts
-    python benchmarks/all.py --quick --work /tmp/quick      # that every part works; the page is left alone
+    python benchmarks/all.py --quick --work /tmp/quick      # that every part works; the pages are left alone
 
 What a part prints is kept in the work folder, and a part that is there already is not run again. Two parts run at a
 time, one thread each; those that measure time or memory run alone, after the others.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,9 +53,9 @@ def main() -> None:
     if not given.quick:
         for part in parts:
             if part.name not in failed and not part.trains:
-                insert(DOCS / part.page, part.name, output(part, given).read_text(encoding="utf-8"))
-        if any(part.page == "benchmarks.md" for part in parts):
-            draw(DOCS / "benchmarks.md", DOCS / "figures")
+                insert(part.name, output(part, given).read_text(encoding="utf-8"))
+        draw(DOCS, DOCS / "figures")
+        subprocess.run([sys.executable, str(DOCS / "figures/damage.py")], check=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -82,14 +83,14 @@ def run(part: Part, given: argparse.Namespace) -> bool:
     return True
 
 
-def insert(page: Path, name: str, text: str) -> None:
-    """Replace what stands between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise SystemExit(f"{page}: there is no {begin} with an {end} after it")
-    page.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
+def insert(name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`, on the one page that has them."""
+    marked = re.compile(rf"(?<=<!-- {re.escape(name)}: begin -->\n).*?(?=<!-- {re.escape(name)}: end -->)", re.DOTALL)
+    pages = [page for page in sorted(DOCS.rglob("*.md")) if marked.search(page.read_text(encoding="utf-8"))]
+    if len(pages) != 1:
+        raise SystemExit(f"the marks of {name} stand in {len(pages)} pages of {DOCS}, not in one")
+    page, new = pages[0], f"{text.strip()}\n\n"
+    page.write_text(marked.sub(lambda _: new, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/benchmarks.md from its tables: python benchmarks/figures.py docs/benchmarks.md FOLDER."""
+"""Draw the pictures of the results from their tables: python benchmarks/figures.py docs FOLDER."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ IN_TABLE_ONLY = ("ghost, output", "balanced, no weights", "rrqr", "magnitude, re
 Table = tuple[str, list[str], dict[str, list[float]]]  # title, columns, rows
 
 
-def draw(page: Path, folder: Path) -> None:
+def draw(pages: Path, folder: Path) -> None:
     """Draw every picture, as PNG files."""
     import matplotlib
 
     matplotlib.use("Agg")
-    text = page.read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in sorted(pages.rglob("*.md")))
     _recall([*_tables(text, "recall-64"), *_tables(text, "recall-128")], folder / "recall.png")
     _positions([*_tables(text, "positions")], folder / "positions.png")
     _calibration(next(_tables(text, "calibration_size")), folder / "calibration.png")

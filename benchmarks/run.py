@@ -40,7 +40,6 @@ class Part:
     study: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     quick: dict[str, Any] = field(default_factory=dict)
-    page: str = "benchmarks.md"
     timed: bool = False
     large: bool = False
     trains: bool = False

@@ -41,6 +41,7 @@ from .graph.trace import trace as trace
 from .io.bench import bench as bench
 from .io.export import export as export
 from .io.load import load as load
+from .io.push import push_to_hub as push_to_hub
 from .io.save import save as save
 from .plans.plan import Plan as Plan
 from .plugins.hookspecs import hookimpl as hookimpl

@@ -1,4 +1,13 @@
-"""Errors that a user can meet: one root and few subclasses. Messages are one line with place, problem and remedy."""
+"""Errors and remarks that a user can meet. Messages are one line with place, problem and remedy."""
+
+
+def install(extra: str) -> str:
+    """Return how to install an optional part of sspruner."""
+    return f"in a clone of sspruner, pip install '.[{extra}]'"
+
+
+class Remark(UserWarning):
+    """What a user should know of a result that is right as far as it goes. The command line prints it as one line."""
 
 
 class SSPrunerError(Exception):

@@ -9,16 +9,55 @@ from typing import Any
 
 from sspruner.errors import InputError
 
+SMALL = 1e-3  # numbers below are shown as 9.8e-5
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def as_bytes(n: float) -> str:
-    """Format a size in bytes with a suitable unit, powers of 1000."""
+    """Format a size in bytes with a suitable unit, powers of 1000, and three digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        if n < 999.5 or unit == "TB":
+            return f"{n:.{0 if unit == 'B' else places(max(n, 1), 3)}f} {unit}"
         n /= 1000
     return ""
+
+
+def places(value: float, digits: int) -> int:
+    """Return how many places after the point show a number with so many digits; 0 for large numbers."""
+    return max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 0
+
+
+def number_text(value: float) -> str:
+    """Format a number with four digits: 58.04; all before the point, 12,345; below a thousandth two, 9.8e-5."""
+    if not math.isfinite(value):
+        return f"{value:g}"
+    if 0 < abs(value) < SMALL:
+        return re.sub(r"e-0*", "e-", f"{value:.1e}")
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def interval_text(interval: Sequence[float], *, unit: str = "", sign: str = "") -> str:
+    """Format a value and its interval, [value, low, high], with the digits that the interval leaves certain.
+
+    Two digits of half its width, so `+0.45 % (+0.30 to +0.60)`; without a width, as `number_text` does. sign: "+" to
+    show that of positive numbers.
+    """
+    value, low, high = interval
+    half = (high - low) / 2
+    if not (math.isfinite(value) and 0 < half < math.inf):
+        text = number_text(value)
+        return f"{sign if value > 0 else ''}{text}{unit}"
+    if max(abs(low), abs(high)) < SMALL:
+        shown = [(sign if x > 0 else "") + number_text(x) for x in interval]
+    else:
+        digits = min(places(half, 2), places(value, 5) if value else 6, 6)
+        shown = [f"{x:{sign},.{digits}f}" for x in interval]
+    return f"{shown[0]}{unit} ({shown[1]} to {shown[2]})"
+
+
+def stacked(text: str) -> str:
+    """Return `value (low to high)` with the interval on a line of its own, so that a table is narrow."""
+    return text.replace(" (", "\n(", 1)
 
 
 def percent(before: Any, after: Any) -> str:

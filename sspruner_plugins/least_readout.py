@@ -8,7 +8,7 @@ change of basis would need two keys. Of the directions U[:, :k] that are kept, w
 is the mean square of what the queries would read through the lost directions, if they did not depend on what was
 written. One ordered basis serves every k: it minimises the sum of log err_k over a sixteenth to three quarters of the
 directions, from the best of four starts, by Adam over the Q factor of a QR decomposition. What it costs a model:
-docs/benchmarks.md.
+docs/results/delta-rules.md.
 """
 
 from __future__ import annotations

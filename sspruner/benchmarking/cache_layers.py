@@ -11,6 +11,7 @@ from typing import Any
 from sspruner.errors import ModelError
 from sspruner.graph.layout import Layout
 from sspruner.graph.ssm_graph import SSMGraph
+from sspruner.graph.text_model import text_config
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Projection
 from sspruner.surgery.predict import dropped_modules
@@ -25,9 +26,11 @@ class RecurrentLayer:
     channels     convolution channels without those of B and C: heads x head_dim (Mamba1: channels)
     state        numbers in the recurrent state of one sequence
     kernel       taps of the convolution
-    heads        heads of Mamba2, 0 for other layers
-    groups       B/C groups of Mamba2, 0 for other layers
-    bc_channels  convolution channels of B and C, over all groups: 2 x groups x state size
+    heads        heads of Mamba2, value heads of delta rules, 0 for other layers
+    groups       B/C groups of Mamba2, key heads of gated delta nets, 0 for other layers
+    bc_channels  convolution channels of B and C, over all groups: 2 x groups x state size; of q and k in delta nets. In
+                 KDA every head has its own, and they are among `channels`
+    delta        True for a delta rule
     """
 
     channels: int
@@ -36,6 +39,7 @@ class RecurrentLayer:
     heads: int = 0
     groups: int = 0
     bc_channels: int = 0
+    delta: bool = False
 
     def conv_channels(self, tp: int = 1) -> int:
         """Return the convolution channels on one of `tp` GPUs. B/C groups that `tp` does not divide are replicated.
@@ -54,6 +58,7 @@ class CacheLayers:
     recurrent     number of recurrent layers, each of the size `layer`
     attention     number of attention layers, with `kv_heads` key/value heads of `head_dim`. A block that several layers
                   share counts in each
+    latent        numbers that latent attention (MLA) keeps of a token instead: one vector for all heads, 0 without
     dtype         of the weights
     family        the config's model_type, "" if unknown
     state_dtypes  fields of the config that name a dtype of the state -> that dtype
@@ -69,6 +74,11 @@ class CacheLayers:
     family: str = ""
     state_dtypes: tuple[tuple[str, str], ...] = ()
     uneven: bool = False
+    latent: int = 0
+
+    def kept(self, tp: int = 1) -> int:
+        """Return how many numbers an attention layer keeps of each token on one of `tp` GPUs; all of a latent one."""
+        return self.latent or 2 * max(1, self.kv_heads // tp) * self.head_dim
 
     def state_dtype(self, field: str) -> str | None:
         """Return the dtype of the state that a field of the config names, None without one."""
@@ -77,6 +87,7 @@ class CacheLayers:
     def check_tp(self, tp: int) -> None:
         """Raise ModelError if `tp` GPUs cannot share the layers evenly."""
         counts = {"heads": self.layer.heads, "channels": self.layer.channels}
+        counts |= {"key heads": self.layer.groups} if self.layer.delta else {}
         for name, count in counts.items():
             if count % tp:
                 raise ModelError(f"tp {tp}: the {count} {name} of a layer cannot be split evenly over so many GPUs")
@@ -103,25 +114,20 @@ def cache_layers(model: Any, graph: SSMGraph, plan: Plan | None = None) -> Cache
             kinds.append(_recurrent_layer(layout, model.get_submodule(site.path)))
         else:
             attention += stay
-            if "attn_dim" not in layout.sizes:
-                raise ModelError(
-                    f"{site.path}: engines keep one narrow vector of latent attention, which is not counted here"
-                )
-            heads.append((layout.sizes["attn_head"], layout.sizes["attn_dim"]))
+            heads.append(_attention(site.path, layout, model.get_submodule(site.path)))
     if not kinds:
         raise ModelError("the plan leaves no recurrent layer")
-    config = model.config
+    config = text_config(model.config)
     named = [(name, str(getattr(config, name, None) or "").removeprefix("torch.")) for name in STATE_FIELDS]
     return CacheLayers(
         recurrent=recurrent,
         layer=RecurrentLayer(*(max(getattr(kind, f.name) for kind in kinds) for f in fields(RecurrentLayer))),
         attention=attention,
-        kv_heads=max((count for count, _ in heads), default=0),
-        head_dim=max((dim for _, dim in heads), default=0),
+        **{name: max((one[name] for one in heads), default=0) for name in ("kv_heads", "head_dim", "latent")},
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         family=graph.family.name if graph.family else "",
         state_dtypes=tuple((name, dtype) for name, dtype in named if dtype),
-        uneven=len(set(kinds)) > 1 or len(set(heads)) > 1,
+        uneven=len(set(kinds)) > 1 or any(one != heads[0] for one in heads),
     )
 
 
@@ -140,17 +146,28 @@ def _after(path: str, layout: Layout, plan: Plan | None) -> Layout:
 def _recurrent_layer(layout: Layout, mixer: Any) -> RecurrentLayer:
     """Return the cache sizes of a mixer with this layout. Its weight gives the taps of the convolution alone."""
     (conv,) = (slot for slot in layout.slots if slot.tensor == CONV)
-    shared = [layout.count(rows.dims) for rows in conv.rows if set(rows.dims) & {"state", "row"}]
-    channels = [layout.count(rows.dims) for rows in conv.rows if not set(rows.dims) & {"state", "row"}]
-    grouped = "group" in layout.sizes
+    shared = sum(layout.count(rows.dims) for rows in conv.rows if set(rows.dims) & {"state", "row"})
+    channels = sum(layout.count(rows.dims) for rows in conv.rows) - shared
+    delta, grouped = conv.rows[0].name == "q", "group" in layout.sizes
+    heads = [dim for dim in ("group", "head") if dim in layout.sizes] if grouped or delta else []
     return RecurrentLayer(
-        channels=sum(channels),
+        channels=channels if grouped else channels + shared,
         state=layout.count(layout.state),
         kernel=mixer.conv1d.weight.shape[-1],
-        heads=layout.count(("group", "head")) if grouped else 0,
+        heads=layout.count(tuple(heads)) if heads else 0,
         groups=layout.sizes["group"] if grouped else 0,
-        bc_channels=sum(shared),
+        bc_channels=shared if grouped else 0,
+        delta=delta,
     )
+
+
+def _attention(path: str, layout: Layout, module: Any) -> dict[str, int]:
+    """Return the cache sizes of an attention module. Raises ModelError for keys that an indexer keeps beside them."""
+    if hasattr(module, "indexer"):
+        raise ModelError(f"{path}: engines keep keys of its indexer beside the others, which are not counted here")
+    if "narrow" in layout.sizes:
+        return {"kv_heads": 0, "head_dim": 0, "latent": layout.sizes["narrow"]}
+    return {"kv_heads": layout.sizes["attn_head"], "head_dim": layout.sizes["attn_dim"], "latent": 0}
 
 
 def _inside(path: str, modules: list[str]) -> bool:

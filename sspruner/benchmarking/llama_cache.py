@@ -13,7 +13,8 @@ from sspruner.benchmarking.cache_layers import CacheLayers
 from sspruner.errors import InputError
 from sspruner.recipes.serving import CACHE_DTYPES, DEFAULTS, EngineOptions
 
-ROLLBACK = ("nemotron_h",)  # models whose states can be taken back after a rejected draft (n_rs_seq)
+#: Models whose states can be taken back after a rejected draft (n_rs_seq).
+ROLLBACK = ("nemotron_h", "qwen3_5_text", "qwen3_5_moe_text", "bailing_hybrid")
 FP32 = 4  # hard-coded: -ctk and -ctv are for keys and values alone
 
 
@@ -69,7 +70,7 @@ class LlamaCache:
     @property
     def kv(self) -> int:
         """Bytes of keys and values of one token, over all attention layers."""
-        return 2 * self.layers.attention * self.layers.kv_heads * self.layers.head_dim * CACHE_DTYPES[self.kv_dtype]
+        return self.layers.attention * self.layers.kept() * CACHE_DTYPES[self.kv_dtype]
 
     def bytes_per_sequence(self, context: int) -> int:
         """Return the bytes that a sequence of `context` tokens takes."""

@@ -57,13 +57,15 @@ class Timing:
         return self.tokens_per_second.value / self.ceiling
 
     def speedup(self, over: Timing) -> Interval:
-        """Return the median, with its interval, of how many times as fast as another timing this is, by repeat.
+        """Return how many times as fast as another timing this is, from the medians of both; its interval is by repeat.
 
         Raises InputError if the seconds of the repeats are not recorded.
         """
         if not self.seconds or not over.seconds:
             raise InputError("bench: this file has no seconds of single repeats; measure again")
-        return median_interval([b / a for a, b in zip(self.seconds, over.seconds, strict=True)])
+        value = over.ms.value / self.ms.value
+        _, low, high = median_interval([b / a for a, b in zip(self.seconds, over.seconds, strict=True)])
+        return Interval(value, min(low, value), max(high, value))
 
     def to_json(self) -> dict[str, Any]:
         """Return all numbers, for programs."""

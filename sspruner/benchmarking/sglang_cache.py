@@ -54,8 +54,7 @@ class SglangCache:
     @property
     def kv(self) -> int:
         """Bytes of keys and values of one token, over all attention layers."""
-        heads = max(1, self.layers.kv_heads // self.tp)
-        return 2 * self.layers.attention * heads * self.layers.head_dim * CACHE_DTYPES[self.kv_dtype]
+        return self.layers.attention * self.layers.kept(self.tp) * CACHE_DTYPES[self.kv_dtype]
 
     @property
     def slots_per_sequence(self) -> int:

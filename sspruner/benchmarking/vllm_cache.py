@@ -23,9 +23,16 @@ STATE_DTYPE = {
     "nemotron_h": ("mamba_ssm_cache_dtype", "float32"),
     "qwen3_5_text": ("mamba_ssm_dtype", ""),
     "qwen3_5_moe_text": ("mamba_ssm_dtype", ""),
+    "kimi_linear": ("", "float32"),
+    "bailing_hybrid": ("", "float32"),
 }
 REPLAYSSM = ("nemotron_h",)  # classes with `SupportsReplaySSM`; Kimi's variant is another
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+LATENT_BLOCK = 128  # latent attention: `kernel_block_alignment_size` is at least this
+FLASHINFER = (
+    "where vllm takes FlashInfer's prefill for gated delta nets (Hopper, Blackwell), blocks are multiples of 64 tokens "
+    "and a sequence has one slot more"
+)
 RING = 16  # --replayssm-buffer-len
 
 
@@ -67,7 +74,7 @@ class VllmCache:
     def page(self) -> int:
         """Bytes that one recurrent layer keeps in a slot: convolution state, recurrent state and ReplaySSM's ring."""
         layer, act = self.layers.layer, CACHE_DTYPES[self.layers.dtype]
-        drafts = self.options.spec if layer.groups else 0  # Mamba1's convolution state has no columns for drafts
+        drafts = self.options.spec if layer.groups else 0  # Mamba1's and KDA's convolution states have none for drafts
         conv = (layer.kernel - 1 + drafts) * layer.conv_channels(self.tp) * act
         state = layer.state // self.tp * CACHE_DTYPES[self.state_dtype]
         return conv + state + (self._ring() if self.options.replayssm else 0)
@@ -81,14 +88,15 @@ class VllmCache:
     @property
     def kv(self) -> int:
         """Bytes of keys and values of one token in one attention layer."""
-        return 2 * max(1, self.layers.kv_heads // self.tp) * self.layers.head_dim * CACHE_DTYPES[self.kv_dtype]
+        return self.layers.kept(self.tp) * CACHE_DTYPES[self.kv_dtype]
 
     @property
     def block(self) -> int | None:
         """Tokens of an attention block; None without attention."""
         if not self.layers.attention:
             return None
-        return self.block_size * -(-self.page // (self.block_size * self.kv))
+        align = max(self.block_size, LATENT_BLOCK) if self.layers.latent else self.block_size
+        return align * -(-self.page // (align * self.kv))
 
     @property
     def padded_page(self) -> int:
@@ -122,7 +130,8 @@ class VllmCache:
         drafts = 0 if self.options.replayssm else self.options.spec
         if not self.options.prefix_caching:
             return 1 + drafts
-        return 2 + drafts + (1 if self.layers.layer.groups else 0)  # Mamba2 checkpoints within a prefill, too
+        checkpoint = bool(self.layers.layer.groups) and not self.layers.layer.delta  # Mamba2, within a prefill
+        return 2 + drafts + int(checkpoint)
 
     @property
     def slot_bytes(self) -> int:
@@ -200,8 +209,11 @@ class VllmCache:
 
     def notes(self, pool: float, contexts: tuple[int, ...]) -> list[str]:
         """Describe what else to know."""
-        if not self.block or self.options.prefix_caching:
+        if not self.block:
             return []
+        if self.options.prefix_caching:
+            gated = self.layers.layer.delta and self.layers.layer.groups
+            return [FLASHINFER] if gated else []
         return [
             "vllm turns prefix caching on for hybrids: --prefix-caching counts with it, vLLM's own option "
             "--no-enable-prefix-caching turns it off"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sspruner.calibrate.hostile import PACKED, UNREADABLE, check_nesting, check_unpacked
-from sspruner.errors import InputError
+from sspruner.errors import InputError, Remark
 
 #: Suffix of a table -> its loader in `datasets`, and the loader's options.
 TABLES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,7 +72,7 @@ def read_text(name: str, reading: Reading) -> str:
         size += len(piece)
         if size >= MOST_CHARACTERS:
             said = f"{reading.what} {name}: the first {size:,} characters are read; what follows is left out"
-            warnings.warn(said, stacklevel=2)
+            warnings.warn(said, Remark, stacklevel=2)
             break
     text = "".join(parts[:-1])
     if not text.strip():

@@ -23,6 +23,14 @@ IN_PYTHON = (
 )
 
 
+PAGE = "page"  # name of the text that ships with the package
+
+
+def page() -> str:
+    """Return the text that ships: the first two chapters of Jane Austen's Pride and Prejudice (1813)."""
+    return Path(__file__).with_name("page.txt").read_text(encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of a source.
@@ -47,7 +55,7 @@ def encode(source: Any, tokenizer: Any, reading: Reading, rows: int, tokens: int
     if isinstance(source, (str, Path)):
         name = str(source)
         _required(tokenizer, reading, name)
-        return Encoded([_text(read_text(name, reading), tokenizer)], True, name)
+        return Encoded([_text(page() if name == PAGE else read_text(name, reading), tokenizer)], True, name)
     name = source_name(source)
     endless = not isinstance(source, Sized)
     if isinstance(source, Mapping):

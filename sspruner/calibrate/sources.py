@@ -83,10 +83,11 @@ def calibration(
 ) -> Calibration:
     """Make calibration windows from any source.
 
-    source: "self" (sampled from the model); a file of plain text, JSON lines, JSON, CSV, TSV, Parquet or Arrow; a
-    folder of such files, or one that `save_to_disk` wrote; the name of a `datasets` dataset as NAME[:CONFIG[:SPLIT]];
-    token ids int64 (S, T), with an optional bool mask (S, T) that is False where padding. Or any iterable: of strings
-    or of token ids (each a sequence, padded on the right), of rows with a column of text, of conversations.
+    source: "self" (sampled from the model); "page" (two chapters of a novel that ship); a file of plain text, JSON
+    lines, JSON, CSV, TSV, Parquet or Arrow; a folder of such files, or one that `save_to_disk` wrote; the name of a
+    `datasets` dataset as NAME[:CONFIG[:SPLIT]]; token ids int64 (S, T), with an optional bool mask (S, T) that is False
+    where padding. Or any iterable: of strings or of token ids (each a sequence, padded on the right), of rows with a
+    column of text, of conversations.
 
     Takes `samples` windows to observe and `held_out` others; if there are fewer, a quarter is held out, or none with
     held_out=0. text_column: the column of a row's text; default `text`, else `messages`.

@@ -50,7 +50,7 @@ def command(
     from sspruner.io.save import loading
 
     plan = sspruner.Plan.load(file.plan)
-    prepare(reading.plugin)
+    prepare(reading.plugin, model)
     loaded, tokenizer = sspruner.load(model, **reading.arguments)
     sspruner.apply(loaded, plan, mode=how.mode)
     sspruner.save(loaded, folder.out, tokenizer, overwrite=folder.overwrite)

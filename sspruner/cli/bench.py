@@ -64,7 +64,7 @@ def command(
     from sspruner.io.named import named_models
     from sspruner.reporting.bench import bench_table
 
-    prepare(machine.plugin)
+    prepare(machine.plugin, *([] if models or shapes.shape else [None]))
     models_by_name = named_models(
         list(models),
         shapes.shape,

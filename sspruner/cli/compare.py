@@ -61,7 +61,7 @@ def command(
     from sspruner.io.source import name_of
     from sspruner.reporting.table import comparison_table
 
-    prepare(machine.plugin)
+    prepare(machine.plugin, model)
     recipe, baseline = check_recipe(recipe), recipe.cells.baseline
     with live_table(comparison_table) as (progress, on_row):
         loaded, tokenizer = sspruner.load(model, **machine.arguments)

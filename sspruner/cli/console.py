@@ -7,12 +7,13 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sspruner.errors import InputError, SSPrunerError
+from sspruner.errors import InputError, Remark, SSPrunerError
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -117,20 +118,28 @@ def fractions_from(texts: list[str] | None, what: str) -> list[float]:
     return [_fraction(text, what) for text in names_from(texts)]
 
 
-def prepare(plugins: Sequence[Path] | None) -> None:
-    """Prepare a command: load --plugin files, silence transformers.
+def prepare(plugins: Sequence[Path] | None, *models: str | None) -> None:
+    """Prepare a command: load --plugin files, silence libraries, and say which model is meant where none is given.
 
     Characters that the output's encoding lacks are printed as `?`: generated text may contain any.
     """
     import transformers
 
+    from sspruner.compute.processes import rank
     from sspruner.plugins import manager
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # of libraries: their users are we, not who reads this
+    warnings.simplefilter("always", Remark)
+    warnings.showwarning = lambda message, *where: warn(f"sspruner: {message}")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if None in models and rank() == 0:
+        from sspruner.io.source import DEFAULT
+
+        warn(f"no MODEL given: {DEFAULT}, the small reference model that ships with sspruner")
     for path in plugins or ():
         manager.load_file(path)
 

@@ -49,7 +49,7 @@ def command(
     from sspruner.io.source import name_of
     from sspruner.reporting.evaluation import evaluation_table
 
-    prepare(machine.plugin)
+    prepare(machine.plugin, model)
     with bars() as progress:
         loaded, tokenizer = sspruner.load(model, **machine.arguments)
         dense = None

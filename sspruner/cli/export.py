@@ -57,7 +57,7 @@ def command(
     from sspruner.io.skeleton import skeleton
     from sspruner.reporting.card import report_beside
 
-    prepare(reading.plugin)
+    prepare(reading.plugin, model)
     if writer == options.format:
         gguf_package()
     loaded, tokenizer = sspruner.load(model, **reading.arguments)

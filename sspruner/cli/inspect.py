@@ -102,7 +102,7 @@ def command(
     from sspruner.surgery.apply import apply_sizes
 
     plan = None if view.plan is None else sspruner.Plan.load(view.plan)
-    prepare(trust.plugin)
+    prepare(trust.plugin, model)
     loaded = skeleton(model, trust_remote_code=trust.trust_remote_code)
     graph = sspruner.trace(loaded)
     dense = footprint(loaded, graph, contexts[0])

@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "Measure prefill and decode of models, in turns, against the ceiling that this machine's rates allow.",
     "report": "Write the results in a folder as one HTML file, which needs no network, with PNG files beside it.",
     "export": "Write a pruned model for another library, or report why that library cannot load it.",
+    "push": "Put the folder of a model on the Hugging Face hub.",
     "inspect": "Show a model's graph and its memory, from its config alone: axes, bytes, sequences that fit, targets.",
     "scorers": "List the installed scorers: axes, needs, origin.",
     "doctor": "Check the installation: versions, known hazards, and every family's code on a tiny random model.",

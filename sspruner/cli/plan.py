@@ -92,7 +92,7 @@ def command(
     from sspruner.plans.plan import check_plan
 
     runtime = chosen(target.runtime, target.tp)
-    prepare(reading.plugin)
+    prepare(reading.plugin, model)
     loaded, _ = sspruner.load(model, **reading.arguments)
     graph = sspruner.trace(loaded)
     scores = sspruner.Scores.load(files.scores)

@@ -89,7 +89,7 @@ def command(
     from sspruner.compute.processes import barrier, rank
     from sspruner.compute.progress import bars
 
-    prepare(machine.plugin)
+    prepare(machine.plugin, model)
     scorers = known_scorers(scored.names)
     with bars() as progress:
         loaded, tokenizer = sspruner.load(model, **machine.arguments, **places.arguments)

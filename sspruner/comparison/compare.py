@@ -88,8 +88,7 @@ def compare(
         tokenizer: tokenizer that reads text.
         device: the compute device; CUDA if there is one, else the CPU.
         cache: use cached scores (docs/calibration.md).
-        out: a folder for the recipe, each scorer's scores and finished row. A later call with this folder reuses the
-        rows
+        out: a folder for the recipe, each scorer's scores and finished row. A later call with this folder reuses rows
             whose inputs have not changed. The result's `save` writes its tables there.
         progress: called with (phase, done, total).
         short: also the fields of `Given` (`calibration`, `baseline`, `passages`, `on_row`), with or without a recipe.

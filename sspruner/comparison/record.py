@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,19 @@ from sspruner.files.provenance import versions
 from sspruner.recipes.common import FILE
 from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.yaml import from_data
-from sspruner.units import as_bytes
+from sspruner.units import as_bytes, interval_text, number_text
 
 SAME_STATE = 0.05  # show the smaller dense model next to cuts whose state bytes differ from its own by less than this
 
-# Tables: title, measure, second measure in brackets, digits of both.
 NAMED = {"state_bytes", "parameters", "kept", "model"}  # keys of a cut that are not measures
+# Tables: title, measure of the cuts, and measure of the dense model in the title.
 TABLES = (
-    ("perplexity (KL to dense, nats/token)", "perplexity", "kl_to_dense", 3, 4),
-    ("LAMBADA, nats per last word (accuracy)", "lambada_nll", "lambada_accuracy", 3, 3),
-    ("associative recall, nats per answer (accuracy)", "recall_nll", "recall_accuracy", 3, 3),
+    ("change of perplexity", "perplexity_ratio", "perplexity"),
+    ("KL to dense, nats per token", "kl_to_dense", ""),
+    ("LAMBADA, accuracy", "lambada_accuracy", "lambada_accuracy"),
+    ("LAMBADA, nats per last word", "lambada_nll", "lambada_nll"),
+    ("associative recall, accuracy", "recall_accuracy", "recall_accuracy"),
+    ("associative recall, nats per answer", "recall_nll", "recall_nll"),
 )
 
 
@@ -182,18 +185,16 @@ class Comparison:
     def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         """Yield (title, header, rows) for every measure taken: a row for each scorer, a column for each cut."""
         head = ["scorer", *(f"{100 * sparsity:g} %" for sparsity in self.sparsities)]
-        for title, measure, beside, *digits in TABLES:
+        for title, measure, of_dense in TABLES:
             if measure not in self.dense.measures:
                 continue
-            rows = [
-                [label, *(_shown(row[s], measure, beside, digits) for s in self.sparsities)]
-                for label, row in self.cells.items()
-            ]
+            rows = [[label, *(_shown(row[s], measure) for s in self.sparsities)] for label, row in self.cells.items()]
             if self.baseline:
-                baseline = _shown(self.baseline, measure, beside, digits)
+                baseline = _shown(self.baseline, measure)
                 beside_cuts = (baseline if self._has_state_of_baseline(s) else "" for s in self.sparsities)
                 rows.append([f"smaller dense: {self.baseline.model}", *beside_cuts])
-            yield f"{title}; dense {_shown(self.dense, measure, beside, digits)}", head, rows
+            dense = f"; dense {_shown(self.dense, of_dense)}" if of_dense else ""
+            yield f"{title}, 95 % intervals{dense}", head, rows
 
     def _has_state_of_baseline(self, sparsity: float) -> bool:
         target = self.baseline.state_bytes if self.baseline else 0
@@ -214,8 +215,8 @@ class Comparison:
             ratio = small.measures["perplexity_ratio"]
             lines.append(
                 f"smaller dense model {small.model}: {as_bytes(small.state_bytes)} of state per sequence, "
-                f"{small.parameters:,} parameters; perplexity {small.measures['perplexity'].value:.3f}, "
-                f"{ratio.value:.3f} times the dense model's ({ratio.low:.3f} to {ratio.high:.3f})"
+                f"{small.parameters:,} parameters; perplexity {number_text(small.measures['perplexity'].value)}, "
+                f"{interval_text(ratio)} times the dense model's"
             )
         if self.from_cache:
             lines.append(f"from the cache: {', '.join(self.from_cache)}; --no-cache scores again")
@@ -235,8 +236,13 @@ def row_from_json(data: Any) -> dict[float, Cut | str]:
     }
 
 
-def _shown(cut: Cut | str, measure: str, beside: str, digits: Sequence[int]) -> str:
+def _shown(cut: Cut | str, measure: str) -> str:
+    """Format a measure of a cut: a ratio as the change in per cent, a share in per cent."""
     if isinstance(cut, str):
         return "–"
-    value, second = cut.measures[measure].value, cut.measures[beside].value
-    return f"{value:.{digits[0]}f} ({second:.{digits[1]}f})"
+    found = cut.measures[measure]
+    if measure.endswith("_ratio"):
+        return interval_text([100 * (x - 1) for x in found], unit=" %", sign="+")
+    if measure.endswith("_accuracy"):
+        return interval_text([100 * x for x in found], unit=" %")
+    return interval_text(found)

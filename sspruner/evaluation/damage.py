@@ -14,6 +14,7 @@ from sspruner.compute.finite import refuse_not_finite
 from sspruner.compute.forward import forward
 from sspruner.compute.processes import gathered
 from sspruner.compute.quick import quick_on_cpu
+from sspruner.evaluation.paired import Interval, perplexity_ratio
 from sspruner.evaluation.windows import Logits, Sums, Windows, alone, logits_of, losses_by_batch, watched
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan
@@ -24,6 +25,8 @@ from sspruner.surgery.mask import masked
 class Damage:
     """Perplexity of both models, mean KL(dense || pruned) in nats per token, and the number of predicted tokens.
 
+    ratio: pruned over dense perplexity, with its 95 % interval over windows, of each of which both models are measured.
+
     Protocol: each window is scored separately; its first token is context only; padding is neither context nor counted.
     """
 
@@ -31,6 +34,7 @@ class Damage:
     pruned_perplexity: float
     kl: float
     tokens: int
+    ratio: Interval
 
 
 def damage(
@@ -89,7 +93,9 @@ def _damage(dense: Sequence[Sums], pruned: Sequence[Sums]) -> Damage:
     nlls = [sum(float(part.nll.sum()) for part in parts) for parts in (dense, pruned)]
     kl = sum(float(part.kl.sum()) for part in pruned if part.kl is not None)
     dense_nll, pruned_nll, divergence = (total / max(count, 1) for total in (*nlls, kl))
-    return Damage(_exp(dense_nll), _exp(pruned_nll), divergence, count)
+    ours, theirs = (torch.cat([part.nll for part in one]) for one in (pruned, dense))
+    ratio = perplexity_ratio(ours, theirs, torch.cat([part.tokens for part in dense]))
+    return Damage(_exp(dense_nll), _exp(pruned_nll), divergence, count, ratio)
 
 
 @torch.no_grad()

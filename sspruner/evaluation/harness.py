@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sspruner.errors import InputError
+from sspruner.errors import InputError, install
 
 BOOTSTRAP = 1000  # lm-eval's bootstrap resamples, for metrics that are not means of items
 
@@ -46,9 +46,7 @@ def check_harness() -> None:
         with _quiet():
             import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise InputError(
-            f"tasks need lm-eval, which is not installed ({error}): pip install 'sspruner[eval]'"
-        ) from None
+        raise InputError(f"tasks need lm-eval, which is not installed ({error}): {install('eval')}") from None
 
 
 def run_tasks(

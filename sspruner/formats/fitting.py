@@ -213,6 +213,8 @@ def _offer(subject: Subject, runtime: Target, tried: dict[tuple[str, int], Subje
     for axis in subject.graph.axes:
         sizes = fit.takes(axis)
         if not sizes:
+            if because := fit.takes_none(axis):
+                refused[axis] = because
             continue
         key = axis, sizes[-1] if runtime.writer == "mamba-ssm" else 0  # for stock classes one size represents all
         if key not in tried:

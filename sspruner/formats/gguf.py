@@ -1,8 +1,8 @@
 """Export gguf: one file for llama.cpp, written with the package gguf and no converter.
 
 The parts of the model, under names common to all families, are in gguf_blocks.py; fields and what llama.cpp cannot
-build in gguf_fields.py; names and values of the tensors in gguf_tensors.py; the one epsilon in gguf_epsilon.py; the
-vocabulary in gguf_tokenizer.py.
+build in gguf_fields.py; names and values of the tensors in gguf_tensors.py; delta rules in gguf_delta.py, attention
+in gguf_attention.py; the one epsilon in gguf_epsilon.py; the vocabulary in gguf_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from sspruner.errors import InputError, ModelError
+from sspruner.errors import InputError, ModelError, Remark, install
 from sspruner.formats.gguf_blocks import Parts, parts
 from sspruner.formats.gguf_epsilon import Epsilons, check_difference, epsilons
 from sspruner.formats.gguf_fields import cuts, fields
 from sspruner.formats.gguf_options import BLOCK, FILE, GGUF
-from sspruner.formats.gguf_tensors import ALWAYS_F32, Weights, tensors
+from sspruner.formats.gguf_tensors import ALWAYS_F32, tensors
 from sspruner.formats.gguf_tokenizer import vocabulary
+from sspruner.formats.gguf_weights import Weights
 from sspruner.graph.trace import trace
 
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -39,7 +40,7 @@ def write_gguf(model: Any, folder: Path, tokenizer: Any, options: GGUF) -> None:
     described, chosen = check_gguf(model)
     tokens = vocabulary(tokenizer, model, options.pre)
     if remark := check_difference(model, described, chosen):
-        warnings.warn(remark, stacklevel=3)
+        warnings.warn(remark, Remark, stacklevel=3)
     kind = options.type or DTYPES.get(model.dtype, "f32")
     out = package.GGUFWriter(folder / FILE, described.architecture)
     try:
@@ -86,7 +87,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise InputError("export --to gguf needs the package gguf: pip install 'sspruner[gguf]'") from error
+        raise InputError(f"export --to gguf needs the package gguf: {install('gguf')}") from error
     return gguf
 
 
@@ -125,7 +126,9 @@ def _add_tensors(out: Any, package: Any, described: Parts, chosen: Epsilons, kin
         block, size = package.GGML_QUANT_SIZES[stored]
         out.add_tensor_info(name, list(tensor.shape), torch.float32, tensor.numel() // block * size, raw_dtype=stored)
     if plain:
-        warnings.warn(f"{plain} matrices are f16, not {kind}: their rows are no multiple of {BLOCK} long", stacklevel=4)
+        warnings.warn(
+            f"{plain} matrices are f16, not {kind}: their rows are no multiple of {BLOCK} long", Remark, stacklevel=4
+        )
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_ti_data_to_file()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sspruner.errors import ModelError
+from sspruner.graph.text_model import text_config, text_path
 
 ARCHITECTURES = {  # type of the config -> general.architecture
     "mamba": "mamba",
@@ -20,7 +21,15 @@ ARCHITECTURES = {  # type of the config -> general.architecture
     "granitemoehybrid": "granitehybrid",
     "falcon_h1": "falcon-h1",
     "nemotron_h": "nemotron_h",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe_text": "qwen35moe",
+    "kimi_linear": "kimi-linear",
+    "bailing_hybrid": "bailingmoe3",
 }
+GATED_DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+KDA = ("kimi_linear", "bailing_hybrid")
+DELTA = (*GATED_DELTA, *KDA)
 
 
 @dataclass(frozen=True)
@@ -93,16 +102,21 @@ class Parts:
 
     @property
     def mixer_norms(self) -> list[Any]:
-        """Return the norms after the scan, of Mamba2-type mixers."""
-        return [mixer.norm for mixer in self.mixers if has_norm(mixer)]
+        """Return the norms after the scan, of Mamba2-type mixers and delta rules."""
+        return [norm for mixer in self.mixers if (norm := norm_of(mixer)) is not None]
 
 
 def parts(model: Any) -> Parts:
     """Return the parts of a model. Raises ModelError for a family that llama.cpp does not have."""
-    config = model.config
+    config = text_config(model.config)
     if config.model_type not in ARCHITECTURES:
         raise ModelError(
             f"gguf: llama.cpp has no models of type {config.model_type}; it has {', '.join(ARCHITECTURES)}"
+        )
+    if text_path(model):
+        raise ModelError(
+            f"gguf: the file holds a language model alone; {type(model).__name__} has other parts. Load it as one: "
+            "sspruner.load, or AutoModelForCausalLM"
         )
     body = model.base_model
     falcon_h1 = config.model_type == "falcon_h1"
@@ -119,9 +133,21 @@ def parts(model: Any) -> Parts:
     )
 
 
-def has_norm(mixer: Any) -> bool:
-    """Return whether a mixer has a norm after its scan; in Falcon-H1 it is optional."""
-    return isinstance(getattr(getattr(mixer, "norm", None), "weight", None), torch.Tensor)
+def norm_of(mixer: Any) -> Any:
+    """Return the norm after a mixer's scan, None if it has none; in Falcon-H1 it is optional."""
+    norm = getattr(mixer, "norm", None) or getattr(mixer, "o_norm", None)
+    return norm if isinstance(getattr(norm, "weight", None), torch.Tensor) else None
+
+
+def one(what: str, values: Iterable[int]) -> int:
+    """Return the value that all layers share. Raises ModelError if they differ."""
+    found = sorted({int(value) for value in values})
+    if len(found) != 1:
+        raise ModelError(
+            f"gguf: llama.cpp reads one {what} for all layers; here are {', '.join(map(str, found))}. "
+            "--to gguf-padded pads layers with zeros to one size"
+        )
+    return found[0]
 
 
 def _block(kind: str, layer: Any) -> Block:
@@ -132,6 +158,8 @@ def _block(kind: str, layer: Any) -> Block:
         module = layer.mixer
         shared = {"mlp": module.shared_experts} if layer.block_type == "moe" else {}
         return Block(layer, layer.norm, **{place[layer.block_type]: module}, **shared)
+    if kind in DELTA:
+        return _delta_block(layer)
     mlp = layer.shared_mlp if kind == "granitemoehybrid" else layer.feed_forward
     experts = layer.block_sparse_moe if kind == "granitemoehybrid" else None
     if hasattr(mlp, "experts"):  # of Jamba, which has no shared expert
@@ -143,6 +171,23 @@ def _block(kind: str, layer: Any) -> Block:
         attention=_present(layer, "self_attn"),
         ffn_norm=_present(layer, "post_attention_layernorm") or layer.pre_ff_layernorm,
         mlp=mlp,
+        experts=experts,
+    )
+
+
+def _delta_block(layer: Any) -> Block:
+    """Return a block of a delta rule. KDA and latent attention share a name; a norm after the scan tells them apart."""
+    own = _present(layer, "self_attn")
+    mixer = _present(layer, "linear_attn") or (own if norm_of(own) is not None else None)
+    experts = layer.mlp if hasattr(layer.mlp, "experts") else None
+    shared = "shared_expert" if hasattr(layer.mlp, "shared_expert") else "shared_experts"
+    return Block(
+        layer,
+        layer.input_layernorm,
+        mixer=mixer,
+        attention=None if own is mixer else own,
+        ffn_norm=layer.post_attention_layernorm,
+        mlp=layer.mlp if experts is None else getattr(experts, shared),
         experts=experts,
     )
 

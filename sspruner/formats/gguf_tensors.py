@@ -8,44 +8,21 @@ that are scaled for the one epsilon (gguf_epsilon.py). Shapes are torch's; in th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from sspruner.formats.gguf_blocks import Block, Parts, has_norm
+from sspruner.formats.gguf_attention import attention
+from sspruner.formats.gguf_blocks import GATED_DELTA, KDA, Block, Parts, norm_of
+from sspruner.formats.gguf_delta import gated_delta, kda
 from sspruner.formats.gguf_epsilon import Epsilons, epsilon_of
+from sspruner.formats.gguf_weights import Named, Weights
 
-Named = Iterator[tuple[str, torch.Tensor]]
-ALWAYS_F32 = ("_norm.weight", "ffn_norm", "ssm_conv1d.weight", "ssm_a", "ssm_d", "ffn_gate_inp.weight", ".bias")
-
-
-class Weights:
-    """Reads tensors in fp32, and records which parameters have been read."""
-
-    def __init__(self) -> None:
-        self.read: set[int] = set()
-
-    def __call__(self, module: Any, name: str) -> torch.Tensor:
-        """Return a tensor of a module in fp32."""
-        tensor = _tensor(module, name)
-        self.read.add(id(tensor))
-        return tensor.detach().float()  # type: ignore[no-any-return]
-
-    def optional(self, module: Any, name: str) -> torch.Tensor | None:
-        """Return a tensor in fp32, None if the module lacks it."""
-        return None if _tensor(module, name) is None else self(module, name)
-
-    def linear(self, module: Any, name: str, to: str, weight: float = 1.0, bias: float | None = 1.0) -> Named:
-        """Yield weight and bias of a linear layer, each with a factor, under the name `to`. bias None: without it."""
-        yield f"{to}.weight", self(module, f"{name}.weight") * weight
-        if bias is not None and (value := self.optional(module, f"{name}.bias")) is not None:
-            yield f"{to}.bias", value * bias
-
-    def unread(self, model: Any) -> list[str]:
-        """Return the parameters that were not read and that are not zero."""
-        left = [(n, p) for n, p in model.named_parameters() if id(p) not in self.read]
-        return [name for name, p in left if p.is_meta or bool(p.any())]
+ALWAYS_F32 = (
+    *("_norm.weight", "ffn_norm", "ssm_a", "ssm_d", "ffn_gate_inp.weight", ".bias"),
+    *("ssm_conv1d.weight", "ssm_conv1d_q.weight", "ssm_conv1d_k.weight", "ssm_conv1d_v.weight"),
+)
+FFN_NORM = {"falcon_h1": "ffn_norm", **dict.fromkeys(GATED_DELTA, "post_attention_norm.weight")}
 
 
 def tensors(model: Parts, epsilons: Epsilons, weights: Weights) -> Named:
@@ -53,7 +30,7 @@ def tensors(model: Parts, epsilons: Epsilons, weights: Weights) -> Named:
     start = model.input_scale * epsilons.stream
     yield "token_embd.weight", weights(model.embedding, "weight") * start
     # A tied head is as large as the scaled embedding: the norm before it is divided by that.
-    yield "output_norm.weight", weights(model.norm, "weight") * (model.output_scale / start if model.tied else 1.0)
+    yield "output_norm.weight", weights.norm(model.norm) * (model.output_scale / start if model.tied else 1.0)
     if not model.tied:
         yield "output.weight", weights(model.head, "weight") * model.output_scale
     for i, block in enumerate(model.blocks):
@@ -63,17 +40,21 @@ def tensors(model: Parts, epsilons: Epsilons, weights: Weights) -> Named:
 
 def _block(model: Parts, block: Block, epsilons: Epsilons, weights: Weights) -> Named:
     layer, stream = block.layer, epsilons.stream
-    yield "attn_norm.weight", weights(block.norm, "weight")
+    yield "attn_norm.weight", weights.norm(block.norm)
     if block.mixer is not None:
         out = stream * getattr(layer, "ssm_out_multiplier", 1.0)
-        if hasattr(block.mixer, "x_proj"):
+        if model.kind in GATED_DELTA:
+            yield from gated_delta(model, block.mixer, out, weights)
+        elif model.kind in KDA:
+            yield from kda(model, block.mixer, out, weights)
+        elif hasattr(block.mixer, "x_proj"):
             yield from _mamba1(block.mixer, out, epsilons, weights)
         else:
             yield from _mamba2(block.mixer, out, weights)
     if block.attention is not None:
-        yield from _attention(model, block, stream, weights)
+        yield from attention(model, block, stream, epsilons, weights)
     if block.ffn_norm is not None:  # llama.cpp's name has no suffix in Falcon-H1
-        yield "ffn_norm" if model.kind == "falcon_h1" else "ffn_norm.weight", weights(block.ffn_norm, "weight")
+        yield FFN_NORM.get(model.kind, "ffn_norm.weight"), weights.norm(block.ffn_norm)
     if block.experts is not None:
         yield from _experts(block.experts, stream, weights)
     if block.mlp is not None:
@@ -90,7 +71,7 @@ def _mamba2(mixer: Any, out: float, weights: Weights) -> Named:
     yield "ssm_dt.bias", weights(mixer, "dt_bias")
     yield "ssm_a", -weights(mixer, "A_log").exp()[:, None]  # (H, 1)
     yield "ssm_d", weights(mixer, "D")[:, None]
-    if has_norm(mixer):
+    if norm_of(mixer) is not None:
         yield "ssm_norm.weight", weights(mixer, "norm.weight").view(mixer.n_groups, -1)  # (G, D / G)
     yield "ssm_out.weight", weights(mixer, "out_proj.weight") * out
 
@@ -123,36 +104,6 @@ def _convolution(mixer: Any, weights: Weights) -> Named:
     yield "ssm_conv1d.bias", weight.new_zeros(len(weight)) if bias is None else bias
 
 
-def _attention(model: Parts, block: Block, out: float, weights: Weights) -> Named:
-    module, layer = block.attention, block.layer
-    read = getattr(layer, "attention_in_multiplier", 1.0)
-    key = getattr(module, "key_multiplier", 1.0)
-    rotated = rotary_dim(model) if model.architecture == "granitehybrid" else 0  # the others pair halves, or nothing
-    for letter, factor in (("q", 1.0), ("k", key), ("v", 1.0)):
-        for name, value in weights.linear(module, f"{letter}_proj", f"attn_{letter}", read * factor, factor):
-            yield name, value if letter == "v" else _neighbours(value, module.head_dim, rotated)
-    out = out * getattr(layer, "attn_out_multiplier", 1.0)
-    bias = None if model.kind == "falcon_h1" else out  # llama.cpp loads its bias, and does not add it
-    yield from weights.linear(module, "o_proj", "attn_output", out, bias)
-
-
-def rotary_dim(model: Parts) -> int:
-    """Return the number of channels of a head that rotate, 0 without a rotary embedding."""
-    return 0 if model.rotary is None else 2 * len(model.rotary.inv_freq)
-
-
-def _neighbours(rows: torch.Tensor, head_dim: int, rotated: int) -> torch.Tensor:
-    """Reorder the first `rotated` rows of each head, so that the two of each rotation are neighbours.
-
-    transformers rotates channel i with i + rotated / 2, llama.cpp's NORM type 2i with 2i + 1.
-    """
-    if not rotated:
-        return rows
-    heads = rows.view(-1, head_dim, *rows.shape[1:])
-    first = torch.unflatten(heads[:, :rotated], 1, (2, rotated // 2)).transpose(1, 2).flatten(1, 2)
-    return torch.cat([first, heads[:, rotated:]], 1).view(rows.shape)
-
-
 def _mlp(module: Any, suffix: str, out: float, weights: Weights) -> Named:
     """Yield the tensors of an MLP, or of a shared expert (suffix _shexp)."""
     if hasattr(module, "input_linear"):  # Granite: packed [gate | up]
@@ -176,6 +127,8 @@ def _experts(module: Any, out: float, weights: Weights) -> Named:
     latent = isinstance(getattr(module, "fc1_latent_proj", None), torch.nn.Linear)
     if hasattr(router, "e_score_correction_bias"):
         yield "exp_probs_b.bias", weights(router, "e_score_correction_bias")
+    if hasattr(module, "shared_expert_gate"):
+        yield "ffn_gate_inp_shexp.weight", weights(module, "shared_expert_gate.weight")[0]  # (hidden,)
     if latent:
         yield "ffn_latent_down.weight", weights(module, "fc1_latent_proj.weight")
         yield "ffn_latent_up.weight", weights(module, "fc2_latent_proj.weight") * out
@@ -186,8 +139,3 @@ def _experts(module: Any, out: float, weights: Weights) -> Named:
     else:
         yield "ffn_up_exps.weight", weights(module.experts, "up_proj")
     yield "ffn_down_exps.weight", weights(module.experts, "down_proj") * (1.0 if latent else out)
-
-
-def _tensor(module: Any, name: str) -> Any:
-    path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf, None)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from sspruner.errors import InputError
+from sspruner.errors import InputError, Remark
 from sspruner.formats.gguf_pre import MARKS_SPLIT, parts, recognised
 
 Fields = dict[str, Any]
@@ -67,7 +67,7 @@ def _byte_level_bpe(data: Mapping[str, Any], pre: str | None) -> Fields:
     if odd or set(normalizers) - {"NFC"}:
         raise InputError(f"gguf: llama.cpp's BPE has no {', '.join([*odd, *normalizers])}; {WHAT_TO_DO}")
     if normalizers:
-        warnings.warn("llama.cpp does not normalise text (NFC): give it composed characters", stacklevel=5)
+        warnings.warn("llama.cpp does not normalise text (NFC): give it composed characters", Remark, stacklevel=5)
     name = pre or recognised(data["pre_tokenizer"], bool(model.get("ignore_merges")))
     if not name:
         raise InputError(
@@ -78,6 +78,7 @@ def _byte_level_bpe(data: Mapping[str, Any], pre: str | None) -> Fields:
         warnings.warn(
             f"llama.cpp's {name} splits letters from combining marks (Devanagari, decomposed accents): such text gets "
             "other tokens",
+            Remark,
             stacklevel=5,
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -138,6 +139,7 @@ def _metaspace(step: Mapping[str, Any]) -> bool:
     warnings.warn(
         "llama.cpp puts a space before every text and after special tokens; this tokenizer does not where the text "
         "begins with one",
+        Remark,
         stacklevel=6,
     )
     return True
@@ -185,7 +187,9 @@ def _tokens(data: Mapping[str, Any], size: int, scores: Mapping[str, float]) -> 
         twice = next(text for text in texts if texts.count(text) > 1)
         raise InputError(f"gguf: two tokens have the text {twice[:100]!r}, which llama.cpp does not take")
     if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in data["added_tokens"]):
-        warnings.warn("llama.cpp does not strip spaces around added tokens, as this tokenizer does", stacklevel=5)
+        warnings.warn(
+            "llama.cpp does not strip spaces around added tokens, as this tokenizer does", Remark, stacklevel=5
+        )
     found: Fields = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
     if scores:
         found["tokenizer.ggml.scores"] = [float(scores.get(text, NO_SCORE)) for text in texts]
@@ -200,7 +204,7 @@ def _special(tokenizer: Any, model: Any) -> Fields:
     if not ends:
         raise InputError("gguf: the tokenizer has no end-of-text token (eos_token); llama.cpp would take token 11")
     if len(ends) > len(ENDS):
-        warnings.warn(f"llama.cpp stops at {len(ENDS)} tokens by id; here are {ends}", stacklevel=5)
+        warnings.warn(f"llama.cpp stops at {len(ENDS)} tokens by id; here are {ends}", Remark, stacklevel=5)
     bos = ends[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id  # unset, llama.cpp takes token 11
     before, after = _added(tokenizer)
     if before not in ([], [bos]) or after not in ([], [tokenizer.eos_token_id]):

@@ -22,7 +22,7 @@ HOW = {"run": "ran with", "read": "read in", "claimed": "claimed for"}  # how a 
 
 @dataclass(frozen=True)
 class Rule:
-    """One condition: on a quantity `of` every mixer, on a `field` of the config, or, with neither, never met."""
+    """One condition: on a quantity `of` every mixer or mixture of experts, on a `field` of the config, or never met."""
 
     why: str
     of: str = ""
@@ -30,6 +30,7 @@ class Rule:
     most: int = 0
     multiple: int | str = 1
     twice: str = ""
+    equals: str = ""
     powers: int = 0
     shards: str = ""
     field: str = ""
@@ -46,15 +47,15 @@ class Rule:
     how: str = "read"
 
     def holds(self, layout: Layout, tp: int) -> bool:
-        """Return whether a mixer's quantity meets the condition, which is also the case if it lacks the quantity."""
-        n, other = quantity(self.of, layout), self.twice or self.multiple
+        """Return whether a module's quantity meets the condition, which is also the case if it lacks the quantity."""
+        n, other = quantity(self.of, layout), self.twice or self.equals or self.multiple
         beside = quantity(other, layout) if isinstance(other, str) else other
         if n is None or beside is None:
             return True
         return (
             (not self.one_of or n in self.one_of)
             and (not self.most or n <= self.most)
-            and (n == 2 * beside if self.twice else n % beside == 0)
+            and (n == (2 if self.twice else 1) * beside if self.twice or self.equals else n % beside == 0)
             and (not self.powers or (n >= self.powers and n & (n - 1) == 0))
             and (not self.shards or _splits(n, tp, self.shards))
         )
@@ -101,7 +102,7 @@ def rules_of(row: dict[str, Any]) -> tuple[Rule, ...]:
 
 
 def quantity(name: str, layout: Layout) -> int | None:
-    """Return a quantity of a mixer; None if it lacks one of the dimensions."""
+    """Return a quantity of a module; None if it lacks one of the dimensions."""
     size, _ = quantities()[name]
     return layout.stock_total(size) if all(dim in layout.sizes for term in size for dim in term) else None
 
@@ -115,7 +116,7 @@ def value_of(field: str, config: Any) -> Any:
 
 
 def said(rule: Rule, subject: Any) -> str:
-    """Describe a rule that a mixer (its layout) or a config breaks."""
+    """Describe a rule that a module (its layout) or a config breaks."""
     if rule.of:
         return f"{quantities()[rule.of][1]} {quantity(rule.of, subject)}: {rule.why}"
     if rule.field and not rule.given:

@@ -15,6 +15,7 @@ from sspruner.formats.rules import HOW, Rule, rules_of, said, table
 
 if TYPE_CHECKING:  # torch is not needed to name a target
     from sspruner.graph.layout import Layout
+    from sspruner.graph.site import Site
     from sspruner.graph.ssm_graph import SSMGraph
 
 MOST_TRIES = 200_000  # largest number of combinations of sizes that are tried
@@ -56,7 +57,7 @@ class Target:
         return f"{HOW[self.how]} {self.checked}"
 
     def broken(self, model: str, layout: Layout, levels: Sequence[str] = ("must",)) -> list[Rule]:
-        """Return the rules of some levels that a mixer of this size breaks. model: the type of its config.
+        """Return the rules of some levels that a module of this size breaks. model: the type of its config.
 
         Only rules that bind: those of every backend, or of the chosen one.
         """
@@ -79,21 +80,21 @@ class Target:
         return [said(rule, config) for rule in rules if not rule.allows(config)]
 
     def refuses(self, graph: SSMGraph) -> list[str]:
-        """Describe the mandatory rules that the mixers break, without duplicates."""
+        """Describe the mandatory rules that mixers and experts break, without duplicates."""
         name = _type(graph)
-        messages = {said(r, site.layout): None for site in graph.layers for r in self.broken(name, site.layout)}
+        messages = {said(r, site.layout): None for site in sized(graph) for r in self.broken(name, site.layout)}
         return list(messages)
 
     def notes(self, graph: SSMGraph, config: Any) -> list[str]:
         """Describe slower paths, other backends and other effects in the target, without duplicates."""
-        sized = [
+        broken = [
             (rule, site.layout)
-            for site in graph.layers
+            for site in sized(graph)
             for rule in self.concerning(_type(graph), sizes=True)
             if not rule.holds(site.layout, self.tp)
         ]
         whole = [(rule, config) for rule in self.concerning(_type(graph), sizes=False) if not rule.allows(config)]
-        lines = [self._note(r, subject) for r, subject in sized + whole if r.level != "must" or not self._binds(r)]
+        lines = [self._note(r, subject) for r, subject in broken + whole if r.level != "must" or not self._binds(r)]
         return list(dict.fromkeys(lines))
 
     def concerning(self, model: str, sizes: bool) -> list[Rule]:
@@ -120,6 +121,11 @@ class Target:
     def _note(self, rule: Rule, subject: Any) -> str:
         begin = self.lead(rule)
         return f"{begin}{': ' if begin else ''}{said(rule, subject)} ({rule.known})"
+
+
+def sized(graph: SSMGraph) -> list[Site]:
+    """Return the modules whose sizes rules are about: mixers and mixtures of experts."""
+    return [site for site in graph.sites if site.family is not None or site.kind == "experts"]
 
 
 def _type(graph: SSMGraph) -> str:
@@ -231,13 +237,13 @@ class Fit:
                     f"target {t.name}: takes one size for all layers; {axis} would keep {min(sizes)} to {max(sizes)}: "
                     "give --keep, or leave out ratios, ignore, floor and cap that set layers apart"
                 )
-        sized = [axis for axis in cut if axis != "block"]
-        requested = {axis: counts[cut[axis][0]] for axis in sized}
+        axes = [axis for axis in cut if axis != "block"]
+        requested = {axis: counts[cut[axis][0]] for axis in axes}
         choices = {
             axis: sorted(
                 set.intersection(*({n for n in options[name] if n < groups[name].units} for name in cut[axis]))
             )
-            for axis in sized
+            for axis in axes
         }
         rounded = nearest(choices, requested, self._fast) or nearest(choices, requested, self._runs)
         if rounded is None:
@@ -278,7 +284,7 @@ class Fit:
         return [f"{axis}: every cut is {self.target.lead(rule)}: {rule.why}" for rule in dict.fromkeys(lost)]
 
     def _layouts(self) -> list[Layout]:
-        return list({tuple(site.layout.sizes.items()): site.layout for site in self.graph.layers}.values())
+        return list({tuple(site.layout.sizes.items()): site.layout for site in sized(self.graph)}.values())
 
     def changes(self, asked: Mapping[str, int], counts: Mapping[str, int]) -> list[str]:
         """Describe what was rounded: one line per axis."""
@@ -293,12 +299,20 @@ class Fit:
 
     def takes(self, axis: str) -> list[int]:
         """Return the sizes to which one axis alone can be cut, in every layer alike: the fast ones, if any."""
-        groups = [group for group in self.graph.groups.values() if group.axis == axis]
-        candidates = set.intersection(*({*group.counts()} for group in groups))
+        runs = [n for n in self._candidates(axis) if axis == "block" or self._runs({axis: n})]
+        return [n for n in runs if axis == "block" or self._fast({axis: n})] or runs
+
+    def takes_none(self, axis: str) -> str:
+        """Return why there is no size to which one axis alone can be cut; "" if the config has no field for it."""
+        sizes = self._candidates(axis)
+        return "; ".join(dict.fromkeys(self._broken({axis: sizes[-1]}, ("must",)))) if sizes else ""
+
+    def _candidates(self, axis: str) -> list[int]:
+        """Return the sizes to which an axis can be cut in every layer alike, whatever the rules."""
         if axis not in expressible(self.graph, self.target.writer):
             return []
-        runs = [n for n in sorted(candidates) if axis == "block" or self._runs({axis: n})]
-        return [n for n in runs if axis == "block" or self._fast({axis: n})] or runs
+        groups = [group for group in self.graph.groups.values() if group.axis == axis]
+        return sorted(set.intersection(*({*group.counts()} for group in groups)))
 
 
 def fit_to(graph: SSMGraph, name: str | None, tp: int) -> Fit | None:

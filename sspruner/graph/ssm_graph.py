@@ -15,6 +15,7 @@ from sspruner.errors import InputError
 from sspruner.graph.family import Family
 from sspruner.graph.group import DependencyGroup
 from sspruner.graph.site import Site
+from sspruner.graph.tree import tree
 
 
 @dataclass(frozen=True)
@@ -100,54 +101,11 @@ class SSMGraph:
         }
 
     def tree(self) -> Tree:
-        """Return the graph as a rich tree: one line per layer and axis, with the size of one unit."""
-        root = Tree(
-            f"{self.model_class}: {self.parameters:,} parameters, {self.weight_bytes:,} bytes of weights, "
-            f"{self.state_bytes:,} bytes of state per sequence"
-        )
-        shown: set[tuple[str, ...]] = set()
-        for site in self.sites:
-            groups = self.groups_of(site)
-            if not groups:
-                continue
-            state = f", {site.state_bytes:,} bytes of state" if site.family else ""
-            shared = f", shared by {1 + len(site.aliases)} layers" if site.aliases else ""
-            branch = root.add(f"{site.path} ({site.kind}): {site.parameters:,} parameters{state}{shared}")
-            for group in groups:
-                sets = f"{group.groups} groups x {group.units}" if group.groups > 1 else f"{group.units}"
-                each = f" and {group.state_bytes_per_unit:,} bytes of state" if group.state_bytes_per_unit else ""
-                leaf = branch.add(
-                    f"{group.axis}: {sets} units, {group.parameters_per_unit:,} parameters{each} each"
-                    + (", same count in every group" if group.groups > 1 else "")
-                )
-                lines = _members_by_tensor(group, {f.target for f in site.layout.folds if group.axis in f.over})
-                if lines not in shown:  # identical in every layer of a family: printed once
-                    shown.add(lines)
-                    for line in lines:
-                        leaf.add(line)
-        for group in self.groups.values():
-            if group.axis in WHOLE_MODEL:
-                each = "whole modules" if group.blocks else f"{group.parameters_per_unit:,} parameters each"
-                root.add(f"{group.name}: {group.units} units, {each}")
-        if any(member.tensor.endswith("in_proj.bias") for group in self.groups.values() for member in group.members):
-            root.add("biases of in_proj: padding on the left enters the state, cut or not (docs/saving.md)")
-        return root
+        """Return the graph as a rich tree: a branch for the layers that are alike, with the size of one unit."""
+        return tree(self)
 
     def __str__(self) -> str:
         console = Console(file=StringIO(), width=120, color_system=None)
         console.print(self.tree(), markup=False, highlight=False, soft_wrap=True)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return text.rstrip("\n")
-
-
-def _members_by_tensor(group: DependencyGroup, folded: set[str]) -> tuple[str, ...]:
-    """Return one line per tensor, such as `in_proj.weight dim 0: rows of B, C`, and the tensors that a cut rescales."""
-    lines: dict[str, list[str]] = {}
-    for m in group.members:
-        key = f"{m.tensor.removeprefix(group.layer + '.')} dim {', '.join(map(str, m.dims))}"
-        lines.setdefault(key, []).append(m.rows)
-    cut = [f"{key}: rows of {', '.join(rows)}" for key, rows in lines.items()]
-    if group.gain:
-        tensor, matrix = group.key(group.gain.tensor), group.key(group.gain.into)
-        cut.append(f"{tensor} dim 0: one for all groups, moved into {matrix} where these keep other units")
-    return (*cut, f"scaled, so that sliced = masked: {', '.join(sorted(folded))}") if folded else tuple(cut)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sspruner.errors import InputError, ModelError
+from sspruner.errors import InputError, ModelError, install
 from sspruner.io.source import ADAPTER, brief
 
 
@@ -35,7 +35,7 @@ def merged(where: str, load_base: Callable[[str], Any]) -> Any:
     try:
         from peft import PeftModel
     except ImportError:
-        raise InputError(f"model {where}: merging an adapter needs peft: pip install 'sspruner[train]'") from None
+        raise InputError(f"model {where}: merging an adapter needs peft: {install('train')}") from None
     base = load_base(base_of(where))
     try:
         model = PeftModel.from_pretrained(base, where).merge_and_unload(safe_merge=True)

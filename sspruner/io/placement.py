@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sspruner.compute.device import resolve_device
-from sspruner.errors import InputError
+from sspruner.errors import InputError, install
 from sspruner.graph.site import within
 
 AUTO, DISK = "auto", "disk"
@@ -77,7 +77,7 @@ def _auto(
     try:
         from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map
     except ImportError as error:
-        raise InputError("device_map needs the package accelerate: pip install 'sspruner[train]'") from error
+        raise InputError(f"device_map needs the package accelerate: {install('train')}") from error
     for place in {*(max_memory or ())} - {"cpu", DISK}:
         device_of(place)
     path = blocks[0].rpartition(".")[0]

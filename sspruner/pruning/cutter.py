@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sspruner.budgets.budget import ResolvedBudget
+from sspruner.calibrate.encode import PAGE, page
 from sspruner.compute.device import offloaded, on_device
 from sspruner.compute.forward import predicts_tokens
 from sspruner.compute.quick import quick_on_cpu
@@ -21,7 +22,7 @@ from sspruner.scoring.run import Run
 from sspruner.surgery.mask import mask
 from sspruner.surgery.proof import slice_with_proof
 
-PROMPT_TOKENS, NEW_TOKENS = 24, 40
+PROMPT_TOKENS, PROMPT_CHARACTERS, NEW_TOKENS = 24, 200, 40
 
 
 class InMemory:
@@ -111,7 +112,10 @@ def cutter_for(run: Run, recipe: Recipe, budget: ResolvedBudget, source: Any, ma
 
 
 def _prompt(job: PruneJob) -> torch.Tensor:
-    """Return the first tokens of the held-out text: (T,)."""
+    """Return the first tokens of the held-out text, or of the page that ships if that was read: (T,)."""
+    if job.data.source == PAGE:
+        ids = job.machine.tokenizer(page()[:PROMPT_CHARACTERS], add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids[:PROMPT_TOKENS])
     return job.data.held_out[0][job.data.held_out_mask[0]][:PROMPT_TOKENS]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from sspruner.axes import axis_of
 from sspruner.compute.forward import no_tokens
 from sspruner.evaluation.damage import Damage
+from sspruner.evaluation.paired import Interval
 from sspruner.files import strict_json
 from sspruner.files.fields import flag, integer, number, table, text, versioned
 from sspruner.files.output import write_file
@@ -25,6 +26,7 @@ from sspruner.surgery.proof import Proof
 # Check of a report's field, by the first word of its type.
 CHECKS: dict[str, Callable[[Any], Any]] = {"str": text, "bool": flag, "int": integer, "dict": table}
 MEASURED = ("perplexity", "kl_to_dense")  # keys of `dense` and `pruned` that are floats; the others are integers
+RATIO = "perplexity_ratio"  # of `pruned`: over that of the dense model, [value, low, high]; not in older files
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Report:
         sizes = {
             when: data[when]
             | {name: number(data[when][name]) for name in MEASURED if name in data[when]}
+            | {name: [*Interval.from_json(data[when][name])] for name in (RATIO,) if name in data[when]}
             | {name: integer(data[when][name]) for name in ("parameters", "weight_bytes", "state_bytes")}
             for when in ("dense", "pruned")
         }
@@ -206,9 +209,11 @@ def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
     }
 
 
-def measured(cost: Damage | None) -> dict[str, float]:
+def measured(cost: Damage | None) -> dict[str, Any]:
     """Return damage under the names that reports use; {} if it was not measured."""
-    return {} if cost is None else {"perplexity": cost.pruned_perplexity, "kl_to_dense": cost.kl}
+    if cost is None:
+        return {}
+    return {"perplexity": cost.pruned_perplexity, RATIO: [*cost.ratio], "kl_to_dense": cost.kl}
 
 
 def sparsity_of(model: nn.Module, graph: SSMGraph, axes: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sspruner.axes import ELEMENT_AXES
-from sspruner.pruning.report import Report
-from sspruner.units import as_bytes, percent, span
+from sspruner.pruning.report import RATIO, Report
+from sspruner.units import as_bytes, interval_text, number_text, percent, span
 
 
 def result_table(report: Report) -> RenderableType:
@@ -33,20 +34,27 @@ def result_table(report: Report) -> RenderableType:
         ("state bytes per sequence", "state_bytes", as_bytes),
         ("parameters", "parameters", "{:,}".format),
         ("weight bytes", "weight_bytes", as_bytes),
-        ("perplexity, held out", "perplexity", "{:.3f}".format),
+        ("perplexity, held out", "perplexity", number_text),
     ):
         if key in pruned:
-            table.add_row(label, show(dense[key]), show(pruned[key]), percent(dense[key], pruned[key]))
+            change = increase(pruned) if key == "perplexity" else ""
+            table.add_row(label, show(dense[key]), show(pruned[key]), change or percent(dense[key], pruned[key]))
     if "kl_to_dense" in pruned:
-        table.add_row("KL to dense, nats/token", "", f"{pruned['kl_to_dense']:.4f}", "")
+        table.add_row("KL to dense, nats/token", "", number_text(pruned["kl_to_dense"]), "")
     if report.refit and "perplexity" in pruned:
         without = report.refit["without"]
-        change = percent(dense["perplexity"], without["perplexity"])
-        table.add_row(f"without refit {report.refit['kind']}: perplexity", "", f"{without['perplexity']:.3f}", change)
-        table.add_row("without refit: KL", "", f"{without['kl_to_dense']:.4f}", "")
+        change = increase(without) or percent(dense["perplexity"], without["perplexity"])
+        shown = number_text(without["perplexity"])
+        table.add_row(f"without refit {report.refit['kind']}: perplexity", "", shown, change)
+        table.add_row("without refit: KL", "", number_text(without["kl_to_dense"]), "")
     if report.sparsity:
         table.add_row("element sparsity", "", f"{100 * report.sparsity['sparsity']:.2f} %", "")
     return Group(table, *_search(report), *_notes(report), *_continuations(report))
+
+
+def increase(pruned: Mapping[str, Any]) -> str:
+    """Return the change of perplexity with its interval; "" in reports of before, which lack it."""
+    return interval_text([100 * (x - 1) for x in pruned[RATIO]], unit=" %", sign="+") if RATIO in pruned else ""
 
 
 def _search(report: Report) -> list[RenderableType]:
@@ -162,7 +170,7 @@ def _notes(report: Report) -> list[Text]:
         p = report.proof
         lines.append(
             f"proof: sliced = masked logits to {p.error:.1e} (limit {p.tolerance:.0e}); gone, as predicted: "
-            f"{p.parameters_removed:,} parameters, {p.state_bytes_removed:,} B of state"
+            f"{p.parameters_removed:,} parameters, {as_bytes(p.state_bytes_removed)} of state"
             + (f"; added: {p.parameters_added:,} parameters" if p.parameters_added else "")
             + (f"; {p.zeros:,} zeros in their places" if p.zeros else "")
         )

@@ -87,7 +87,8 @@ class TextWindows:
     """
 
     text: Annotated[Source, one_text("TEXT")] = "self"
-    """File, folder or datasets name, as for --calibration, or self: sampled from --against, or from the model."""
+    """File, folder or datasets name, or page, as for --calibration, or self: sampled from --against, or from the
+    model."""
 
     text_column: Annotated[str, one_text("NAME", default="text, else messages")] = ""
     """Column of this text in tables and datasets."""

@@ -317,7 +317,8 @@ class CalibrationText:
 
     source: Annotated[str, text("TEXT", name="--calibration")] = "self"
     """File (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; .gz), folder of such, datasets name
-    (NAME[:CONFIG[:SPLIT]]), or self: sampled from the model."""
+    (NAME[:CONFIG[:SPLIT]]), page: two chapters of a novel that ship with the package, or self: sampled from the
+    model."""
 
     samples: Annotated[int, whole()] = 32
     """Calibration sequences."""

@@ -110,6 +110,10 @@ class Settings(Optimisation):
     seed: Annotated[int, whole(), FromText(seed_in_64_bits, "seed")] = 0
     """Seed of the order of blocks, and of all random numbers."""
 
+    log_with: Annotated[tuple[str, ...], texts("NAME"), FromText(several, "--log-with")] = ()
+    """Also send metrics to a tracker that is installed: tensorboard, wandb, trackio or another of accelerate's.
+    Repeatable."""
+
     def __post_init__(self) -> None:
         """Check the seed, and the settings of the base class."""
         read_texts(self)
@@ -118,8 +122,8 @@ class Settings(Optimisation):
             raise InputError(f"every {self.every}: must be at least 1")
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that identify this training, as JSON. Not max_minutes: a resumed run may change it."""
-        return {name: value for name, value in asdict(self).items() if name != "max_minutes"}
+        """Return the settings that identify this training, as JSON; a resumed run may change the others."""
+        return {name: value for name, value in asdict(self).items() if name not in ("max_minutes", "log_with")}
 
 
 @Parameter(name="*", group=METHOD)

@@ -177,8 +177,14 @@ def to_data(recipe: Any) -> dict[str, Any]:
 
 def write(recipe: Any, path: str | Path) -> None:
     """Write a recipe as YAML, atomically."""
-    import yaml
-
     from sspruner.files.output import write_file
 
-    write_file(path, yaml.safe_dump(to_data(recipe), sort_keys=False, allow_unicode=True))
+    write_file(path, as_yaml(to_data(recipe)))
+
+
+def as_yaml(data: Mapping[str, Any]) -> str:
+    """Return the mappings of a recipe as YAML."""
+    import yaml
+
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return text

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sspruner.benchmarking.record import TRANSFORMERS, Bench
-from sspruner.units import as_bytes
+from sspruner.units import as_bytes, interval_text, stacked
 
 OPERATIONS = 12  # number of operations shown of a profile
 
@@ -20,12 +20,14 @@ def bench_table(bench: Bench) -> RenderableType:
     how = f", {' and '.join(machine['measured'])} measured in this run" if machine["measured"] else ""
     engine = bench.engine or TRANSFORMERS  # files of before had no other
     paths = dict.fromkeys(f"{row.model}, {row.phase}: {row.path}" for row in bench.rows)
+    states = dict.fromkeys(f"{row.model}: {as_bytes(row.state_bytes)} of state per sequence" for row in bench.rows)
     lines = [
         f"engine: {engine['name']} {engine['version']}".rstrip(),
         *engine["notes"],
         f"{machine['name']} ({machine['device']}), {machine['threads']} threads; ceiling: {rates}{how}",
         f"prompt {bench.prompt}, {bench.generate} steps; medians of {bench.repeats} repeats, in turns; seed "
         f"{bench.seed}",
+        *states,
         *paths,
         *(f"{one['model']}, batch {one['batch']}: {one['error']}" for one in bench.failed),
     ]
@@ -36,25 +38,24 @@ def bench_table(bench: Bench) -> RenderableType:
 def _phase(bench: Bench, phase: str) -> Table:
     """Return the table of one phase, with speed-ups over the first model of the run."""
     rows = [row for row in bench.rows if row.phase == phase]
-    first_size = {"cache": "cache_bytes"} if rows[0].cache_bytes else {"peak": "peak_bytes"}  # of a sequence; of all
-    last = first_size | {"state": "state_bytes"}
+    memory, size = ("cache", "cache_bytes") if rows[0].cache_bytes else ("peak", "peak_bytes")  # of a sequence; of all
     table = Table(title=phase, title_justify="left")
-    for header in ("batch", "model", "ms", "tokens/s", "speed-up", "ceiling", "reached", *last):
-        table.add_column(header, justify="left" if header == "model" else "right")
+    for header in ("batch", "model", "ms", "tokens/s", "speed-up", "reached", memory):
+        table.add_column(header, justify="left" if header == "model" else "right", overflow="fold")
     first: dict[int, str] = {}
     for row in rows:
         base = first.setdefault(row.batch, row.model)
-        ms, low, high = row.ms
-        sizes = [getattr(row, name) for name in last.values()]
+        used = getattr(row, size)
         table.add_row(
             f"{row.batch:,}",
             escape(row.model),
-            f"{ms:,.2f} ({low:,.2f} to {high:,.2f})",
+            stacked(interval_text(row.ms)),
             f"{row.tokens_per_second.value:,.0f}",
-            f"{row.speedup(bench.row(base, row.batch, phase))[0]:.2f}x",
-            f"{row.ceiling:,.0f}",
-            f"{100 * row.fraction:.0f} %",
-            *("" if size is None else as_bytes(size) for size in sizes),
+            ""
+            if row.model == base
+            else stacked(interval_text(row.speedup(bench.row(base, row.batch, phase)), unit="x")),
+            f"{100 * row.fraction:.2g} %",
+            "" if used is None else as_bytes(used),
         )
     return table
 

@@ -12,9 +12,10 @@ from sspruner.errors import InputError, ModelError
 from sspruner.files.provenance import hub_name
 from sspruner.graph.trace import trace
 from sspruner.pruning.report import Report
+from sspruner.pruning.table import increase
 from sspruner.surgery.mask import is_masked
 from sspruner.surgery.record import recorded
-from sspruner.units import as_bytes, percent
+from sspruner.units import as_bytes, number_text, percent
 
 CARD = "README.md"
 FOLDER = "path/to/this/folder"  # in the loading code
@@ -104,9 +105,10 @@ def _of_report(report: Report) -> list[str]:
         "seed": str(report.seed),
     }
     cost = [
-        f"| {label} | {show(dense[key])} | {show(pruned[key])} | {percent(dense[key], pruned[key])} |"
+        f"| {label} | {show(dense[key])} | {show(pruned[key])} | "
+        f"{(key == 'perplexity' and increase(pruned)) or percent(dense[key], pruned[key])} |"
         for label, key, show in (
-            ("perplexity", "perplexity", "{:.3f}".format),
+            ("perplexity", "perplexity", number_text),
             ("parameters", "parameters", "{:,}".format),
             ("weights", "weight_bytes", as_bytes),
             ("recurrent state per sequence, fp32", "state_bytes", as_bytes),
@@ -114,11 +116,11 @@ def _of_report(report: Report) -> list[str]:
         if key in pruned
     ]
     if "kl_to_dense" in pruned:
-        cost.insert(1, f"| KL to the model before, nats per token | | {pruned['kl_to_dense']:.4f} | |")
+        cost.insert(1, f"| KL to the model before, nats per token | | {number_text(pruned['kl_to_dense'])} | |")
     if report.refit and "perplexity" in pruned:
         without = report.refit["without"]
-        cost.insert(2, f"| without the refit: perplexity | | {without['perplexity']:.3f} | |")
-        cost.insert(3, f"| without the refit: KL | | {without['kl_to_dense']:.4f} | |")
+        cost.insert(2, f"| without the refit: perplexity | | {number_text(without['perplexity'])} | |")
+        cost.insert(3, f"| without the refit: KL | | {number_text(without['kl_to_dense'])} | |")
     return [
         "## What was removed",
         *_removed(report.layers),
@@ -166,7 +168,7 @@ def _proof(report: Report) -> str:
     return (
         f"Proof: on random tokens the logits of the cut model were those of the masked one to {p.error:.1e} of the "
         f"largest (limit {p.tolerance:.0e}), and exactly the predicted {p.parameters_removed:,} parameters and "
-        f"{p.state_bytes_removed:,} bytes of state per sequence were gone."
+        f"{as_bytes(p.state_bytes_removed)} of state per sequence were gone."
     )
 
 

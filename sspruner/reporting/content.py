@@ -7,6 +7,7 @@ from math import isnan
 
 from sspruner.evaluation.paired import Interval
 from sspruner.reporting.figures import Draw
+from sspruner.units import interval_text
 
 
 @dataclass(frozen=True)
@@ -30,25 +31,26 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Code:
+    """A command or a file, to be copied."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading, a line below it, figures, and tables."""
+    """A heading, a line below it, figures, tables, and what can be copied."""
 
     title: str
     note: str
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
+    code: tuple[Code, ...] = ()
 
 
 def shown(value: Interval | None) -> str:
     """Format a value with its interval, if the interval has a width."""
     if value is None or isnan(value[0]):
         return "–"
-    middle, low, high = value
-    if low == high == middle:
-        return number_text(middle)
-    return f"{number_text(middle)} ({number_text(low)} to {number_text(high)})"
-
-
-def number_text(value: float) -> str:
-    """Format a number with five digits, or with all digits before the point."""
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.5g}"
+    return interval_text(value)

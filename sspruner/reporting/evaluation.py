@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.result import Evaluation, Row
+from sspruner.units import interval_text, stacked
 
 STATES = ("stored", "fp32 state")  # the columns of a model with stored states
 SHARES = ("accuracy", "agreement", "/acc", "/exact_match")  # parts of the names of metrics shown in per cent
@@ -28,7 +30,9 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
         state = p["state"]
         parts.append(_table(f"{title}: recurrent state in {stored_as(state)}", "metric", evaluation.by_state, STATES))
     if evaluation.rows:
-        parts.append(_table(f"{title}: 95 % intervals", "metric", {row.metric: row for row in evaluation.rows}))
+        chance = {"recall_accuracy": 1 / p["recall"]["pairs"]} if p.get("recall") else {}
+        rows = {row.metric: row for row in evaluation.rows}
+        parts.append(_table(f"{title}: 95 % intervals", "metric", rows, chance=chance))
     if evaluation.by_position:
         parts.append(_table("perplexity by position: tokens read before", "tokens", evaluation.by_position))
     if evaluation.by_length:
@@ -50,7 +54,14 @@ def stored_as(state: Mapping[str, Any]) -> str:
     return f"{state['dtype']}, {how} {every}: {state['bytes']:,} bytes a sequence instead of {state['fp32_bytes']:,}"
 
 
-def _table(title: str, head: str, rows: Mapping[str, Row], models: tuple[str, str] = ("model", "against")) -> Table:
+def _table(
+    title: str,
+    head: str,
+    rows: Mapping[str, Row],
+    models: tuple[str, str] = ("model", "against"),
+    chance: Mapping[str, float] = MappingProxyType({}),
+) -> Table:
+    """Return a table of rows. chance: metric -> what a guess among the values that were read would reach."""
     compared = any(row.against is not None for row in rows.values())
     table = Table(title=title, title_justify="left")
     table.add_column(head)
@@ -58,32 +69,25 @@ def _table(title: str, head: str, rows: Mapping[str, Row], models: tuple[str, st
         table.add_column(header, justify="right")
     for name, row in rows.items():
         share = any(part in name for part in SHARES)
-        cells = [_shown(row.value, share)]
+        cells = [_shown(row.value, share, chance.get(name))]
         if compared:
-            cells += [_shown(row.against, share), _change(row, share)]
-        table.add_row(escape(name), *cells, str(row.items))
+            cells += [_shown(row.against, share, chance.get(name)), _change(row, share)]
+        table.add_row(escape(name), *map(stacked, cells), str(row.items))
     return table
 
 
-def _shown(interval: Interval | None, share: bool) -> str:
+def _shown(interval: Interval | None, share: bool, chance: float | None = None) -> str:
     if interval is None:
         return ""
-    scale, digits, unit = (100, 1, " %") if share else (1, _digits(interval.value), "")
-    value, low, high = (f"{scale * x:.{digits}f}" for x in interval)
-    return f"{value}{unit} ({low} to {high})"
+    if chance is not None and interval.low <= chance:
+        return f"{_shown(interval, share)}, at chance"
+    return interval_text([100 * x for x in interval], unit=" %") if share else interval_text(interval)
 
 
 def _change(row: Row, share: bool) -> str:
     if row.change is None:
         return ""
     if row.kind == "ratio":
-        value, low, high = (f"{100 * (x - 1):+.2f}" for x in row.change)
-        return f"{value} % ({low} to {high})"
-    scale, digits, unit = (100, 1, " points") if share else (1, max(4, _digits(row.value.value)), "")
-    value, low, high = (f"{scale * x:+.{digits}f}" for x in row.change)
-    return f"{value}{unit} ({low} to {high})"
-
-
-def _digits(value: float) -> int:
-    """Return the digits after the point: more for small values, such as the KL of a stored state."""
-    return 3 if abs(value) >= 1 else 4 if abs(value) >= 0.01 else 6
+        return interval_text([100 * (x - 1) for x in row.change], unit=" %", sign="+")
+    scale, unit = (100, " points") if share else (1, "")
+    return interval_text([scale * x for x in row.change], unit=unit, sign="+")

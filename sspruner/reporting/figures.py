@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any
 
 from sspruner.evaluation.paired import Interval
+from sspruner.units import number_text
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,26 @@ def lines(
     series: Sequence[Line], x: str, y: str, *, log_x: bool = False, log_y: bool = False, level: float | None = None,
     connected: bool = True, ticks: Sequence[float] = (),
 ) -> Draw:  # fmt: skip
-    """Return a figure of lines or points. level: a reference value. Points that are not finite are left out."""
+    """Return a figure of lines or points. level: a reference value. Points that are not finite are left out.
+
+    With a value of 0 among them, a logarithmic scale is linear from there to the smallest other value.
+    """
+    values_of_all = [b[0] for line in series for b in line.y if isfinite(b[0])]
+    smallest = min((y for y in values_of_all if y > 0), default=None)
+    to_zero = log_y and smallest is not None and 0 in values_of_all
 
     def draw(palette: Palette) -> Any:
+        from matplotlib.ticker import FuncFormatter
+
         figure, ax = _axes(palette)
+        log_of_y = log_y and not to_zero
         for line in series:
-            points = [(a, b) for a, b in zip(line.x, line.y, strict=True) if _shown(a, b[0], log_x, log_y)]
+            points = [(a, b) for a, b in zip(line.x, line.y, strict=True) if _shown(a, b[0], log_x, log_of_y)]
             if not points:
                 continue
             at, values = [a for a, _ in points], [b[0] for _, b in points]
             errors = [
-                [max(0.0, b[0] - low) if _shown(1, low, False, log_y) else 0.0 for _, b in points for low in [b[1]]],
+                [max(0.0, b[0] - low) if _shown(1, low, False, log_of_y) else 0.0 for _, b in points for low in [b[1]]],
                 [max(0.0, b[2] - b[0]) if isfinite(b[2]) else 0.0 for _, b in points],
             ]
             count = len(palette.series)
@@ -69,7 +79,7 @@ def lines(
             if line.dotted:
                 ax.plot(at, values, linestyle=":", linewidth=1.2, **style)
                 continue
-            dash = DASHES[line.style // count % len(DASHES)] if connected else "none"
+            dash = DASHES[line.style // count % len(DASHES)] if connected and len(at) > 1 else "none"
             mark = MARKERS[line.style % len(MARKERS)]
             ax.errorbar(at, values, yerr=errors, marker=mark, markersize=4.5, linestyle=dash, capsize=2.5,
                         linewidth=1.6, elinewidth=1, **style)  # fmt: skip
@@ -77,8 +87,12 @@ def lines(
             ax.axhline(level, color=palette.ink, linewidth=0.8, linestyle=":")
         _scale(ax.xaxis, ax.set_xscale, log_x)
         _scale(ax.yaxis, ax.set_yscale, log_y)
+        if to_zero:
+            ax.set_yscale("symlog", linthresh=smallest)
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
+            ax.set_ylim(bottom=0)
         if ticks:
-            ax.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks], minor=False)
+            ax.set_xticks(list(ticks), [f"{tick:.3g}" for tick in ticks], minor=False)
             ax.set_xticks([], minor=True)
         ax.set(xlabel=x, ylabel=y)
         _legend(figure, ax)

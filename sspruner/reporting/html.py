@@ -10,7 +10,7 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
-from sspruner.errors import InputError
+from sspruner.errors import InputError, install
 from sspruner.files.output import atomic_file, check_file
 from sspruner.files.provenance import versions
 from sspruner.reporting.content import Figure, Section
@@ -29,17 +29,18 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     """
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
-        raise InputError(f"report: needs {' and '.join(missing)}; pip install 'sspruner[report]'")
+        raise InputError(f"report: needs {' and '.join(missing)}: {install('report')}")
     results = read_folder(folder)
     path = check_file(Path(folder).expanduser() / OUT if out is None else out)
     pictures = path.with_name(f"{path.stem}-figures")
     _check_pictures(pictures)
 
     from sspruner.reporting.figures import png
+    from sspruner.reporting.headline import headline
     from sspruner.reporting.sections import sections
 
     content = sections(results)
-    page = render(content, Path(folder).expanduser().resolve().name)
+    page = render(content, Path(folder).expanduser().resolve().name, headline(results))
     images = {figure.name: png(figure.draw) for section in content for figure in section.figures}
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -47,8 +48,8 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
-def render(content: Sequence[Section], name: str) -> str:
-    """Return the page. name: of the folder."""
+def render(content: Sequence[Section], name: str, results: Sequence[str] = ()) -> str:
+    """Return the page. name: of the folder. results: sentences that stand on top."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -62,7 +63,7 @@ def render(content: Sequence[Section], name: str) -> str:
     environment.filters["picture"] = picture
     template = (resources.files("sspruner.reporting") / "page.html").read_text(encoding="utf-8")
     page: str = environment.from_string(template).render(
-        name=clean(name), sections=content, version=versions()["sspruner"]
+        name=clean(name), sections=content, version=versions()["sspruner"], results=results
     )
     return page
 

@@ -13,6 +13,7 @@ from sspruner.reporting.agreement import agreement, telling
 from sspruner.reporting.content import Figure, Section, Table
 from sspruner.reporting.figures import Line, heat, lines, spectra
 from sspruner.scoring.scores import Scores
+from sspruner.units import number_text
 
 DECADES = 3  # range of a heat map: scores below a thousandth of the layer's best have the darkest colour
 
@@ -61,7 +62,12 @@ def _heat(name: str, label: str, axis: str, rows: Mapping[str, torch.Tensor]) ->
     width = max(len(row) for row in rows.values())
     values = [below + [nan] * (width - len(below)) for below in map(below_best, rows.values())]
     table = [
-        (row, str(len(v)), f"{v.max():.5g}", f"{v.median():.5g}", f"{v.min():.5g}", str(int((v > v.max() / 10).sum())))
+        (
+            row,
+            str(len(v)),
+            *(number_text(float(x)) for x in (v.max(), v.median(), v.min())),
+            str(int((v > v.max() / 10).sum())),
+        )
         for row, v in rows.items()
     ]
     return Figure(
@@ -78,7 +84,13 @@ def _spectra(name: str, label: str, what: str, rows: Mapping[str, torch.Tensor])
     falling = [row.sort(descending=True).values for row in rows.values()]
     relative = [(row / row[0]).tolist() if row[0] > 0 else row.tolist() for row in falling]
     table = [
-        (layer, f"{row[0]:.5g}", f"{row[-1]:.5g}", str(_within(row, 0.9)), str(_within(row, 0.99)))
+        (
+            layer,
+            number_text(float(row[0])),
+            number_text(float(row[-1])),
+            str(_within(row, 0.9)),
+            str(_within(row, 0.99)),
+        )
         for layer, row in zip(rows, falling, strict=True)
     ]
     return Figure(
@@ -107,12 +119,12 @@ def _agreement(scores: Mapping[str, Scores], sparsities: tuple[float, ...]) -> F
         for style, (a, b) in enumerate(telling(pairs, scores))
     ]
     chance = Line("by chance", cuts, [Interval.exactly(cut) for cut in cuts], 6, dotted=True)
-    rows = tuple((a, b, *(f"{100 * share:.5g} %" for share in shares)) for (a, b), shares in pairs.items())
+    rows = tuple((a, b, *(f"{number_text(100 * share)} %" for share in shares)) for (a, b), shares in pairs.items())
     return Figure(
         "agreement",
         "Do scorers agree?",
         "Of the units that one scorer keeps, the share that the other removes at the same cut. Drawn are pairs of a "
         "rank by weights alone and one that text was calibrated for, where there are both; the table has all pairs.",
-        lines([*drawn, chance], "removed, %", "displaced, %"),
+        lines([*drawn, chance], "removed, %", "displaced, %", ticks=cuts),
         Table("", ("scorer", "and", *(f"{cut:g} % removed" for cut in cuts)), rows),
     )

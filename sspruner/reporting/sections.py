@@ -6,19 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite, isnan
 from typing import Any
 
-from sspruner.benchmarking.record import DECODE, Bench, Timing
+from sspruner.benchmarking.record import DECODE, TRANSFORMERS, Bench, Timing
 from sspruner.comparison.record import Comparison, Cut
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.result import Evaluation, Row
 from sspruner.plans.plan import PlanSummary
 from sspruner.pruning.report import Report
-from sspruner.reporting.content import Figure, Section, Table, number_text, shown
+from sspruner.recipes.yaml import as_yaml
+from sspruner.reporting.content import Code, Figure, Section, Table, shown
 from sspruner.reporting.evaluation import STATES, stored_as
 from sspruner.reporting.figures import Line, bars, lines
 from sspruner.reporting.folder import Folder
 from sspruner.reporting.score_sections import score_section
-from sspruner.units import as_bytes
+from sspruner.units import as_bytes, number_text, span
 
+DENSE = -1  # style of the dense model: the last colour and marker, which no other has unless there are many
+MOST_TICKS = 8
 SIZE_MATCH = 0.01  # a bench row belongs to a cut if their states differ by no more than this share
 
 
@@ -56,22 +59,22 @@ def _comparison(compared: Comparison, timed: Mapping[str, Bench], name: str, pat
         plotted = [line for line in plotted if line.x]
         if not plotted:
             continue
-        spread = _spread(plotted)
+        spread, kept = _spread(plotted), f"{compared.axis} kept, %"
+        dense = Line("dense", [100], [Interval.exactly(level or 0.0)], DENSE)
         figures.append(
             Figure(
                 f"{name}-{metric.replace('_', '-')}",
                 f"{what} against what is kept",
-                f"Each line is a scorer; bars are 95 % intervals. {'Down' if level else 'Lower'} is better. "
-                f"{_best(plotted)}",
-                lines(plotted, f"{compared.axis} kept, %", title, log_y=spread, level=level),
-                Table("", ("scorer", f"{compared.axis} kept, %", title), _points(plotted)),
+                f"Each line is a scorer; bars are 95 % intervals. {_best(plotted, level)}",
+                lines([*plotted, dense], kept, title, log_y=spread, level=level, ticks=ticks_of([*plotted, dense])),
+                Table("", ("scorer", kept, title), _points(plotted)),
             )
         )
     if pareto := _by_bytes(compared, styles, name):
         figures.append(pareto)
     if speed := _by_speed(compared, timed, styles, name):
         figures.append(speed)
-    note = f"{path}: {compared.model or 'a model'}, axis {compared.axis}"
+    note = f"{path}: {compared.model or 'a model'}, axis {compared.axis}. Lower is better in every picture."
     return Section("Damage of cuts", note, tuple(figures), (_cells(compared),))
 
 
@@ -95,15 +98,15 @@ def _by_bytes(compared: Comparison, styles: Mapping[str, int], name: str) -> Fig
     baseline = compared.baseline
     if not plotted:
         return None
+    plotted.append(Line("dense", [compared.dense.state_bytes / 1e6], [Interval.exactly(1.0)], DENSE))
     if baseline and metric in baseline.measures:
         plotted.append(Line("smaller dense", [baseline.state_bytes / 1e6], [baseline.measures[metric]], len(styles)))
     x = "state per sequence, MB"
     return Figure(
         f"{name}-pareto-bytes",
         "Damage against state bytes",
-        "Down and to the left is better: less damage, less state."
-        + (" The model named smaller dense was not cut." if baseline else ""),
-        lines(plotted, x, "perplexity / dense", log_y=_spread(plotted), level=1.0),
+        "Further to the left, less state." + (" The model named smaller dense was not cut." if baseline else ""),
+        lines(plotted, x, "perplexity / dense", log_y=_spread(plotted), level=1.0, ticks=ticks_of(plotted)),
         Table("", ("scorer", x, "perplexity / dense"), _points(plotted)),
     )
 
@@ -130,13 +133,16 @@ def _by_speed(compared: Comparison, timed: Mapping[str, Bench], styles: Mapping[
         ]
         if points:
             plotted.append(Line(label, [x for x, _ in points], [y for _, y in points], style))
+    size = compared.dense.state_bytes
+    if whole := [row.tokens_per_second.value for row in decode if (row.batch, row.state_bytes) == (batch, size)]:
+        plotted.append(Line("dense", whole[:1], [Interval.exactly(1.0)], DENSE))
     rows = [
         (label, str(row.batch), row.model, shown(row.tokens_per_second), shown(value)) for label, row, value in joined
     ]
     return Figure(
         f"{name}-pareto-speed",
         "Damage against decode speed",
-        f"At batch {batch}, the largest that was timed. Down and to the right is better: less damage, more tokens. "
+        f"At batch {batch}, the largest that was timed. Further to the right, more tokens. "
         "A cut has the speed that was measured for its size of state, whichever scorer made it.",
         lines(plotted, "decode, tokens per second", "perplexity / dense", log_y=_spread(plotted), level=1.0),
         Table("", ("scorer", "batch", "timed as", "tokens per second", "perplexity / dense"), tuple(rows)),
@@ -154,13 +160,13 @@ def _cells(compared: Comparison) -> Table:
         for sparsity, cell in row.items():
             cut = f"{100 * sparsity:g} %"
             table_rows.append((label, cut, cell) if isinstance(cell, str) else _cut_row(label, cut, cell, metrics))
-    head = ("scorer", "removed", "state bytes", "parameters", *(metric.replace("_", " ") for metric in metrics))
+    head = ("scorer", "removed", "state", "parameters", *(metric.replace("_", " ") for metric in metrics))
     return Table("All numbers", head, tuple(table_rows))
 
 
 def _cut_row(label: str, cut: str, cell: Cut, metrics: Sequence[str]) -> tuple[str, ...]:
     values = (shown(cell.measures.get(metric)) for metric in metrics)
-    return (label, cut, _size(cell.state_bytes), _size(cell.parameters), *values)
+    return (label, cut, as_bytes(cell.state_bytes), _size(cell.parameters), *values)
 
 
 def _bench(bench: Bench, name: str, path: str) -> Section:
@@ -187,12 +193,13 @@ def _bench(bench: Bench, name: str, path: str) -> Section:
                 f"{name}-{len(figures)}",
                 f"Speed of {phase} against batch",
                 "Solid: measured, medians with 95 % intervals. Dotted: its ceiling by bytes and operations moved. "
-                "Up is better, and so is closer to the dotted line of the same colour.",
+                "Higher is better, and so is closer to the dotted line of the same colour.",
                 lines(plotted, "batch", "tokens per second", log_x=True, log_y=True, ticks=batches),
                 _times("", rows),
             )
         )
-    return Section("Speed", path, tuple(figures), (_times("All numbers", bench.rows),))
+    engine = " ".join(str((bench.engine or TRANSFORMERS)[key]) for key in ("name", "version")).rstrip()
+    return Section(f"Speed in {engine}", path, tuple(figures), (_times("All numbers", bench.rows),))
 
 
 def _times(title: str, rows: Sequence[Timing]) -> Table:
@@ -204,7 +211,7 @@ def _times(title: str, rows: Sequence[Timing]) -> Table:
         "ms",
         "ceiling",
         "of ceiling",
-        "state bytes",
+        "state",
         "peak",
         "path",
     )
@@ -217,7 +224,7 @@ def _times(title: str, rows: Sequence[Timing]) -> Table:
             shown(row.ms),
             "–" if isnan(row.ceiling) else number_text(row.ceiling),
             f"{100 * row.fraction:.1f} %" if row.ceiling > 0 else "–",
-            _size(row.state_bytes),
+            as_bytes(row.state_bytes),
             "–" if row.peak_bytes is None else as_bytes(row.peak_bytes),
             row.path,
         )
@@ -280,7 +287,7 @@ def _cut(cut: Report | PlanSummary, name: str, path: str) -> Section:
             Figure(
                 f"{name}-{len(figures)}",
                 f"Kept of each layer: {axis}",
-                f"Of {min(before):,} to {max(before):,} units a layer keeps {min(after):,} to {max(after):,}; "
+                f"Of {span(sorted({*before}))} units a layer keeps {span(sorted({*after}))}; "
                 f"{100 * sum(after) / max(1, sum(before)):.1f} % in all.",
                 bars([str(i) for i in range(len(groups))], before, after, f"{axis} units"),
                 Table("", ("layer", "before", "kept"), rows),
@@ -291,7 +298,7 @@ def _cut(cut: Report | PlanSummary, name: str, path: str) -> Section:
     if cut.refit:
         figures.append(_refit(cut.refit, f"{name}-{len(figures)}"))
     costs = tuple(
-        (key.replace("_", " "), _cost(cut.dense.get(key)), _cost(cut.pruned[key]))
+        (key.replace("_", " "), _cost(key, cut.dense.get(key)), _cost(key, cut.pruned[key]))
         for key in ("perplexity", "kl_to_dense", "parameters", "weight_bytes", "state_bytes")
         if key in cut.pruned
     )
@@ -322,16 +329,37 @@ def _refit(refit: Mapping[str, Any], name: str) -> Figure:
     )
 
 
-def _cost(value: float | None) -> str:
+def _cost(key: str, value: float | None) -> str:
     if value is None:
         return "–"
+    if key.endswith("_bytes"):
+        return as_bytes(value)
     return f"{value:,.0f}" if float(value).is_integer() else number_text(value)
 
 
 def _provenance(folder: Folder) -> Section:
     keys = list(dict.fromkeys(key for origin in folder.origin.values() for key in origin))
     rows = tuple((path, *(origin.get(key, "") or "–" for key in keys)) for path, origin in folder.origin.items())
-    return Section("Where this comes from", "", tables=(Table("", ("file", *keys), rows),))
+    return Section("Where this comes from", "", tables=(Table("", ("file", *keys), rows),), code=_made_by(folder))
+
+
+def _made_by(folder: Folder) -> tuple[Code, ...]:
+    """Return the command of each file, and the recipe of those that have one."""
+    recipes = {path: report.recipe for path, report in folder.report.items()}
+    recipes |= {path: compared.recipe.to_json() for path, compared in folder.compare.items() if compared.recipe}
+    code = []
+    for path, origin in folder.origin.items():
+        if command := origin.get("command"):
+            code.append(Code(f"The command of {path}", command))
+        if recipe := recipes.get(path):
+            code.append(Code(f"The recipe of {path}", as_yaml(recipe)))
+    return tuple(code)
+
+
+def ticks_of(plotted: Sequence[Line]) -> list[float]:
+    """Return where the points of all lines are, if they are few: then the ticks are there."""
+    places = sorted({x for line in plotted for x in line.x})
+    return places if len(places) <= MOST_TICKS else []
 
 
 def _points(plotted: Sequence[Line]) -> tuple[tuple[str, ...], ...]:
@@ -344,8 +372,8 @@ def _spread(plotted: Sequence[Line]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 5 * min(values)
 
 
-def _best(plotted: Sequence[Line]) -> str:
-    """Return a sentence on the scorer with the least damage at the deepest cut."""
+def _best(plotted: Sequence[Line], level: float | None) -> str:
+    """Return a sentence on the scorer with the least damage at the deepest cut. level: that of the dense model."""
     deepest = min(x for line in plotted for x in line.x)
     at = {
         line.label: y[0]
@@ -355,4 +383,6 @@ def _best(plotted: Sequence[Line]) -> str:
     }
     if not at:
         return ""
-    return f"With {deepest:.3g} % kept, least with {min(at, key=lambda label: at[label])}: {min(at.values()):.4g}."
+    best = min(at, key=lambda label: at[label])
+    value = number_text(at[best]) if level is None else f"{100 * (at[best] / level - 1):+.2f} %"
+    return f"With {deepest:.3g} % kept, least with {best}: {value}."

@@ -8,16 +8,20 @@ from rich.table import Table
 from rich.text import Text
 
 from sspruner.comparison.record import Comparison
+from sspruner.units import stacked
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
-    """Return a table for each measure, a row for each scorer, a column for each cut; then the notes."""
+    """Return a table for each measure, a row for each scorer, a column for each cut; then the notes.
+
+    Intervals stand below their values, so that four cuts fit into 80 columns.
+    """
     parts: list[RenderableType] = []
     for title, head, rows in comparison.tables():
         table = Table(title=f"{escape(comparison.model)}: axis {comparison.axis}; {title}", title_justify="left")
         for name in head:
             table.add_column(name, justify="left" if name == head[0] else "right")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(escape(row[0]), *(stacked(escape(cell)) for cell in row[1:]))
         parts.append(table)
     return Group(*parts, *map(Text, comparison.notes()))

@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from sspruner.errors import install
+
 if TYPE_CHECKING:
     from sspruner.testing.family import check_family
     from sspruner.testing.models import zoo
@@ -25,7 +27,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sspruner.testing' has no attribute {name!r}")
     if find_spec("hypothesis") is None:
-        raise ImportError("sspruner.testing needs hypothesis, which is not installed: pip install 'sspruner[testing]'")
+        raise ImportError(f"sspruner.testing needs hypothesis, which is not installed: {install('testing')}")
     return getattr(import_module(_HOME[name]), name)
 
 

@@ -46,6 +46,10 @@ _NAMES = {  # settings that vary between cases
     "jamba": (*_MAMBA1, "kv", "ratio"),
     "zamba": ("heads", "state", "rank", "bias", "conv_bias"),
     **dict.fromkeys(("kimi_linear", "bailing_hybrid", "glm5_next_text"), ("heads", "channels", "bias", "kv", "ratio")),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid"),
+        ("groups", "heads", "channels", "state", "kv", "ratio"),
+    ),
 }
 
 

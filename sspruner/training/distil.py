@@ -18,7 +18,7 @@ from torch import nn
 from sspruner.compute.device import check_whole
 from sspruner.compute.forward import embedding
 from sspruner.compute.quick import quick_on_cpu
-from sspruner.errors import InputError, ModelError
+from sspruner.errors import InputError, ModelError, install
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.trace import trace
 from sspruner.recipes.train import DistilRecipe
@@ -110,7 +110,7 @@ def with_lora(model: nn.Module, rank: int) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise InputError("lora needs the package peft: pip install 'sspruner[train]'") from error
+        raise InputError(f"lora needs the package peft: {install('train')}") from error
     masked = [name for name, p in model.named_parameters() if p.ndim > 1 and bool((p == 0).any())]
     if masked:
         raise InputError(f"lora: {masked[0]} holds zeros, which narrow matrices would fill; train all weights")

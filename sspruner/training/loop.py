@@ -22,7 +22,7 @@ from sspruner.errors import InputError
 from sspruner.evaluation.windows import alone, logits_of, losses_by_batch
 from sspruner.recipes.train import Settings
 from sspruner.training import checkpoint
-from sspruner.training.log import Log, forget_after
+from sspruner.training.log import Log, check_trackers, forget_after
 from sspruner.training.text import Text
 
 # (model, tokens (b, T)) -> the loss, and its parts by name; means over tokens
@@ -63,6 +63,7 @@ def train(
     checkpoint stays.
     """
     check_predicts_tokens(model, "train")
+    check_trackers(settings.log_with)
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
     memory = memory or {}
@@ -83,7 +84,7 @@ def train(
     if resumed:
         torch.set_rng_state(resumed["rng"])
     forget_after(metrics_file, step if resumed else -1)
-    with quick_on_cpu(model, device), Log(metrics_file) as log:
+    with quick_on_cpu(model, device), Log(metrics_file, settings.log_with) as log:
         if not resumed:
             first = last = perplexity(model, held_out, settings.at_once)
             log.write(0, held_out_perplexity=first)

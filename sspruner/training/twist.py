@@ -37,7 +37,7 @@ from sspruner.scoring.scores import Scores
 from sspruner.training import checkpoint
 from sspruner.training.arguments import recipe_of
 from sspruner.training.gradual import likelihood
-from sspruner.training.log import Log, forget_after
+from sspruner.training.log import Log, check_trackers, forget_after
 from sspruner.training.loop import Trained, adamw, note_step, over, perplexity, recompute, share, take_step
 from sspruner.training.run import run_folder
 from sspruner.training.shards import Shards
@@ -199,6 +199,7 @@ class _Run:
 
     def train(self, plans: list[Plan], device: torch.device) -> tuple[Trained, Draws]:
         """Train in rounds; an interrupted run continues from the end of one. plans: of the draws at the end."""
+        check_trackers(self.settings.log_with)
         settings, checkpoints, metrics_file = self.settings, self.folder / "checkpoints", self.folder / "metrics.jsonl"
         numbers = torch.zeros(3 + len(plans), dtype=torch.float64)  # step, seconds, bytes, perplexities before
         state = {"shards": {name: self.shards.sharded(name) for name in self.shards.parts}, "numbers": numbers}
@@ -209,7 +210,7 @@ class _Run:
         forget_after(metrics_file, step if resumed else -1)
         begun, saved = time.monotonic() - before, step
         blocks = self.text.training_blocks(skip=step * settings.batch)
-        with Log(metrics_file) as log:
+        with Log(metrics_file, settings.log_with) as log:
             if not resumed:
                 log.write(0, held_out_perplexity=fmean(numbers[3:].tolist()))
             while step < settings.steps and not over(begun, settings.max_minutes, device):

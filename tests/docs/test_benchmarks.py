@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: made by parts that exist and that `make bench` runs; the README quotes it."""
+"""Results in docs/: made by parts that exist and that `make bench` runs; the README quotes them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import math
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +23,16 @@ from sspruner.recipes.measure import BenchOptions
 from sspruner.scoring.known import find_scorer
 from support.paths import ROOT
 
-PAGES = {
-    name: (ROOT / f"docs/{name}").read_text(encoding="utf-8")
-    for name in ("benchmarks.md", "scaling.md", "when-it-pays.md")
-}
-PAGE, SCALING, PAYS = PAGES.values()
 MARK = re.compile(r"<!-- (.+): (begin|end) -->")
-FIXED = {"| method | 10 % | 30 % | 50 % | 70 % | 90 % |"}  # published by others: no script makes it
-
+PAGES = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if MARK.search(page)]
+TEXT = "".join(PAGES)
+BY_HAND = [  # no script makes them: published by others, formulas, sizes
+    "| method | 10 % | 30 % | 50 % | 70 % | 90 % |",
+    "| method | 25 % | 50 % | 75 % |",
+    "| | distillation, gradual | TwIST | calibration |",
+    "| states | fp32 | bf16, fp16 | int8, fp8 |",
+]
 
 BENCHMARKS = ROOT / "benchmarks"
 MOST_LINES = 2_000  # of Python; 4,500 before experiments were recipes
@@ -71,9 +74,7 @@ def outside(page: str) -> list[str]:
 
 
 def test_every_table_lies_between_marks() -> None:
-    assert set(outside(PAGE)) == FIXED
-    assert set(outside(SCALING)) == {"| | distillation, gradual | TwIST | calibration |"}
-    assert set(outside(PAYS)) == {"| states | fp32 | bf16, fp16 | int8, fp8 |"}
+    assert sorted(head for page in PAGES for head in outside(page)) == sorted(BY_HAND)
 
 
 def test_a_table_by_hand_is_found() -> None:
@@ -83,18 +84,15 @@ def test_a_table_by_hand_is_found() -> None:
 
 
 def test_marks_are_the_parts_that_make_bench_runs_and_their_files_exist(bench: ModuleType) -> None:
-    for name, page in PAGES.items():
-        marks = [mark for mark, what in MARK.findall(page) if what == "begin"]
-        assert sorted(marks) == sorted(p.name for p in bench.PARTS.values() if not p.trains and p.page == name)
+    marks = [mark for mark, what in MARK.findall(TEXT) if what == "begin"]
+    assert sorted(marks) == sorted(part.name for part in bench.PARTS.values() if not part.trains)
     assert all(part.files and all(file.is_file() for file in part.files) for part in bench.PARTS.values())
     assert all(set(part.after) <= set(bench.PARTS) for part in bench.PARTS.values())
     assert "benchmarks/all.py" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_every_table_names_the_part_that_makes_it(bench: ModuleType) -> None:
-    sections = re.findall(
-        r"^<!-- (\S+): begin -->\n(.*?)^<!-- \1: end -->", "".join(PAGES.values()), re.DOTALL | re.MULTILINE
-    )
+    sections = re.findall(r"^<!-- (\S+): begin -->\n(.*?)^<!-- \1: end -->", TEXT, re.DOTALL | re.MULTILINE)
     wrong = {name: re.findall(r"`python benchmarks/run\.py ([^\s`]+)[^`]*`", body) for name, body in sections}
     wrong = {name: named for name, named in wrong.items() if named != [name] * (not bench.PARTS[name].gpu)}
     assert not wrong  # no GPU was at hand
@@ -186,7 +184,10 @@ def test_a_part_runs_once_and_one_that_fails_leaves_the_page_alone(
     good = "import sys; work = sys.argv[5]; open(f'{work}/ran', 'a').write('x'); print('new', sys.argv[1], work)"
     monkeypatch.setattr(bench, "RUN", run)
     monkeypatch.setattr(bench, "DOCS", tmp_path)
-    monkeypatch.setattr(bench, "PARTS", {"a": importlib.import_module("run").Part("a", study="a", page="page.md")})
+    monkeypatch.setattr(bench, "draw", lambda pages, folder: None)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/damage.py").touch()
+    monkeypatch.setattr(bench, "PARTS", {"a": importlib.import_module("run").Part("a", study="a")})
     monkeypatch.setattr(sys, "argv", ["all.py", "--work", str(tmp_path)])
     run.write_text("print('half'); raise SystemExit(3)", encoding="utf-8")
     with pytest.raises(SystemExit, match="failed: a"):
@@ -200,18 +201,88 @@ def test_a_part_runs_once_and_one_that_fails_leaves_the_page_alone(
     assert "old" not in page.read_text(encoding="utf-8")
 
 
-def test_the_readme_quotes_numbers_of_the_page() -> None:
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    quoted = re.search(r"rises by ([\d.]+) %, and by ([\d.]+) % with GHOST's selection \(\[measured so\]", readme)
-    assert quoted
-    cells = {row: re.search(rf"^\| {row} \|(.*)\|$", balanced(), re.MULTILINE) for row in ("ghost", "balanced")}
-    dense = float(re.search(r"dense ([\d.]+)", balanced()).group(1))  # type: ignore[union-attr]
-    for row, percent in zip(("balanced", "ghost"), quoted.groups(), strict=True):
-        found = cells[row]
-        assert found
-        at_90 = float(found.group(1).split("|")[2].split("±")[0])
-        assert float(percent) == round(100 * (at_90 / dense - 1), 1)
+def part(name: str) -> str:
+    return TEXT.partition(f"<!-- {name}: begin -->")[2].partition(f"<!-- {name}: end -->")[0]
 
 
-def balanced() -> str:
-    return PAGE.split("<!-- damage: begin -->")[1].split("\n**KL")[0]
+def rows(text: str) -> dict[str, dict[str, str]]:
+    """The first table of a text: row -> column -> cell."""
+    lines = re.search(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert lines
+    head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[0].splitlines()]
+    return {cells[0]: dict(zip(head[1:], cells[1:], strict=True)) for cells in body}
+
+
+def increase(perplexity: str, dense: str) -> str:
+    return f"+{100 * (float(perplexity.split()[0]) / float(dense) - 1):.1f} %"
+
+
+def test_the_readme_quotes_numbers_of_the_pages() -> None:
+    readme = rows((ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- results: begin -->")[2])
+    reconstruct = rows(part("reconstruct"))
+    for label, row in {
+        "Mamba2, 32 of 128": "mamba2-books-4m state, 32 of 128",
+        "Mamba2, 13 of 128": "mamba2-books-4m state, 13 of 128",
+        "Mamba1, 4 of 16": "mamba1-books state, 4 of 16",
+    }.items():
+        for quoted, column in zip(list(readme[label].values()), ("none", "reconstruct", "balanced"), strict=False):
+            found = re.match(r"([+-][\d.]+)%", reconstruct[row][column])
+            assert quoted == (f"{float(found[1]):+.1f} %" if found else "has none"), (label, column)
+    for name, label, column, cells in (
+        ("damage", "Mamba2, 64 of 128", "50% (keeps 64)", ("ghost", "ghost, reconstruct", "balanced")),
+        ("delta", "gated delta net, 16 of 64", "1/4 (keeps 16)", ("ghost", "ghost, reconstruct", "balanced")),
+    ):
+        dense = re.search(r"dense ([\d.]+)", part(name))
+        assert dense
+        for quoted, row in zip(list(readme[label].values()), cells, strict=False):
+            assert quoted == increase(rows(part(name))[row][column], dense[1]), (label, row)
+
+
+def test_the_readme_quotes_published_numbers_of_the_page() -> None:
+    readme = rows((ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- results: begin -->")[2])
+    labels = {"50 %": "Mamba2, 64 of 128", "75 %": "Mamba2, 32 of 128", "90 %": "Mamba2, 13 of 128"}
+    for intro, row, place in (
+        ("Mamba2-1.3B, WikiText-2", "GHOST", -2),
+        ("Phi-Mamba-1.5B, WikiText-2", "Taylor, second form", -1),
+    ):
+        text = TEXT.partition(f"\n{intro}")[2]
+        dense = re.search(r"dense ([\d.]+)", text)
+        assert dense
+        published = rows(text)[row]
+        for cut, label in labels.items():
+            expected = increase(published[cut], dense[1]) if cut in published else "–"
+            assert list(readme[label].values())[place] == expected, (row, cut)
+
+
+def test_the_readmes_picture_is_that_of_the_table(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    picture = runpy.run_path(str(ROOT / "docs/figures/damage.py"))
+    found, cells = picture["curves"](TEXT), rows(part("reconstruct"))
+    for column, curve in found.items():
+        assert sorted(curve) == [4, 13, 32]
+        for kept, interval in curve.items():
+            cell = cells[f"mamba2-books-4m state, {kept} of 128"][column]
+            assert cell.startswith("{:+.2f}% ({:+.2f}% to {:+.2f}%)".format(*interval))
+    matplotlib.use("Agg")
+    for paper in picture["PAPERS"]:
+        drawn = (ROOT / f"docs/figures/damage-{paper}.svg").read_text(encoding="utf-8")
+        picture["draw"](found, tmp_path / "new.svg", paper)
+        if f"Matplotlib v{matplotlib.__version__}," in drawn:  # another one may draw another outline
+            assert (tmp_path / "new.svg").read_text(encoding="utf-8") == drawn
+
+
+def test_a_part_has_one_page(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "DOCS", tmp_path)
+    for name in ("one", "two"):
+        marks = [f"<!-- {part}: {what} -->" for part in ("both", name) for what in ("begin", "end")]
+        (tmp_path / f"{name}.md").write_text("before\n{}\n{}\n{}\n{}\nafter\n".format(*marks), encoding="utf-8")
+    bench.insert("two", "new\n")
+    assert "new" not in (tmp_path / "one.md").read_text(encoding="utf-8")
+    assert (
+        (tmp_path / "two.md")
+        .read_text(encoding="utf-8")
+        .endswith("<!-- two: begin -->\nnew\n\n<!-- two: end -->\nafter\n")
+    )
+    for name, count in (("both", 2), ("none", 0)):
+        with pytest.raises(SystemExit, match=f"marks of {name} stand in {count} pages"):
+            bench.insert(name, "new")

@@ -18,8 +18,13 @@ def mamba2(heads: int, head_dim: int, state: int, groups: int) -> RecurrentLayer
 
 def delta_net(key_heads: int, value_heads: int, key_dim: int, value_dim: int) -> RecurrentLayer:
     """A gated delta net: the convolution is over q, k and v."""
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    return RecurrentLayer(channels, value_heads * value_dim * key_dim)
+    channels, state = value_heads * value_dim, value_heads * value_dim * key_dim
+    return RecurrentLayer(channels, state, 4, value_heads, key_heads, 2 * key_heads * key_dim, delta=True)
+
+
+def kda(heads: int, dim: int) -> RecurrentLayer:
+    """Kimi delta attention: every head has a q, a k and a v of its own."""
+    return RecurrentLayer(3 * heads * dim, heads * dim * dim, 4, heads, delta=True)
 
 
 #: Nemotron-3-Super: its config names no dtype of the state, so that vLLM takes fp32.
@@ -33,6 +38,8 @@ QWEN_27B = CacheLayers(
 QWEN_4B = CacheLayers(
     24, delta_net(16, 32, 128, 128), 8, kv_heads=4, head_dim=256, family="qwen3_5_text", state_dtypes=_FP32
 )
+#: Kimi-Linear-48B-A3B: a token is one vector of 512 numbers and 64 rotated ones to all heads of its attention.
+KIMI = CacheLayers(20, kda(32, 128), 7, latent=512 + 64, family="kimi_linear")
 FALCON_H1 = CacheLayers(24, mamba2(48, 64, 256, 1), 24, kv_heads=2, head_dim=128, family="falcon_h1")
 
 

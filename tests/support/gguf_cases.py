@@ -14,7 +14,8 @@ from sspruner.plans.plan import Plan
 from sspruner.testing.plans import selection
 from support.zoo import zoo
 
-# Without biases of in_proj, for which GGUF has no place; the last field names the variant.
+# Without biases of in_proj, for which GGUF has no place; the last field names the variant. Delta rules with as many key
+# as value channels, and KDA with as many heads as attention.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {}),
     "mamba, no convolution bias": ("mamba", {"conv_bias": False}),
@@ -31,6 +32,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h", {"layers": "M-AM"}),
     "nemotron_h, groups of experts": ("nemotron_h", {"layers": "MEAME"}),
     "nemotron_h, experts": ("nemotron_h", {"layers": "MEAM", "moe_latent_size": None, "n_group": 1, "topk_group": 1}),
+    "qwen3_5": ("qwen3_5_text", {"channels": 6, "heads": 3}),
+    "qwen3_5, tied": ("qwen3_5_text", {"channels": 6, "heads": 1, "kv": 1, "tie_word_embeddings": True}),
+    "qwen3_5, experts": ("qwen3_5_moe_text", {"channels": 6}),
+    "qwen3_next, experts": ("qwen3_next", {"channels": 6, "heads": 3, "experts": 3}),
+    "kimi_linear, experts": ("kimi_linear", {"heads": 4, "q_lora_rank": None, "rms_norm_eps": 1e-6}),
+    "bailing_hybrid, experts": ("bailing_hybrid", {"heads": 4}),
+}
+# Axes that llama.cpp takes with another one alone.
+TIED = {
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), ("state", "head_dim")),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), ("state", "head_dim", "head", "attn_head", "mlp")),
 }
 # Cuts that change the number of channels or the hidden size alone: llama.cpp builds twice the hidden size in these.
 TWICE = ("mamba", "falcon_mamba", "jamba", "bamba", "granitemoehybrid")
@@ -62,6 +74,7 @@ def axes_of(name: str) -> list[str]:
     alone = [axis for axis in graph.axes if axis not in ("weight", "decay", "mixer")]
     alone = [axis for axis in alone if not (family in TWICE and axis in CHANNELS)]
     several = [axis for axis in alone if all(g.counts() for g in graph.on_axis(axis).values())]
+    several = [axis for axis in several if axis not in TIED.get(family, ())]
     if name == "jamba, experts":  # its dense MLPs have the experts' width
         several = [axis for axis in several if axis not in ("mlp", "expert_mlp")]
     return [axis for axis in several if not ("experts" in name and axis == "block")]  # a block of experts may not go

@@ -56,10 +56,11 @@ class Model:
         Returns for each prompt its logits (T, V), and the tokens that follow it.
         """
         total = sum(map(len, prompts))
+        # Kimi Linear wants n_ubatch and n_ctx to be multiples of the number of sequences.
         context = llama_api.context(
-            self.model, n_ctx=max(512, 2 * len(prompts) * (max(map(len, prompts)) + new)),
+            self.model, n_ctx=len(prompts) * max(512, 2 * (max(map(len, prompts)) + new)),
             n_seq_max=len(prompts), n_outputs_max_per_seq=0, n_threads=1, n_threads_batch=1, flash_attn_type=0,
-            type_k=FLOAT32, type_v=FLOAT32, n_batch=max(total, 2048),
+            type_k=FLOAT32, type_v=FLOAT32, n_batch=max(total, 2048), n_ubatch=512 * len(prompts),
         )  # fmt: skip
         tokens = [(t, i, s) for s, prompt in enumerate(prompts) for i, t in enumerate(prompt)]
         rows = self._decode(context, tokens)

@@ -9,14 +9,27 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sspruner.benchmarking.cache_layers import CacheLayers, RecurrentLayer
+from sspruner.benchmarking.cache_layers import CacheLayers
 from sspruner.benchmarking.engine_memory import CACHES, engine_cache
 from sspruner.benchmarking.llama_cache import LlamaCache
 from sspruner.benchmarking.sglang_cache import SglangCache
 from sspruner.benchmarking.vllm_cache import VllmCache
 from sspruner.errors import InputError, ModelError
 from sspruner.recipes.serving import EngineOptions
-from support.engine_layers import CONTEXTS, FALCON_H1, GIB, NANO, QWEN_4B, QWEN_27B, SUPER, SUPER_64, layers, mamba2
+from support.engine_layers import (
+    CONTEXTS,
+    FALCON_H1,
+    GIB,
+    KIMI,
+    NANO,
+    QWEN_4B,
+    QWEN_27B,
+    SUPER,
+    SUPER_64,
+    delta_net,
+    layers,
+    mamba2,
+)  # fmt: skip
 
 FP8 = EngineOptions(kv_dtype="fp8")
 CACHED = EngineOptions(kv_dtype="fp8", prefix_caching=True)
@@ -66,7 +79,7 @@ def test_qwen_4b() -> None:
     cache = VllmCache(QWEN_4B, EngineOptions(prefix_caching=True))
     assert (cache.page, cache.block, cache.blocks(8 * GIB)) == (49_152 + 2_097_152, 528, 496)
     assert VllmCache(QWEN_4B, block_size=64).block == 576  # FlashInfer's prefill wants multiples of 64
-    half = replace(QWEN_4B, layer=RecurrentLayer(2 * 16 * 64 + 32 * 128, 32 * 128 * 64))
+    half = replace(QWEN_4B, layer=delta_net(16, 32, 64, 128))
     cut = VllmCache(half, EngineOptions(prefix_caching=True))
     assert (cut.block, cut.blocks(8 * GIB)) == (272, 963)
     found = [round(one.concurrency(8 * GIB, context), 1) for context in CONTEXTS[:2] for one in (cache, cut)]
@@ -75,6 +88,27 @@ def test_qwen_4b() -> None:
     assert plain == [45.1, 50.7]
     bf16 = EngineOptions(prefix_caching=True, state_dtype="bfloat16")
     assert VllmCache(QWEN_4B, bf16).block == cut.block  # half the bytes of a state, however they are saved
+    assert round(100 * VllmCache(QWEN_4B).padding, 2) == 0.76  # vllm-project/vllm pull 37467: "Padding ... by 0.76%"
+    drafts = VllmCache(QWEN_4B, EngineOptions(spec=2))  # more columns of the convolution's state, and more slots
+    assert (drafts.page - cache.page, drafts.slots) == (2 * 8192 * 2, 3)
+
+
+def test_log_of_kimi_linear() -> None:
+    """vllm-project/vllm issue 30092: "Setting attention block size to 1920 tokens", in bf16 with an fp32 state."""
+    cache = VllmCache(KIMI)
+    assert (cache.state_dtype, cache.kv, cache.page) == ("float32", 576 * 2, 3 * 3 * 4096 * 2 + 32 * 128 * 128 * 4)
+    assert (cache.block, cache.group, cache.recurrent_groups, cache.slots) == (1920, 7, 3, 1)
+    assert VllmCache(KIMI, EngineOptions(prefix_caching=True)).slots == 2
+    assert VllmCache(KIMI, tp=2).kv == cache.kv, "every GPU keeps the whole vector"
+    assert (SglangCache(KIMI).kv, LlamaCache(KIMI).kv) == (7 * 576 * 2, 7 * 576 * 2)
+    assert SglangCache(KIMI).slot_bytes == 20 * (3 * 3 * 4096 * 2 + 32 * 128 * 128 * 4)
+    assert LlamaCache(KIMI).slot_bytes == 20 * 4 * (3 * 3 * 4096 + 32 * 128 * 128)
+
+
+def test_blocks_of_latent_attention_are_of_at_least_128_tokens() -> None:
+    small = replace(KIMI, layer=replace(KIMI.layer, state=1, channels=96))
+    assert VllmCache(small).block == 128
+    assert VllmCache(small, block_size=256).block == 256
 
 
 def test_replayssm() -> None:
@@ -118,6 +152,8 @@ def test_logs_of_sglang() -> None:
 def test_logs_of_llama_cpp() -> None:
     """Super: 172.7 MB, N 64: 88.3 MB; BurnySc2/genie-claw issue 410, Falcon-H1-1.5B: "R 0.98 + S 72.00 MiB"."""
     assert [f"{LlamaCache(model).slot_bytes / 1e6:.1f}" for model in (SUPER, SUPER_64)] == ["172.7", "88.3"]
+    qwen = LlamaCache(QWEN_4B)  # JamePeng/llama-cpp-python issue 78: "R (f32): 2.25 MiB, S (f32): 48.00 MiB"
+    assert (qwen.conv_bytes / 2**20, qwen.state_bytes / 2**20) == (2.25, 48.0)
     falcon = LlamaCache(FALCON_H1)
     assert f"R {falcon.conv_bytes / 2**20:.2f} + S {falcon.state_bytes / 2**20:.2f}" == "R 0.98 + S 72.00"
 
@@ -147,6 +183,8 @@ def test_heads_and_groups_are_split_over_gpus() -> None:
     assert [VllmCache(SUPER, FP8, tp=tp).kv for tp in (1, 2, 8)] == [512, 256, 256]
     with pytest.raises(ModelError, match="tp 3: the 128 heads of a layer cannot be split evenly"):
         VllmCache(SUPER, tp=3)
+    with pytest.raises(ModelError, match="tp 32: the 16 key heads of a layer cannot be split evenly"):
+        VllmCache(QWEN_4B, tp=32)
 
 
 # ------------------------------------------------------------------------------------------------ brute force
@@ -244,7 +282,7 @@ def test_without_attention_a_smaller_state_is_never_worse(model: CacheLayers, po
         ("llama.cpp", {"state_dtype": "bfloat16"}, "llama.cpp keeps states in float32 alone"),
         ("llama.cpp", {"kv_dtype": "fp8"}, "kv-dtype fp8"),
         ("llama.cpp", {"prefix_caching": True}, "prefix-caching: llama.cpp"),
-        ("llama.cpp", {"spec": 2}, "nemotron_h alone"),
+        ("llama.cpp", {"spec": 2}, "nemotron_h, qwen3_5_text, qwen3_5_moe_text, bailing_hybrid alone"),
         ("exllama", {}, "its memory is counted for vllm, sglang, llama.cpp"),
     ],
 )

@@ -21,6 +21,7 @@ from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.recall import recall, sequences
 from sspruner.recipes.parts import Reconstruction
 from sspruner.scoring.known import installed_scorers
+from sspruner.units import interval_text
 from support.command import run as cli
 from support.tensors import same, tensors
 from support.tiny import tiny_model, tokens
@@ -127,9 +128,10 @@ def test_a_smaller_dense_model_stands_beside_the_cuts_of_its_state() -> None:
     assert found.baseline.measures["kl_to_dense"].low > 0  # against the larger one, not itself
     ratio = alone.value / found.dense.measures["perplexity"].value
     assert found.baseline.measures["perplexity_ratio"].value == pytest.approx(ratio, rel=1e-6)
-    ((_, _, rows),) = found.tables()
-    assert rows[-1][:2] == ["smaller dense: little", ""]
-    assert rows[-1][2].startswith(f"{alone.value:.3f}")
+    (_, _, rows), (_, _, divergences) = found.tables()
+    assert rows[-1][:2] == divergences[-1][:2] == ["smaller dense: little", ""]
+    change = found.baseline.measures["perplexity_ratio"]
+    assert rows[-1][2] == interval_text([100 * (x - 1) for x in change], unit=" %", sign="+")
     assert "smaller dense model little" in found.to_markdown()
     small.resize_token_embeddings(small.config.vocab_size + 1)
     with pytest.raises(sspruner.InputError, match="same tokens"):
@@ -197,7 +199,7 @@ def test_json_markdown_and_csv_say_the_same(tmp_path: Path) -> None:
         assert data["cells"][label]["0.01"] == {"error": row[0.01]}
         own = {line["measure"]: line for line in lines if (line["scorer"], line["sparsity"]) == (label, "0.5")}
         assert {name: tuple(float(own[name][k]) for k in ("value", "low", "high")) for name in own} == cut.measures
-        shown = f"{cut.measures['perplexity'].value:.3f} ({cut.measures['kl_to_dense'].value:.4f})"
+        shown = interval_text(cut.measures["kl_to_dense"])
         assert f"| {label} | {shown} | – |" in (tmp_path / "compare.md").read_text()
 
 
@@ -284,14 +286,15 @@ def test_what_is_no_number_is_null_in_json_and_shown_as_such(tmp_path: Path) -> 
     found = sspruner.compare(model, ["random"], sparsities=(0.5,), calibration=data_of(model))
     cut = found.cells["random"][0.5]
     assert isinstance(cut, Cut)
-    broken = replace(cut, measures=cut.measures | {"perplexity": Interval(math.nan, math.nan, math.inf)})
+    nothing = Interval(math.nan, math.nan, math.inf)
+    broken = replace(cut, measures=cut.measures | {"perplexity": nothing, "perplexity_ratio": nothing})
     found = replace(found, cells={"random": {0.5: broken}})
     found.save(tmp_path)
     data = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)["cells"]["random"]["0.5"]
     assert (data["perplexity"], data["perplexity_interval"]) == (None, [None, None, None])
     assert math.isnan(Cut.from_json(data).measures["perplexity"].value)
     assert Cut.from_json(data).measures["kl_to_dense"] == cut.measures["kl_to_dense"]
-    assert "nan (" in found.to_markdown()
+    assert "| nan % |" in found.to_markdown()
     sspruner.report(tmp_path)
     assert (tmp_path / "report.html").is_file()
 

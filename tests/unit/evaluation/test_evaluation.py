@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import sspruner
 from sspruner.evaluation import paired
 from sspruner.evaluation.last_word import last_word_accuracy
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.result import Row
+from sspruner.reporting.evaluation import evaluation_table
 from support.command import run, saved_model
 from support.tiny import tiny_model, tokens
 
@@ -211,7 +214,7 @@ def test_tasks_without_lm_eval_are_one_line(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = run("evaluate", saved_model(tmp_path / "m", layers=1), "--metrics", "none", "--tasks", "x", "--limit", 1)
     assert done.exit_code == 2
-    assert "pip install 'sspruner[eval]'" in done.stderr
+    assert "in a clone of sspruner, pip install '.[eval]'" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -225,3 +228,16 @@ def test_intervals_of_the_table_are_those_of_the_parts(pair: tuple) -> None:
     assert theirs is not None
     assert found["perplexity"].change == pytest.approx(paired.perplexity_ratio(own.nll, theirs.nll, own.tokens, 3))
     assert found["kl_to_dense"].value == pytest.approx(paired.rate(own.kl, own.tokens, 3))
+
+
+def test_recall_at_chance_is_said_beside_it() -> None:
+    """A model that was not trained on the task names hardly one of the values that it read: chance, not damage."""
+    found = sspruner.evaluate(tiny_model(), text=tokens(2, 40), metrics=("recall",))
+    console = Console(file=io.StringIO(), width=160)
+    console.print(evaluation_table(found))
+    accuracy, nll = console.file.getvalue().split("recall_accuracy")[1].split("recall_nll")
+    assert "at chance" in accuracy
+    assert "chance" not in nll
+    better = replace(found, rows=(replace(found["recall_accuracy"], value=Interval(0.9, 0.8, 1.0)),))
+    console.print(evaluation_table(better))
+    assert console.file.getvalue().count("at chance") == 1

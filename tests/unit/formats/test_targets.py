@@ -62,7 +62,7 @@ def asked(graph: sspruner.SSMGraph, axis: str, wanted: Fit, **budget: Any) -> di
 # The table
 
 
-CONDITIONS = {"one_of", "most", "multiple", "twice", "powers", "shards"}
+CONDITIONS = {"one_of", "most", "multiple", "twice", "equals", "powers", "shards"}
 OF_CONFIG = {"values", "items", "same", "given"}
 
 
@@ -82,7 +82,7 @@ def test_the_table_means_something(name: str) -> None:
         assert rule.checked
         assert set(rule.backends) <= backends
         assert rule.writer in ("", "hf", row["writer"])  # "hf": of a way that another program takes from there
-        others = {other for other in (rule.twice, rule.multiple) if isinstance(other, str) and other}
+        others = {other for other in (rule.twice, rule.equals, rule.multiple) if isinstance(other, str) and other}
         assert {rule.of, *others} - {""} <= set(quantities())
         assert set(rule.models) <= set(read.models)
         assert read.shards or not rule.shards
@@ -125,6 +125,7 @@ def test_quantities_are_what_the_tensors_hold() -> None:
         ({"multiple": 3}, 6, 7),
         ({"multiple": "hidden"}, 8, 6),
         ({"twice": "hidden"}, 8, 4),
+        ({"equals": "hidden"}, 4, 8),
         ({"powers": 4}, 8, 2),
         ({"powers": 4}, 8, 6),
     ],

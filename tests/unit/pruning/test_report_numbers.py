@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sspruner.evaluation.damage import Damage
+from sspruner.evaluation.paired import Interval
 from sspruner.pruning.report import measured, sparsity_of
 
 
@@ -27,4 +28,6 @@ def test_zeros_are_counted_by_tensor_and_in_total():
 
 
 def test_what_is_measured_is_the_pruned_model():
-    assert measured(Damage(3.0, 5.0, 0.25, 7)) == {"perplexity": 5.0, "kl_to_dense": 0.25}
+    ratio = Interval(5 / 3, 1.5, 2.0)
+    assert measured(Damage(3.0, 5.0, 0.25, 7, ratio)) == {
+        "perplexity": 5.0, "perplexity_ratio": [5 / 3, 1.5, 2.0], "kl_to_dense": 0.25}  # fmt: skip

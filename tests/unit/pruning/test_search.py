@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import sspruner
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.evaluation.damage import Damage, damages
+from sspruner.evaluation.paired import Interval
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import Selection
 from sspruner.pruning import decide as deciding
@@ -58,7 +59,7 @@ def met(
         after = next(iter(plan.groups.values())).after
         i = next(i for i, s in enumerate(cuts) if round(12 * (1 - s)) == after)
         asked.append(cuts[i])
-        return [Damage(100.0, 100.0 * (1 + costs[i]), costs[i], 10)]  # type: ignore[index]
+        return [Damage(100.0, 100.0 * (1 + costs[i]), costs[i], 10, Interval.exactly(1 + costs[i]))]  # type: ignore[index]
 
     if patch and costs is not None:
         patch.setattr(search, "damages", pretend)

@@ -34,7 +34,7 @@ FULL: list[Any] = [
     DistilRecipe.of(
         teacher="big", alpha=0.9, temperature=2.0, hidden=0.5, lora=4, text=("a", "b"), held_out=3, max_tokens=99,
         max_minutes=1.5, batch=6, at_once=3, seq_len=8, learning_rate=0.01, warm_up=0.5, weight_decay=0.2, clip=3.0,
-        bf16=True, recompute=True, every=7, seed=11,
+        bf16=True, recompute=True, every=7, seed=11, log_with=("tensorboard", "wandb"),
     ),
     GradualRecipe.of(
         axis="state", sparsity=0.3, alpha=0.5, mask_every=3, begin=0.2, end=0.9, allocation="global", teacher="big",

@@ -134,13 +134,13 @@ def test_numbers_are_those_of_the_report_and_of_the_model(tmp_path: Path) -> Non
         ("without the refit: perplexity", [report.refit["without"]["perplexity"]]),
         ("without the refit: KL", [report.refit["without"]["kl_to_dense"]]),
     ):
-        assert [float(n) for n in card.row(label)[:2] if n] == pytest.approx(said, abs=5e-4), label
+        assert [float(n) for n in card.row(label)[:2] if n] == pytest.approx(said, rel=5e-4), label
     assert card.row("recurrent state per sequence, fp32")[:2] == ["576 B", "288 B"]  # 3 layers, 8 channels, state, 4 B
     assert card.row("refit") == ["output"]
     assert "state: 6 → 3 units in each of 3 layers" in card.text
     held_out = report.calibration["held_out_tokens"]
     assert f"evaluated on {held_out} tokens of tokens, held out from calibration" in card.text
-    assert f"predicted {report.proof.parameters_removed:,} parameters and 288 bytes of state" in card.text
+    assert f"predicted {report.proof.parameters_removed:,} parameters and 288 B of state" in card.text
     assert "In this folder" not in card.heads
     assert card.front == {
         "library_name": "transformers",
@@ -263,7 +263,7 @@ def test_an_export_says_what_the_prune_did(tmp_path: Path, monkeypatch: pytest.M
         card = Card(Path(to, "README.md").read_text())
         assert card.title[0].content == "tiny"
         assert card.code[-1] == ("bash", "sspruner prune tiny\n")
-        assert float(card.row("perplexity")[1]) == pytest.approx(result.report.pruned["perplexity"], abs=5e-4)
+        assert float(card.row("perplexity")[1]) == pytest.approx(result.report.pruned["perplexity"], rel=5e-4)
         if to == "hf-padded":
             padded, _ = sspruner.load(to)
             size = sspruner.trace(padded)

@@ -26,6 +26,7 @@ from sspruner.reporting.folder import clean, read_folder
 from sspruner.reporting.score_sections import below_best
 from sspruner.reporting.sections import sections
 from sspruner.scoring.scores import Scores
+from sspruner.units import as_bytes
 from support.command import done, refused, tree
 from support.examples import examples
 from support.reports import BENCH, EVALUATION, HOSTILE, bench_row, evaluated, write
@@ -135,9 +136,12 @@ def numbers(text: str) -> list[float]:
 
 
 def same(text: str, interval: list[float]) -> bool:
+    """Whether a text shows a value, or a value and its interval, each rounded to the digits that are shown."""
     found = numbers(text)
     wanted = interval[:1] if len(found) == 1 else interval
-    return found == pytest.approx(wanted, rel=6e-5)
+    parts = re.findall(r"(\d[\d,]*)\.?(\d*)(e-\d+)?|inf", text)
+    last = [0.501 * 10.0 ** -len(places) * float(f"1{power}") for _, places, power in parts]  # half of the last digit
+    return all(a == b or abs(a - b) <= digit for a, b, digit in zip(found, wanted, last, strict=True))
 
 
 def figures(shown: list[Section]) -> set[str]:
@@ -186,15 +190,15 @@ def test_figures_are_there_if_their_data_are_and_tables_hold_every_number(
             for s, cell in row.items():
                 said = rows[clean(label), f"{100 * float(s):g} %"]
                 if "error" in cell:
-                    assert said["state bytes"] == clean(cell["error"])
+                    assert said["state"] == clean(cell["error"])
                     continue
                 for metric in set(cell) - {"state_bytes", "parameters", "kept"}:
                     assert same(said[metric.replace("_", " ")], cell[metric]), (metric, said)
-                assert numbers(said["state bytes"]) == [cell["state_bytes"]]
+                assert said["state"] == as_bytes(cell["state_bytes"])
                 assert numbers(said["parameters"]) == [cell["parameters"]]
         assert (("smaller dense", "0 %") in rows) == (compare["baseline"] is not None)
     if bench:
-        found = table(shown, "Speed", "All numbers")
+        found = table(shown, "Speed in transformers", "All numbers")
         assert len(found.rows) == len(bench["rows"])
         for said, row in zip((dict(zip(found.head, r, strict=True)) for r in found.rows), bench["rows"], strict=True):
             assert (said["model"], said["phase"], said["batch"]) == (
@@ -414,14 +418,14 @@ def test_an_evaluation_is_a_table_with_intervals(tmp_path: Path) -> None:
     assert (section.title, provenance.title) == ("Quality", "Where this comes from")
     assert section.tables[0].head == ("metric", "value", "b", "change", "items")
     assert section.tables[0].rows == (
-        ("perplexity", "12.5 (12 to 13)", "10 (9 to 11)", "ratio 1.25 (1.2 to 1.3)", "7"),
-        ("accuracy", "0.5 (0.25 to 0.75)", "0.75 (0.5 to 1)", "difference -0.25 (-0.5 to 0)", "9"),
+        ("perplexity", "12.50 (12.00 to 13.00)", "10.0 (9.0 to 11.0)", "ratio 1.250 (1.200 to 1.300)", "7"),
+        ("accuracy", "0.50 (0.25 to 0.75)", "0.75 (0.50 to 1.00)", "difference -0.25 (-0.50 to 0.00)", "9"),
         ("alone", "3", "–", "–", "12,000"),
     )
     assert section.tables[1].head == ("", "value", "against", "items")
     assert section.tables[1].rows == (
-        ("128", "20 (19 to 21)", "–", "7"),
-        ("256", "18 (17 to 19)", "16", "7"),
+        ("128", "20.0 (19.0 to 21.0)", "–", "7"),
+        ("256", "18.0 (17.0 to 19.0)", "16", "7"),
         ("8k", "–", "–", "7"),
     )
 
@@ -482,7 +486,7 @@ def test_a_missing_library_is_one_line(
 ) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(BENCH))
     monkeypatch.setattr(pages, "find_spec", lambda name: None if name in missing else object())
-    refused(tmp_path, ("pip install 'sspruner[report]'", *missing), "report", tmp_path)
+    refused(tmp_path, ("in a clone of sspruner, pip install '.[report]'", *missing), "report", tmp_path)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def content() -> dict[str, Any]:
             f"{s:g}": {
                 "perplexity": [20 + i, 19, 29], "perplexity_ratio": [1 + s * i / 3, 1, 3], "kl_to_dense": [s**6, 0, 1],
                 "top1_agreement": [0.5, 0.4, 0.6], "lambada_accuracy": [0.5, 0.4, 0.6], "recall_accuracy": [1, 0.5, 1],
-                "state_bytes": round(1e6 * (1 - s)), "parameters": 10**9,
+                "state_bytes": round(1e6 * (1 - s)), "parameters": 10**9, "kept": {},
             }
             for s in (0.25, 0.5, 0.9)
         }
@@ -39,8 +39,11 @@ def content() -> dict[str, Any]:
     cells["ghost"]["0.9"] = {"error": f"{HOSTILE} cannot be cut so far, for a reason that takes a whole line to tell"}
     compare = {
         "version": 1, "model": HOSTILE, "axis": "state", "sparsities": [0.25, 0.5, 0.9], "cells": cells,
-        "dense": {"perplexity": [19, 18, 20], "state_bytes": 10**6, "parameters": 10**9},
-        "baseline": {"perplexity": 22, "state_bytes": 500_000, "parameters": 10**8}, "command": f"compare {long}",
+        "dense": {"perplexity": [19, 18, 20], "state_bytes": 10**6, "parameters": 10**9, "kept": {}},
+        "baseline": {"perplexity": 22, "state_bytes": 500_000, "parameters": 10**8, "kept": {}},
+        "command": f"compare {long}",
+        "calibration": {"source": "t", "tokens": 9, "held_out_tokens": 8, "held_out_is_separate": True},
+        "versions": {}, "seed": 0, "from_cache": [],
     }  # fmt: skip
     rows = [bench_row(batch=b, model=m, state_bytes=s, tokens_per_second=[b * 9, b * 8, b * 10], path=long)
             for b in (1, 16, 64) for m, s in (("dense", 10**6), ("half", 500_000), (HOSTILE, 100_000))]  # fmt: skip
@@ -72,7 +75,7 @@ def test_what_the_page_shows(report: tuple[Path, str], width: int, dark: bool, t
     shown = sections(read_folder(folder))
     assert found["console"] == []
     assert found["loaded"] == []
-    assert found["scripts"] == 0
+    assert found["scripts"] == 1  # that of the buttons to copy
     assert (found["width"], found["dark"]) == (width, dark)
     assert (found["paper"] < 0.1) if dark else (found["paper"] > 0.9)
     assert found["overflow"] == [0, 0]

@@ -1,0 +1,60 @@
+"""The result of a report in a line or two for each cut and comparison: what stands above the pictures."""
+
+from __future__ import annotations
+
+from sspruner.axes import ELEMENT_AXES, axis_of
+from sspruner.comparison.record import Comparison, Cut
+from sspruner.evaluation.paired import Interval
+from sspruner.pruning.report import RATIO, Report
+from sspruner.reporting.folder import Folder
+from sspruner.units import as_bytes, interval_text, number_text, percent, span
+
+
+def headline(folder: Folder) -> list[str]:
+    """Return what was cut and what it cost: a sentence or two for each prune, one for each comparison."""
+    cuts = [_of_report(report) for report in folder.report.values()]
+    return cuts + [line for compared in folder.compare.values() for line in _of_comparison(compared)]
+
+
+def change_of_perplexity(ratio: Interval) -> str:
+    """Format a ratio of perplexities as the change in per cent, with its interval."""
+    return interval_text([100 * (x - 1) for x in ratio], unit=" %", sign="+")
+
+
+def _of_report(report: Report) -> str:
+    sizes = []
+    for axis in report.axis.split(", "):
+        layers = [size for name, size in report.layers.items() if axis_of(name) == axis]
+        if layers and axis not in ELEMENT_AXES:
+            before, after = (span(sorted({size[when] for size in layers})) for when in ("before", "after"))
+            sizes.append(f"{axis} {before} → {after}")
+    cut = ", ".join(sizes) or report.axis
+    parts = [f"{report.model or 'The model'}: {report.scorer} cut {cut}."]
+    if RATIO in report.pruned:
+        cost = change_of_perplexity(Interval(*report.pruned[RATIO]))
+        parts.append(f"Perplexity {cost}, KL {number_text(report.pruned['kl_to_dense'])} nats per token.")
+    state = [sizes["state_bytes"] for sizes in (report.dense, report.pruned)]
+    if state[0] != state[1]:
+        sizes_of_state = " → ".join(map(as_bytes, state))
+        parts.append(f"State per sequence {sizes_of_state} ({percent(*state)}).")
+    if report.proof:
+        proof = report.proof
+        parts.append(f"Proof: sliced = masked to {proof.error:.1e} (limit {proof.tolerance:.0e}).")
+    return " ".join(parts)
+
+
+def _of_comparison(compared: Comparison) -> list[str]:
+    """Return the scorer with the least damage at the deepest cut that any of them made."""
+    for sparsity in sorted(compared.sparsities, reverse=True):
+        measured = {
+            label: cut.measures["perplexity_ratio"]
+            for label, row in compared.cells.items()
+            if isinstance(cut := row.get(sparsity), Cut) and "perplexity_ratio" in cut.measures
+        }
+        if measured:
+            best = min(measured, key=lambda label: measured[label].value)
+            return [
+                f"{compared.model or 'The model'}: of {len(measured)} scorers {best} costs least with "
+                f"{100 * sparsity:g} % of {compared.axis} removed: perplexity {change_of_perplexity(measured[best])}."
+            ]
+    return []
