@@ -88,21 +88,26 @@ def command(
             if result.scores.from_cache:
                 say(f"scores of {result.report.scorer}{from_cache(result.scores)}")
             if output.out:
-                say(f"saved to {output.out}\n{loading(result.model, output.out)}\n{next_steps(model, output.out)}")
+                load = loading(result.model, output.out)
+                say(f"saved to {output.out}\n{load}\n{next_steps(model, output.out, 'AutoModel' in load)}")
             else:
                 say("nothing saved; add --out DIR to keep the pruned model")
     barrier()
 
 
-def next_steps(model: str | None, out: Path) -> str:
-    """Return what to do with a pruned model: measure it, look at it, serve it; without a MODEL, prune one's own."""
+def next_steps(model: str | None, out: Path, stock: bool) -> str:
+    """Return what to do with a pruned model: measure it, look at it, serve it; without a MODEL, prune one's own.
+
+    stock: stock classes load it, and so do the engines that serve.
+    """
     from sspruner.io.source import DEFAULT
 
     steps = {
         "measure it": f"sspruner evaluate {out} --against {model or DEFAULT} --text held-out.txt",
         "see it": f"sspruner report {out}",
-        "serve it": f"sspruner export {out} --to gguf --out served, or vllm serve {out} (docs/serving.md)",
     }
+    if stock:
+        steps["serve it"] = f"vllm serve {out}, or sspruner export {out} --to gguf --out served (docs/serving.md)"
     if model is None:
         steps = {"your model": "sspruner prune path/to/model --keep 64 --calibration text.txt --out smaller", **steps}
     return "\n".join(["next:", *(f"  {what + ':':12}{command}" for what, command in steps.items())])

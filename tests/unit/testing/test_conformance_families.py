@@ -14,6 +14,7 @@ from sspruner.graph.known import installed_families
 from sspruner.graph.layout import Fold, Layout, Slot
 from sspruner.plugins import manager
 from sspruner.testing import check_family
+from sspruner.testing.cases import _NAMES
 from support.examples import scaled
 from support.paths import ROOT
 from support.zoo import FAMILIES, randomise, zoo
@@ -165,3 +166,8 @@ def test_a_readout_that_is_not_what_out_proj_reads_is_caught() -> None:
 
     with pytest.raises(AssertionError, match=r"readout is not what any linear layer of .* is fed"):
         check_family(Wrong(), plain_model, save=False, max_examples=1)
+
+
+def test_a_scorer_is_tried_on_every_family() -> None:
+    """A family that the cases do not know would end the kit of a stranger's scorer in a KeyError, now and then."""
+    assert set(_NAMES) == set(FAMILIES)
