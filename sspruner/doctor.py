@@ -22,10 +22,11 @@ import sspruner
 from sspruner.compute.forward import cache_in, forward
 from sspruner.compute.kernels import KERNELS
 from sspruner.errors import PluginError
+from sspruner.graph.class_reads import changes
 from sspruner.graph.family import DeltaProjected, Family, Projected, Scan
 from sspruner.graph.known import installed_families
 from sspruner.scoring.known import installed_scorers
-from sspruner.testing.models import FAMILIES, VOCABULARY, zoo
+from sspruner.testing.models import SHAPES, VOCABULARY, zoo
 
 LEAST_TRANSFORMERS = (5, 23)  # in 5.22 some mixers with several groups compute wrongly without kernels
 TOKENS = 19  # more than two chunks of the tiny models (8), and not a multiple of the chunk length
@@ -33,6 +34,7 @@ PREFILLS = (1, 9)  # lengths of the prefill before token-by-token decoding
 TOLERANCE = 1e-4  # relative to the largest value; roundings are below 1e-5
 
 PASSED = {
+    "class": "its forward takes, reads and calls what is known of it",
     "causality": "no token changes what comes before it",
     "recurrence": "token by token = all at once = the recurrence in fp64",
 }
@@ -125,7 +127,7 @@ def _gpu() -> str:
 
 
 def _self_tests(family: Family) -> Iterator[Check]:
-    if family.name not in FAMILIES:
+    if family.name not in SHAPES:
         says = "no self-test is known; sspruner.testing.check_family tests it on your models"
         yield Check(family.name, True, says, skipped=True)
         return
@@ -137,7 +139,9 @@ def _self_tests(family: Family) -> Iterator[Check]:
         yield Check(family.name, True, f"not tested: its code calls the kernels of {', '.join(bound)}, on a GPU alone; "
                     "a model's causality is tested when it is pruned", skipped=True)  # fmt: skip
         return
-    tests: dict[str, Callable[[Family, Any], str]] = {"causality": _causality, "recurrence": _recurrence}
+    tests: dict[str, Callable[[Family, Any], str]] = {
+        "class": _class, "causality": _causality, "recurrence": _recurrence,
+    }  # fmt: skip
     for name, test in tests.items():
         try:
             with torch.no_grad():
@@ -145,6 +149,11 @@ def _self_tests(family: Family) -> Iterator[Check]:
         except Exception as error:  # whatever the installed code raises is a finding
             fault = f"the installed code fails: {_line(error)}"
         yield Check(f"{family.name} {name}", not fault, f"{fault.rstrip('.')}. {ADVICE}" if fault else PASSED[name])
+
+
+def _class(family: Family, model: Any) -> str:
+    """Compare what the mixer's class reads with what is recorded of it. Returns what differs, "" if nothing does."""
+    return next((changes(family, module) for module in model.modules() if family.recognises(module)), "")
 
 
 def _causality(family: Family, model: Any) -> str:

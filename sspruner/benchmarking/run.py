@@ -10,7 +10,7 @@ import torch
 
 from sspruner.benchmarking import resident
 from sspruner.benchmarking.ceiling import synchronise
-from sspruner.compute.forward import accepted, cache_in
+from sspruner.compute.forward import accepted, cache_in, call
 from sspruner.compute.kernels import KERNELS
 from sspruner.errors import InputError
 
@@ -105,7 +105,7 @@ def _call(model: Any, ids: torch.Tensor, position: int, cache: dict[str, Any]) -
     positions = torch.arange(position, position + ids.shape[1], device=ids.device).expand(len(ids), -1)
     options = {"use_cache": True, "position_ids": positions, "logits_to_keep": 1, **cache}
     taken = accepted(model)
-    return model(input_ids=ids, **{name: value for name, value in options.items() if name in taken})
+    return call(model, ids, {name: value for name, value in options.items() if name in taken})
 
 
 def _now(device: torch.device) -> float:

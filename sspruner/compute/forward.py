@@ -27,6 +27,7 @@ def forward(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = 
     """Call model(input_ids=tokens, attention_mask=mask, **options), without arguments that it does not accept.
 
     tokens: int64 (b, T). mask: bool (b, T), False where padding. mamba_ssm's models accept neither mask nor use_cache.
+    A model without attention layers, which would refuse to make a cache, is given one.
     """
     device = next(model.parameters(), tokens).device
     if mask is not None:
@@ -35,9 +36,28 @@ def forward(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = 
     training = model.training
     model.eval()
     try:
-        return model(input_ids=tokens.to(device), **{k: v for k, v in options.items() if k in accepted_names})
+        return call(model, tokens.to(device), {k: v for k, v in options.items() if k in accepted_names})
     finally:
         model.train(training)
+
+
+def call(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> Any:
+    """Call model(input_ids=ids, **options); with a cache of ours if it refuses to make one (linear_cache.py)."""
+    from sspruner.compute.linear_cache import LinearCache, linear_cache
+
+    try:
+        out = model(input_ids=ids, **options)
+    except ValueError:
+        makes_one = options.get("use_cache") and not any(name in options for name in CACHES)
+        ours = linear_cache(model) if makes_one else {}
+        if not ours:
+            raise
+        options = {**options, **ours}
+        out = model(input_ids=ids, **options)
+    for name in CACHES:
+        if isinstance(cache := options.get(name), LinearCache):
+            cache.add(ids.shape[1])
+    return out
 
 
 def accepted(model: Any) -> set[str]:

@@ -41,6 +41,22 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """Factors by unit that all sets of a group share: the weight of a norm that averages over each set alone.
+
+    No unit owns one of them. Where the sets of a cut differ, `into` takes them up, and they become 1.
+
+    tensor   name of the factors, (units,)
+    into     name of the matrix that reads the units after the norm
+    columns  int64 (groups, units, columns per unit): its columns
+    """
+
+    tensor: str
+    into: str
+    columns: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Block:
     """Unit of the axes `block` and `mixer`: a module that adds to the residual stream and can be removed whole.
 
@@ -61,7 +77,7 @@ class DependencyGroup:
     Every set keeps the same number of units, since the model's forward reshapes a flat dimension by them; which units
     are kept may differ between sets. The number is a multiple of `multiple_of`, and `least` or more, for the reason
     `why_least`; it may always be all of them. A group of whole modules has `blocks`, one for each unit, and no
-    members.
+    members. `gain` are factors that belong to a unit's number, whatever the set.
 
     On the axes of single elements `tensor` names a two-dimensional parameter: sets are its rows, units its columns,
     there are no members, and any number of elements may be zeroed. `runs` names ranges of its rows.
@@ -79,6 +95,7 @@ class DependencyGroup:
     why_least: str = ""
     tensor: str = ""
     runs: Mapping[str, torch.Tensor] | None = None  # name -> int64 (rows,)
+    gain: Gain | None = None
 
     @property
     def name(self) -> str:

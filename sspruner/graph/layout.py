@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import nn
 
-from sspruner.graph.group import ZERO, DependencyGroup, Member
+from sspruner.graph.group import ZERO, DependencyGroup, Gain, Member
 
 ENCODE, DECODE = "state_encode", "state_decode"  # parameters of a mixer with a projected state
 Dims = tuple[str, ...]
@@ -98,6 +98,8 @@ class Layout:
     attributes  integers that the module's forward reads: attribute path -> a sum of products of dimensions; attributes
                 that the module lacks are skipped
     folds       corrections of the values that stay
+    gains       axis -> (tensor, matrix): factors by unit that all its sets share, and the matrix that reads the units
+                and takes them up where sets keep other units (graph.group.Gain)
     counts      numbers of units in every set with which the module's code runs, for axes on which not all do
     """
 
@@ -107,6 +109,7 @@ class Layout:
     state: Dims = ()
     attributes: Mapping[str, Size] = field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
+    gains: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     counts: Mapping[str, Counts] = field(default_factory=dict)
 
     def count(self, dims: Dims) -> int:
@@ -216,9 +219,10 @@ def members(layout: Layout, module: nn.Module, path: str, axis: str, groups: Dim
     """Return every tensor slice of the module at `path` that belongs to the units of `axis`."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     tensors: dict[str, torch.Tensor] = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+    shared, _ = layout.gains.get(axis, ("", ""))
     slices = []
     for slot in layout.slots:
-        if slot.tensor not in tensors:
+        if slot.tensor not in tensors or slot.tensor == shared:
             continue
         tensor = tensors[slot.tensor]
         for rows in slot.rows:
@@ -243,14 +247,18 @@ def dependency_group(layout: Layout, module: nn.Module, path: str, axis: str) ->
     groups = layout.axes[axis]
     sets, units = layout.count(groups), layout.sizes[axis]
     counts = layout.counts.get(axis, Counts())
+    slices = members(layout, module, path, axis, groups)
+    tensor, matrix = (f"{path}.{name}" for name in layout.gains.get(axis, ("", "")))
+    columns = [member.index for member in slices if member.tensor == matrix and member.dims == (1,)]
     return DependencyGroup(
         layer=path,
         axis=axis,
         groups=sets,
         units=units,
-        members=tuple(members(layout, module, path, axis, groups)),
+        members=tuple(slices),
         state_bytes_per_unit=state_bytes(layout) // (sets * units) if axis in layout.state else 0,
         multiple_of=counts.multiple_of,
         least=counts.least,
         why_least=counts.why,
+        gain=Gain(tensor, matrix, columns[0]) if columns else None,
     )

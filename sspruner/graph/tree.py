@@ -108,4 +108,7 @@ def _members_by_tensor(group: DependencyGroup, folded: set[str]) -> tuple[str, .
     for (name, dims), some in rows.items():
         tensors.setdefault((NUMBER.sub("*", name), dims, *some), []).append(name)
     cut = [f"{together(names)} dim {dims}: rows of {', '.join(some)}" for (_, dims, *some), names in tensors.items()]
+    if group.gain:
+        tensor, matrix = group.key(group.gain.tensor), group.key(group.gain.into)
+        cut.append(f"{tensor} dim 0: one for all groups, moved into {matrix} where these keep other units")
     return (*cut, f"scaled, so that sliced = masked: {', '.join(sorted(folded))}") if folded else tuple(cut)

@@ -23,6 +23,7 @@ from sspruner.io.adapters import holds_adapter
 from sspruner.io.placement import check_device_map
 from sspruner.io.source import (
     brief,
+    cached_folder,
     cannot,
     check_folder,
     finish_cut,
@@ -189,8 +190,9 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
     except Exception as error:
         raise cannot(error, f"model {where}: cannot be loaded", trust_remote_code) from error
     _check_complete(where, info, cut=bool(cuts))
-    if is_local(where):
-        _say_what_is_lost(where, Path(where) / folder, loaded)
+    home = Path(where) if is_local(where) else cached_folder(where)
+    if home is not None:
+        _say_what_is_lost(where, home / folder, loaded)
     if cuts:
         finish_cut(loaded, cut)
     return loaded

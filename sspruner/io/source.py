@@ -158,6 +158,15 @@ def is_local(name: str) -> bool:
     )
 
 
+def cached_folder(hub_id: str) -> Path | None:
+    """Return the folder of the hub's cache in which the weights of a loaded model lie; None if they are not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json")
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder and any(holds_weights(folder / sub) for sub in ("", WEIGHTS)) else None
+
+
 def check_folder(path: Path) -> dict[str, Any] | None:
     """Raise InputError or ModelError for a folder that is not a model.
 

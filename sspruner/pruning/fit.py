@@ -111,7 +111,8 @@ def _take_step(
         with torch.enable_grad():
             call = lesson.calls[number]
             error = student(number, call, leaves) - lesson.targets[number].to(student.device)
-            loss = (error * call.mask[..., None].to(error.device)).square().sum() * scale * len(lesson.training)
+            mask = call.mask.reshape(error.shape[:-1]).to(error.device)
+            loss = (error * mask[..., None]).square().sum() * scale * len(lesson.training)
             found = torch.autograd.grad(loss, [*leaves.values()], allow_unused=True)
         gradients = {n: gradients[n] if g is None else g for n, g in zip(leaves, found, strict=True)}
     finite = True
@@ -154,13 +155,15 @@ def _errors(
 def _squares(values: Mapping[int, tuple[torch.Tensor, torch.Tensor]], numbers: Sequence[int]) -> list[float]:
     """Sum the squares of every window, from the process that holds it: (1, T, width) with their mask, by number.
 
+    A shared expert has (T, width).
+
     Each is summed alone, so that totals are the same to the last bit for any number of processes.
     """
     sums = torch.zeros(len(numbers), dtype=torch.float64)
     for place, number in enumerate(numbers):
         if number in values:
             value, mask = values[number]
-            sums[place] = value[mask.to(value.device)].double().square().sum()
+            sums[place] = value[mask.reshape(value.shape[:-1]).to(value.device)].double().square().sum()
     return [float(one) for one in total(sums)]
 
 

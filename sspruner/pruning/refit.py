@@ -222,11 +222,12 @@ def _observe(
         inputs, _ = cut.given(block, batch, {tensor(model, writer.weight): writer.weight})
         u = inputs[writer.weight]  # (b, T, D)
         lack = outputs[batch][writer.weight].to(u.device) - _linear(model, writer.weight, u)  # (b, T, O)
-        if lacking is not None and lacking[batch].shape == lack.shape:  # not where the stream is several copies
+        # Not where the stream is several copies, nor for a shared expert, whose output a gate scales.
+        if lacking is not None and lacking[batch].shape == lack.shape:
             lack = lack + lacking[batch].to(lack)
         left_out = torch.arange(first, first + len(mask)) % LEFT_OUT == LEFT_OUT - 1  # (b,)
         for part, which in (("fitted", ~left_out), ("other", left_out)):
-            rows = (mask & which[:, None]).to(u.device)  # (b, T)
+            rows = (mask & which[:, None]).reshape(u.shape[:-1]).to(u.device)  # (b, T), or (b T) in a shared expert
             sums, more = getattr(writer, part), Moments.of(u[rows], lack[rows])
             setattr(writer, part, more if sums is None else sums + more)
         first += len(mask)

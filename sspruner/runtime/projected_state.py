@@ -26,8 +26,8 @@ def project_state(mixer: Any, encode: torch.Tensor, decode: torch.Tensor) -> Non
     """Project a mixer's state to other coordinates. encode: (G, k, N), decode: (G, N, k), fp32 or wider.
 
     mixer: of mamba2, zamba2, bamba, granitemoehybrid, falcon_h1 or nemotron_h in transformers, or a gated delta net of
-    qwen3_next, qwen3_5, qwen3_5_moe, qwen4_exp or olmo_hybrid. encode and decode become its parameters `state_encode`
-    and `state_decode`, without a copy.
+    qwen3_next, qwen3_5, qwen3_5_moe, qwen4_exp, olmo_hybrid or lara_mini. encode and decode become its parameters
+    `state_encode` and `state_decode`, without a copy.
     """
     requires_grad = next(mixer.parameters()).requires_grad
     mixer.state_encode = nn.Parameter(encode, requires_grad=requires_grad)

@@ -44,8 +44,10 @@ def restored_on_error(model: nn.Module, plan: Plan, graph: SSMGraph) -> Iterator
 
 
 def _changed_in_place(model: nn.Module, plan: Plan, graph: SSMGraph) -> set[str]:
-    """Return the names of tensors that a cut may write into: new values, zeros, and folds."""
+    """Return the names of tensors that a cut may write into: new values, zeros, folds, and gains that move."""
     written = {*plan.updates, *(graph.elements[name].tensor for name in plan.elements)}
+    gains = [group.gain for name, group in graph.groups.items() if name in plan.groups and group.gain]
+    written |= {name for gain in gains for name in (gain.tensor, gain.into)}
     return written | {f"{site.path}.{fold.target}" for site in graph.sites for fold in site.layout.folds}
 
 

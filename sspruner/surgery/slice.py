@@ -11,7 +11,7 @@ from torch import nn
 
 from sspruner.axes import axis_of
 from sspruner.graph.experts import EXPERTS
-from sspruner.graph.group import drop_rows
+from sspruner.graph.group import Gain, drop_rows
 from sspruner.graph.layout import Layout
 from sspruner.graph.site import Site
 from sspruner.graph.ssm_graph import SSMGraph
@@ -20,6 +20,7 @@ from sspruner.plans.reduction import Projection
 from sspruner.surgery.blocks import drop_blocks
 from sspruner.surgery.mask import dropped_rows
 from sspruner.surgery.project import project_states
+from sspruner.surgery.tensors import tensor
 
 Cuts = Mapping[tuple[int, ...], torch.Tensor]  # dimensions of a tensor, flattened -> the rows to remove
 
@@ -35,6 +36,10 @@ def slice_model(
     loader makes them at the end.
     """
     plan, graph = project_states(model, plan, graph)
+    for name, reduction in plan.groups.items():
+        gain = graph.groups[name].gain
+        if gain and any(reduction.dropped(g) != reduction.dropped(0) for g in range(reduction.sets)):
+            move_gain(model, gain)
     for name, cuts in rows_to_drop(plan, graph).items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -59,12 +64,25 @@ def cut_buffer(module: nn.Module, leaf: str, cuts: Cuts) -> None:
     module._buffers[leaf] = without_rows(module._buffers[leaf], cuts)  # type: ignore[arg-type]
 
 
+def move_gain(model: nn.Module, gain: Gain) -> None:
+    """Multiply factors that all sets share into the matrix that reads the units, and make them 1: the same function."""
+    factors, matrix = tensor(model, gain.tensor).data, tensor(model, gain.into).data
+    scale = factors[None, :, None].expand(gain.columns.shape).flatten()  # (columns,)
+    columns = gain.columns.flatten().to(matrix.device)
+    matrix[:, columns] = (matrix[:, columns] * scale).to(matrix.dtype)
+    factors.fill_(1)
+
+
 def rows_to_drop(plan: Plan, graph: SSMGraph) -> dict[str, dict[tuple[int, ...], torch.Tensor]]:
     """Return the rows to remove: tensor -> its dimensions -> int64 (rows,), without duplicates."""
     rows: dict[str, dict[tuple[int, ...], list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
     for name, selection in plan.groups.items():
-        for member in graph.groups[name].members:
+        group = graph.groups[name]
+        for member in group.members:
             rows[member.tensor][member.dims].append(dropped_rows(member, selection))
+        if group.gain:  # where the sets differ, its factors are all 1
+            # The device is explicit because the loader cuts inside `torch.device("meta")`.
+            rows[group.gain.tensor][(0,)].append(torch.tensor(selection.dropped(0), dtype=torch.long, device="cpu"))
     return {name: {dims: torch.unique(torch.cat(parts)) for dims, parts in by.items()} for name, by in rows.items()}
 
 

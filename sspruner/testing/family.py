@@ -291,7 +291,8 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def _plain(layout: Layout) -> object:
-    return dict(layout.sizes), layout.slots, dict(layout.axes), layout.state, dict(layout.attributes), layout.folds
+    values = dict(layout.sizes), dict(layout.axes), dict(layout.attributes), dict(layout.gains)
+    return values, layout.slots, layout.state, layout.folds
 
 
 def _logits(model: nn.Module) -> torch.Tensor:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCABULARY = 31
 
@@ -50,11 +50,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {},
     "qwen4_exp_text": {},
     "olmo_hybrid": {},
+    "lara_mini": {},
     "kimi_linear": {"channels": 6},
     "bailing_hybrid": {"channels": 6},
     "glm5_next_text": {"channels": 6},
 }
-FAMILIES = tuple(SHAPES)
+FAMILIES = tuple(name for name in SHAPES if name in CONFIG_MAPPING)  # those that the installed transformers has
 TYPES = {"M": "linear_attention", "A": "full_attention", "-": "mlp", "E": "moe"}
 
 
@@ -273,6 +274,14 @@ def _qwen4_exp_text(s: SimpleNamespace) -> dict[str, Any]:
 def _olmo_hybrid(s: SimpleNamespace) -> dict[str, Any]:
     """Return config fields of olmo_hybrid: norms of queries and keys average over all heads."""
     return _delta_net(s)
+
+
+def _lara_mini(s: SimpleNamespace) -> dict[str, Any]:
+    """Return config fields of lara_mini: qwen3_5_moe_text, whose shared expert has no gate; attention has a window."""
+    kinds = TYPES | {"A": "sliding_attention"}
+    sizes = _qwen3_5_moe_text(s)
+    del sizes["rope_parameters"], sizes["intermediate_size"]
+    return sizes | {"layer_types": [kinds[letter] for letter in s.layers], "sliding_window": 64}
 
 
 def _kda(s: SimpleNamespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sspruner.graph.group import DependencyGroup, Member, as_rows
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.plans.plan import Plan, basis_refused
 from sspruner.plans.reduction import Projection, Selection
+from sspruner.surgery.slice import move_gain
 
 
 def selection(groups: int, units: int, after: int, seed: int, safe: tuple[int, ...] = ()) -> Selection:
@@ -99,7 +100,15 @@ def _must_stay(graph: SSMGraph) -> list[list[str]]:
 
 @torch.no_grad()
 def permute(model: nn.Module, group: DependencyGroup, orders: torch.Tensor) -> None:
-    """Move unit orders[g, i] to the place of unit i of set g, in every tensor. orders: int64 (groups, units)."""
+    """Move unit orders[g, i] to the place of unit i of set g, in every tensor. orders: int64 (groups, units).
+
+    Factors that all sets share move, too, if the orders agree; else the matrix that reads the units takes them up.
+    """
+    if group.gain and bool((orders == orders[0]).all()):
+        factors = _tensor(model, group.gain.tensor)
+        factors.copy_(factors[orders[0]].clone())
+    elif group.gain:
+        move_gain(model, group.gain)
     for member in group.members:
         permute_rows(_tensor(model, member.tensor), member, orders)
 

@@ -222,6 +222,8 @@ class _Check:
             groups = [group for axis in moving for group in graph.on_axis(axis).values()]
             for group in groups:
                 orders = torch.stack([torch.randperm(group.units, generator=generator) for _ in range(group.groups)])
+                if group.gain:  # shared factors stay what they are where all sets are permuted alike
+                    orders = orders[:1].expand_as(orders)
                 permute(model, group, orders)
                 if group.name in first:  # directions of the state are where they were: only their coordinates move
                     keeps_basis = self.cls.basis != SELECT

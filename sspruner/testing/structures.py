@@ -47,6 +47,7 @@ _OWN: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "qwen3_5_moe_text": {"layers": _MIXED},
     "qwen4_exp_text": {"layers": _MIXED},
     "olmo_hybrid": {"layers": _MIXED},
+    "lara_mini": {"layers": _MIXED},
     "kimi_linear": {"layers": _MIXED, "experts": st.sampled_from([0, 3]), "q_lora_rank": st.sampled_from([None, 5])},
     "bailing_hybrid": {"layers": _MIXED, "experts": st.sampled_from([0, 3]), "kda_safe_gate": st.booleans()},
     "glm5_next_text": {"layers": _MIXED, "experts": st.sampled_from([0, 3])},

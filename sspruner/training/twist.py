@@ -158,12 +158,14 @@ class Deal:
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {key}").getrandbits(63))
         hands: list[dict[str, torch.Tensor]] = [{} for _ in range(workers)]
         for name, group in self.groups.items():
-            units = torch.rand(group.groups, group.units, generator=generator)
+            alike = group.gain is not None  # the same units in every set, for which the shared factors stay theirs
+            units = torch.rand(1 if alike else group.groups, group.units, generator=generator)
             units[:, protected(group, self.ignore)] = 2  # every worker keeps them: they are dealt last
             first = int(torch.randint(workers, (), generator=generator))
             holder = (first + units.argsort(-1).argsort(-1)) % workers  # (sets, units): in turn
             for worker, hand in enumerate(hands):
-                hand[name] = torch.rand(units.shape, generator=generator) + (holder == worker)
+                dealt = torch.rand(units.shape, generator=generator) + (holder == worker)
+                hand[name] = dealt.expand(group.groups, -1)
         sparsity = dict.fromkeys(self.axes, 1 - self.keep)
         return [plan(self.graph, Scores(hand), sparsity=sparsity, ignore=self.ignore) for hand in hands]
 

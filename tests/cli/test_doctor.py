@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import wraps
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from sspruner.plugins import manager
 from support.command import done, run
 from support.oracle import delta_output, output, selective_output
 from support.paths import ROOT
-from support.zoo import FAMILIES, zoo
+from support.zoo import FAMILIES, SHAPES, zoo
 
-TESTED = [f"{family} {test}" for family in sorted(FAMILIES) for test in ("causality", "recurrence")]
+TESTED = [f"{family} {test}" for family in sorted(FAMILIES) for test in ("class", "causality", "recurrence")]
 NATIVE = ["mamba_ssm.Mamba", "mamba_ssm.Mamba2"]
+LACKING = [family for family in SHAPES if family not in FAMILIES]  # those of a newer transformers
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +71,7 @@ def test_all_is_well_here() -> None:
     assert {line[:6] for line in lines} == {"PASS  ", "SKIP  "}
     names = [line[6:].partition(": ")[0] for line in lines]
     assert len(set(names)) == len(names)
-    assert set(TESTED + NATIVE) == set(names) - {
+    assert set(TESTED + NATIVE + LACKING) == set(names) - {
         "python", "sspruner", "torch", "transformers", "mamba_ssm", "causal_conv1d", "triton", "kernels", "plugins",
     }  # fmt: skip
     says = dict(line[6:].split(": ", 1) for line in lines)
@@ -213,6 +215,20 @@ def test_where_an_nvidia_gpu_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert doctor._nvidia()
 
 
+def test_a_class_that_has_changed_is_named(only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it reads is in tests/unit/graph/test_class_reads.py: here, that the doctor asks."""
+    only("mamba2", "mamba")
+    right = Mamba2Mixer.forward
+
+    def forward(self: Any, hidden_states: torch.Tensor, new: Any = None, **kwargs: Any) -> Any:
+        return right(self, hidden_states * getattr(self, "strange", 1.0), **kwargs)
+
+    monkeypatch.setattr(Mamba2Mixer, "forward", forward)
+    found = checks()
+    assert failed(found) == ["mamba2 class"]
+    assert "Mamba2Mixer takes the argument new and reads the attribute strange" in found["mamba2 class"].says
+
+
 @pytest.mark.cover
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixer_that_looks_ahead(family: str, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +237,7 @@ def test_a_mixer_that_looks_ahead(family: str, only: Callable[..., None], monkey
     mixer = next(m for m in zoo(family).modules() if installed_families()[family].recognises(m))
     right = type(mixer).forward
 
+    @wraps(right)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if hidden_states.shape[1] > 8:
             hidden_states = hidden_states.clone()
@@ -241,6 +258,7 @@ def test_a_wrong_step_in_decoding(family: str, only: Callable[..., None], monkey
     mixer = next(m for m in zoo(family).modules() if installed_families()[family].recognises(m))
     right = type(mixer).forward
 
+    @wraps(right)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return right(self, hidden_states * (1 if hidden_states.shape[1] > 1 else 1.05), *args, **kwargs)
 
@@ -255,6 +273,7 @@ def test_a_wrong_step_after_a_longer_prefill(only: Callable[..., None], monkeypa
     only("mamba2")
     right = Mamba2Mixer.forward
 
+    @wraps(right)
     def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         if (cache := kwargs.get("cache", kwargs.get("cache_params"))) is not None:
             cache.longer = getattr(cache, "longer", False) or hidden_states.shape[1] > 1
@@ -318,7 +337,9 @@ def test_code_that_raises_is_a_line(only: Callable[..., None], monkeypatch: pyte
 def test_numbers_that_are_none(only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only("mamba2")
     right = Mamba2Mixer.forward
-    monkeypatch.setattr(Mamba2Mixer, "forward", lambda *args, **kwargs: right(*args, **kwargs) * torch.nan)
+    monkeypatch.setattr(
+        Mamba2Mixer, "forward", wraps(right)(lambda *args, **kwargs: right(*args, **kwargs) * torch.nan)
+    )
     assert failed(checks()) == ["mamba2 causality", "mamba2 recurrence"]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("5.24.0",)
 PARTS = {  # what changes between versions: caches, forwards, configs, the way that models are saved and loaded
-    "families": ["tests/laws/test_families.py"],
+    "families": ["tests/laws/test_families.py", "tests/unit/graph/test_class_reads.py"],
     "projection": ["tests/laws/test_projection.py"],
     "generation": ["tests/unit/compute/test_accelerate.py", "tests/unit/calibrate/test_calibration.py"],
     "save and load": [

@@ -21,7 +21,7 @@ from sspruner.plans.reduction import Selection
 from sspruner.surgery.mask import mask
 from sspruner.surgery.predict import removed_parameters, removed_state_bytes
 from sspruner.surgery.proof import measured_state_bytes, slice_with_proof
-from sspruner.surgery.slice import slice_model
+from sspruner.surgery.slice import move_gain, slice_model
 from support.family_plans import AXES, draw_plan, each_family, few, is_mixer, logits
 from support.tiny import tokens
 from support.zoo import rounding, zoo, zoo_models
@@ -142,8 +142,9 @@ def count(module: torch.nn.Module) -> int:
 def by_hand(model: PreTrainedModel, masked: PreTrainedModel, plan: Plan) -> tuple[int, int, list[int]]:
     """What the cut model must have: parameters, bytes of state, parameters of each mixer. No engine code is used.
 
-    Parameters: those that are not 0 in the masked model, for the zoo has none, and are not in a module that goes.
-    State and mixers: from the sizes of each mixer and the plan.
+    Parameters: those that are not 0 in the masked model, for the zoo has none, and are not in a module that goes; the
+    weight of a norm that all heads of a delta rule share has as many as one head, and no mask. State and mixers: from
+    the sizes of each mixer and the plan.
     """
     gone = dropped_paths(model, plan)
     names = defaultdict(list)
@@ -155,7 +156,14 @@ def by_hand(model: PreTrainedModel, masked: PreTrainedModel, plan: Plan) -> tupl
         for path, mixer in model.named_modules()
         if is_mixer(mixer) and not any(f"{path}.".startswith(g) for g in gone)
     ]
-    return sum(int(p.count_nonzero()) for p in left), sum(state for _, state in mixers), [size for size, _ in mixers]
+    mixer_sizes = [size for size, _ in mixers]
+    shared = sum(
+        plan.groups[f"{path}:head_dim"].before - plan.groups[f"{path}:head_dim"].after
+        for path, mixer in model.named_modules()
+        if is_mixer(mixer) and (hasattr(mixer, "forget_gate") or hasattr(mixer, "head_k_dim"))
+        if f"{path}:head_dim" in plan.groups and not any(f"{path}.".startswith(g) for g in gone)
+    )
+    return sum(int(p.count_nonzero()) for p in left) - shared, sum(state for _, state in mixers), mixer_sizes
 
 
 def dropped_paths(model: PreTrainedModel, plan: Plan) -> list[str]:
@@ -356,6 +364,8 @@ def test_permuting_the_units_permutes_the_plan(family, axis, data):
 
 def permute(model: PreTrainedModel, group: DependencyGroup, orders: list[list[int]]) -> None:
     """Put unit orders[g][i] in the place of unit i of set g, in every tensor that the group names."""
+    if group.gain:  # factors that all sets share stay behind, as ones
+        move_gain(model, group.gain)
     order = torch.tensor(orders)[..., None]
     for member in group.members:
         owner, _, leaf = member.tensor.rpartition(".")

@@ -34,6 +34,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside the default ones
     "balanced": [{"weights": "none"}],
     "taylor": [{"order": "second"}],
 }
+# Families with a delta rule: tiny models of them; experts do not run in fp64.
+DELTA_RULES: dict[str, dict[str, Any]] = {"qwen3_next": {}, "kimi_linear": {"experts": 0}}
 
 Importance = dict[str, torch.Tensor]
 
@@ -57,7 +59,8 @@ def observing() -> list[tuple[str, dict[str, Any]]]:
 def model_for(family: str, name: str, options: dict[str, Any]) -> Any:
     """In fp64 for gradients: in fp32 those of one process change by some 1e-6, too, with the size of its batches."""
     backward = made(name, options).needs in ("gradients", "fisher")
-    return zoo(family, dtype=torch.float64 if backward else torch.float32)
+    sizes = DELTA_RULES.get(family, {})
+    return zoo(family, dtype=torch.float64 if backward else torch.float32, **sizes)
 
 
 def scores(family: str, name: str, options: dict[str, Any], seen: Calibration, per_batch: int = 4096) -> Importance:
@@ -98,6 +101,20 @@ def test_scores_are_those_of_one_process(name: str, options: dict[str, Any], cou
         able += 1
         same(together(count, scores, family, name, options, data()), alone)
     assert able
+
+
+@pytest.mark.ci_cover(most=3)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DELTA_RULES)
+@pytest.mark.parametrize(("name", "options"), [(n, o) for n, o in observing() if find_scorer(n)[0].axes != {"expert"}])
+def test_scores_of_delta_rules(family: str, name: str, options: dict[str, Any], together: Together) -> None:
+    """Their kernels compute in fp32 whatever the dtype, so that gradients have its roundings."""
+    try:
+        alone = scores(family, name, options, data())
+    except sspruner.InputError as error:
+        pytest.skip(str(error))
+    backward = made(name, options).needs in ("gradients", "fisher")
+    same(together(3, scores, family, name, options, data()), alone, 1e-5 if backward else 1e-6)
 
 
 @pytest.mark.ci_cover(most=2)
@@ -187,6 +204,27 @@ def test_layers_are_cut_like_in_one_process(name: str, options: dict[str, Any], 
 )
 def test_other_ways_to_cut(name: str, options: dict[str, Any], more: dict[str, Any], together: Together) -> None:
     same_cut(together(3, cut, "mamba2", name, options, more), cut("mamba2", name, options, more))
+
+
+@pytest.mark.slow
+@pytest.mark.ci_cover(most=3)
+@pytest.mark.cover(most=1)
+@pytest.mark.parametrize("family", DELTA_RULES)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("ghost", {}),
+        ("balanced", {"basis": "balanced"}),
+        ("ghost", {"refit": "output"}),
+        ("ghost", {"refit": "reconstruct", "refit_steps": 4, "refit_windows": 5}),
+    ],
+)
+def test_delta_rules_are_cut_alike(family: str, name: str, more: dict[str, Any], together: Together) -> None:
+    try:
+        alone = cut(family, name, {}, more)
+    except sspruner.InputError as error:
+        pytest.skip(str(error))
+    same_cut(together(2, cut, family, name, {}, more), alone)
 
 
 @pytest.mark.slow

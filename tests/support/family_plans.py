@@ -24,7 +24,11 @@ _MAMBA2, _MAMBA1, _HYBRID, _EXPERTS = (
     ("expert", "expert_mlp"),
 )
 
-DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid")
+DELTA = tuple(
+    family
+    for family in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid", "lara_mini")
+    if family in FAMILIES
+)
 
 KDA = ("kimi_linear", "bailing_hybrid", "glm5_next_text")
 
@@ -42,6 +46,7 @@ AXES = {
     **dict.fromkeys(DELTA, (*_MAMBA2, *_HYBRID, "hidden", "block", "mixer")),
     "qwen3_5_moe_text": (*_MAMBA2, *_HYBRID, *_EXPERTS, "hidden", "block", "mixer"),
     "qwen4_exp_text": (*_MAMBA2, *_HYBRID, *_EXPERTS),
+    **({"lara_mini": (*_MAMBA2, *_HYBRID, *_EXPERTS, "hidden", "block", "mixer")} if "lara_mini" in DELTA else {}),
     **dict.fromkeys(KDA[:2], ("state", "head", "head_dim", *_HYBRID, *_EXPERTS, "hidden", "block", "mixer")),
     "glm5_next_text": ("state", "head", "head_dim", *_HYBRID, *_EXPERTS),
 }

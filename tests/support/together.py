@@ -17,7 +17,7 @@ import sspruner
 
 MOST = 4
 PRELOADED = ["pytest", "hypothesis", "torch.distributed", "datasets", "sspruner.testing.models"]
-FAMILIES = ("mamba", "mamba2", "zamba2", "granitemoehybrid")
+FAMILIES = ("mamba", "mamba2", "zamba2", "granitemoehybrid", "qwen3_next", "kimi_linear")
 PRELOADED += [f"transformers.models.{name}.modeling_{name}" for name in FAMILIES]
 Together = Callable[..., list[Any]]
 

@@ -6,7 +6,7 @@ Rows (G key heads, R value heads of each, H = G*R, K key channels, V value chann
     A_log, dt_bias (H,), norm (V,), out projection columns H*V
 q and k are normalised over the K channels of a head, and q is divided by sqrt(K): after a cut of the state y is larger
 by sqrt(before / after), which the epsilon of the norm after the scan takes up. That norm averages over the channels of
-one head, and its weight is shared by all heads, so that all heads keep the same channels.
+one head, and its weight is shared by all heads: where these keep other channels, the output projection takes it up.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class DeltaNet(Family):
             axes={
                 "state": ("group",),
                 "head": ("group",),
-                "head_dim": (),
+                "head_dim": HEAD,
                 **({"group": ()} if mixer.num_k_heads > 1 else {}),
             },
             state=("group", "head", "state", "head_dim"),
@@ -103,6 +103,7 @@ class DeltaNet(Family):
                 Fold(norm, ("head_dim",), 0.5),
                 Fold(f"{self.norm}.variance_epsilon", ("head_dim", "state"), 1.0),
             ),
+            gains={"head_dim": (norm, f"{self.out}.weight")},
         )
 
     def project(self, mixer: Any, hidden: torch.Tensor, mask: torch.Tensor) -> DeltaProjected:

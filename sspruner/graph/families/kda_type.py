@@ -8,7 +8,7 @@ Every head has its own q and k, so one of them is the axis `head`, and sets of k
 and g_a_proj are factors of a rank that no head owns, and that a cut leaves alone.
 q and k are normalised over the K channels of a head, and q is divided by sqrt(K): after a cut of the state y is larger
 by sqrt(before / after), which the epsilon of o_norm takes up. o_norm averages over the V channels of one head, and its
-weight is shared by all heads, so that all heads keep the same ones.
+weight is shared by all heads: where these keep other channels, o_proj takes it up.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class KimiDelta(Family):
                 Slot("o_proj.weight", 0, OUT),
                 Slot("o_proj.bias", 0, OUT),
             ),
-            axes={"state": HEAD, "head": (), "head_dim": ()},
+            axes={"state": HEAD, "head": (), "head_dim": HEAD},
             state=("head", "state", "head_dim"),
             attributes={
                 "num_heads": (HEAD,),
@@ -90,6 +90,7 @@ class KimiDelta(Family):
                 Fold("o_norm.weight", ("head_dim",), 0.5),
                 Fold("o_norm.variance_epsilon", ("head_dim", "state"), 1.0),
             ),
+            gains={"head_dim": ("o_norm.weight", "o_proj.weight")},
         )
 
     def fit(self, mixer: Any) -> bool:

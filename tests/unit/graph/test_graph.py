@@ -111,11 +111,11 @@ def kda_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
     K, V = K // H, V // H
     if axis == "state":  # set g: one head
         keys, values = [g * K + unit], []
-    elif axis == "head_dim":  # one set for all heads
-        keys, values = [], [h * V + unit for h in range(H)]
+    elif axis == "head_dim":  # set g: one head
+        keys, values = [], [g * V + unit]
     else:
         keys, values = [unit * K + n for n in range(K)], [unit * V + p for p in range(V)]
-    heads, norm = [unit] * (axis == "head"), [unit] * (axis == "head_dim")
+    heads = [unit] * (axis == "head")
     gate = ("forget_gate.f_proj.weight", "forget_gate.f_b_proj.weight", "forget_gate.dt_bias")
     rows = {
         **dict.fromkeys([(n, (0,)) for n in ("q_proj.weight", "k_proj.weight", *gate)], keys),
@@ -123,7 +123,6 @@ def kda_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
         ("conv1d.weight", (0,)): [*keys, *(H * K + n for n in keys), *(2 * H * K + p for p in values)],
         ("b_proj.weight", (0,)): heads,
         ("forget_gate.A_log", (2 if mixer.forget_gate.A_log.ndim == 4 else 0,)): heads,
-        ("o_norm.weight", (0,)): norm,
         ("o_proj.weight", (1,)): values,
     }
     return {key: r for key, r in rows.items() if r}
@@ -138,20 +137,19 @@ def delta_unit(mixer: nn.Module, axis: str, g: int, unit: int) -> Owned:
     values: list[tuple[int, int, int]] = []  # (key head, value head of it, channel)
     if axis == "state":
         keys = [(g, unit)]
-    elif axis == "head_dim":  # one set for all heads
-        values = [(h, r, unit) for h in range(G) for r in range(R)]
+    elif axis == "head_dim":  # set g: one value head
+        values = [(*divmod(g, R), unit)]
     elif axis == "head":
         heads, values = [(g, unit)], [(g, unit, p) for p in range(V)]
     else:
         keys, heads = [(unit, n) for n in range(K)], [(unit, r) for r in range(R)]
         values = [(unit, r, p) for r in range(R) for p in range(V)]
     k, h, v = [a * K + n for a, n in keys], [a * R + r for a, r in heads], [(a * R + r) * V + p for a, r, p in values]
-    norm, out = ("o_norm", "o_proj") if hasattr(mixer, "o_norm") else ("norm", "out_proj")
+    out = "o_proj" if hasattr(mixer, "o_norm") else "out_proj"
     conv = [*k, *(G * K + n for n in k), *(2 * G * K + p for p in v)]
     rows: Owned = {
         ("conv1d.weight", (0,)): conv,
         **dict.fromkeys([("dt_bias", (0,)), ("A_log", (0,))], h),
-        (f"{norm}.weight", (0,)): [unit] * (axis == "head_dim"),
         (f"{out}.weight", (1,)): v,
     }
     if hasattr(mixer, "in_proj_qkvz"):  # for each key head [ q | k | v | z ] and [ b | a ]
@@ -195,9 +193,9 @@ def test_the_axes_of_a_mixer(family: str) -> None:
     if UNITS[family] is mamba2_unit:
         own = {"state": (2, 6), "head": (2, 2), "head_dim": (4, P), "group": (1, 2)}
     elif UNITS[family] is delta_unit:
-        own = {"state": (2, 6), "head": (2, 2), "head_dim": (1, 4), "group": (1, 2)}
+        own = {"state": (2, 6), "head": (2, 2), "head_dim": (4, 4), "group": (1, 2)}
     elif UNITS[family] is kda_unit:
-        own = {"state": (2, 6), "head": (1, 2), "head_dim": (1, 6)}
+        own = {"state": (2, 6), "head": (1, 2), "head_dim": (2, 6)}
     elif family == "zamba":
         own = {"state": (2, 6), "head": (1, 2), "head_dim": (2, P), "dt_rank": (2, 3)}
     else:
@@ -242,7 +240,8 @@ def test_units_and_bytes_add_up(model: nn.Module, data: st.DataObject) -> None:
     gone = group.groups * (group.units - after)
     again = sspruner.trace(model)
     if group.axis != "hidden":  # a matrix of hidden x hidden loses less than twice its rows
-        assert graph.parameters - again.parameters == gone * group.parameters_per_unit
+        shared = (group.units - after) * (group.gain is not None)  # the weight of a norm that all sets share
+        assert graph.parameters - again.parameters == gone * group.parameters_per_unit + shared
     assert graph.state_bytes - again.state_bytes == gone * group.state_bytes_per_unit
     if group.axis != "group" or after > 1:  # one group alone is no axis
         assert again.groups[group.name].units == after

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,37 @@ def test_it_is_said_of_a_model_that_stays_on_disk(
 ) -> None:
     sspruner.load(folder, offload=tmp_path / "work")
     assert "does not load 3 of its weights" in caplog.text
+
+
+def test_it_is_said_of_a_hub_id(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded from the cache of the hub into memory, in one file or in shards with an index."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, cut in {"one": folder, "shards": tmp_path / "shards"}.items():
+        if name == "shards":
+            sharded(folder, cut)
+        repository, revision = tmp_path / "hub" / f"models--someone--{name}", "0123456789" * 4
+        shutil.copytree(cut, repository / "snapshots" / revision)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(revision)
+        caplog.clear()
+        sspruner.load(f"someone/{name}")
+        assert f"model someone/{name}: Qwen3_5ForCausalLM does not load 3 of its weights" in caplog.text
+
+
+def sharded(folder: Path, to: Path) -> None:
+    """Copy a model, with its weights in two files and their index."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    (to / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, to / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    (to / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def test_nothing_is_said_of_a_whole_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -218,9 +218,11 @@ def test_the_bias_is_the_mean_of_what_is_lacking():
 
 
 @pytest.mark.parametrize("kind", ["output", "bias"])  # a bias divides by the number of tokens
-def test_padding_is_neither_solved_for_nor_counted(kind):
-    model = zoo("mamba2")
-    plan = random_plan(sspruner.trace(model), ("head",), seed=3)
+@pytest.mark.parametrize(("family", "axis"), [("mamba2", "head"), ("qwen3_5_moe_text", "mlp")])
+def test_padding_is_neither_solved_for_nor_counted(family, axis, kind):
+    """In a shared expert of Qwen, too, which is given the tokens of all sequences in a row."""
+    model = zoo(family)
+    plan = random_plan(sspruner.trace(model), (axis,), seed=3)
     ids = tokens(8, 20)
     padded = torch.zeros(8, 20, dtype=torch.bool)
     padded[:, :15] = True
