@@ -89,7 +89,7 @@ def test_the_limit_is_that_of_the_engine(engine: str) -> None:
 
 
 def test_a_limit_that_no_cut_meets_and_one_that_is_met() -> None:
-    say = r"max-batch 9000: vllm runs \d+ sequences of 64 tokens in 60.00 kB for caches even with 93.8% of the axis"
+    say = r"max-batch 9000: vllm runs \d+ sequences of 64 tokens in 60.0 kB for caches even with 93.8% of the axis"
     some = {"target": "vllm", "context": CONTEXT, "state_memory": POOL, "calibration": tokens(4, 20)}
     with pytest.raises(sspruner.InputError, match=say):
         sspruner.prune(hybrid(), "magnitude", max_batch=9000, **some)

@@ -11,6 +11,7 @@ import torch
 
 import sspruner
 from sspruner import Recipe, Remove
+from sspruner.units import interval_text, number_text
 from support.tiny import tiny_model, tokens
 
 
@@ -46,7 +47,8 @@ def test_print_and_notebooks_show_the_table(result):
     for part in (
         "state size",
         f"{report.dense['parameters']:,}",
-        f"{report.pruned['perplexity']:.3f}",
+        number_text(report.pruned["perplexity"]),
+        interval_text([100 * (x - 1) for x in report.pruned["perplexity_ratio"]], unit=" %", sign="+"),
         "proof: sliced",
     ):
         assert part in text
