@@ -208,6 +208,6 @@ LONG = [pytest.mark.slow, pytest.mark.exhaustive]
 def test_a_folder_is_drawn(name: str, tmp_path: Path) -> None:
     shutil.copytree(FILES / name, tmp_path / name)
     text = sspruner.report(tmp_path / name).read_text(encoding="utf-8")
-    titles = {"results": ["Damage of cuts", "Speed", "Quality", "Scores"]}.get(name, ["What was cut"])
+    titles = {"results": ["Damage of cuts", "Speed in transformers", "Quality", "Scores"]}.get(name, ["What was cut"])
     assert all(f"<h2>{title}</h2>" in re.sub(r"<h2[^>]*>", "<h2>", text) for title in titles)
     assert "0.1.0" in text
