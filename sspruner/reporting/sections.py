@@ -29,7 +29,8 @@ def sections(folder: Folder) -> list[Section]:
     """Return all sections of a folder, the results first. Each file has its own section."""
     parts = []
     for number, (path, compared) in enumerate(folder.compare.items()):
-        parts.append(_comparison(compared, folder.bench, f"compare{number or ''}", path))
+        several = f": {compared.model}" if len(folder.compare) > 1 else ""
+        parts.append(_comparison(compared, folder.bench, f"compare{number or ''}", path, several))
     for number, (path, bench) in enumerate(folder.bench.items()):
         parts.append(_bench(bench, f"bench{number or ''}", path))
     for path, evaluated in folder.evaluation.items():
@@ -47,7 +48,8 @@ def _size(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def _comparison(compared: Comparison, timed: Mapping[str, Bench], name: str, path: str) -> Section:
+def _comparison(compared: Comparison, timed: Mapping[str, Bench], name: str, path: str, several: str) -> Section:
+    """Return the section of a comparison. several: the end of its title where there are comparisons of other models."""
     styles = {label: i for i, label in enumerate(compared.cells)}
     figures: list[Figure] = []
     for metric, title, level in (
@@ -75,7 +77,7 @@ def _comparison(compared: Comparison, timed: Mapping[str, Bench], name: str, pat
     if speed := _by_speed(compared, timed, styles, name):
         figures.append(speed)
     note = f"{path}: {compared.model or 'a model'}, axis {compared.axis}. Lower is better in every picture."
-    return Section("Damage of cuts", note, tuple(figures), (_cells(compared),))
+    return Section(f"Damage of cuts{several}", note, tuple(figures), (_cells(compared),))
 
 
 def _cut_points(compared: Comparison, label: str, metric: str) -> Iterable[tuple[float, Cut, Interval]]:

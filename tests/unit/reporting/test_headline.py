@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,9 @@ import sspruner
 from sspruner.comparison.record import Cut
 from sspruner.evaluation.damage import damage
 from sspruner.evaluation.paired import Interval
-from sspruner.reporting.folder import Folder
+from sspruner.reporting.folder import Folder, read_folder
 from sspruner.reporting.headline import headline
+from sspruner.reporting.sections import sections
 from support.tiny import tiny_model, tokens
 
 
@@ -58,3 +60,16 @@ def test_the_interval_is_that_of_the_same_windows() -> None:
     assert cost.ratio.low < cost.ratio.value < cost.ratio.high
     again = damage(model, plan, graph, data.batches(5))
     assert again.ratio == pytest.approx(cost.ratio, rel=1e-6)  # however the windows are put into batches
+
+
+def test_comparisons_of_several_models_are_on_one_page(tmp_path: Path) -> None:
+    for name, state in (("wide", 8), ("narrow", 4)):
+        found = sspruner.compare(tiny_model(state=state), ["random"], sparsities=(0.5,), calibration=tokens(6, 16))
+        (tmp_path / name).mkdir()
+        found.named(name, "c").save(tmp_path / name)
+    folder = read_folder(tmp_path)
+    assert [line.partition(":")[0] for line in headline(folder)] == ["narrow", "wide"]
+    shown = sections(folder)
+    assert [section.title for section in shown][:2] == ["Damage of cuts: narrow", "Damage of cuts: wide"]
+    pictures = [figure.name for section in shown for figure in section.figures]
+    assert len(set(pictures)) == len(pictures) == 6
