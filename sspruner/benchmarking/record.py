@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sspruner.benchmarking.ceiling import Rates, Work
@@ -63,7 +64,7 @@ class Timing:
         """
         if not self.seconds or not over.seconds:
             raise InputError("bench: this file has no seconds of single repeats; measure again")
-        value = over.ms.value / self.ms.value
+        value = median(over.seconds) / median(self.seconds)
         _, low, high = median_interval([b / a for a, b in zip(self.seconds, over.seconds, strict=True)])
         return Interval(value, min(low, value), max(high, value))
 

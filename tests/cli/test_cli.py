@@ -437,7 +437,7 @@ def test_inspect(model: Path, tmp_path: Path) -> None:
 def test_inspect_shows_every_axis(hybrid: Path) -> None:
     shown = done("inspect", hybrid).stdout
     for line in (
-        "model.layers.0.mamba (zamba2): ",
+        "model.layers.{0, 2}.mamba (zamba2): ",
         "state: 2 groups x 6 units, ",
         "head: 2 groups x 2 units, ",
         "head_dim: 4 groups x 4 units, ",

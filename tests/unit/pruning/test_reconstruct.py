@@ -397,7 +397,9 @@ def test_prune_says_what_it_did(tmp_path):
     result = sspruner.prune(model, refit="reconstruct", refit_steps=8, refit_windows=16, **how)
     report = result.report
     assert report.refit["kind"] == "reconstruct"
-    assert report.refit["without"] == {name: plain.report.pruned[name] for name in ("perplexity", "kl_to_dense")}
+    assert report.refit["without"] == {
+        name: plain.report.pruned[name] for name in ("perplexity", "perplexity_ratio", "kl_to_dense")
+    }
     assert report.calibration == plain.report.calibration
     for layer in report.refit["layers"].values():
         assert (layer["steps"], layer["stopped"], set(layer["held_out"])) == (8, "", {"text", "own text"})
