@@ -112,11 +112,15 @@ def cutter_for(run: Run, recipe: Recipe, budget: ResolvedBudget, source: Any, ma
 
 
 def _prompt(job: PruneJob) -> torch.Tensor:
-    """Return the first tokens of the held-out text, or of the page that ships if that was read: (T,)."""
-    if job.data.source == PAGE:
-        ids = job.machine.tokenizer(page()[:PROMPT_CHARACTERS], add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids[:PROMPT_TOKENS])
-    return job.data.held_out[0][job.data.held_out_mask[0]][:PROMPT_TOKENS]
+    """Return the first tokens of the held-out text from its first whole word on, or those of the page that ships: (T,).
+
+    Text without spaces begins where its window does.
+    """
+    ids = job.data.held_out[0][job.data.held_out_mask[0]][:PROMPT_TOKENS]
+    tokenizer = job.machine.tokenizer
+    text = page()[:PROMPT_CHARACTERS] if job.data.source == PAGE else tokenizer.decode(ids).partition(" ")[2]
+    words = tokenizer(text, add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]
+    return torch.tensor(words) if len(words) > 1 else ids
 
 
 def _continuation(job: PruneJob) -> str | None:

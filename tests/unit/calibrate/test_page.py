@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -36,6 +38,15 @@ def test_the_prompt_is_the_opening_of_the_page() -> None:
     prompt = " ".join(result.report.continuation["prompt"].split())
     assert OPENING.startswith(prompt[: len(OPENING)])
     assert len(prompt) > 40
+
+
+def test_the_prompt_of_other_text_begins_with_a_whole_word(tmp_path: Path) -> None:
+    words = ["unconstitutionally", "misrepresentations", "counterbalancing", "disproportionate"]
+    (tmp_path / "text.txt").write_text(" ".join(words[i % 4] for i in range(400)))
+    model, tokenizer = sspruner.load()
+    how = {"tokenizer": tokenizer, "samples": 2, "seq_len": 31}
+    result = sspruner.prune(model, "magnitude", keep=64, calibration=str(tmp_path / "text.txt"), **how)
+    assert result.report.continuation["prompt"].split()[0] in words
 
 
 def test_a_model_without_a_tokenizer_cannot_read_it() -> None:
