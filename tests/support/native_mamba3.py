@@ -1,6 +1,6 @@
 """Stand-in for mamba_ssm's Mamba3: its kernels need a GPU, its attributes do not.
 
-Names, shapes and the recurrence are those of mamba_ssm's main branch; the code is our own: a loop over tokens, in fp64
+Names, shapes and the recurrence are those of mamba_ssm 2.3.2; the code is our own: a loop over tokens, in fp64
 where the model is, else in fp32. It serves training and decoding. R ranks (1 unless is_mimo), G groups, H heads,
 P head dim, N states, S angles:
 
@@ -114,9 +114,9 @@ class Mamba3(nn.Module):
             for rows, norm, bias in ((B, self.B_norm, self.B_bias), (C, self.C_norm, self.C_bias))
         )
         dt = F.softplus(dt + wide(self.dt_bias))
-        decay = torch.exp(dt * (-F.softplus(A)).clamp(max=-self.A_floor))
+        rate = (A.clamp_min(0) + 1 / (1 - A.clamp_max(0))).clamp_min(self.A_floor)
         turns = math.pi * torch.tanh(angle)[:, :, None] * dt[..., None]
-        return z.unflatten(-1, (H, P)), x.unflatten(-1, (H, P)), k, q, dt, decay, trap.sigmoid(), turns
+        return z.unflatten(-1, (H, P)), x.unflatten(-1, (H, P)), k, q, dt, torch.exp(-rate * dt), trap.sigmoid(), turns
 
     def by_rank(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Return x (..., H, P) for every rank: (..., R, H, P)."""
