@@ -66,6 +66,10 @@ class Last(sspruner.Scorer):
         self.lost = self.lost + torch.stack(lost, -1)
 
     def _observe_weights(self, view: sspruner.SSMView) -> None:
+        if not view.has("A_log"):
+            raise sspruner.InputError(
+                "last: the decay depends on the token here, and no weight holds it: use magnitude"
+            )
         G, N = view.group.groups, view.group.units
         rows_of = {
             rows: torch.cat([w for key, w in view.weights.items() if "proj" in key and key.endswith(rows)], -1).double()

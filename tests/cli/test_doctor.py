@@ -33,7 +33,7 @@ from support.paths import ROOT
 from support.zoo import FAMILIES, SHAPES, zoo
 
 TESTED = [f"{family} {test}" for family in sorted(FAMILIES) for test in ("class", "causality", "recurrence")]
-NATIVE = ["mamba_ssm.Mamba", "mamba_ssm.Mamba2"]
+NATIVE = ["mamba_ssm.Mamba", "mamba_ssm.Mamba2", "mamba_ssm.Mamba3"]
 LACKING = [family for family in SHAPES if family not in FAMILIES]  # those of a newer transformers
 
 

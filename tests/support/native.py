@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.native_mamba3 import Mamba3, RMSNorm
 from support.zoo import VOCABULARY, randomise
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
@@ -43,24 +44,6 @@ class InferenceParams:
     max_batch_size: int
     seqlen_offset: int = 0
     key_value_memory_dict: dict[int, Cache] = field(default_factory=dict)
-
-
-class RMSNorm(nn.Module):
-    """RMS norm over the last dimension; with a gate z, before or after it, over groups of `group_size`."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-5, group_size: int | None = None, norm_before_gate=True):
-        super().__init__()
-        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.register_parameter("bias", None)
-
-    def forward(self, x: torch.Tensor, z: torch.Tensor | None = None) -> torch.Tensor:
-        gate = torch.ones(()) if z is None else F.silu(z.float())
-        rows = x.float() if self.norm_before_gate else x.float() * gate
-        rows = rows.unflatten(-1, (-1, self.group_size or x.shape[-1]))
-        rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.eps)
-        out = rows.flatten(-2) * self.weight.float()
-        return (out * gate if self.norm_before_gate else out).to(x.dtype)
 
 
 class Recurrent(nn.Module):
@@ -220,7 +203,7 @@ class MixerModel(nn.Module):
     def __init__(self, config: MambaConfig, vocab_size: int) -> None:
         super().__init__()
         options = dict(config.ssm_cfg)
-        mixer = {"Mamba1": Mamba, "Mamba2": Mamba2}[options.pop("layer", "Mamba1")]
+        mixer = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3}[options.pop("layer", "Mamba1")]
         norm = RMSNorm if config.rms_norm else nn.LayerNorm
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.layers = nn.ModuleList(
