@@ -361,10 +361,11 @@ class SSMView:
 
     def by_unit(self, channels: torch.Tensor) -> torch.Tensor:
         """Sum values of y's channels, (H, P), over the channels of each unit of the scored group: (groups, units)."""
-        out = [m for m in self.group.members if m.dims == (1,)][
+        columns = [m for m in self.group.members if m.dims == (1,)][
             -1
-        ]  # the last columns that read y: the output projection
-        return channels.flatten()[out.index.to(channels.device)].sum(-1)
+        ].index  # those that read y, of the output projection
+        first = columns.min()  # in native mixers with a gated MLP the columns of that come before
+        return channels.flatten()[(columns - first).to(channels.device)].sum(-1)
 
     @property
     def gramian(self) -> torch.Tensor:

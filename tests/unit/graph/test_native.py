@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 
 import sspruner
 from sspruner.calibrate import selective, state
+from sspruner.calibrate.view import SSMView
 from sspruner.graph.family import Projected
 from sspruner.graph.known import installed_families
 from sspruner.graph.ssm_graph import SSMGraph
@@ -185,6 +187,19 @@ def test_a_model_whose_kernels_need_a_gpu_is_traced_on_the_cpu() -> None:
     for mixer in mixers(model):
         mixer.__class__ = type("Mamba2", (Mamba2,), {"__module__": "mamba_ssm.modules.mamba2", "forward": forward})
     assert str(sspruner.trace(model)) == there
+
+
+@pytest.mark.parametrize("variant", ["mamba2", "mamba2-mlp"])
+def test_channels_of_y_are_counted_without_the_columns_of_an_mlp(variant: str) -> None:
+    """out_proj's columns are those of the gated MLP first, if there is one, then those of y."""
+    graph = sspruner.trace(build(variant))
+    layer = graph.layers[0]
+    H, P = layer.layout.total(("group", "head")), layer.layout.sizes["head_dim"]
+    channels = torch.arange(H * P, dtype=torch.float64).view(H, P)
+    for axis, wanted in (("head", channels.sum(1)), ("head_dim", channels)):
+        group = graph.groups[f"{layer.path}:{axis}"]
+        found = SSMView.by_unit(SimpleNamespace(group=group), channels)
+        assert torch.equal(found.flatten(), wanted.flatten())
 
 
 # Cuts
