@@ -194,7 +194,7 @@ def test_channels_of_y_are_counted_without_the_columns_of_an_mlp(variant: str) -
     """out_proj's columns are those of the gated MLP first, if there is one, then those of y."""
     graph = sspruner.trace(build(variant))
     layer = graph.layers[0]
-    H, P = layer.layout.total(("group", "head")), layer.layout.sizes["head_dim"]
+    H, P = layer.layout.total((("group", "head"),)), layer.layout.sizes["head_dim"]
     channels = torch.arange(H * P, dtype=torch.float64).view(H, P)
     for axis, wanted in (("head", channels.sum(1)), ("head_dim", channels)):
         group = graph.groups[f"{layer.path}:{axis}"]
