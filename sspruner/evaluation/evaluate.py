@@ -57,9 +57,8 @@ def evaluate(
         tokenizer: tokenizer that reads text; also needed for passkeys and tasks.
         options: `EvaluateOptions`; or its fields as `short` arguments: `evaluate(model, tokenizer, text="t.txt",
             tokens=4096)`. `text` may also be tokens, int64 (texts, T), or anything else that `sspruner.calibration`
-            takes; the first `tokens` tokens in all are measured.
-            `limit` LAMBADA passages are drawn with the seed. Default metrics: all that can be measured; with
-            `state_dtype` none.
+            takes; the first `tokens` tokens in all are measured. `limit` LAMBADA passages are drawn with the seed.
+            Default metrics: all that can be measured; with `state_dtype` none.
         against: the model to compare with, usually the dense one. With text "self", the text is sampled from it.
         device: the compute device; CUDA if there is one, else the CPU.
         progress: called with (phase, done, total).
