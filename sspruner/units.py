@@ -55,6 +55,11 @@ def interval_text(interval: Sequence[float], *, unit: str = "", sign: str = "") 
     return f"{shown[0]}{unit} ({shown[1]} to {shown[2]})"
 
 
+def change_text(ratio: Sequence[float]) -> str:
+    """Format a ratio and its interval as the change in per cent: `+1.5 % (+0.7 to +2.2)`."""
+    return interval_text([100 * (x - 1) for x in ratio], unit=" %", sign="+")
+
+
 def stacked(text: str) -> str:
     """Return `value (low to high)` with the interval on a line of its own, so that a table is narrow."""
     return text.replace(" (", "\n(", 1)

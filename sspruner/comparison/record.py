@@ -17,7 +17,7 @@ from sspruner.files.provenance import versions
 from sspruner.recipes.common import FILE
 from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.yaml import from_data
-from sspruner.units import as_bytes, interval_text, number_text
+from sspruner.units import as_bytes, change_text, interval_text, number_text
 
 SAME_STATE = 0.05  # show the smaller dense model next to cuts whose state bytes differ from its own by less than this
 
@@ -242,7 +242,7 @@ def _shown(cut: Cut | str, measure: str) -> str:
         return "–"
     found = cut.measures[measure]
     if measure.endswith("_ratio"):
-        return interval_text([100 * (x - 1) for x in found], unit=" %", sign="+")
+        return change_text(found)
     if measure.endswith("_accuracy"):
         return interval_text([100 * x for x in found], unit=" %")
     return interval_text(found)

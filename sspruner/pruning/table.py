@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sspruner.axes import ELEMENT_AXES
 from sspruner.pruning.report import RATIO, Report
-from sspruner.units import as_bytes, interval_text, number_text, percent, span
+from sspruner.units import as_bytes, change_text, number_text, percent, span
 
 
 def result_table(report: Report) -> RenderableType:
@@ -54,7 +54,7 @@ def result_table(report: Report) -> RenderableType:
 
 def increase(pruned: Mapping[str, Any]) -> str:
     """Return the change of perplexity with its interval; "" in reports of before, which lack it."""
-    return interval_text([100 * (x - 1) for x in pruned[RATIO]], unit=" %", sign="+") if RATIO in pruned else ""
+    return change_text(pruned[RATIO]) if RATIO in pruned else ""
 
 
 def _search(report: Report) -> list[RenderableType]:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.result import Evaluation, Row
-from sspruner.units import interval_text, stacked
+from sspruner.units import change_text, interval_text, stacked
 
 STATES = ("stored", "fp32 state")  # the columns of a model with stored states
 SHARES = ("accuracy", "agreement", "/acc", "/exact_match")  # parts of the names of metrics shown in per cent
@@ -88,6 +88,6 @@ def _change(row: Row, share: bool) -> str:
     if row.change is None:
         return ""
     if row.kind == "ratio":
-        return interval_text([100 * (x - 1) for x in row.change], unit=" %", sign="+")
+        return change_text(row.change)
     scale, unit = (100, " points") if share else (1, "")
     return interval_text([scale * x for x in row.change], unit=unit, sign="+")

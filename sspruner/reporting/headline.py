@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from sspruner.axes import ELEMENT_AXES, axis_of
 from sspruner.comparison.record import Comparison, Cut
-from sspruner.evaluation.paired import Interval
 from sspruner.pruning.report import RATIO, Report
 from sspruner.reporting.folder import Folder
-from sspruner.units import as_bytes, interval_text, number_text, percent, span
+from sspruner.units import as_bytes, change_text, number_text, percent, span
 
 
 def headline(folder: Folder) -> list[str]:
     """Return what was cut and what it cost: a sentence or two for each prune, one for each comparison."""
     cuts = [_of_report(report) for report in folder.report.values()]
     return cuts + [line for compared in folder.compare.values() for line in _of_comparison(compared)]
-
-
-def change_of_perplexity(ratio: Interval) -> str:
-    """Format a ratio of perplexities as the change in per cent, with its interval."""
-    return interval_text([100 * (x - 1) for x in ratio], unit=" %", sign="+")
 
 
 def _of_report(report: Report) -> str:
@@ -31,7 +25,7 @@ def _of_report(report: Report) -> str:
     cut = ", ".join(sizes) or report.axis
     parts = [f"{report.model or 'The model'}: {report.scorer} cut {cut}."]
     if RATIO in report.pruned:
-        cost = change_of_perplexity(Interval(*report.pruned[RATIO]))
+        cost = change_text(report.pruned[RATIO])
         parts.append(f"Perplexity {cost}, KL {number_text(report.pruned['kl_to_dense'])} nats per token.")
     state = [sizes["state_bytes"] for sizes in (report.dense, report.pruned)]
     if state[0] != state[1]:
@@ -55,6 +49,6 @@ def _of_comparison(compared: Comparison) -> list[str]:
             best = min(measured, key=lambda label: measured[label].value)
             return [
                 f"{compared.model or 'The model'}: of {len(measured)} scorers {best} costs least with "
-                f"{100 * sparsity:g} % of {compared.axis} removed: perplexity {change_of_perplexity(measured[best])}."
+                f"{100 * sparsity:g} % of {compared.axis} removed: perplexity {change_text(measured[best])}."
             ]
     return []

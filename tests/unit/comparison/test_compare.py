@@ -21,7 +21,7 @@ from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.recall import recall, sequences
 from sspruner.recipes.parts import Reconstruction
 from sspruner.scoring.known import installed_scorers
-from sspruner.units import interval_text
+from sspruner.units import change_text, interval_text
 from support.command import run as cli
 from support.tensors import same, tensors
 from support.tiny import tiny_model, tokens
@@ -131,7 +131,7 @@ def test_a_smaller_dense_model_stands_beside_the_cuts_of_its_state() -> None:
     (_, _, rows), (_, _, divergences) = found.tables()
     assert rows[-1][:2] == divergences[-1][:2] == ["smaller dense: little", ""]
     change = found.baseline.measures["perplexity_ratio"]
-    assert rows[-1][2] == interval_text([100 * (x - 1) for x in change], unit=" %", sign="+")
+    assert rows[-1][2] == change_text(change)
     assert "smaller dense model little" in found.to_markdown()
     small.resize_token_embeddings(small.config.vocab_size + 1)
     with pytest.raises(sspruner.InputError, match="same tokens"):

@@ -19,6 +19,7 @@ from sspruner.graph.family import Family, Projected
 from sspruner.graph.group import DependencyGroup, as_rows, drop_rows
 from sspruner.graph.layout import Fold, Layout, Rows, Slot
 from sspruner.plans.plan import Plan
+from sspruner.plans.reduction import Selection
 from sspruner.plugins.manager import plugin_manager
 from sspruner.surgery.slice import slice_model
 from support.examples import examples
@@ -344,6 +345,14 @@ def test_printing_shows_layers_members_and_totals() -> None:
     assert "backbone.layers:block: 2 units, whole modules" in text
     assert text.count("in_proj.weight dim 0: rows of B, C") == 1  # the same in every layer: said once
     assert text.count("state: 2 groups x 6") == 1
+
+
+def test_printing_shows_each_size_of_a_layer() -> None:
+    model = tiny_model(layers=4, state=6)
+    graph = sspruner.trace(model)
+    sspruner.apply(model, Plan({graph.layers[1].path + ":state": Selection(6, ((0, 1, 2),))}))
+    lines = [line[4:].split(" (")[0] for line in str(sspruner.trace(model)).splitlines() if "(mamba2)" in line]
+    assert lines == ["backbone.layers.{0, 2, 3}.mixer", "backbone.layers.1.mixer"]
 
 
 def test_printing_says_what_is_shared_once() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import sspruner
 from sspruner import Recipe, Remove
-from sspruner.units import interval_text, number_text
+from sspruner.units import change_text, number_text
 from support.tiny import tiny_model, tokens
 
 
@@ -48,7 +48,7 @@ def test_print_and_notebooks_show_the_table(result):
         "state size",
         f"{report.dense['parameters']:,}",
         number_text(report.pruned["perplexity"]),
-        interval_text([100 * (x - 1) for x in report.pruned["perplexity_ratio"]], unit=" %", sign="+"),
+        change_text(report.pruned["perplexity_ratio"]),
         "proof: sliced",
     ):
         assert part in text
