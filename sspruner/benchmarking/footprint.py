@@ -83,6 +83,10 @@ class Footprint:
         states = 2 * (self.state_bytes + self.conv_bytes) + self.kv_bytes_per_token * (self.context + 1)
         return weights + batch * states
 
+    def state_share(self, batch: int) -> float:
+        """Return the recurrent states' share of the bytes of one decode step, which reads and writes them."""
+        return 2 * batch * self.state_bytes / self.step_bytes(batch)
+
     def ceiling(self, batch: int, bandwidth: float) -> float:
         """Return the tokens per second, over all sequences, if memory traffic is the only cost. bandwidth: bytes/s."""
         return batch * bandwidth / self.step_bytes(batch)
