@@ -17,14 +17,14 @@ SIZES = st.integers(1, 10**9)
 FOOTPRINTS = st.builds(
     Footprint,
     st.just("bfloat16"),
-    sizes,
-    sizes,
-    sizes,
+    SIZES,
+    SIZES,
+    SIZES,
     st.integers(0, 10**6),
     st.integers(0, 10**4),
-    sizes,
-    sizes,
-    sizes,
+    SIZES,
+    SIZES,
+    SIZES,
 )
 
 
