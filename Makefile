@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-slow test-all compat mutants lint docs bench wheel clean oracle-env oracle-test llama-test
 
 demo: .venv/installed
-	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --calibration page --seq-len 128 --out pruned --overwrite
+	$(BIN)/sspruner prune --scorer ghost --sparsity 0.75 --calibration page --seq-len 64 --out pruned --overwrite
 
 # About four minutes on two cores.
 test: .venv/installed

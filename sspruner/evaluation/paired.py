@@ -21,6 +21,7 @@ import torch
 from sspruner.errors import InputError
 from sspruner.files.fields import number
 
+FEW = 6  # of fewer windows not even the range of all of them covers what is typical 95 % of the time
 RESAMPLES = 2000
 CHUNK = 2**22  # indices drawn at once
 LEVEL, WILSON_Z = (0.025, 0.975), 1.959964

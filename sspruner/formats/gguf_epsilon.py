@@ -93,12 +93,13 @@ def check_difference(model: Any, described: Parts, chosen: Epsilons) -> str:
     if not reasons:
         return ""
     found = difference(model, described, chosen)
-    said = f"llama.cpp has one epsilon and no limits of dt: {'; '.join(reasons)}"
+    limits = " and no limits of dt" if any("dt" in reason for reason in reasons) else ""
+    said = f"llama.cpp has one epsilon{limits}: {'; '.join(reasons)}"
     if not found <= BOUND:  # NaN is too much, too
         said += f"; the logits would differ by {found:.1e} of the largest, above {BOUND:g}"
         padded = "; --to gguf-padded pads to sizes with the epsilon of before" if described.kind in DELTA else ""
         raise ModelError(f"gguf: {said}{padded}")
-    return f"{said}; the logits differ by {found:.1e} of the largest"
+    return f"{said}; written all the same: the logits differ by {found:.1e} of the largest, of {BOUND:g} allowed"
 
 
 @contextmanager

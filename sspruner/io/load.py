@@ -164,7 +164,8 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
         check_counts(PreTrainedConfig.get_config_dict(where)[0])
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise many types for a bad config or name
-        raise cannot(error, f"model {where}: config cannot be read", trust_remote_code) from error
+        missing = "" if is_local(where) else "no folder of that name is here, and as a hub id its "
+        raise cannot(error, f"model {where}: {missing}config cannot be read", trust_remote_code) from error
     try:
         cut = copy.deepcopy(config)
         cuts = recorded(config)

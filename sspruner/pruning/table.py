@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sspruner.axes import ELEMENT_AXES
+from sspruner.evaluation.paired import FEW
 from sspruner.pruning.report import RATIO, Report
 from sspruner.units import as_bytes, change_text, number_text, percent, span
 
@@ -137,6 +138,9 @@ def _notes(report: Report) -> list[Text]:
     data = report.calibration
     where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
     measured = f"perplexity and KL on {data['held_out_tokens']:,} others ({where})"
+    windows = round(data["held_out_tokens"] / data["seq_len"])
+    if windows < FEW:
+        measured += f", in {windows} window{'s' * (windows > 1)}: too few for a 95 % interval"
     lines = [
         f"calibration: {data['source']}, {data['tokens']:,} tokens; {measured if not report.left_out else 'left out: '}"
         f"{report.left_out}; seed {report.seed}",

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sspruner.evaluation.paired import Interval
+from sspruner.evaluation.paired import FEW, Interval
 from sspruner.evaluation.result import Evaluation, Row
 from sspruner.units import change_text, interval_text, stacked
 
@@ -37,6 +37,16 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
         parts.append(_table("perplexity by position: tokens read before", "tokens", evaluation.by_position))
     if evaluation.by_length:
         parts.append(_table("perplexity by length of the window", "tokens", evaluation.by_length))
+    every = (
+        *evaluation.by_state.values(),
+        *evaluation.rows,
+        *evaluation.by_position.values(),
+        *evaluation.by_length.values(),
+    )
+    if any(row.items < FEW for row in every):
+        parts.append(
+            Text(f"fewer than {FEW} items are too few for a 95 % interval, and one has none: measure more tokens")
+        )
     source = {"dense": "sampled from the dense model", "model": "sampled from the model"}.get(p["text_from"], p["text"])
     lines = [
         f"text: {source}; windows of {p['window']} tokens, stride {p['stride']}: every token but the first of a text "

@@ -298,7 +298,7 @@ def test_a_model_without_a_state_space_layer(here: Path) -> None:
 def test_a_file_as_model_and_a_name_that_nobody_has(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     prune(here, ("text.txt: is a file; give the folder that holds config.json",), model="text.txt")
-    prune(here, ("model no-such-model: config cannot be read",), model="no-such-model")
+    prune(here, ("model no-such-model: no folder of that name is here", "config cannot be read"), model="no-such-model")
 
 
 def dataset(*rows: dict[str, Any]) -> Callable[[Path], None]:

@@ -135,8 +135,9 @@ def test_other_epsilons_are_measured_and_refused_above_a_bound() -> None:
     norms[0].variance_epsilon *= 1.5
     described = parts(model)
     chosen = epsilons(described)
-    assert "1 of 3 norms after the scan have other epsilons; the logits differ by" in check_difference(
-        model, described, chosen
+    assert (
+        "1 of 3 norms after the scan have other epsilons; written all the same: the logits differ by"
+        in check_difference(model, described, chosen)
     )
     assert norms[0].variance_epsilon == 1.5 * norms[1].variance_epsilon, "the model is as it was"
     norms[0].variance_epsilon = 1e3
@@ -147,7 +148,7 @@ def test_other_epsilons_are_measured_and_refused_above_a_bound() -> None:
 def test_limits_of_dt_are_measured() -> None:
     model = zoo("mamba2", bias=False, time_step_limit=(0.0, 1e9))
     described = parts(model)
-    assert "dt is limited to [0.0, 1000000000.0]; the logits differ by 0.0" in check_difference(
+    assert "dt is limited to [0.0, 1000000000.0]; written all the same: the logits differ by 0.0" in check_difference(
         model, described, epsilons(described)
     )
     for mixer in described.mixers:

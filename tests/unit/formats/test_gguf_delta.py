@@ -183,7 +183,7 @@ def test_a_target_cuts_both_channels_alike() -> None:
     asked = dict.fromkeys(graph.on_axis("state"), 2) | dict.fromkeys(graph.on_axis("head_dim"), 4)
     made = fit.counts(asked, {name: range(1, 7) for name in asked})
     assert len(set(made.values())) == 1
-    with pytest.raises(sspruner.InputError, match="cut both to it: --axis state"):
+    with pytest.raises(sspruner.InputError, match="cut both to one number: --axis state"):
         fit.counts(dict.fromkeys(graph.on_axis("state"), 3), dict.fromkeys(graph.on_axis("state"), range(1, 6)))
 
 

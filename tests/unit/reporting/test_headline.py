@@ -73,3 +73,12 @@ def test_comparisons_of_several_models_are_on_one_page(tmp_path: Path) -> None:
     assert [section.title for section in shown][:2] == ["Damage of cuts: narrow", "Damage of cuts: wide"]
     pictures = [figure.name for section in shown for figure in section.figures]
     assert len(set(pictures)) == len(pictures) == 6
+
+
+def test_too_few_windows_are_said(tmp_path: Path) -> None:
+    """Two windows cannot have a 95 % interval, though a bootstrap of them has some width."""
+    how = {"sparsity": 0.5, "samples": 4}
+    few = sspruner.prune(tiny_model(state=8), "magnitude", calibration=tokens(6, 24), **how)
+    enough = sspruner.prune(tiny_model(state=8), "magnitude", calibration=tokens(20, 24), **how)
+    assert ", in 1 window: too few for a 95 % interval" in str(few).replace("\n", " ")
+    assert "too few" not in str(enough)
