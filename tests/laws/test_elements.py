@@ -314,7 +314,7 @@ def test_the_table_says_what_zeros_are_worth() -> None:
     plan = everywhere(sspruner.trace(model), density=0.75)
     found = proof.slice_with_proof(model, plan, sspruner.trace(model))
     sizes = {"state_bytes": 1, "parameters": 2, "weight_bytes": 3, "perplexity": 4.0, "kl_to_dense": 0.0}
-    data = {"source": "self", "tokens": 1, "held_out_tokens": 1, "held_out_is_separate": True}
+    data = {"source": "self", "tokens": 1, "held_out_tokens": 1, "seq_len": 2, "held_out_is_separate": True}
     report = Report(
         scorer="s", options={}, axis="weight", budget={}, mode="slice", one_shot=False, calibration=data, dense=sizes,
         pruned=sizes, layers={}, proof=found, continuation=None, seconds={}, peak_memory_bytes=0, seed=0, versions={},
