@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from sspruner.cli.console import (
     command_line,
@@ -89,7 +90,8 @@ def command(
                 say(f"scores of {result.report.scorer}{from_cache(result.scores)}")
             if output.out:
                 load = loading(result.model, output.out)
-                say(f"saved to {output.out}\n{load}\n{next_steps(model, output.out, 'AutoModel' in load)}")
+                further = next_steps(model, output.out, load.startswith("load it: AutoModel"))
+                say(f"saved to {output.out}\n{load}\n{further}")
             else:
                 say("nothing saved; add --out DIR to keep the pruned model")
     barrier()
@@ -102,12 +104,13 @@ def next_steps(model: str | None, out: Path, stock: bool) -> str:
     """
     from sspruner.io.source import DEFAULT
 
+    folder, dense = quote(str(out)), quote(model or DEFAULT)
     steps = {
-        "measure it": f"sspruner evaluate {out} --against {model or DEFAULT} --text held-out.txt",
-        "see it": f"sspruner report {out}",
+        "measure it": f"sspruner evaluate {folder} --against {dense} --text held-out.txt",
+        "see it": f"sspruner report {folder}",
     }
     if stock:
-        steps["serve it"] = f"vllm serve {out}, or sspruner export {out} --to gguf --out served (docs/serving.md)"
+        steps["serve it"] = f"vllm serve {folder}, or sspruner export {folder} --to gguf --out served (docs/serving.md)"
     if model is None:
         steps = {"your model": "sspruner prune path/to/model --keep 64 --calibration text.txt --out smaller", **steps}
     return "\n".join(["next:", *(f"  {what + ':':12}{command}" for what, command in steps.items())])

@@ -399,9 +399,10 @@ def test_no_model_is_said_first_and_what_to_do_next_last(tmp_path: Path) -> None
         f"  measure it: sspruner evaluate {tmp_path / 'out'} --against mamba2-books-4m --text held-out.txt"
     )
     assert (seen, served[:12]) == (f"  see it:     sspruner report {tmp_path / 'out'}", "  serve it: ")
-    named = done("prune", "mamba2-books-4m", *options, "--out", tmp_path / "named")
+    named = done("prune", "mamba2-books-4m", *options, "--out", tmp_path / "with a space")
     assert named.stderr == ""
     assert "your model" not in named.stdout
+    assert f"sspruner report '{tmp_path / 'with a space'}'" in named.stdout  # as a shell reads it
 
 
 @pytest.mark.exhaustive
