@@ -42,15 +42,15 @@ def damage(found: list[Found]) -> list[str]:
 
 
 def published(found: list[Found]) -> list[str]:
-    """Draw increases of perplexity that others published, beside ours for the same cuts."""
-    (one,) = found
-    show, rows = one.section.show, []
-    for (row, cut), (cell,) in one.cells.items():
-        theirs = show["published"][row][list(one.section.cuts).index(cut)] / show["dense"]
-        rows.append(
-            [f"{row}, {cut}", *[f"{100 * (value - 1):+.1f} %" for value in (theirs, mean(cell) / mean(one.dense))]]
-        )
-    return [table("Increase of perplexity, published and ours", ["scorer, state removed", *show["head"]], rows)]
+    """Draw increases of perplexity that others published, beside those of our models for the same cuts."""
+    show, rows = found[0].section.show, []
+    for row in found[0].rows:
+        for number, cut in enumerate(found[0].section.cuts):
+            theirs = 100 * (show["published"][row][number] / show["dense"] - 1)
+            ours = [increases(one, row, cut).partition(",")[0] for one in found]
+            rows.append([f"{row}, {cut}", f"{theirs:+.1f} %", *ours])
+    title = "Increase of perplexity, published and ours (95 % interval over windows)"
+    return [table(title, ["scorer, state removed", show["head"], *[one.model for one in found]], rows)]
 
 
 def stored(found: list[Found]) -> list[str]:
@@ -87,6 +87,14 @@ def increases(one: Found, row: str, cut: str) -> str:
     (cell,) = one.cells[row, cut]
     first, *second = (ratio(getattr(cell, on) - getattr(one.dense, on), True) for on in ("nll", "also") if on in cell)
     return "; ".join([f"{first}, {float(cell.kl.mean()):.4f}", *second])
+
+
+def modules(found: list[Found]) -> list[str]:
+    """Draw what it costs to remove elements of one module, a table for each model."""
+    title = "{}: increase of perplexity and KL by the module whose elements are removed; dense {}"
+    return [
+        table(title.format(one.model, dense(one)), ["module", *one.section.cuts], grid(one, increases)) for one in found
+    ]
 
 
 def reference(found: list[Found]) -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sspruner
 from sspruner.evaluation.damage import mean_loss
-from sspruner.evaluation.recall import answers, recall, sequences, tasks_for
+from sspruner.evaluation.recall import FIRST_WORD, answers, recall, sequences, tasks_for
 from sspruner.recipes.train import Settings
 from sspruner.training.gradual import likelihood
 from sspruner.training.loop import adamw, take_step, train
@@ -48,13 +48,18 @@ class Schedule(Settings):
 
 
 def recall_model(s: Any) -> Any:
-    """Return a freshly initialised model that writes much into its state and forgets little of it."""
-    model = fresh_model(s.family, s.config, s.vocabulary, s.seed, token=None)
+    """Return a freshly initialised model for recall of `pairs`."""
+    model = remembering(fresh_model(s.family, s.config, s.vocabulary, s.seed, token=None))
+    model.config.recall_pairs = s.pairs
+    return model
+
+
+def remembering(model: Any) -> Any:
+    """Let a model write much into its state and forget little of it; return it."""
     for module in model.modules():
         if hasattr(module, "A_log"):
             module.A_log.data.fill_(math.log(RATE))
             module.dt_bias.data.fill_(math.log(math.expm1(STEP)))
-    model.config.recall_pairs = s.pairs
     return model
 
 
@@ -65,15 +70,15 @@ def objective(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str,
     return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()), {"right": right}
 
 
-def train_recall(model: Any, pairs: int, steps: int, seed: int) -> None:
-    """Train with AdamW on new sequences in every step, with more and more pairs."""
+def train_recall(model: Any, pairs: int, steps: int, seed: int, words: int = 0) -> None:
+    """Train with AdamW on new sequences in every step, with more and more pairs. words: of some words alone."""
     sizes: dict[str, Any] = {"batch": BATCH, "at_once": BATCH, "seq_len": 1, "max_tokens": BATCH * steps}
     settings = Schedule(learning_rate=1e-2, weight_decay=0.1, **sizes)
     generator, optimizer = torch.Generator().manual_seed(seed), adamw(list(model.parameters()), settings)
     now, right = min(FIRST_PAIRS, pairs), 0.0
     model.train()
     for step in range(1, steps + 1):
-        tokens = sequences(BATCH, now, model.config.vocab_size, generator)
+        tokens = sequences(BATCH, now, words or model.config.vocab_size, generator) + (FIRST_WORD if words else 0)
         metrics = take_step(model, tokens, optimizer, settings, step, objective)
         right = 0.9 * right + 0.1 * metrics["right"]
         if step % 50 == 0:

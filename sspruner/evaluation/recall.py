@@ -16,6 +16,7 @@ from sspruner.errors import InputError
 
 BATCH = 64
 PAIRS = 16  # for models whose config has no recall_pairs
+END, FIRST_WORD = 0, 1  # of a model that has recall_words: the token between texts, and the first of its words
 
 
 def sequences(count: int, pairs: int, vocabulary: int, generator: torch.Generator) -> torch.Tensor:
@@ -34,22 +35,26 @@ def sequences(count: int, pairs: int, vocabulary: int, generator: torch.Generato
 
 
 def tasks_for(model: Any, count: int, seed: int) -> torch.Tensor:
-    """Return recall tasks in a model's vocabulary: int64 (count, 4 pairs).
+    """Return recall tasks in a model's vocabulary: int64 (count, 4 pairs), or one more.
 
-    The number of pairs is that of its training (`recall_pairs` in its config, from
-    benchmarks/studies/train.py), else PAIRS; fewer in a small vocabulary.
+    The number of pairs is that of its training (`recall_pairs` in its config, from benchmarks/studies), else PAIRS; fewer
+    in a small vocabulary. A model that was trained on some of its tokens, after the end of another text, has their number
+    as `recall_words`: its tasks begin with that end.
     """
-    vocabulary = embedding(model).num_embeddings
-    pairs = min(int(getattr(getattr(model, "config", None), "recall_pairs", PAIRS)), vocabulary // 2)
-    return sequences(count, max(1, pairs), vocabulary, torch.Generator().manual_seed(seed))
+    config = getattr(model, "config", None)
+    words = int(getattr(config, "recall_words", 0))
+    vocabulary = words or embedding(model).num_embeddings
+    pairs = min(int(getattr(config, "recall_pairs", PAIRS)), vocabulary // 2)
+    tasks = sequences(count, max(1, pairs), vocabulary, torch.Generator().manual_seed(seed))
+    return torch.cat([torch.full((count, 1), END), tasks + FIRST_WORD], 1) if words else tasks
 
 
 def answers(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits after each query (b, pairs, V), and the value that should follow, int64 (b, pairs).
 
-    logits (b, 4 pairs, V): of a model for tokens (b, 4 pairs).
+    logits (b, T, V): of a model for tokens (b, T), of which the last 4 pairs are a task.
     """
-    first = tokens.shape[1] // 2
+    first = tokens.shape[1] - 2 * (tokens.shape[1] // 4)  # the first query
     return logits[:, first::2], tokens[:, first + 1 :: 2].to(logits.device)
 
 

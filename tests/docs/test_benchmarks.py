@@ -10,10 +10,12 @@ import re
 import runpy
 import sys
 from collections.abc import Iterator
+from itertools import islice, pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import yaml
 
 import sspruner
@@ -286,3 +288,28 @@ def test_a_part_has_one_page(bench: ModuleType, tmp_path: Path, monkeypatch: pyt
     for name, count in (("both", 2), ("none", 0)):
         with pytest.raises(SystemExit, match=f"marks of {name} stand in {count} pages"):
             bench.insert(name, "new")
+
+
+def test_what_is_looked_up_in_a_dictionary_was_told_before(bench: ModuleType, tmp_path: Path) -> None:
+    study = importlib.import_module("studies.dictionaries")
+    (tmp_path / "books.txt").write_text("It was the best of times. " * 2000, encoding="utf-8")
+    tokenizer = sspruner.load()[1]
+    text = study.Interleaved((str(tmp_path / "books.txt"),), tokenizer, 256, words=60, pairs=24, blocks=40)
+    blocks = list(islice(text.training_blocks(), 40))
+    assert torch.equal(blocks[7], next(text.training_blocks(skip=7)))
+    most = []
+    for block in blocks:
+        passage, value = (found[0] for found in study.parts(block[None]))
+        first = block.tolist().index(0)
+        assert passage.tolist() == [place < first for place in range(1, 256)]
+        asked = [(int(block[t]), int(block[t + 1])) for t in value.nonzero()[:, 0]]
+        ends = [*(block == 0).nonzero()[:, 0].tolist(), 256]
+        found = []
+        for begin, end in pairwise(ends):
+            words = block[begin + 1 : end].tolist()
+            told = dict(zip(words[: len(words) // 2 : 2], words[1 : len(words) // 2 : 2], strict=True))
+            assert set(words) <= set(range(1, 61))
+            found += [(key, told[key]) for key in words[len(words) // 2 :: 2]]
+        assert asked == found  # every looked-up value, and no other token
+        most.append(len(asked) // (len(ends) - 1))
+    assert max(most[:4]) < 9 < max(most) <= 24  # more and more pairs

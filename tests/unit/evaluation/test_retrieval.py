@@ -14,7 +14,7 @@ from torch import nn
 import sspruner
 from sspruner.evaluation.last_word import last_words
 from sspruner.evaluation.passkey import DEPTHS, passkey_text, passkeys
-from sspruner.evaluation.recall import recall, sequences, tasks_for
+from sspruner.evaluation.recall import answers, recall, sequences, tasks_for
 from support.tiny import VOCABULARY, tiny_model
 
 
@@ -25,6 +25,22 @@ def test_tasks_have_the_pairs_of_a_models_training_if_its_vocabulary_holds_them(
         model.config.recall_pairs = trained
     found = tasks_for(model, 2, 5)
     assert torch.equal(found, sequences(2, pairs, VOCABULARY, torch.Generator().manual_seed(5)))
+
+
+def test_a_model_that_learned_some_words_alone_is_asked_for_these() -> None:
+    model = tiny_model()
+    model.config.recall_pairs, model.config.recall_words = 4, 10
+    found = tasks_for(model, 50, 5)
+    assert (found[:, 0] == 0).all()  # the end of another text
+    assert set(found[:, 1:].unique().tolist()) == set(range(1, 11))
+    assert torch.equal(found[:, 1:] - 1, sequences(50, 4, 10, torch.Generator().manual_seed(5)))
+    logits = torch.nn.functional.one_hot(found.roll(-1, 1), VOCABULARY).float()  # says each next token
+    said, target = answers(logits, found)
+    assert target.shape == (50, 4)
+    assert torch.equal(said.argmax(-1), target)
+    for row, values in zip(found.tolist(), target.tolist(), strict=True):
+        table = dict(zip(row[1:9:2], row[2:9:2], strict=True))
+        assert [table[key] for key in row[9::2]] == values
 
 
 class Copier(nn.Module):
