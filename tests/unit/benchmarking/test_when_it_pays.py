@@ -124,7 +124,7 @@ def test_published_ceiling_of_mamba2_of_13_billion(tmp_path: Path) -> None:
         found = [cut.times(PLAN, batch) for batch in (1, 16, 64, 256)]
         assert found == pytest.approx(numbers, abs=0.0055)  # 1.0648 is published as 1.07
         formula = [(2.69e9 + b * 201e6) / (2.69e9 + b * 201e6 * states / 128) for b in (1, 16, 64, 256)]
-        assert found == pytest.approx(formula, rel=1e-3)
+        assert found == pytest.approx(formula, rel=2e-3)  # its constants have three digits
 
 
 def test_a_whole_model_gains_a_little_less_for_its_convolutions(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_plan_that_cuts_heads_gains_with_one_sequence_too(tmp_path: Path) -> N
     folder = saved_model(tmp_path / "m", tokenizer=False, vocabulary=31)
     model = skeleton(folder)
     half(sspruner.trace(model), "head").save(tmp_path / "plan.json")
-    asked = ("inspect", folder, "--batch", "64", "--plan", tmp_path / "plan.json")
+    asked = ("inspect", folder, "--batch", "1,64,8", "--plan", tmp_path / "plan.json")
     data = json.loads(done(*asked, "--json", "-").stdout)
     dense, cut = taken(model, 4096), taken(sspruner.apply(tiny(folder), half(sspruner.trace(model), "head")), 4096)
     found = data["when_it_pays"]
