@@ -95,7 +95,7 @@ def measured(s: Any) -> Made:
                 allowed = dense.step_bytes(batch) / smaller[name].step_bytes(batch)
                 cells += [f"{allowed:.2f}", line[lines[0].index(f"state {states} / dense")]]
             rows.append([f"{engine}, {shape}, batch {batch}", *cells])
-    head = [cell for name in cuts.values() for cell in (f"{name}: bytes allow", "measured")]
+    head = [cell for name in cuts.values() for cell in (f"{name}: bytes allow", f"{name}: measured")]
     return [table("Decode with fewer states, times as fast: what bytes allow, and measured", ["what", *head], rows)], (
         "measurements of [decode](results/decode.md#decode-in-engines), median (low to high); bytes computed, in fp32"
     )

@@ -57,7 +57,7 @@ def draw(batches: list[int], found: dict[str, list[float]], file: Path, paper: s
             ax.annotate(f"{name}: {values[-1]:.2f}", (batches[-1] * 1.15, names[row]), color=colour, va="center")
         ax.set_xscale("log", base=2)
         ax.set(xlabel="sequences that decode at once", ylabel="times as fast, at most")
-        ax.set(xlim=(batches[0] * 0.9, batches[-1] * 12), ylim=(0.97, 2.03))
+        ax.set(xlim=(batches[0] * 0.9, batches[-1] * 14), ylim=(0.97, 2.03))
         ax.set_xticks(batches, [str(batch) for batch in batches])
         ax.minorticks_off()
         ax.grid(True, axis="y", color=grid, linewidth=0.6)
