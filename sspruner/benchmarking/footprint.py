@@ -113,7 +113,7 @@ class Footprint:
         return {"weights": weights, "states": batch * states, "KV cache": batch * kv}
 
     def experts_read(self, batch: int) -> int:
-        """Return how many experts of a layer one step reads, if tokens share as few as they can."""
+        """Return how many experts of a layer one step reads, if its tokens share as few as they can."""
         return min(self.experts, batch * self.experts_per_token)
 
     @property

@@ -77,9 +77,8 @@ def gains(model: Any, graph: SSMGraph, dense: Footprint, cut: Footprint | None, 
     """
     smaller = cut or kept(model, graph, "state", 0.5, dense)
     cuts = {} if smaller is None else {PLAN if cut else HALF: smaller}
-    if dense.state_dtype not in (EIGHT_BITS, "fp8"):
-        cuts |= {} if cut else {NARROW: dense.stored(EIGHT_BITS)}
-        cuts |= {} if smaller is None else {f"{PLAN} and {NARROW}" if cut else BOTH: smaller.stored(EIGHT_BITS)}
+    cuts |= {} if cut else {NARROW: dense.stored(EIGHT_BITS)}
+    cuts |= {} if smaller is None else {f"{PLAN} and {NARROW}" if cut else BOTH: smaller.stored(EIGHT_BITS)}
     return Gains(dense, cuts, **how)
 
 
@@ -90,11 +89,8 @@ def kept(model: Any, graph: SSMGraph, axis: str, part: float, dense: Footprint) 
     """
     if axis not in graph.axes:
         return None
-    sizes = {
-        name: max(group.least, int(part * group.units) // group.multiple_of * group.multiple_of)
-        for name, group in graph.on_axis(axis).items()
-    }
     groups = graph.on_axis(axis)
+    sizes = {n: max(g.least, int(part * g.units) // g.multiple_of * g.multiple_of) for n, g in groups.items()}
     plan = Plan({n: Selection(g.units, (tuple(range(sizes[n])),) * g.groups) for n, g in groups.items()})
     smaller = copy.deepcopy(model)
     return footprint(smaller, apply_sizes(smaller, plan), dense.context).stored(dense.state_dtype)

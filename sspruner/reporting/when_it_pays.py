@@ -22,7 +22,7 @@ def _moved(gains: Gains) -> str:
     dense, batch = gains.dense, gains.batch
     parts = [f"{_percent(share)} {name}" for name, share in gains.shares.items() if share]
     if dense.experts:
-        parts[0] += f" ({dense.experts_read(batch)} of {dense.experts} experts)"
+        parts[0] += f" (up to {dense.experts_read(batch)} of {dense.experts} experts)"
     length = f" of {dense.context:,} tokens" if dense.kv_bytes_per_token else ""
     sequences = "one sequence" if batch == 1 else f"{batch:,} sequences"
     step = as_bytes(dense.step_bytes(batch))

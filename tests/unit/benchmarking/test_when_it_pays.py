@@ -22,6 +22,7 @@ from sspruner.io.skeleton import skeleton
 from sspruner.reporting.when_it_pays import when_it_pays
 from support.command import done, saved_model, saved_zoo
 from support.footprints import config_alone, taken
+from support.paths import ROOT
 from support.published import CONFIGS
 from support.tiny import half
 from support.zoo import FAMILIES, zoo
@@ -188,6 +189,14 @@ def test_a_plan_that_cuts_heads_gains_with_one_sequence_too(tmp_path: Path) -> N
     assert found["text"].startswith("With 64 sequences a decode step moves")
 
 
+@pytest.mark.slow
+def test_the_documentation_shows_what_it_says(tmp_path: Path) -> None:
+    model = skeleton(config_alone(tmp_path / "m", CONFIGS["Nemotron-H-8B"]))
+    found = gains(model, sspruner.trace(model), taken(model, 32768), None, batch=64, memory=80e9)
+    page = (ROOT / "docs/footprint.md").read_text(encoding="utf-8")
+    assert when_it_pays(found) in " ".join(page.split())
+
+
 def tiny(folder: Path) -> torch.nn.Module:
     return sspruner.load(folder)[0]
 
@@ -224,6 +233,6 @@ def test_the_dtype_that_the_engine_keeps_counts(tmp_path: Path) -> None:
 def test_experts_and_memory_are_named() -> None:
     some = Footprint("bfloat16", 1, 10**6, 4, 3, 5, 100, 900_000, 10, expert_bytes=300, experts=3, experts_per_token=2)
     said = when_it_pays(Gains(some, {PLAN: replace(some, state_bytes=2)}, 1, 10**6 + 1014))
-    assert "100 % weights (2 of 3 experts)" in said
+    assert "100 % weights (up to 2 of 3 experts)" in said
     assert said.endswith("In 1.00 MB fit 2 sequences, with the plan 2.")
     assert when_it_pays(Gains(some, {PLAN: some}, 3, 10**6 + 1014)).endswith("That is fewer than 3.")
