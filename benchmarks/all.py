@@ -55,7 +55,8 @@ def main() -> None:
             if part.name not in failed and not part.trains:
                 insert(part.name, output(part, given).read_text(encoding="utf-8"))
         draw(DOCS, DOCS / "figures")
-        subprocess.run([sys.executable, str(DOCS / "figures/damage.py")], check=True)
+        for picture in sorted((DOCS / "figures").glob("*.py")):
+            subprocess.run([sys.executable, str(picture)], check=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -63,7 +63,7 @@ def token_operations(model: Any, found: Footprint) -> int:
     table = embedding(model).weight
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     tied = uses[id(table)] > 1
-    total = UPDATE * found.state_bytes // 4
+    total = UPDATE * found.state_numbers
     for name, p in model.named_parameters():
         if p.ndim < 2 or name.endswith("A_log") or (p is table and not tied):
             continue

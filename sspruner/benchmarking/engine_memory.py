@@ -21,6 +21,10 @@ class EngineCache(Protocol):
         """Layers that keep a cache."""
 
     @property
+    def state_dtype(self) -> str:
+        """Dtype of the recurrent state."""
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one state slot, over all recurrent layers."""
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
 from torch import nn
 
 from sspruner.compute.forward import embedding
+from sspruner.evaluation.state_rounding import FORMATS, SCALE_BYTES
 from sspruner.graph.parts import keys_and_values
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.text_model import text_config, text_path
@@ -21,6 +22,8 @@ from sspruner.surgery.sizes import sizes
 
 CONTEXT = 4096  # tokens
 BATCHES = (1, 16, 64, 256)
+FP32 = 4
+SHORT = {"bfloat16": "bf16", "float16": "fp16"}  # names of FORMATS
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Footprint:
     dtype               of the weights, the convolution states, and keys and values
     parameters          one that several modules share counts once
     weight_bytes        of all parameters
-    state_bytes         per sequence: recurrent state, fp32
+    state_bytes         per sequence: recurrent state, in `state_dtype`
     conv_bytes          per sequence: convolution states
     kv_bytes_per_token  per sequence: keys and values of one token, in every attention layer; a block that several
                         layers share has a cache in each
@@ -41,6 +44,9 @@ class Footprint:
                         to the head and so is read anyway
     expert_bytes        weights of all experts
     experts             experts in one layer; a token is sent to experts_per_token of them
+    state_rows          rows of the recurrent states of one sequence, along their last dimension: each has an fp32 scale
+                        in int8 and fp8
+    state_dtype         of the recurrent states: float32, bfloat16, float16, int8 or fp8
     """
 
     dtype: str
@@ -55,6 +61,24 @@ class Footprint:
     expert_bytes: int = 0
     experts: int = 0
     experts_per_token: int = 0
+    state_rows: int = 0
+    state_dtype: str = "float32"
+
+    @property
+    def state_numbers(self) -> int:
+        """Numbers in the recurrent states of one sequence, without scales."""
+        itemsize, scales = self._stored_in(self.state_dtype)
+        return (self.state_bytes - scales) // itemsize
+
+    def stored(self, dtype: str) -> Footprint:
+        """Return the footprint with recurrent states in a dtype: float32, bfloat16, float16, int8 or fp8."""
+        itemsize, scales = self._stored_in(dtype)
+        return replace(self, state_bytes=self.state_numbers * itemsize + scales, state_dtype=dtype)
+
+    def _stored_in(self, dtype: str) -> tuple[int, int]:
+        """Return the bytes of one number of a state, and those of all scales."""
+        form = FORMATS.get(SHORT.get(dtype, dtype))
+        return (form.itemsize, SCALE_BYTES * self.state_rows * form.scaled) if form else (FP32, 0)
 
     @property
     def kv_bytes(self) -> int:
@@ -71,7 +95,11 @@ class Footprint:
         return max(0, int((memory - self.weight_bytes) // self.sequence_bytes))
 
     def step_bytes(self, batch: int) -> int:
-        """Return the minimal bytes that one decode step of `batch` sequences reads and writes.
+        """Return the minimal bytes that one decode step of `batch` sequences reads and writes."""
+        return sum(self.step_parts(batch).values())
+
+    def step_parts(self, batch: int) -> dict[str, int]:
+        """Return the bytes of `step_bytes` by what is read and written: weights, states, KV cache.
 
         Weights are read; recurrent and convolution states are read and written; keys and values are read for `context`
         tokens and written for one. Of the experts, as many as the batch's tokens can be sent to are read, which is an
@@ -79,13 +107,20 @@ class Footprint:
         """
         weights = self.fixed_read_bytes + batch * self.row_bytes
         if self.experts:
-            weights += self.expert_bytes // self.experts * min(self.experts, batch * self.experts_per_token)
-        states = 2 * (self.state_bytes + self.conv_bytes) + self.kv_bytes_per_token * (self.context + 1)
-        return weights + batch * states
+            weights += self.expert_bytes // self.experts * self.experts_read(batch)
+        states = 2 * (self.state_bytes + self.conv_bytes)
+        kv = self.kv_bytes_per_token * (self.context + 1)
+        return {"weights": weights, "states": batch * states, "KV cache": batch * kv}
 
-    def state_share(self, batch: int) -> float:
-        """Return the recurrent states' share of the bytes of one decode step, which reads and writes them."""
-        return 2 * batch * self.state_bytes / self.step_bytes(batch)
+    def experts_read(self, batch: int) -> int:
+        """Return how many experts of a layer one step reads, if its tokens share as few as they can."""
+        return min(self.experts, batch * self.experts_per_token)
+
+    @property
+    def sequence_step_bytes(self) -> int:
+        """Bytes that one more sequence adds to a step once all experts are read."""
+        many = max(1, self.experts)
+        return self.step_bytes(many + 1) - self.step_bytes(many)
 
     def ceiling(self, batch: int, bandwidth: float) -> float:
         """Return the tokens per second, over all sequences, if memory traffic is the only cost. bandwidth: bytes/s."""
@@ -142,6 +177,7 @@ def footprint(model: Any, graph: SSMGraph, context: int = CONTEXT) -> Footprint:
         expert_bytes=sum(_bytes(p) for p in experts.values()),
         experts=next((p.shape[0] for p in experts.values()), 0),
         experts_per_token=text_config(model.config).num_experts_per_tok if experts else 0,
+        state_rows=sum(site.layout.count(site.layout.state[:-1]) for site in graph.layers if site.layout.state),
     )
 
 

@@ -38,7 +38,7 @@ class View:
     4k,32k."""
 
     batch: Annotated[str, text("N,N")] = "1,16,64,256"
-    """Batch sizes whose decode steps are shown."""
+    """Batch sizes whose decode steps are shown; what is said at the end is about the largest."""
 
     bandwidth: Annotated[str | None, text("BYTES/S")] = None
     """Show the maximum tokens per second with this memory bandwidth, e.g. 3.35TB/s."""
@@ -94,31 +94,36 @@ def command(
     from sspruner.benchmarking.cache_layers import cache_layers
     from sspruner.benchmarking.engine_memory import engine_memory
     from sspruner.benchmarking.footprint import footprint
+    from sspruner.benchmarking.gains import gains
     from sspruner.files.strict_json import dumps
     from sspruner.formats.fitting import after, offers
     from sspruner.io.skeleton import skeleton
     from sspruner.plans.plan import check_plan
     from sspruner.reporting.terminal import plots
+    from sspruner.reporting.when_it_pays import when_it_pays
     from sspruner.surgery.apply import apply_sizes
 
     plan = None if view.plan is None else sspruner.Plan.load(view.plan)
     prepare(trust.plugin, model)
     loaded = skeleton(model, trust_remote_code=trust.trust_remote_code)
     graph = sspruner.trace(loaded)
-    dense = footprint(loaded, graph, contexts[0])
     if plan is not None:
         check_plan(plan, graph, model=loaded)
     engine = None
     if pool is not None:
         layers = cache_layers(loaded, graph), None if plan is None else cache_layers(loaded, graph, plan)
         engine = engine_memory(counted, layers, options, tp=target.tp, pool=pool, contexts=contexts)
+    kept_in = engine.dense.state_dtype if engine else options.state_dtype or "float32"
+    dense = footprint(loaded, graph, contexts[0]).stored(kept_in)
     supported = [] if memory_alone else offers(loaded if plan is None else after(loaded, plan, graph), runtime)
-    cut = None if plan is None else footprint(loaded, apply_sizes(loaded, plan), contexts[0])
+    cut = None if plan is None else footprint(loaded, apply_sizes(loaded, plan), contexts[0]).stored(kept_in)
+    gained = gains(loaded, graph, dense, cut, batch=max(machine[0]), memory=machine[1])
     data = graph.to_json() | {"footprint": dense.to_json(*machine)}
     if cut is not None:
         data["with_plan"] = cut.to_json(*machine)
     if engine is not None:
         data["engine"] = engine.to_json()
+    data["when_it_pays"] = gained.to_json() | {"text": when_it_pays(gained)}
     data["targets"] = {offer.target.name: offer.to_json() for offer in supported}
     pictures = plots(loaded, model, plan) if view.plot else []
     emit(dumps(data, indent=2), output.json)
@@ -129,8 +134,8 @@ def command(
             from sspruner.reporting.engine_memory import engine_table
 
             show(engine_table(engine))
-        for picture in pictures:
-            show(picture)
+        for shown in (*pictures, "", when_it_pays(gained)):
+            show(shown)
 
 
 def pool_of(view: View, target: Target, options: EngineOptions) -> float | None:
@@ -144,8 +149,9 @@ def pool_of(view: View, target: Target, options: EngineOptions) -> float | None:
         if target.tp < 1:
             raise InputError(f"tp {target.tp}: must be at least 1")
         return parse_bytes(view.pool, "--pool")
-    if options.given:
-        raise InputError(f"--{options.given[0]}: decides the memory of an engine's caches: add --pool, e.g. 40GiB")
+    given = [name for name in options.given if name != "state-dtype"]  # it decides the bytes of a step, too
+    if given:
+        raise InputError(f"--{given[0]}: decides the memory of an engine's caches: add --pool, e.g. 40GiB")
     if target.runtime in ENGINES and target.runtime not in names():
         raise InputError(f"target {target.runtime}: only the memory of its caches is known: add --pool, e.g. 40GiB")
     return None

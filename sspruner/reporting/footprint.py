@@ -31,19 +31,7 @@ def footprint_table(
         Text(f"weights in {dense.dtype}, {source}"),
         _decode(dense, cut, batches, bandwidth),
         Text("the least that a step can move: weights, states and KV cache; no activations"),
-        Text(when_it_pays(dense, cut, max(batches))),
     )
-
-
-def when_it_pays(dense: Footprint, cut: Footprint | None, batch: int) -> str:
-    """Return in one sentence what a smaller state, or the plan, can gain at one and at `batch` sequences."""
-    shares = [100 * dense.state_share(b) for b in (1, batch)]
-    said = f"The states are {shares[0]:.2g} % of these bytes with one sequence, {shares[1]:.2g} % with {batch:,}: "
-    if cut is not None:
-        gains = [dense.step_bytes(b) / cut.step_bytes(b) for b in (1, batch)]
-        return f"{said}with the plan a step is at most {gains[0]:.2f} and {gains[1]:.2f} times as fast."
-    gains = [1 / (1 - share / 200) for share in shares]  # half of the states' bytes go
-    return f"{said}with half of the state a step is at most {gains[0]:.2f} and {gains[1]:.2f} times as fast."
 
 
 def _sizes(dense: Footprint, cut: Footprint | None, memory: float | None) -> Table:
@@ -55,7 +43,7 @@ def _sizes(dense: Footprint, cut: Footprint | None, memory: float | None) -> Tab
     rows: list[tuple[str, list[int], bool]] = [
         ("parameters", [f.parameters for f in both], False),
         ("weights", [f.weight_bytes for f in both], True),
-        ("recurrent state per sequence (fp32)", [f.state_bytes for f in both], True),
+        (f"recurrent state per sequence ({dense.state_dtype})", [f.state_bytes for f in both], True),
         ("convolution state per sequence", [f.conv_bytes for f in both], True),
         (f"KV cache per sequence, {dense.context:,} tokens", [f.kv_bytes for f in both], True),
         ("all per sequence", [f.sequence_bytes for f in both], True),

@@ -34,10 +34,11 @@ BY_HAND = [  # no script makes them: published by others, formulas, sizes
     "| method | 25 % | 50 % | 75 % |",
     "| | distillation, gradual | TwIST | calibration |",
     "| states | fp32 | bf16, fp16 | int8, fp8 |",
+    "| you serve | first | what it gives, at most |",
 ]
 
 BENCHMARKS = ROOT / "benchmarks"
-MOST_LINES = 2_000  # of Python; 4,500 before experiments were recipes
+MOST_LINES = 2_150  # of Python; 4,500 before experiments were recipes
 
 
 @pytest.fixture(scope="module")
