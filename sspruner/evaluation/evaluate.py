@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from sspruner.calibrate.documents import Reading
 from sspruner.calibrate.encode import encode, source_name
 from sspruner.calibrate.sample import sample_from
+from sspruner.calibrate.seen import refuse_seen, seen_of
 from sspruner.calibrate.sources import Progress, micro_batch_size
 from sspruner.compute.device import check_whole, on_device, resolve_device
 from sspruner.compute.forward import check_predicts_tokens, embedding
@@ -74,6 +75,8 @@ def evaluate(
     lambada = measures.lambada
     lambada_passages = [] if lambada is None else passages(tokenizer, read_passages(str(lambada)), measures.limit, seed)
     passkey_passages = _passkeys(tokenizer, chosen, text.max_length, seed, measures.metrics is not None, notes)
+    passage_tokens = (torch.tensor(passage.context + passage.word) for passage in lambada_passages)
+    _check_unseen(both, passage_tokens, f"lambada {lambada}")
     compute = resolve_device(device)
     every = every_of(options.state, model)
     storage: dict[str, Any] = {}
@@ -89,6 +92,7 @@ def evaluate(
                 stack.enter_context(quick_on_cpu(each, compute))
         if {"perplexity", "position", "length"} & set(chosen) or every:
             texts = _texts(text, both, tokenizer, seed, progress)
+            _check_unseen(both, texts, f"text {source_name(text.text)}", text.max_length)
             if "perplexity" in chosen:
                 rows += _perplexity(both, texts, text.max_length, text.step, seed, progress)
             if {"position", "length"} & set(chosen):
@@ -102,6 +106,7 @@ def evaluate(
             rows += _passages(both, "lambada", lambada_passages, seed, progress)
         if "recall" in chosen:
             queries = tasks_for(model, RECALL_SEQUENCES, seed)
+            _check_unseen(both, queries, f"recall tasks of seed {seed}")
             pairs = queries.shape[1] // 4
             rows += _recall(both, queries, seed, progress)
         if passkey_passages:
@@ -288,6 +293,14 @@ def _texts(text: TextWindows, both: Both, tokenizer: Any, seed: int, progress: P
         raise InputError(f"text: token id {high if low >= 0 else low} outside the vocabulary (0 to {vocabulary - 1}); "
                          "is this the model's own tokenizer?")  # fmt: skip
     return kept
+
+
+def _check_unseen(both: Both, windows: Iterable[torch.Tensor], what: str, length: int | None = None) -> None:
+    """Raise InputError if a cut of one of the models was calibrated on text that is to be measured."""
+    model, against = both
+    seen = seen_of(model) if against is None else seen_of(model) | seen_of(against)
+    if seen:
+        refuse_seen(seen, windows, what, length)
 
 
 def _lengths(first: int, last: int) -> list[int]:
