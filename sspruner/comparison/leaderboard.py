@@ -44,6 +44,7 @@ from sspruner.scoring.known import find_scorer
 CELLS = ".cells"  # in the folder of a leaderboard: cells that are measured
 RUNTIMES = ("hf", "vllm", "llama.cpp")
 NOT_PRUNING = ("calibration", "evaluation")  # phases that are not counted as seconds of a prune
+BESIDE = 2  # windows that the calibration holds out for `prune`; what it measures on them is not used
 
 Cell = dict[str, Any]
 
@@ -182,10 +183,12 @@ def _made(board: Leaderboard, row: Row, bench: Bench, which: tuple[float, int], 
     )
     data, one_pass = _calibrated(recipe.calibration, bench, seed, place)
     small = copy.deepcopy(bench.model)
-    given = None if recipe.method.refit == "reconstruct" else data  # which reads more windows of the text
+    source: dict[str, Any] = {"calibration": data}
+    if recipe.method.refit == "reconstruct":  # which reads more windows of the text
+        source = {"tokenizer": bench.tokenizer}
     before = resident.start()
     try:
-        result = prune(small, recipe, calibration=given, tokenizer=bench.tokenizer, device=str(place.device))
+        result = prune(small, recipe, device=str(place.device), **source)
     except (InputError, PlanError, ModelError) as error:
         return {"error": str(error)}
     memory = None if before is None else resident.peak() - before
@@ -217,7 +220,7 @@ def _calibrated(text: CalibrationText, bench: Bench, seed: int, place: Place) ->
     if seed not in bench.calibrated:
         how: dict[str, Any] = {"samples": text.samples, "seq_len": text.seq_len, "text_column": text.text_column}
         with on_device(bench.model, place.device), quick_on_cpu(bench.model, place.device), torch.no_grad():
-            data = calibration(text.source, bench.model, bench.tokenizer, **how, seed=seed)
+            data = calibration(text.source, bench.model, bench.tokenizer, **how, held_out=BESIDE, seed=seed)
             start = time.perf_counter()
             for tokens, mask in data.batches():
                 forward(bench.model, tokens, mask, use_cache=False)
