@@ -1,4 +1,4 @@
-"""Run recipes of commands: of `sspruner compare`, with a table and a leaderboard, and of `sspruner bench` on a CPU and a GPU, and in engines."""
+"""Run recipes of commands: of `sspruner compare` and its leaderboard, and of `sspruner bench`, also in engines."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def compare_recall(s: Any) -> Made:
 
 
 def leaderboard(s: Any) -> Made:
-    """Make the leaderboard of results/ in the work folder, and keep its page, picture and JSON; a quick one stays there."""
+    """Make the leaderboard in the work folder, and copy it to results/; a quick one stays there."""
     asked, out = yaml.safe_load(s.file.read_text(encoding="utf-8")), s.work / f"leaderboard{'-quick' * s.quick}"
     board, calls = Board(**asked["board"]), asked["rows"]
     if s.quick:
@@ -55,7 +55,10 @@ def leaderboard(s: Any) -> Made:
     for call in calls:
         found = sspruner.leaderboard(out, board=board, recipe=CompareRecipe.of(**asked["shared"] | call))
     for file in out.glob("leaderboard.*") if not s.quick else ():
+        RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, RESULTS)
+        if file.suffix == ".png":
+            shutil.copy(file, HERE.parent / "docs" / "figures")
     return [found.to_markdown()], "sspruner compare --leaderboard adds a row"
 
 
