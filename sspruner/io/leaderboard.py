@@ -145,8 +145,7 @@ def _extended(now: Settings, recipe: CompareRecipe, board: Board, folder: Path) 
         value = getattr(asked, name)
         if value not in (getattr(usual, name), getattr(now, name)):
             raise InputError(
-                f"leaderboard {folder}: its {name} are {getattr(now, name)}, not {value}, and the same for all rows; "
-                "give another folder"
+                f"leaderboard {folder}: all its rows have {name} {getattr(now, name)}, not {value}; give another folder"
             )
     return replace(
         now,

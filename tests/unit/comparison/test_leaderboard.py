@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sspruner
+from sspruner.calibrate.sources import HELD_OUT
 from sspruner.comparison import leaderboard as making
 from sspruner.comparison.board import RATIO, RECALL, Entry, Leaderboard, Refusal, Row, Settings
-from sspruner.comparison.leaderboard import CELLS, pooled
+from sspruner.comparison.leaderboard import BESIDE, CELLS, pooled
 from sspruner.evaluation.paired import Interval, perplexity_ratio
+from sspruner.plugins.manager import plugin_manager
 from sspruner.reporting.folder import read_folder
 from sspruner.reporting.sections import sections
 from support.command import done, refused, saved_model
@@ -135,7 +137,7 @@ def test_entries_are_those_of_prunes_of_their_own(tmp_path: Path) -> None:
     found = board.rows["ghost"].of("a", 0.5)
     assert isinstance(found, Entry)
     model, dense = load("a")[0], load("a")[0]
-    data = sspruner.calibration("self", model, samples=2, seq_len=20, seed=3)
+    data = sspruner.calibration("self", model, samples=2, seq_len=20, held_out=BESIDE, seed=3)
     text = sspruner.calibration("self", dense, samples=3, seq_len=20, held_out=0).tokens
     sspruner.prune(model, "ghost", sparsity=0.5, calibration=data, seed=3)
     assert not data.seen.among(text, torch.ones_like(text, dtype=torch.bool)).any()
@@ -158,7 +160,8 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
             sspruner.leaderboard(tmp_path / "b", ["random"], load=load, **other)
     with pytest.raises(sspruner.InputError, match="a: the model is not the one"):
         sspruner.leaderboard(tmp_path / "b", ["random"], load=loader(a=9)[0])
-    same = {**SMALL, "samples": 3, "seeds": (0,)}  # the text that is measured is sampled like the calibration's
+    # Text that is sampled like what is measured: as many windows in all, held-out ones included, with the same seed.
+    same = {**SMALL, "samples": SMALL["windows"] + HELD_OUT - BESIDE, "seeds": (0,)}
     with pytest.raises(sspruner.InputError, match="text self: window 1 was calibrated on"):
         sspruner.leaderboard(tmp_path / "c", ["ghost"], models=("a",), load=load, **same)
     assert tree_of(tmp_path / "b") == before
@@ -210,6 +213,16 @@ def test_the_order_of_rows_is_that_of_damage_however_they_came_in(ratios: dict[s
     assert [*itertools.chain(*(rows for _, _, rows in board.tables()))] == []  # no dense model yet
 
 
+@pytest.fixture
+def plugins() -> Iterator[None]:
+    """Afterwards the plugins are those of before."""
+    before = {name for name, _ in plugin_manager().list_name_plugin()}
+    yield
+    for name in {name for name, _ in plugin_manager().list_name_plugin()} - before:
+        plugin_manager().unregister(name=name)
+
+
+@pytest.mark.usefixtures("plugins")
 def test_a_plugin_author_adds_a_row_with_one_command(tmp_path: Path) -> None:
     model, board = saved_model(tmp_path / "model"), tmp_path / "board"
     text = ["--text", "self", "--windows", 3, "--samples", 2, "--seq-len", 20, "--sparsity", "0.5", "--seeds", "0"]
