@@ -32,7 +32,7 @@ class Calibration:
     tokens, mask            int64 and bool (S, T): the observed windows; mask is False where padding
     held_out, held_out_mask the same for windows (S', T) that only serve to report damage
     source, seed            name of the source, and the seed of the draw
-    held_out_is_separate    False only when the source holds a single sequence
+    held_out_is_separate    False when the source holds a single sequence, or repeats itself in every held-out window
     """
 
     tokens: torch.Tensor
@@ -96,10 +96,9 @@ def calibration(
     column of text, of conversations.
 
     Takes `samples` windows to observe and `held_out` others; if there are fewer, a quarter is held out, or none with
-    held_out=0. Windows that repeat observed text, or text that an earlier cut of the model observed, are not held out.
-    text_column: the column of a row's text; default `text`, else `messages`.
-    Raises InputError if the source is missing, empty, too short, not text, or does not fit the vocabulary, and if every
-    held-out window repeats observed text.
+    held_out=0. Windows that repeat observed text, or text that an earlier cut of the model observed, are not held out,
+    unless all do. text_column: the column of a row's text; default `text`, else `messages`.
+    Raises InputError if the source is missing, empty, too short, not text, or does not fit the vocabulary.
     """
     check_size(samples, seq_len, held_out)
     text = CalibrationText(samples=samples, seq_len=seq_len, text_column=text_column)
@@ -209,18 +208,15 @@ def _split(
 
 
 def _unseen(data: Calibration, earlier: Seen) -> Calibration:
-    """Hold out only windows that repeat no observed text. earlier: text that earlier cuts of the model observed.
+    """Hold out only windows that repeat no observed text; if all do, the result says that they are not separate.
 
-    Raises InputError if none is left.
+    earlier: text that earlier cuts of the model observed.
     """
     if not data.held_out_is_separate:
         return data
     seen = (data.seen | earlier).among(data.held_out, data.held_out_mask)
     if seen.all():
-        raise InputError(
-            f"calibration {data.source}: every held-out window repeats text that was calibrated on; give text that "
-            "repeats itself less, or longer windows (--seq-len)"
-        )
+        return replace(data, held_out_is_separate=False)
     return replace(data, held_out=data.held_out[~seen], held_out_mask=data.held_out_mask[~seen])
 
 

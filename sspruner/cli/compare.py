@@ -36,10 +36,10 @@ class Tables(Json):
         from sspruner.files.output import check_results
 
         super().check()
-        if self.out is not None:
-            check_results(self.out, MARKS)
         if self.out is not None and self.leaderboard is not None:
             raise InputError("--out and --leaderboard: the first keeps a table, the second a leaderboard; give one")
+        if self.out is not None:
+            check_results(self.out, MARKS)
 
 
 @reports_errors
