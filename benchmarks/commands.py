@@ -49,7 +49,7 @@ def compare_recall(s: Any) -> Made:
 def leaderboard(s: Any) -> Made:
     """Make the leaderboard in the work folder, and copy it to results/; a quick one stays there."""
     asked, out = yaml.safe_load(s.file.read_text(encoding="utf-8")), s.work / f"leaderboard{'-quick' * s.quick}"
-    board, calls = Board(**asked["board"]), asked["rows"]
+    board, calls = Board(**asked["board"] | getattr(s, "board", {})), getattr(s, "rows", asked["rows"])
     if s.quick:
         board, calls = replace(board, models=board.models[:1], seeds=(0,), windows=2), [{"scorers": ["magnitude"]}]
     for call in calls:
