@@ -75,8 +75,6 @@ def evaluate(
     lambada = measures.lambada
     lambada_passages = [] if lambada is None else passages(tokenizer, read_passages(str(lambada)), measures.limit, seed)
     passkey_passages = _passkeys(tokenizer, chosen, text.max_length, seed, measures.metrics is not None, notes)
-    passage_tokens = (torch.tensor(passage.context + passage.word) for passage in lambada_passages)
-    _check_unseen(both, passage_tokens, f"lambada {lambada}")
     compute = resolve_device(device)
     every = every_of(options.state, model)
     storage: dict[str, Any] = {}
@@ -92,7 +90,6 @@ def evaluate(
                 stack.enter_context(quick_on_cpu(each, compute))
         if {"perplexity", "position", "length"} & set(chosen) or every:
             texts = _texts(text, both, tokenizer, seed, progress)
-            _check_unseen(both, texts, f"text {source_name(text.text)}", text.max_length)
             if "perplexity" in chosen:
                 rows += _perplexity(both, texts, text.max_length, text.step, seed, progress)
             if {"position", "length"} & set(chosen):
@@ -106,7 +103,6 @@ def evaluate(
             rows += _passages(both, "lambada", lambada_passages, seed, progress)
         if "recall" in chosen:
             queries = tasks_for(model, RECALL_SEQUENCES, seed)
-            _check_unseen(both, queries, f"recall tasks of seed {seed}")
             pairs = queries.shape[1] // 4
             rows += _recall(both, queries, seed, progress)
         if passkey_passages:
@@ -191,6 +187,7 @@ def _bucket(nll: torch.Tensor, against: torch.Tensor | None, counted: torch.Tens
 def _passages(both: Both, name: str, items: list[Passage], seed: int, progress: Progress | None) -> list[Row]:
     """Measure accuracy, nll and, for LAMBADA, perplexity of the last words of passages."""
     model, against = both
+    _check_unseen(both, (torch.tensor(passage.context + passage.word) for passage in items), name)
     size = _batch(max(len(passage.context) + len(passage.word) for passage in items))
     if progress:
         progress(name, 0, 2)
@@ -208,6 +205,7 @@ def _passages(both: Both, name: str, items: list[Passage], seed: int, progress: 
 
 
 def _recall(both: Both, tokens: torch.Tensor, seed: int, progress: Progress | None) -> list[Row]:
+    _check_unseen(both, tokens, f"recall sequences of seed {seed}")
     if progress:
         progress("recall", 0, 1)
     ours, theirs = (None if each is None else recall(each, tokens, _batch(tokens.shape[1])) for each in both)
@@ -292,6 +290,7 @@ def _texts(text: TextWindows, both: Both, tokenizer: Any, seed: int, progress: P
     if low < 0 or high >= vocabulary:
         raise InputError(f"text: token id {high if low >= 0 else low} outside the vocabulary (0 to {vocabulary - 1}); "
                          "is this the model's own tokenizer?")  # fmt: skip
+    _check_unseen(both, kept, f"text {source_name(source)}", length)
     return kept
 
 
