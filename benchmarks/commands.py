@@ -1,21 +1,24 @@
-"""Run recipes of commands: of `sspruner compare`, and of `sspruner bench` on a CPU and a GPU, and in engines."""
+"""Run recipes of commands: of `sspruner compare` and its leaderboard, and of `sspruner bench`, also in engines."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
 import yaml
-from common import NO, Made, Subject, span, table
+from common import HERE, NO, Made, Subject, span, table
 
 import sspruner
 from sspruner.benchmarking.record import Timing
 from sspruner.benchmarking.shapes import DTYPES, SHAPES, shape_models
 from sspruner.compute.device import resolve_device
 from sspruner.recipes.compare import CompareRecipe
+from sspruner.recipes.leaderboard import Board
 from sspruner.recipes.measure import BenchOptions
 from sspruner.recipes.yaml import from_data
 
+RESULTS = HERE.parent / "results" / "leaderboard"
 PARTS = ("load", "variants", "runner")  # of BenchOptions, in recipes
 SMALLER = {"recall-32": 0.5, "recall-16": 0.75}  # smaller models -> the cut of the same size
 
@@ -41,6 +44,22 @@ def compare_recall(s: Any) -> Made:
         found = sspruner.compare(subject.model, cells, calibration=data, baseline=baseline)
         made.append(found.named("recall-64", "", small).to_markdown())
     return made, "seed 0"
+
+
+def leaderboard(s: Any) -> Made:
+    """Make the leaderboard in the work folder, and copy it to results/; a quick one stays there."""
+    asked, out = yaml.safe_load(s.file.read_text(encoding="utf-8")), s.work / f"leaderboard{'-quick' * s.quick}"
+    board, calls = Board(**asked["board"] | getattr(s, "board", {})), getattr(s, "rows", asked["rows"])
+    if s.quick:
+        board, calls = replace(board, models=board.models[:1], seeds=(0,), windows=2), [{"scorers": ["magnitude"]}]
+    for call in calls:
+        found = sspruner.leaderboard(out, board=board, recipe=CompareRecipe.of(**asked["shared"] | call))
+    for file in out.glob("leaderboard.*") if not s.quick else ():
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, RESULTS)
+        if file.suffix == ".png":
+            shutil.copy(file, HERE.parent / "docs" / "figures")
+    return [found.to_markdown()], "sspruner compare --leaderboard adds a row"
 
 
 def speed(s: Any) -> Made:

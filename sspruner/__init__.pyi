@@ -40,6 +40,7 @@ from .graph.ssm_graph import SSMGraph as SSMGraph
 from .graph.trace import trace as trace
 from .io.bench import bench as bench
 from .io.export import export as export
+from .io.leaderboard import leaderboard as leaderboard
 from .io.load import load as load
 from .io.push import push_to_hub as push_to_hub
 from .io.save import save as save

@@ -12,6 +12,7 @@ from torch import nn
 from sspruner.calibrate.documents import Reading
 from sspruner.calibrate.encode import encode
 from sspruner.calibrate.sample import sample_from
+from sspruner.calibrate.seen import Seen, refuse_seen, seen_of
 from sspruner.compute.forward import embedding
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
@@ -31,7 +32,7 @@ class Calibration:
     tokens, mask            int64 and bool (S, T): the observed windows; mask is False where padding
     held_out, held_out_mask the same for windows (S', T) that only serve to report damage
     source, seed            name of the source, and the seed of the draw
-    held_out_is_separate    False only when the source holds a single sequence
+    held_out_is_separate    False when the source holds a single sequence, or repeats itself in every held-out window
     """
 
     tokens: torch.Tensor
@@ -41,6 +42,11 @@ class Calibration:
     source: str
     seed: int
     held_out_is_separate: bool
+
+    @property
+    def seen(self) -> Seen:
+        """Return the hashes of the observed windows."""
+        return Seen.of(self.tokens, self.mask)
 
     def batches(self, size: int | None = None, *, logits: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (tokens, mask), both (b, T), in micro-batches of `size` sequences; by default of `micro_batch_size`."""
@@ -90,7 +96,8 @@ def calibration(
     column of text, of conversations.
 
     Takes `samples` windows to observe and `held_out` others; if there are fewer, a quarter is held out, or none with
-    held_out=0. text_column: the column of a row's text; default `text`, else `messages`.
+    held_out=0. Windows that repeat observed text, or text that an earlier cut of the model observed, are not held out,
+    unless all do. text_column: the column of a row's text; default `text`, else `messages`.
     Raises InputError if the source is missing, empty, too short, not text, or does not fit the vocabulary.
     """
     check_size(samples, seq_len, held_out)
@@ -101,7 +108,8 @@ def calibration(
     mask = own if mask is None else mask
     _check(tokens, mask, model, name)
     # Copies, since tokens made in inference mode would forbid gradients.
-    return _split(tokens.cpu().long().clone(), mask.cpu().bool().clone(), samples, held_out, name, seed)
+    found = _split(tokens.cpu().long().clone(), mask.cpu().bool().clone(), samples, held_out, name, seed)
+    return _unseen(found, seen_of(model))
 
 
 @undisturbed
@@ -126,6 +134,9 @@ def with_more(
     apart = torch.ones(len(tokens), dtype=torch.bool)
     apart[: len(few.tokens)] = False
     apart[len(tokens[:alone]) - len(few.held_out) : alone] = False
+    few = _unseen(few, seen_of(model))
+    if few.held_out_is_separate:
+        apart &= ~Seen.of(few.held_out, few.held_out_mask).among(tokens, mask)
     rest = apart.nonzero().flatten()[:more]
     parts = (torch.cat([few.tokens, tokens[rest]]), torch.cat([few.mask, mask[rest]]))
     return few, replace(few, tokens=parts[0], mask=parts[1])
@@ -194,6 +205,32 @@ def _split(
     kept_out = slice(n - held_out, n) if separate else slice(0, 1)
     observed = slice(0, min(samples, n - held_out) if separate else samples)
     return Calibration(tokens[observed], mask[observed], tokens[kept_out], mask[kept_out], source, seed, separate)
+
+
+def _unseen(data: Calibration, earlier: Seen) -> Calibration:
+    """Hold out only windows that repeat no observed text; if all do, the result says that they are not separate.
+
+    earlier: text that earlier cuts of the model observed.
+    """
+    if not data.held_out_is_separate:
+        return data
+    seen = (data.seen | earlier).among(data.held_out, data.held_out_mask)
+    if seen.all():
+        return replace(data, held_out_is_separate=False)
+    return replace(data, held_out=data.held_out[~seen], held_out_mask=data.held_out_mask[~seen])
+
+
+def check_held_out(model: Any, *observed: Calibration) -> None:
+    """Raise InputError if held-out windows repeat text that was observed, now or by an earlier cut of the model.
+
+    observed: calibrations with the same held-out windows.
+    """
+    first, seen = observed[0], seen_of(model)
+    for each in observed:
+        seen |= each.seen
+    if first.held_out_is_separate:
+        windows = (row[kept] for row, kept in zip(first.held_out, first.held_out_mask, strict=True))
+        refuse_seen(seen, windows, f"held-out text of {first.source}")
 
 
 def _pad(sequences: list[torch.Tensor], seq_len: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:

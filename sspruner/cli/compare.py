@@ -1,8 +1,9 @@
-"""`sspruner compare`: scorers and cuts, in one table."""
+"""`sspruner compare`: scorers and cuts, in one table; or recipes x models x seeds, in a leaderboard."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,9 @@ from cyclopts import Parameter
 from sspruner.cli.console import command_line, emit, prepare, reports_errors, show
 from sspruner.cli.help import command_app
 from sspruner.cli.machine import OUTPUT, Json, Machine, Model, RecipeFile
+from sspruner.errors import InputError
 from sspruner.recipes.compare import CompareRecipe
+from sspruner.recipes.leaderboard import Board
 
 NAME = "compare"
 
@@ -24,12 +27,17 @@ class Tables(Json):
     out: Annotated[Path | None, Parameter(metavar="DIR")] = None
     """Folder for JSON, Markdown, CSV, scores and the recipe; finished rows are reused."""
 
+    leaderboard: Annotated[Path | None, Parameter(metavar="DIR")] = None
+    """Instead of a table: prune by each scorer, with every seed, and add it to the leaderboard in this folder."""
+
     def check(self) -> None:
         """Raise InputError, before any work, if a file or the folder cannot be written."""
         from sspruner.comparison.values import MARKS
         from sspruner.files.output import check_results
 
         super().check()
+        if self.out is not None and self.leaderboard is not None:
+            raise InputError("--out and --leaderboard: the first keeps a table, the second a leaderboard; give one")
         if self.out is not None:
             check_results(self.out, MARKS)
 
@@ -41,6 +49,7 @@ def command(
     *,
     file: RecipeFile = None,
     recipe: CompareRecipe = CompareRecipe(),
+    board: Board = Board(),
     machine: Machine = Machine(),
     output: Tables = Tables(),
 ) -> None:
@@ -49,11 +58,17 @@ def command(
     Examples:
         sspruner compare path/to/model --scorers ghost,magnitude --sparsity 0.5,0.75
         sspruner compare path/to/model --recipe compared/recipe.yaml --axis head
+        sspruner compare --leaderboard results/leaderboard --plugin mine.py --scorers mine
     """
     from sspruner.comparison.values import check_values
 
     check_values(recipe)
     output.check()
+    if output.leaderboard is not None:
+        add_rows(model, recipe, board, machine, output)
+        return
+    if board != Board():
+        raise InputError("--models, --seeds, --text and --windows are of a leaderboard: add --leaderboard DIR")
 
     import sspruner
     from sspruner.comparison.compare import check_recipe
@@ -84,6 +99,30 @@ def command(
     emit(comparison.to_json(), output.json)
     if not output.only:
         show(comparison_table(comparison))
+
+
+def add_rows(model: str | None, recipe: CompareRecipe, board: Board, machine: Machine, output: Tables) -> None:
+    """Add rows to the leaderboard in a folder, and print it."""
+    import sspruner
+    from sspruner.compute.progress import bars
+    from sspruner.reporting.table import board_table
+
+    prepare(machine.plugin)
+    assert output.leaderboard is not None
+    if model is not None:
+        board = replace(board, models=tuple(dict.fromkeys((model, *board.models))))
+    with bars() as progress:
+        found = sspruner.leaderboard(
+            output.leaderboard,
+            recipe,
+            board,
+            load=partial(sspruner.load, **machine.arguments),
+            device=machine.device,
+            progress=progress,
+        )
+    emit(found.to_json(), output.json)
+    if not output.only:
+        show(board_table(found))
 
 
 app = command_app(NAME, command)

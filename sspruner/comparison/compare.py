@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sspruner.budgets.decide import plan
-from sspruner.calibrate.sources import Calibration, Progress
+from sspruner.calibrate.sources import Calibration, Progress, check_held_out
 from sspruner.comparison.record import Comparison, Cut, row_from_json, row_to_json
 from sspruner.comparison.values import MARKS, ROWS, check_values
 from sspruner.compute.device import on_device, resolve_device
@@ -105,6 +105,7 @@ def compare(
     compute = resolve_device(device)
     with on_device(model, compute):
         data, refit_text = _calibrated(model, recipe, given, tokenizer, progress)
+    check_held_out(model, data, refit_text)
     if given.calibration is not None:
         recipe = replace(recipe, calibration=replace(recipe.calibration, source=data.source))
     if folder is not None:

@@ -206,7 +206,11 @@ class Comparison:
         cells = [(label, cut) for label, row in self.cells.items() for cut in row.values()]
         reasons = [f"– {label}: {cut}" for label, cut in cells if isinstance(cut, str)]
         data = self.calibration
-        where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
+        where = (
+            "held out"
+            if data["held_out_is_separate"]
+            else "NOT held out: a single sequence, or a text that repeats itself"
+        )
         lines = [
             f"one-shot scores; calibration: {data['source']}, {data['tokens']:,} tokens; measured on "
             f"{data['held_out_tokens']:,} others ({where}); seed {self.seed}"

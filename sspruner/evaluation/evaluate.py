@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from sspruner.calibrate.documents import Reading
 from sspruner.calibrate.encode import encode, source_name
 from sspruner.calibrate.sample import sample_from
+from sspruner.calibrate.seen import refuse_seen, seen_of
 from sspruner.calibrate.sources import Progress, micro_batch_size
 from sspruner.compute.device import check_whole, on_device, resolve_device
 from sspruner.compute.forward import check_predicts_tokens, embedding
@@ -186,6 +187,7 @@ def _bucket(nll: torch.Tensor, against: torch.Tensor | None, counted: torch.Tens
 def _passages(both: Both, name: str, items: list[Passage], seed: int, progress: Progress | None) -> list[Row]:
     """Measure accuracy, nll and, for LAMBADA, perplexity of the last words of passages."""
     model, against = both
+    _check_unseen(both, (torch.tensor(passage.context + passage.word) for passage in items), name)
     size = _batch(max(len(passage.context) + len(passage.word) for passage in items))
     if progress:
         progress(name, 0, 2)
@@ -203,6 +205,7 @@ def _passages(both: Both, name: str, items: list[Passage], seed: int, progress: 
 
 
 def _recall(both: Both, tokens: torch.Tensor, seed: int, progress: Progress | None) -> list[Row]:
+    _check_unseen(both, tokens, f"recall sequences of seed {seed}")
     if progress:
         progress("recall", 0, 1)
     ours, theirs = (None if each is None else recall(each, tokens, _batch(tokens.shape[1])) for each in both)
@@ -287,7 +290,16 @@ def _texts(text: TextWindows, both: Both, tokenizer: Any, seed: int, progress: P
     if low < 0 or high >= vocabulary:
         raise InputError(f"text: token id {high if low >= 0 else low} outside the vocabulary (0 to {vocabulary - 1}); "
                          "is this the model's own tokenizer?")  # fmt: skip
+    _check_unseen(both, kept, f"text {source_name(source)}", length)
     return kept
+
+
+def _check_unseen(both: Both, windows: Iterable[torch.Tensor], what: str, length: int | None = None) -> None:
+    """Raise InputError if a cut of one of the models was calibrated on text that is to be measured."""
+    model, against = both
+    seen = seen_of(model) if against is None else seen_of(model) | seen_of(against)
+    if seen:
+        refuse_seen(seen, windows, what, length)
 
 
 def _lengths(first: int, last: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sspruner.calibrate.seen import read_seen
 from sspruner.compute.finite import check_finite
 from sspruner.compute.processes import world
 from sspruner.errors import InputError, ModelError
@@ -95,6 +96,8 @@ def load(
     if loaded is None:
         loaded = _native(where, native, dtype) if native else _transformers(where, dtype, trust_remote_code)
         check_finite(loaded, where)
+    if is_local(where):
+        read_seen(loaded, Path(where))
     loaded_tokenizer = _tokenizer(
         str((tokenizer and reference_folder(tokenizer)) or tokenizer or where), trust_remote_code
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sspruner.axes import ELEMENT_AXES, axis_of
+from sspruner.calibrate.seen import write_seen
 from sspruner.compute.device import offloaded
 from sspruner.errors import InputError, ModelError
 from sspruner.files.output import atomic_folder
@@ -84,6 +85,7 @@ def write_folder(model: Any, folder: Path, tokenizer: Any, report: Report | None
             write_model(model, folder / weights)
         if weights:
             (folder / weights / "config.json").rename(folder / "config.json")
+        write_seen(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         reader = "stock" if stock_reads(model) else "sspruner"

@@ -11,6 +11,7 @@ from torch import nn
 
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import choosers, compared, make_plan, plan_within
+from sspruner.calibrate.seen import with_seen
 from sspruner.compute.device import on_device
 from sspruner.compute.processes import from_one
 from sspruner.errors import InputError
@@ -124,6 +125,8 @@ def decide(job: PruneJob, scored: Scored) -> Decision:
     late = {name: scores.importance[name] for name in run.groups if name not in kept}
     scored.reductions.decide(late, choose)
     plan = make_plan(run.groups, kept, scored.reductions.updates, scores, budget)
+    if search:
+        plan = replace(plan, made_by=with_seen(plan.made_by, job.data.seen))
     check_plan(plan, run.graph, model=run.model)  # which whole modules must stay is known only now
     if budget.engine:
         search["engine"] = budget.engine.to_json(plan)

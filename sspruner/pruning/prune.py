@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sspruner.calibrate.seen import remember, seen_by
 from sspruner.calibrate.sources import Progress
 from sspruner.compute.progress import shown
 from sspruner.compute.settings import undisturbed
@@ -61,6 +62,7 @@ def prune(
         with blamed_rightly(model, job.data, job.run.device):
             decision = refitted(job, decide(job, score_for(job)))
         outcome = job.cutter.cut(job, decision)
+        remember(job.model, seen_by(decision.plan.made_by))
         return Result(model, decision.plan, decision.scores, report_of(job, decision, outcome), recipe)
 
 

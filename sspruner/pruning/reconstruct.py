@@ -22,6 +22,7 @@ from torch import nn
 from sspruner.axes import ELEMENT_AXES, WHOLE_MODEL, axis_of
 from sspruner.calibrate.gradients import check_differentiable
 from sspruner.calibrate.replay import Replay
+from sspruner.calibrate.seen import Seen
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import moved, resident
 from sspruner.compute.precision import in_fp32
@@ -178,11 +179,17 @@ def _windows(
     """Return tokens and mask, (1, T) each, of all windows, and the numbers of those that are held out.
 
     One of HELD_OUT windows is held out; with text of the model's own, only half as many, beside as many of its own.
+    Windows that repeat held-out text are left out. Raises InputError if none is left to train on.
     """
-    count = min(settings.refit_windows, len(data.tokens))
+    tokens, mask, count = data.tokens, data.mask, min(settings.refit_windows, len(data.tokens))
     every = HELD_OUT if own is None else 2 * HELD_OUT
-    held_out = {TEXT: list(range(every - 1, count, every)) or [count - 1]}
-    texts = (part[:count, None].clone() for part in (data.tokens, data.mask))  # they may be of inference mode
+    apart = torch.zeros(count, dtype=torch.bool)
+    apart[list(range(every - 1, count, every)) or [count - 1]] = True
+    kept = apart | ~Seen.of(tokens[:count][apart], mask[:count][apart]).among(tokens[:count], mask[:count])
+    if bool(apart[kept].all()):
+        raise InputError("refit reconstruct: every calibration sequence repeats one that is held out: give other text")
+    count, held_out = int(kept.sum()), {TEXT: apart[kept].nonzero().flatten().tolist()}
+    texts = (part[: len(kept)][kept][:, None].clone() for part in (tokens, mask))  # they may be of inference mode
     windows = [*zip(*texts, strict=True)]
     if own is not None:
         held_out[OWN] = list(range(count, count + len(own)))

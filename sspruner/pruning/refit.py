@@ -28,6 +28,7 @@ from sspruner.axes import WHOLE_MODEL
 from sspruner.calibrate.regression import Moments, ridge
 from sspruner.calibrate.replay import Flow, Replay
 from sspruner.calibrate.sample import own_text
+from sspruner.calibrate.seen import with_seen
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.compute.device import check_whole, resolve_device
 from sspruner.compute.quick import quick_on_cpu
@@ -122,7 +123,7 @@ def refit(
         own = _own_text(model, calibration, settings, compute)
         place = Place(compute, journal, progress)
         new, layers = reconstruct(model, plan, graph, calibration, own, settings, place)
-        return _result(new, kind, {path: layer.error for path, layer in layers.items()}, layers)
+        return _result(new, kind, {path: layer.error for path, layer in layers.items()}, layers, calibration)
     check_whole(model, f"refit {kind}")
     follow = any(axis in WHOLE_MODEL for axis in plan.axes)
     writers = _writers(model, plan, graph, kind, follow)
@@ -146,12 +147,15 @@ def refit(
                 errors[block] = error
         if progress:
             progress("refitting", len(cut.blocks), len(cut.blocks))
-    return _result(refitted, kind, errors, {})
+    return _result(refitted, kind, errors, {}, calibration)
 
 
-def _result(plan: Plan, kind: str, errors: dict[str, tuple[float, float]], layers: dict[str, Layer]) -> Refit:
-    """Return the result, with a plan that says how it was refitted."""
-    return Refit(replace(plan, made_by={**plan.made_by, "refit": kind}), kind, errors, layers)
+def _result(
+    plan: Plan, kind: str, errors: dict[str, tuple[float, float]], layers: dict[str, Layer], text: Calibration
+) -> Refit:
+    """Return the result, with a plan that says how, and on which text, it was refitted."""
+    made_by = with_seen(plan.made_by | {"refit": kind}, text.seen)
+    return Refit(replace(plan, made_by=made_by), kind, errors, layers)
 
 
 def _own_text(

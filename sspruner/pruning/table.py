@@ -136,7 +136,9 @@ def _limits(report: Report) -> list[str]:
 
 def _notes(report: Report) -> list[Text]:
     data = report.calibration
-    where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
+    where = (
+        "held out" if data["held_out_is_separate"] else "NOT held out: a single sequence, or a text that repeats itself"
+    )
     measured = f"perplexity and KL on {data['held_out_tokens']:,} others ({where})"
     windows = round(data["held_out_tokens"] / data["seq_len"])
     if windows < FEW:

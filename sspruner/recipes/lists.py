@@ -28,6 +28,15 @@ def fractions_in(value: Any, option: str) -> Any:
 
 def numbers_in(value: Any, option: str) -> Any:
     """Read `1,16,64`, one text or several, as a tuple of whole numbers of at least 1."""
+    return _whole_numbers(value, option, 1)
+
+
+def seeds_in(value: Any, option: str) -> Any:
+    """Read `0,1,2`, one text or several, as a tuple of whole numbers of at least 0."""
+    return _whole_numbers(value, option, 0)
+
+
+def _whole_numbers(value: Any, option: str, least: int) -> Any:
     texts = names_in(value, option)
     if not any(isinstance(one, str) for one in texts or ()):
         return texts
@@ -35,9 +44,9 @@ def numbers_in(value: Any, option: str) -> Any:
         numbers = tuple(int(one) for one in texts)
     except ValueError:
         numbers = ()
-    if not numbers or min(numbers) < 1:
+    if not numbers or min(numbers) < least:
         shown = value if isinstance(value, str) else ",".join(map(str, value))
-        raise InputError(f"{option} {shown!r}: expected whole numbers of at least 1, separated by commas")
+        raise InputError(f"{option} {shown!r}: expected whole numbers of at least {least}, separated by commas")
     return tuple(dict.fromkeys(numbers))
 
 

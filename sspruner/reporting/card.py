@@ -151,7 +151,7 @@ def _refit(refit: dict[str, Any]) -> str:
 def _measured(data: dict[str, Any]) -> str:
     where = "held out from calibration"
     if not data["held_out_is_separate"]:
-        where = "NOT held out from calibration, for the source holds a single sequence"
+        where = "NOT held out from calibration, for the source holds a single sequence or repeats itself"
     other = "They say little about text of other kinds."
     if data["source"] == "self":
         other = "The model itself wrote that text, before the cut: they say little about text of other kinds."

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sspruner.benchmarking.record import Bench
+from sspruner.comparison.board import Leaderboard
 from sspruner.comparison.record import Comparison
 from sspruner.errors import InputError
 from sspruner.evaluation.result import Evaluation
@@ -25,6 +26,7 @@ KINDS = {
     "evaluation": ("rows", "protocol"),
     "report": ("layers", "dense", "pruned"),
     "plan": ("groups", "made_by"),
+    "leaderboard": ("settings", "rows"),
 }
 READERS: dict[str, Callable[[Any], Any]] = {
     "compare": Comparison.from_json,
@@ -32,6 +34,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "evaluation": Evaluation.from_json,
     "report": Report.from_json,
     "plan": PlanSummary.from_json,
+    "leaderboard": Leaderboard.from_json,
 }
 SCORES = "scores"  # name of a file or folder with scores
 
@@ -45,11 +48,13 @@ class Folder:
     evaluation: dict[str, Evaluation] = field(default_factory=dict)
     report: dict[str, Report] = field(default_factory=dict)
     plan: dict[str, PlanSummary] = field(default_factory=dict)
+    leaderboard: dict[str, Leaderboard] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)  # by name
     origin: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return any((self.compare, self.bench, self.evaluation, self.report, self.plan, self.scores))
+        records = (self.compare, self.bench, self.evaluation, self.report, self.plan, self.leaderboard)
+        return any((*records, self.scores))
 
 
 def read_folder(folder: str | Path) -> Folder:

@@ -13,6 +13,7 @@ from sspruner.evaluation.result import Evaluation, Row
 from sspruner.plans.plan import PlanSummary
 from sspruner.pruning.report import Report
 from sspruner.recipes.yaml import as_yaml
+from sspruner.reporting.board import board_section
 from sspruner.reporting.content import Code, Figure, Section, Table, shown
 from sspruner.reporting.evaluation import STATES, stored_as
 from sspruner.reporting.figures import Line, bars, lines
@@ -28,6 +29,8 @@ SIZE_MATCH = 0.01  # a bench row belongs to a cut if their states differ by no m
 def sections(folder: Folder) -> list[Section]:
     """Return all sections of a folder, the results first. Each file has its own section."""
     parts = []
+    for number, (path, board) in enumerate(folder.leaderboard.items()):
+        parts.append(board_section(board, f"leaderboard{number or ''}", path))
     for number, (path, compared) in enumerate(folder.compare.items()):
         several = f": {compared.model}" if len(folder.compare) > 1 else ""
         parts.append(_comparison(compared, folder.bench, f"compare{number or ''}", path, several))

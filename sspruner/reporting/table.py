@@ -1,4 +1,4 @@
-"""Tables of a comparison for the terminal."""
+"""Tables of a comparison and of a leaderboard for the terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sspruner.comparison.board import Leaderboard
 from sspruner.comparison.record import Comparison
 from sspruner.units import stacked
 
@@ -25,3 +26,16 @@ def comparison_table(comparison: Comparison) -> RenderableType:
             table.add_row(escape(row[0]), *(stacked(escape(cell)) for cell in row[1:]))
         parts.append(table)
     return Group(*parts, *map(Text, comparison.notes()))
+
+
+def board_table(board: Leaderboard) -> RenderableType:
+    """Return a table for each model, a row for each recipe and cut; then the notes."""
+    parts: list[RenderableType] = []
+    for title, head, rows in board.tables():
+        table = Table(title=escape(title), title_justify="left")
+        for number, name in enumerate(head):
+            table.add_column(name, justify="right" if 0 < number < len(head) - 1 else "left")
+        for row in rows:
+            table.add_row(escape(row[0]), *(stacked(escape(cell)) for cell in row[1:]))
+        parts.append(table)
+    return Group(*parts, *map(Text, board.notes()))

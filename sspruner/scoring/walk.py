@@ -12,6 +12,7 @@ from sspruner.axes import ELEMENT_AXES, WHOLE_MODEL
 from sspruner.calibrate.gradients import mean_and_fisher, mean_gradients, predicted_tokens
 from sspruner.calibrate.local import LocalGradients
 from sspruner.calibrate.replay import Inputs, Replay
+from sspruner.calibrate.seen import KEY
 from sspruner.calibrate.shards import part_of_this_process, summed
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.calibrate.view import Observation, SSMView
@@ -102,6 +103,7 @@ def _metadata(run: Run, job: Job, model: str, data: Calibration | None, sequenti
         "sequential": str(sequential).lower(),
         "calibration": observed.source if observed else "",
         "tokens": str(int(observed.mask.sum())) if observed else "0",
+        **({KEY: observed.seen.to_json()} if observed else {}),
         "seed": str(run.seed),
         "comparable": strict_json.dumps(
             {axis: cls.comparable for axis, (cls, _) in job.scorers.items()}, sort_keys=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from sspruner.calibrate.seen import remember, seen_by
 from sspruner.compute.device import offloaded
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import PlanError
@@ -40,6 +41,7 @@ def apply(model: nn.Module, plan: Plan, mode: str = "slice") -> nn.Module:
         mask(model, plan, graph)
     else:
         slice_with_proof(model, plan, graph)
+    remember(model, seen_by(plan.made_by))
     return model
 
 

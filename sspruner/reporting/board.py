@@ -1,0 +1,62 @@
+"""Picture of a leaderboard: damage against the state that is kept, a line for each recipe, a panel for each model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sspruner.comparison.board import RATIO, Entry, Leaderboard
+from sspruner.reporting.content import Figure, Section, Table
+from sspruner.reporting.figures import DASHES, MARKERS, WIDTH, Draw, Palette
+
+PANEL = 2.6  # inches high
+
+
+def picture(board: Leaderboard) -> Draw:
+    """Return the picture. Bars are 95 % intervals; the dotted line is the dense model."""
+    models = [model for model in board.settings.models if model in board.dense]
+
+    def draw(palette: Palette) -> Any:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(WIDTH, PANEL * max(1, len(models)) + 0.2 * len(board.rows)), layout="constrained")
+        panels = figure.subplots(max(1, len(models)), 1, squeeze=False)[:, 0]
+        for ax, model in zip(panels, models, strict=False):
+            for style, label in enumerate(sorted(board.rows)):
+                _curve(ax, board, (model, label), _style(palette, style))
+            ax.set(title=model, xlabel="state kept, %", ylabel="change of perplexity, %")
+            ax.set_xlim(0, 104)
+            ax.axhline(0, color=palette.ink, linewidth=0.8, linestyle=":")
+            ax.grid(True, color=palette.grid, linewidth=0.6)
+            ax.spines[["top", "right"]].set_visible(False)
+        if models:
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9)
+        return figure
+
+    return draw
+
+
+def _style(palette: Palette, number: int) -> dict[str, Any]:
+    count = len(palette.series)
+    dash, mark = DASHES[number // count % len(DASHES)], MARKERS[number % len(MARKERS)]
+    return {"color": palette.series[number % count], "linestyle": dash, "marker": mark}
+
+
+def _curve(ax: Any, board: Leaderboard, which: tuple[str, str], style: dict[str, Any]) -> None:
+    """Draw a recipe's cuts of a model; without any, only its place in the legend. which: model and label."""
+    model, label = which
+    cuts = [cut for cut in board.rows[label].entries.get(model, {}).values() if isinstance(cut, Entry)]
+    dense = max(1, board.dense[model].state_bytes)
+    points = sorted((100 * cut.state_bytes / dense, [100 * (x - 1) for x in cut.measures[RATIO]]) for cut in cuts)
+    kept, values = [x for x, _ in points], [value for _, (value, _, _) in points]
+    bars = [[value - low for _, (value, low, _) in points], [high - value for _, (value, _, high) in points]]
+    ax.errorbar(kept, values, yerr=bars, label=label, markersize=4.5, capsize=2.5, linewidth=1.4, **style)
+
+
+def board_section(board: Leaderboard, name: str, path: str) -> Section:
+    """Return the section of a leaderboard in a report: the picture, and a table for each model."""
+    tables = tuple(Table(title, head, tuple(map(tuple, rows))) for title, head, rows in board.tables())
+    says = "Each line is a recipe; bars are 95 % intervals; the dotted line is the dense model."
+    figures = (
+        (Figure(name, "Damage against the state that is kept", says, picture(board), tables[0]),) if tables else ()
+    )
+    return Section("Leaderboard", f"{path}: {board.notes()[0]}.", figures, tables[1:])
