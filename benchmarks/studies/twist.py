@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
@@ -48,13 +49,21 @@ def sub_networks(given: str) -> None:
                 model = sspruner.load(MODEL, dtype="float32")[0]
                 found, *_ = twist(model, out=out, **training(s, seed, s.rates["TwIST"]), **how)
                 if rank() == 0:
-                    sspruner.save(found, out / "whole")
+                    keep_model(found, out)
                 distributed.barrier()
 
 
 def folder(s: Any, name: str) -> Path:
-    """Return the folder of a run."""
-    return Path(s.work) / "twist" / name
+    """Return the folder of a run, or the file of what was measured: one for each name and all that decides it."""
+    key = "-".join(f"{value:g}" for value in (s.tokens, s.batch, s.deal, *s.rates.values(), s.draws, s.windows))
+    return Path(s.work) / f"twist-{key}" / name
+
+
+def keep_model(model: Any, out: Path) -> None:
+    """Save what was trained, without the checkpoints."""
+    sspruner.save(model, out / "whole")
+    shutil.rmtree(out / "checkpoints")
+    progress(out.name)
 
 
 def fixed(s: Any, name: str, model: Any, seed: int) -> Any:
@@ -64,8 +73,7 @@ def fixed(s: Any, name: str, model: Any, seed: int) -> Any:
         how = training(s, seed, rate)
         out.mkdir(parents=True, exist_ok=True)
         train(model.requires_grad_(True), how["text"], how["settings"], likelihood, out)
-        sspruner.save(model.requires_grad_(False).eval(), out / "whole")
-        progress(name)
+        keep_model(model.requires_grad_(False).eval(), out)
     return sspruner.load(out / "whole", dtype="float32")[0]
 
 
@@ -115,18 +123,11 @@ def tables(s: Any) -> Made:
     rows = [[name, *(spread([record[name] for record in found[keep]]) for keep in s.keeps)] for name in names]
     others = [name for name in names if name != ours and "whole" not in name]
     ratios = [[name, *(over([r[ours] / r[name] for r in found[keep]]) for keep in s.keeps)] for name in others]
+    made = [table("Perplexity: mean over seeds ± 95 % interval", ["what", *head], rows)]
+    made += [table("TwIST's random cuts over others (95 % interval); above 1: TwIST loses", ["over", *head], ratios)]
     note = f"seeds 0 to {s.seeds - 1}; {s.tokens:,} tokens in steps of {s.batch} x 256, {WORKERS} workers, dealt every "
-    note += (
-        f"{s.deal} steps; rates {', '.join(f'{rate:g} ({name})' for name, rate in s.rates.items())}; {s.draws} draws "
-    )
-    return [
-        table("Perplexity: mean over seeds ± 95 % interval", ["what", *head], rows),
-        table(
-            "TwIST's random cuts over others (95 % interval over seeds); above 1: TwIST is worse",
-            ["over", *head],
-            ratios,
-        ),
-    ], note + f"a seed; 32 x 256 tokens observed, {s.windows} x 256 reported"
+    note += f"{s.deal} steps; rates {', '.join(f'{rate:g} ({name})' for name, rate in s.rates.items())}; "
+    return made, note + f"{s.draws} draws a seed; 32 x 256 tokens observed, {s.windows} x 256 reported"
 
 
 def half(values: list[float]) -> float:

@@ -10,7 +10,7 @@ Elements travel as runs, which are as long as the cuts and the parts allow, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -38,6 +38,8 @@ class Runs:
 
     def shorter(self, length: int) -> torch.Tensor:
         """Return the numbers of the same elements in runs of a length that divides theirs."""
+        if length == self.length:
+            return self.numbers
         pieces = torch.arange(self.length // length, device=self.numbers.device)
         return (self.numbers[:, None] * len(pieces) + pieces).flatten()
 
@@ -87,17 +89,10 @@ class Shards:
 
     def pull(self, routes: list[Route]) -> dict[str, torch.Tensor]:
         """Return this process's worker's elements of each tensor: fp32 (elements, KINDS)."""
-        pulled = {}
-        for route in routes:
-            parts = [_in_runs(self.parts[name], n) for name, n in zip(route.names, route.lengths, strict=True)]
-            send = parts[0].new_empty(sum(map(sum, route.given)), KINDS)
-            places = iter(send.split([size for sizes in route.given for size in sizes]))
-            for requests in route.requests:
-                for part, runs in zip(parts, requests, strict=True):
-                    torch.index_select(part, 0, runs, out=next(places).view(-1, part.shape[1]))
-            received = self._exchange(send, route.given, route.taken)
+        pulled: dict[str, torch.Tensor] = {}
+        for route, received in self._exchange((route, self._requested(route), False) for route in routes):
             pieces = zip(route.names, _by_tensor(received, route.taken), strict=True)
-            alone = len(parts) == 1  # what came is in order
+            alone = len(route.names) == 1  # what came is in order
             pulled |= {route.names[0]: received} if alone else {name: torch.cat(of) for name, of in pieces}
         return pulled
 
@@ -106,15 +101,10 @@ class Shards:
 
         Raises KeyError for a missing tensor.
         """
-        for route in routes:
-            send = values[route.names[0]].contiguous()
-            if len(route.names) > 1:
-                sizes = zip(route.names, zip(*route.taken, strict=True), strict=True)  # by process
-                pieces = [values[name].split(of) for name, of in sizes]
-                send = torch.cat([piece for of in zip(*pieces, strict=True) for piece in of])
-            received = _by_tensor(self._exchange(send, route.taken, route.given), route.given)
+        for route, received in self._exchange((route, _packed(route, values), True) for route in routes):
             requests = zip(*route.requests, strict=True)  # by worker
-            for name, length, of, rows in zip(route.names, route.lengths, requests, received, strict=True):
+            pieces = _by_tensor(received, route.given)
+            for name, length, of, rows in zip(route.names, route.lengths, requests, pieces, strict=True):
                 part = _in_runs(self.parts[name], length)
                 holders = torch.bincount(torch.cat(of), minlength=len(part))[:, None]  # (runs here, 1)
                 part.masked_fill_(holders > 0, 0)
@@ -146,7 +136,7 @@ class Shards:
         return groups
 
     def _route(self, names: list[str], workers: Sequence[Places]) -> Route:
-        lengths, requests, taken = [], [], []
+        lengths, requests, taken = list[int](), list[list[torch.Tensor]](), list[list[int]]()
         for name in names:
             part, places = self.parts[name], [worker(name) for worker in workers]
             size = -(-self.sizes[name] // world())  # of every part but the last ones
@@ -162,18 +152,54 @@ class Shards:
         given = [[length * len(runs) for runs in of] for length, of in zip(lengths, requests, strict=True)]
         return Route(names, lengths, *(_turned(of) for of in (requests, given, taken)))
 
-    def _exchange(self, send: torch.Tensor, given: list[list[int]], taken: list[list[int]]) -> torch.Tensor:
-        """Exchange rows with every process. given, taken: number of rows sent and received, by process and tensor."""
-        sent = [sum(sizes) for sizes in given]
-        received = send.new_empty(sum(map(sum, taken)), KINDS)
-        distributed.all_to_all_single(received, send, [sum(sizes) for sizes in taken], sent)
-        self.bytes_sent += (len(send) - sent[rank()]) * KINDS * send.element_size()
-        return received
+    def _requested(self, route: Route) -> torch.Tensor:
+        """Return what the workers have in this process's part: rows by worker and tensor."""
+        parts = [_in_runs(self.parts[name], length) for name, length in zip(route.names, route.lengths, strict=True)]
+        send = parts[0].new_empty(sum(map(sum, route.given)), KINDS)
+        places = iter(torch.split(send, [size for sizes in route.given for size in sizes]))
+        for requests in route.requests:
+            for part, runs in zip(parts, requests, strict=True):
+                torch.index_select(part, 0, runs, out=next(places).view(-1, part.shape[1]))
+        return send
+
+    def _exchange(self, messages: Iterable[tuple[Route, torch.Tensor, bool]]) -> Iterator[tuple[Route, torch.Tensor]]:
+        """Exchange rows with every process; yield what came of each message while the next one travels.
+
+        messages: what is sent, and whether it is on its way back.
+        """
+        before: tuple[Any, ...] = ()
+        for route, send, back in messages:
+            given, taken = (route.taken, route.given) if back else (route.given, route.taken)
+            sent, sizes = [sum(of) for of in given], [sum(of) for of in taken]
+            received = send.new_empty(sum(sizes), KINDS)
+            work = distributed.all_to_all_single(received, send, sizes, sent, async_op=True)
+            self.bytes_sent += (len(send) - sent[rank()]) * KINDS * send.element_size()
+            now = (work, route, received, send)  # send is kept until it has arrived
+            if before:
+                yield _arrived(*before)
+            before = now
+        if before:
+            yield _arrived(*before)
+
+
+def _arrived(work: Any, route: Route, received: torch.Tensor, send: torch.Tensor) -> tuple[Route, torch.Tensor]:
+    """Wait for a message."""
+    work.wait()
+    return route, received
+
+
+def _packed(route: Route, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what this process's worker has trained: rows by process and tensor."""
+    if len(route.names) == 1:
+        return values[route.names[0]].contiguous()  # in order already
+    sizes = zip(route.names, zip(*route.taken, strict=True), strict=True)
+    pieces = [torch.split(values[name], list(of)) for name, of in sizes]  # by tensor and process
+    return torch.cat([piece for of in zip(*pieces, strict=True) for piece in of])
 
 
 def _by_tensor(rows: torch.Tensor, sizes: list[list[int]]) -> list[tuple[torch.Tensor, ...]]:
     """Split rows that came from all processes, sizes by process and tensor; return pieces by tensor and process."""
-    pieces = rows.split([size for of in sizes for size in of])
+    pieces = torch.split(rows, [size for of in sizes for size in of])
     return [pieces[number :: len(sizes[0])] for number in range(len(sizes[0]))]
 
 

@@ -83,7 +83,9 @@ class Subnets:
 
 def kept_runs(shape: torch.Size, cuts: Cuts) -> Runs:
     """Return the elements of a tensor that a slice keeps, in runs as long as the cuts of its dimensions allow."""
-    last = max((dim for dims in cuts for dim in dims), default=-1)  # no later dimension is cut
+    if not cuts:
+        return Runs(torch.zeros(1, dtype=torch.long), shape.numel())
+    last = max(dim for dims in cuts for dim in dims)  # no later dimension is cut
     sizes, length = [*shape[: last + 1]], shape[last + 1 :].numel()
     if [dims for dims in cuts if last in dims] == [(last,)]:  # cut by itself: heads are blocks of rows
         rows = cuts[last,]

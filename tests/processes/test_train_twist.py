@@ -151,9 +151,9 @@ def exchanges(folder: str) -> None:
         full[name][:, 1:] = 0
     sent, real = [0], distributed.all_to_all_single
 
-    def counted(received: Any, send: Any, taken: list[int], given: list[int]) -> None:
+    def counted(received: Any, send: Any, taken: list[int], given: list[int], async_op: bool) -> Any:
         sent[0] += sum(n * KINDS * 4 for process, n in enumerate(given) if process != rank())
-        real(received, send, taken, given)
+        return real(received, send, taken, given, async_op=async_op)
 
     distributed.all_to_all_single = counted
     for number in range(20):
