@@ -143,7 +143,7 @@ def spread(values: list[float]) -> str:
 def over(ratios: list[float]) -> str:
     """Return the geometric mean of ratios over seeds with its interval."""
     logs = [math.log(ratio) for ratio in ratios]
-    return span([math.exp(fmean(logs) + sign * half(logs)) for sign in (0, -1, 1)], 3)
+    return span([math.exp(fmean(logs) + shift) for shift in (0, -half(logs), half(logs))], 3)
 
 
 if __name__ == "__main__":

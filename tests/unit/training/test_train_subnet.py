@@ -89,6 +89,7 @@ def test_runs_are_long() -> None:
         ((6, 256), {(1,): heads}, 64, 6 * 2),
         ((256, 6), {(0,): heads}, 64 * 6, 2),
         ((256, 6), {(0,): heads[1:]}, 6, 129),
+        ((128, 6), {(0,): torch.cat([torch.arange(32), torch.arange(48, 128)])}, 16 * 6, 1),
     ):
         runs = kept_runs(torch.Size(shape), cuts)
         assert (runs.length, len(runs.numbers)) == (length, count)
