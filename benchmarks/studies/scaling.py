@@ -1,34 +1,27 @@
 """Compute training beyond one machine: bytes, memory, time of 1.3B to 70B on 8 to 512 GPUs; and check the formulas.
 
 Operations and parameters are counted on the meta device, of the model and of its slice; rates are assumptions that the
-page states. The checks run the reference model: the same formulas, against the clock, in turns, on this machine. Under
-torchrun this file is one process of an exchange: rounds of TwIST without steps between.
+page states. The checks run the reference model: the same formulas, against the clock, in turns, on this machine.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from common import NO, Made, forward, in_turns, random_tokens, table, timed, torchrun
-from torch import distributed
+from common import NO, Made, forward, in_turns, random_tokens, table
 
 import sspruner
 from sspruner.benchmarking.ceiling import token_operations
 from sspruner.benchmarking.footprint import footprint
 from sspruner.benchmarking.shapes import shape_config
-from sspruner.compute.processes import processes, rank, world
 from sspruner.surgery.slice import slice_model
 from sspruner.training.distil import distillation
 from sspruner.training.gradual import likelihood
-from sspruner.training.shards import Shards
-from sspruner.training.subnet import Subnets
 from sspruner.training.twist import Deal
 
 MEMORY, FLOPS, INSIDE, BETWEEN, NODE = 80e9, 0.4 * 989e12, 0.7 * 450e9, 0.7 * 50e9, 8  # of one H100; bytes a second
@@ -111,38 +104,7 @@ def checks(repeats: int) -> list[list[str]]:
     for keep, small in cut.items():
         what = f"a step of a slice of {keep} of the heads / a dense one"
         found.append((what, counted(small)[1] / work, took[keep] / took["dense"]))
-    for workers in (2, 4):
-        done = torchrun(workers, "studies.scaling", repeats)
-        if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
-        seen = json.loads(done.stdout.strip().splitlines()[-1])
-        sent = 2 * 12 * counted(cut["0.5"])[0] * (workers - 1) / workers
-        found.append((f"bytes that a worker sends in a round, {workers} workers", sent, seen["sent"]))
-        found.append((f"seconds of an exchange, {workers} workers", sent / seen["rate"], seen["seconds"]))
     return [[what, *(f"{x:,.3g}" if x < 1e4 else f"{x:,.0f}" for x in (a, b)), f"{b / a:.2f}"] for what, a, b in found]
-
-
-def exchange(repeats: int) -> None:
-    """Print bytes that a process sends in a round, seconds of it, and the rate of a plain all-to-all."""
-
-    def together(job: Callable[[], Any]) -> float:
-        distributed.barrier()
-        return timed(lambda: (job(), distributed.barrier()))
-
-    with processes():
-        model = sspruner.load("mamba2-books-4m", dtype="float32")[0]
-        deal = Deal(model, ["head"], KEEP, 1, 0)
-        subnets = Subnets(model, deal.draw("size", 1)[0])
-        shards, plain = Shards(model.named_parameters(), torch.device("cpu")), torch.zeros(2**22)
-        rounds, sends = [], []
-        for number in range(repeats + 1):
-            workers = [subnets.places(hand) for hand in deal.draw(f"round {number}", world())]
-            rounds.append(together(lambda workers=workers: shards.push(workers, shards.pull(workers))))  # type: ignore[misc]
-            sends.append(together(lambda: distributed.all_to_all_single(torch.empty_like(plain), plain)))
-        if rank() == 0:
-            rate = 4 * plain.numel() * (world() - 1) / world() / min(sends[1:])
-            found = {"sent": shards.bytes_sent / (repeats + 1), "seconds": median(rounds[1:]), "rate": rate}
-            print(json.dumps(found))
 
 
 def tables(s: Any) -> Made:
@@ -159,7 +121,3 @@ def tables(s: Any) -> Made:
         table("Calibration with 128 sequences of 2048 tokens", ["model", *c], [part[2] for part in found]),
         table("The formulas on this machine", ["what", "predicted", "measured", "ratio"], checked),
     ], f"medians of {s.repeats}, in turns; seed 0"
-
-
-if __name__ == "__main__":
-    exchange(int(sys.argv[1]))

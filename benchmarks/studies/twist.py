@@ -1,80 +1,150 @@
-"""Run TwIST beside one-shot cuts of the same size trained for the same tokens, and beside plain training.
+"""Run TwIST beside cuts of the same size: without calibration, with it, and trained.
 
-Workers are processes of torchrun, one thread each. Draws: eight random sub-networks of what was trained, reported on
-windows of books-test.txt; the best of them is the one that is best on the held-out blocks of the training text.
+For each seed the dense model, fixed cuts of it and TwIST are trained on the same tokens, each at a rate of its own.
+Under torchrun this file is one process of TwIST's trainings.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import shutil
-from functools import partial
+import sys
+from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
-from common import NO, Made, Subject, as_is, perplexity, progress, table, torchrun
-from experiment import Bench, Experiment, Fields, measured
+from common import Made, Subject, progress, span, table, torchrun
+from torch import distributed
 
 import sspruner
+from sspruner.compute.processes import processes, rank
+from sspruner.recipes.train import Settings
+from sspruner.training.gradual import likelihood
+from sspruner.training.loop import perplexity, train
+from sspruner.training.text import Text
+from sspruner.training.twist import Deal, twist
 
-RATE, DRAWS, OFTEN, RARELY = 5e-4, 8, 5, 15
+MODEL, ENDS, WORKERS, STUDENT = "mamba2-books-4m", 1, 4, {2: 12.706, 3: 4.303}  # STUDENT: of two and three seeds
+ROWS = ["dense, {}", "dense trained, {}", "TwIST, {}"]
 
 
-def twist(bench: Bench, workers: int, keep: float, tokens: int, deal: int = OFTEN) -> Fields:
-    """Return the record of a run of the command: perplexities of the whole and of its draws; nothing if it refuses."""
-    file = bench.work / f"twist-{workers}-{keep}-{tokens}-{deal}.json"
+def training(s: Any, seed: int, rate: float) -> dict[str, Any]:
+    """Return the text and the settings of every training."""
+    sizes: dict[str, Any] = {"batch": s.batch, "at_once": s.batch, "seq_len": 256, "every": 10**6}
+    tokenizer = sspruner.load(MODEL)[1]
+    text = Text((str(Path(s.data) / "books-train.txt"),), tokenizer, 256, held_out=2, seed=seed)
+    return {"text": text, "settings": Settings(max_tokens=s.tokens, learning_rate=rate, seed=seed, **sizes)}
+
+
+def sub_networks(given: str) -> None:
+    """Train by TwIST, as a process of torchrun, what has no folder yet. given: the settings as JSON."""
+    s = SimpleNamespace(**json.loads(given))
+    with processes():
+        for out, keep, seed in ((folder(s, f"twist-{k}-{i}"), k, i) for i in range(s.seeds) for k in s.keeps):
+            if not (out / "whole").exists():
+                how: dict[str, Any] = {"keep": keep, "every": s.deal, "ends": ENDS, "draws": 1}
+                model = sspruner.load(MODEL, dtype="float32")[0]
+                found, *_ = twist(model, out=out, **training(s, seed, s.rates["TwIST"]), **how)
+                if rank() == 0:
+                    keep_model(found, out)
+                distributed.barrier()
+
+
+def folder(s: Any, name: str) -> Path:
+    """Return the folder of a run, or the file of what was measured: one for each name and all that decides it."""
+    key = "-".join(f"{value:g}" for value in (s.tokens, s.batch, s.deal, *s.rates.values(), s.draws, s.windows))
+    return Path(s.work) / f"twist-{key}" / name
+
+
+def keep_model(model: Any, out: Path) -> None:
+    """Save what was trained, without the checkpoints."""
+    sspruner.save(model, out / "whole")
+    shutil.rmtree(out / "checkpoints")
+    progress(out.name)
+
+
+def fixed(s: Any, name: str, model: Any, seed: int) -> Any:
+    """Return a model or a cut of it after plain training; kept in its folder."""
+    out, rate = folder(s, name), s.rates["dense" if name.startswith("dense") else "cut"]
+    if not (out / "whole").exists():
+        how = training(s, seed, rate)
+        out.mkdir(parents=True, exist_ok=True)
+        train(model.requires_grad_(True), how["text"], how["settings"], likelihood, out)
+        keep_model(model.requires_grad_(False).eval(), out)
+    return sspruner.load(out / "whole", dtype="float32")[0]
+
+
+def cuts(s: Any, subject: Subject, model: Any, keep: float, seed: int) -> dict[str, list[sspruner.Plan]]:
+    """Return random plans, and those of scorers; blocks at the ends stay whole."""
+    deal, calibration = Deal(model, ["head"], keep, ENDS, seed), subject.text("books-train.txt", 32)
+    found = {"random": [deal.draw(f"draw {number}", 1)[0] for number in range(s.draws)]}
+    for scorer in ("magnitude", "ghost"):
+        scores = sspruner.score(model, scorer, axis="head", calibration=calibration)
+        found[scorer] = [sspruner.plan(deal.graph, scores, sparsity=1 - keep, ignore=deal.ignore)]
+    return found
+
+
+def measured(s: Any, subject: Subject, keep: float, seed: int) -> dict[str, float]:
+    """Return the perplexity of each kind of cut, the mean over draws; kept in a file."""
+    file, record = folder(s, f"{keep}-{seed}.json"), dict[str, float]()
     if file.exists():
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    out, said = file.with_suffix(".run"), file.with_suffix(".said")
-    how = f"--keep {keep} --ends 1 --deal-every {deal} --draws {DRAWS} --max-tokens {tokens} --learning-rate {RATE}"
-    how += " --batch 8 --at-once 4 --seq-len 256 --every 20 --seed 0 --device cpu"
-    text = ("--text", bench.subject.data / "books-train.txt", "--out", out, "--json", said)
-    done = torchrun(workers, "sspruner", "train", "twist", bench.subject.name, *text, *how.split())
-    if done.returncode:
-        progress(done.stderr[-400:])
-        return {}
-    found, whole = json.loads(said.read_text(encoding="utf-8")), sspruner.load(out / "whole", dtype="float32")[0]
-    plans, graph = [sspruner.Plan.load(out / f"draw-{n}.json") for n in range(DRAWS)], sspruner.trace(whole)
-    versions = [as_is(whole), *(partial(sspruner.masked, whole, plan, graph) for plan in plans)]
-    losses = [perplexity(record["nll"]) for record in bench.measure(versions)]
-    best = min(range(DRAWS), key=found["draws"]["perplexity"].__getitem__)
-    record = {"whole": losses[0], "draws": losses[1:], "best": losses[1 + best], "tokens": found["tokens"]}
-    record |= {"bytes": found["draws"]["bytes_per_round"], "seconds": found["seconds"]}
-    record["parameters"] = sum(p.numel() for p in sspruner.apply(whole, plans[-1]).parameters())
+    tokens = subject.text("books-test.txt", s.windows).tokens
+    trained = fixed(s, f"dense-{seed}", copy.deepcopy(subject.model), seed)
+    whole = sspruner.load(folder(s, f"twist-{keep}-{seed}") / "whole", dtype="float32")[0]
+    for row, model in zip(ROWS, (subject.model, trained, whole), strict=True):
+        record[row.format("whole")] = perplexity(model, tokens, s.batch)
+        for name, plans in cuts(s, subject, model, keep, seed).items():
+            versions = [sspruner.apply(copy.deepcopy(model), plan) for plan in plans]
+            record[row.format(name)] = fmean(perplexity(version, tokens, s.batch) for version in versions)
+            if model is subject.model:
+                after = fixed(s, f"{name}-{keep}-{seed}", versions[0], seed)
+                record[f"{name}, then trained"] = perplexity(after, tokens, s.batch)
     file.write_text(json.dumps(record), encoding="utf-8")
-    shutil.rmtree(out)
-    progress(f"twist, {workers} workers, keep {keep}, every {deal}: {losses[0]:.2f}")
     return record
 
 
-def shown(row: Fields) -> list[str]:
-    """Return mean and standard deviation over draws; the best by held-out text; the trained model as a whole."""
-    if not row:
-        return ["refused", NO, NO]
-    return [f"{fmean(row['draws']):.2f} ± {stdev(row['draws']):.2f}", f"{row['best']:.2f}", f"{row['whole']:.2f}"]
-
-
 def tables(s: Any) -> Made:
-    """Return perplexity by size and workers, and what travels. Settings: tokens, keeps, workers."""
-    (section,) = Experiment.load(s.file).sections
-    section = section.quick() if s.quick else section
-    subject, work, rows, traffic = Subject(section.models[0], s.data), s.work / "cells" / section.models[0], [], []
-    found, bench = measured(subject, section, work), Bench(subject, section, work)
-    values = {key: perplexity(cell.record["nll"]) for key, (cell,) in found.cells.items()}
-    for keep in s.keeps:
-        pairs = [[values[f"{keep:g}, {scorer}", cut] for cut in section.cuts] for scorer in ("ghost", "magnitude")]
-        for count in s.workers:
-            label, row = f"{keep:g}, {count} workers", twist(bench, count, keep, s.tokens)
-            rows.append([label, *shown(row), *(f"{before:.2f} → {after:.2f}" for before, after in pairs)])
-            if row:
-                size, sent, formula = row["parameters"], row["bytes"], 2 * 3 * 4 * row["parameters"] * (count - 1)
-                rate = f"{row['tokens'] / row['seconds']:,.0f}"
-                traffic.append([label, f"{size:,}", f"{sent:,.0f}", f"{formula:,.0f}", f"{sent / formula:.4f}", rate])
-    rarely = shown(twist(bench, 2, 0.5, s.tokens, RARELY))
-    rows.append([f"0.5, 2 workers, dealt every {RARELY} steps", *rarely, "as above", "as above"])
-    both = f"dense {values['dense', 'not trained']:.2f}, trained alike {values['dense', 'trained']:.2f}"
-    head = ["keep", "draws", "best draw", "whole", "ghost, trained", "magnitude, trained"]
-    text = table(f"Perplexity after {s.tokens:,} tokens; {both}", head, rows)
-    head = ["keep", "parameters of a slice", "bytes a round, all workers", "2 · 12 · slice · (m − 1)"]
-    text += "\n" + table("What travels", [*head, "ratio", "tokens/s"], traffic)
-    return [text], f"seed 0, one run each; learning rate {RATE:g}; dealt every {OFTEN} steps; {DRAWS} draws"
+    """Return perplexities by kind of cut, and TwIST's random cuts over others.
+
+    Settings: tokens, batch, deal, rates, keeps, seeds, draws, windows.
+    """
+    given = {key: value for key, value in vars(s).items() if key not in ("file", "quick")}
+    done = torchrun(WORKERS, "studies.twist", json.dumps(given, default=str))
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    subject = Subject(MODEL, s.data)
+    found = {keep: [measured(s, subject, keep, seed) for seed in range(s.seeds)] for keep in s.keeps}
+    head, ours = [f"{keep:g} of the heads" for keep in s.keeps], ROWS[2].format("random")
+    names = [*found[s.keeps[0]][0]]
+    rows = [[name, *(spread([record[name] for record in found[keep]]) for keep in s.keeps)] for name in names]
+    others = [name for name in names if name != ours and "whole" not in name]
+    ratios = [[name, *(over([r[ours] / r[name] for r in found[keep]]) for keep in s.keeps)] for name in others]
+    made = [table("Perplexity: mean over seeds ± 95 % interval", ["what", *head], rows)]
+    made += [table("TwIST's random cuts over others (95 % interval); above 1: TwIST loses", ["over", *head], ratios)]
+    note = f"seeds 0 to {s.seeds - 1}; {s.tokens:,} tokens in steps of {s.batch} x 256, {WORKERS} workers, dealt every "
+    note += f"{s.deal} steps; rates {', '.join(f'{rate:g} ({name})' for name, rate in s.rates.items())}; "
+    return made, note + f"{s.draws} draws a seed; 32 x 256 tokens observed, {s.windows} x 256 reported"
+
+
+def half(values: list[float]) -> float:
+    """Return half of the 95 % interval of a mean over seeds, by Student's t."""
+    return STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) in STUDENT else math.nan
+
+
+def spread(values: list[float]) -> str:
+    """Return a mean over seeds with its interval."""
+    return f"{fmean(values):.2f} ± {half(values):.2f}"
+
+
+def over(ratios: list[float]) -> str:
+    """Return the geometric mean of ratios over seeds with its interval."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return span([math.exp(fmean(logs) + shift) for shift in (0, -half(logs), half(logs))], 3)
+
+
+if __name__ == "__main__":
+    sub_networks(sys.argv[1])

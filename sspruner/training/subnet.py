@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ from sspruner.graph.site import within
 from sspruner.graph.trace import trace
 from sspruner.plans.plan import Plan
 from sspruner.surgery.predict import dropped_modules
-from sspruner.surgery.slice import rows_to_drop, slice_model, without_rows
-from sspruner.training.shards import Places
+from sspruner.surgery.slice import Cuts, rows_to_drop, slice_model, without_rows
+from sspruner.training.shards import Places, Runs
 
 
 class Subnets:
@@ -36,14 +37,15 @@ class Subnets:
         self.scales = {name: p.detach().flatten() for name, p in parameters.items() if not bool((p == 1).all())}
 
     def places(self, plan: Plan) -> Places:
-        """Return which elements of each tensor a sub-network has: tensor -> int64, increasing; empty if it has none."""
+        """Return which elements of each tensor a sub-network has; no run of one that it has none of."""
         dropped = dropped_modules(plan, self.graph)
         present = {name for alias, name in self.names.items() if not any(within(alias, path) for path in dropped)}
         cuts = {self.names.get(name, name): cut for name, cut in rows_to_drop(plan, self.graph).items()}
 
-        def of(name: str) -> torch.Tensor:
-            shape = self.shapes[name] if name in present else torch.Size([0])
-            return without_rows(torch.arange(shape.numel()).view(shape), cuts.get(name, {})).flatten()
+        def of(name: str) -> Runs:
+            shape = self.shapes[name]
+            none = Runs(torch.zeros(0, dtype=torch.long), shape.numel())
+            return kept_runs(shape, cuts.get(name, {})) if name in present else none
 
         return of
 
@@ -77,6 +79,27 @@ class Subnets:
         slice_model(model, plan, self.graph)
         # A cut tensor is a new object under its old name; an uncut one may have a new number in its name.
         return {first.get(id(p), self.names.get(alias, alias)): p for alias, p in model.named_parameters()}
+
+
+def kept_runs(shape: torch.Size, cuts: Cuts) -> Runs:
+    """Return the elements of a tensor that a slice keeps, in runs as long as the cuts of its dimensions allow."""
+    if not cuts:
+        return Runs(torch.zeros(1, dtype=torch.long), shape.numel())
+    last = max(dim for dims in cuts for dim in dims)  # no later dimension is cut
+    sizes, length = [*shape[: last + 1]], shape[last + 1 :].numel()
+    if [dims for dims in cuts if last in dims] == [(last,)]:  # cut by itself: heads are blocks of rows
+        rows = cuts[last,]
+        block = block_size(rows, sizes[last])
+        cuts, length = {**cuts, (last,): rows[::block] // block}, length * block
+        sizes[last] //= block
+    return Runs(without_rows(torch.arange(math.prod(sizes)).view(sizes), cuts).flatten(), length)
+
+
+def block_size(rows: torch.Tensor, size: int) -> int:
+    """Return the largest length of blocks that are among `rows` as a whole or not at all. rows: increasing."""
+    ends = (rows.diff() != 1).nonzero().flatten()
+    bounds = torch.cat([rows[:1], rows[ends] + 1, rows[ends + 1], rows[-1:] + 1])
+    return math.gcd(size, *bounds.tolist())
 
 
 def _with(model: Any, value: Callable[[nn.Parameter], torch.Tensor]) -> Any:

@@ -242,8 +242,8 @@ class _Run:
         last = min((number + 1) * self.every, self.settings.steps)
         torch.manual_seed(random.Random(f"{self.settings.seed} {number} {rank()}").getrandbits(63))
         hands = self.deal.draw(f"round {number}", world())
-        workers = [self.subnets.places(hand) for hand in hands]
-        pulled = self.shards.pull(workers)
+        routes = self.shards.routes([self.subnets.places(hand) for hand in hands])
+        pulled = self.shards.pull(routes)
         model, parameters = self.subnets.make(hands[rank()], {name: rows[:, 0] for name, rows in pulled.items()})
         model.train()
         if self.settings.recompute:
@@ -262,7 +262,7 @@ class _Run:
             moments = optimizer.state[parameter]
             rows = (self.subnets.weights(name, parameter), moments["exp_avg"], moments["exp_avg_sq"])
             pulled[name] = torch.stack([row.flatten() for row in rows], 1)  # (its elements, 3)
-        self.shards.push(workers, pulled)
+        self.shards.push(routes, pulled)
         return model, step
 
     @torch.no_grad()
@@ -272,7 +272,7 @@ class _Run:
         whole = {name: self.shards.weights(name) for name in self.shards.parts}
         for number in range(rank(), len(plans), world()):
             places = self.subnets.places(plans[number])
-            model, _ = self.subnets.make(plans[number], {n: w[places(n).to(device)] for n, w in whole.items()})
+            model, _ = self.subnets.make(plans[number], {n: places(n).of(w) for n, w in whole.items()})
             with quick_on_cpu(model, device):
                 results[number] = perplexity(model, self.held_out.to(device), self.settings.at_once)
         values: list[float] = total(results).tolist()

@@ -18,10 +18,11 @@ import sspruner
 from sspruner.compute.processes import barrier, rank, world
 from sspruner.errors import InputError
 from sspruner.surgery.slice import slice_model
+from sspruner.training import shards as module_of_shards
 from sspruner.training import twist as module
 from sspruner.training.gradual import likelihood
 from sspruner.training.loop import Settings, adamw, perplexity
-from sspruner.training.shards import KINDS, Shards
+from sspruner.training.shards import KINDS, Runs, Shards
 from sspruner.training.text import Text
 from sspruner.training.twist import Deal, twist
 from support.flat import flat
@@ -142,7 +143,7 @@ def test_it_is_the_method_as_described(workers: int, together: Together, tmp_pat
 def exchanges(folder: str) -> None:
     """Shards of odd sizes, some empty, against plain means; what a process sends is counted where torch is called."""
     torch.manual_seed(0)
-    sizes = {"one": 1, "two": 2, "some": 23, "more": 40}
+    sizes = {"one": 1, "two": 2, "some": 23, "more": 40, "most": 48}
     full = {name: torch.randn(size, KINDS) for name, size in sizes.items()}
     shards = Shards([(name, value[:, 0]) for name, value in full.items()], torch.device("cpu"))
     for name in sizes:
@@ -150,20 +151,21 @@ def exchanges(folder: str) -> None:
         full[name][:, 1:] = 0
     sent, real = [0], distributed.all_to_all_single
 
-    def counted(received: Any, send: Any, taken: list[int], given: list[int]) -> None:
+    def counted(received: Any, send: Any, taken: list[int], given: list[int], async_op: bool) -> Any:
         sent[0] += sum(n * KINDS * 4 for process, n in enumerate(given) if process != rank())
-        real(received, send, taken, given)
+        return real(received, send, taken, given, async_op=async_op)
 
     distributed.all_to_all_single = counted
-    for _ in range(20):
-        holds = [
-            {name: (torch.rand(size) < 0.5).nonzero().flatten() for name, size in sizes.items()} for _ in range(world())
-        ]
-        workers = [places.__getitem__ for places in holds]
-        pulled = shards.pull(workers)
+    for number in range(20):
+        module_of_shards.TOGETHER = 2**18 if number % 2 else 24  # all in one message, or in four
+        workers = [{name: some_runs(size) for name, size in sizes.items()} for _ in range(world())]
+        holds = [{name: runs[name].of(torch.arange(size)) for name, size in sizes.items()} for runs in workers]
+        routes = shards.routes([runs.__getitem__ for runs in workers])
+        assert [len(route.names) for route in routes] == ([5] if number % 2 else [2, 1, 1, 1])
+        pulled = shards.pull(routes)
         assert all(torch.equal(pulled[name], full[name][holds[rank()][name]]) for name in sizes)
         changes = [{name: torch.randn(len(places), KINDS) for name, places in hold.items()} for hold in holds]
-        shards.push(workers, {name: pulled[name] + changes[rank()][name] for name in sizes})
+        shards.push(routes, {name: pulled[name] + changes[rank()][name] for name in sizes})
         for name, size in sizes.items():
             for element in range(size):
                 new = [
@@ -171,11 +173,18 @@ def exchanges(folder: str) -> None:
                     for hold, change in zip(holds, changes, strict=True)
                     if (hold[name] == element).any()
                 ]
-                if new:
-                    full[name][element] = torch.stack(new).mean(0)
-            torch.testing.assert_close(shards.sharded(name).full_tensor(), full[name])
+                if new:  # in the order of the workers, so that it is equal to the bit
+                    full[name][element] = sum(new) / len(new)
+            assert torch.equal(shards.sharded(name).full_tensor(), full[name])
     assert shards.bytes_sent == sent[0] > 0
     distributed.all_to_all_single = real
+
+
+def some_runs(size: int) -> Runs:
+    """Random runs of a random length that divides the size."""
+    lengths = [length for length in range(1, size + 1) if size % length == 0]
+    length = lengths[int(torch.randint(len(lengths), ()))]
+    return Runs((torch.rand(size // length) < 0.5).nonzero().flatten(), length)
 
 
 @pytest.mark.slow

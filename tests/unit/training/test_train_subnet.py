@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from typing import Any
 
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 import sspruner
 from sspruner.errors import InputError
 from sspruner.plans.plan import Plan
-from sspruner.surgery.slice import slice_model
+from sspruner.surgery.slice import slice_model, without_rows
 from sspruner.testing.plans import plans, sizes
-from sspruner.training.subnet import Subnets
+from sspruner.training.subnet import Subnets, kept_runs
 from sspruner.training.twist import Deal
 from support.examples import examples
 from support.flat import flat
@@ -28,7 +29,7 @@ def made(model: Any, plan: Plan) -> tuple[Any, dict[str, Any], Subnets]:
     """The sub-network of a plan, from the elements that it says it holds."""
     subnets = Subnets(model, plan)
     places = subnets.places(plan)
-    values = {name: value[places(name)] for name, value in flat(model).items()}
+    values = {name: places(name).of(value) for name, value in flat(model).items()}
     return *subnets.make(plan, values), subnets
 
 
@@ -58,10 +59,40 @@ def test_a_sub_network_is_the_slice_of_the_model(family: str, data: st.DataObjec
     places = subnets.places(plan)
     for name, value in flat(model).items():  # and back: a sub-network's weights in the model's terms
         if name in held:
-            assert (places(name).diff() > 0).all()
-            torch.testing.assert_close(subnets.weights(name, held[name]), value[places(name)], rtol=1e-6, atol=0)
+            assert (places(name).of(torch.arange(len(value))).diff() > 0).all()
+            torch.testing.assert_close(subnets.weights(name, held[name]), places(name).of(value), rtol=1e-6, atol=0)
         else:
-            assert not len(places(name))
+            assert not len(places(name).of(value))
+
+
+@given(shape=st.lists(st.integers(1, 8), min_size=1, max_size=3), together=st.booleans(), data=st.data())
+def test_runs_are_what_a_cut_keeps(shape: list[int], together: bool, data: st.DataObject) -> None:
+    """The same elements as of the tensor cut as a tensor, also in runs as short as single elements."""
+    cuts = {}
+    for dims in [(0, 1)] if together and len(shape) > 1 else [(dim,) for dim in range(len(shape))]:
+        # Of several dimensions the last one shrinks, equally at every index of the others.
+        last, others = shape[dims[-1]], math.prod(shape[dim] for dim in dims[:-1])
+        drop = data.draw(st.lists(st.integers(0, last - 1), unique=True, max_size=last - 1))
+        if drop:
+            cuts[dims] = torch.tensor(sorted(row * last + one for row in range(others) for one in drop))
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    runs, expected = kept_runs(torch.Size(shape), cuts), without_rows(numbers, cuts).flatten()
+    assert torch.equal(runs.of(numbers.flatten()), expected)
+    assert torch.equal(runs.shorter(1), expected)
+
+
+def test_runs_are_long() -> None:
+    """A tensor that is not cut is one run; two of four heads of 64 columns or rows are as many in every row, or two."""
+    heads = torch.cat([torch.arange(64, 128), torch.arange(192, 256)])
+    for shape, cuts, length, count in (
+        ((6, 256), {}, 6 * 256, 1),
+        ((6, 256), {(1,): heads}, 64, 6 * 2),
+        ((256, 6), {(0,): heads}, 64 * 6, 2),
+        ((256, 6), {(0,): heads[1:]}, 6, 129),
+        ((128, 6), {(0,): torch.cat([torch.arange(32), torch.arange(48, 128)])}, 16 * 6, 1),
+    ):
+        runs = kept_runs(torch.Size(shape), cuts)
+        assert (runs.length, len(runs.numbers)) == (length, count)
 
 
 def test_the_skeleton_holds_no_weights() -> None:
