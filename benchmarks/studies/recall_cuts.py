@@ -25,7 +25,7 @@ from torch import Tensor
 import sspruner
 from sspruner.compute.device import resolve_device
 from sspruner.compute.quick_scan import ALL, quick_scans, quick_streams
-from sspruner.evaluation.questions import NONE, Questions, answered
+from sspruner.evaluation.questions import NONE, Questions, answered, logits_after
 from sspruner.training.distil import divergence
 from sspruner.training.loop import adamw, take_step
 from studies.recall_models import lesson, place
@@ -96,7 +96,7 @@ class Cut:
         how = how.get("distil", how)
         data = sspruner.calibration(self.observed.tokens, self.dense, samples=OBSERVED, held_out=0, seed=self.seed)  # type: ignore[union-attr]
         recipe = sspruner.Recipe.of(axis="state", mode="slice", keep=keep, seed=self.seed, **how)
-        return sspruner.prune(copy.deepcopy(self.dense), recipe, calibration=data, device=self.device).model
+        return sspruner.prune(copy.deepcopy(self.dense), recipe, calibration=data, device=str(self.device)).model
 
 
 def distilled(model: Any, teacher: Any, batch: Callable[[int], Questions], seconds: float) -> None:
@@ -109,11 +109,9 @@ def distilled(model: Any, teacher: Any, batch: Callable[[int], Questions], secon
 
     def objective(student: Any, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, answers = packed.unbind(1)
-        asked = answers != NONE
-        logits = [
-            each.lm_head(each.backbone(input_ids=tokens, use_cache=False)[0][asked]) for each in (student, teacher)
-        ]
-        return divergence(logits[1].detach().float(), logits[0].float()), {}
+        with torch.no_grad():
+            known = logits_after(teacher, tokens, answers != NONE)  # (questions, V)
+        return divergence(known, logits_after(student, tokens, answers != NONE)), {}
 
     def run(student: Any, steps: int) -> float:
         how: dict[str, Any] = {"batch": 1, "at_once": 2**30, "seq_len": 1, "max_tokens": steps}

@@ -27,7 +27,7 @@ from sspruner.compute.quick_scan import ALL, quick_scans
 from sspruner.evaluation.copying import copies
 from sspruner.evaluation.mqar import mqar
 from sspruner.evaluation.needle import needles
-from sspruner.evaluation.questions import NONE, Questions, answered
+from sspruner.evaluation.questions import NONE, Questions, answered, logits_after
 from sspruner.training.loop import adamw, take_step
 from studies.train import Schedule, fresh_model
 
@@ -95,8 +95,7 @@ def objective(model: Any, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of the answers, and how many of them are right. packed: tokens and answers, int64 (b, 2, T)."""
     tokens, answers = packed.unbind(1)
     asked = answers != NONE  # (b, T)
-    hidden = model.backbone(input_ids=tokens, use_cache=False)[0]  # (b, T, d)
-    logits, target = model.lm_head(hidden[asked]).float(), answers[asked]  # (questions, V)
+    logits, target = logits_after(model, tokens, asked), answers[asked]  # (questions, V), (questions,)
     return nn.functional.cross_entropy(logits, target), {"right": (logits.argmax(-1) == target).float().mean()}
 
 
@@ -129,8 +128,8 @@ def models(s: Any) -> Made:
     steps, rate, device.
     """  # fmt: skip
     rows = []
-    for seed in s.seeds:
-        for states in s.states:
+    for states in s.states:
+        for seed in s.seeds:
             folder, begun = place(s, states, seed), time.process_time()
             if folder.exists():
                 continue

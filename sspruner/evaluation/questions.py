@@ -46,12 +46,27 @@ def answered(model: Any, questions: Questions, batch_size: int | None = None) ->
     size = batch_size or micro_batch_size(questions.tokens.shape[1], logits=True)
     for start in range(0, len(questions), size):
         part = questions[start : start + size]
-        logits = forward(model, part.tokens, use_cache=False).logits  # (b, T, V)
-        asked = (part.answers != NONE).to(logits.device)  # (b, T)
-        answers = part.answers.to(logits.device)[asked]  # (questions,)
-        logits = logits[asked].float()  # (questions, V)
+        asked = part.answers != NONE  # (b, T)
+        logits = logits_after(model, part.tokens, asked)  # (questions, V)
+        answers = part.answers[asked].to(logits.device)  # (questions,)
         nll = -logits.log_softmax(-1).gather(-1, answers[:, None])[:, 0]
         values = torch.stack([(logits.argmax(-1) == answers).double(), nll.double()])  # (2, questions)
         counts = asked.sum(1)  # (b,)
         rows.append(torch.stack([own.mean(1) for own in values.split(counts.tolist(), 1)], 1).cpu())
     return torch.cat(rows, 1)
+
+
+def logits_after(model: Any, tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Return the logits after the places that are asked, bool (b, T): fp32 (questions, V).
+
+    A head that is a module runs on these places alone: logits of all places would take most of the time and memory.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        logits = forward(model, tokens, use_cache=False).logits  # (b, T, V)
+        return logits[asked.to(logits.device)].float()  # type: ignore[no-any-return]
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][asked.to(inputs[0].device)][None],))
+    try:
+        return forward(model, tokens, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+    finally:
+        hook.remove()

@@ -15,7 +15,7 @@ import sspruner
 from sspruner.evaluation.copying import copies
 from sspruner.evaluation.mqar import FILLER, GRID, distances, mqar
 from sspruner.evaluation.needle import MARK, needles
-from sspruner.evaluation.questions import NONE, Questions, answered
+from sspruner.evaluation.questions import NONE, Questions, answered, logits_after
 from support.tiny import VOCABULARY, tiny_model
 
 SEEDS = st.integers(0, 2**40)
@@ -148,8 +148,13 @@ def test_answers_are_counted_where_something_is_asked_and_nowhere_else(count: in
         assert float(nll[n]) == pytest.approx(30 * (1 - sum(hits) / len(hits)), abs=1e-5)
 
 
-def test_a_models_answers_do_not_depend_on_the_batch() -> None:
+def test_logits_after_questions_are_those_of_the_whole_model_which_is_left_alone() -> None:
     model, questions = tiny_model(), mqar(5, 3, 16, seeded(0), vocabulary=VOCABULARY)
+    where = questions.answers != NONE
+    with torch.no_grad():
+        whole = [model(input_ids=questions.tokens, use_cache=False).logits[where] for _ in range(2)]
+        assert torch.allclose(logits_after(model, questions.tokens, where), whole[0], atol=1e-5)
+        assert torch.equal(model(input_ids=questions.tokens, use_cache=False).logits[where], whole[1])
     for one, all_at_once in zip(answered(model, questions, 1), answered(model, questions), strict=True):
         assert torch.allclose(one, all_at_once, atol=1e-5)
 
