@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import Made, progress, table
+from common import NO, Made, progress, table
 from torch import Tensor
 
 import sspruner
@@ -74,6 +74,10 @@ class Cut:
             progress(f"{self.file.stem} {label} {keep}: {right}")
         found: Cell = json.loads(file.read_text(encoding="utf-8"))
         return found
+
+    def has(self, how: Cell, keep: int) -> bool:
+        """Check whether a row is there: some sizes may not be trained."""
+        return "trained" not in how or place(self.s, keep, self.seed).exists()
 
     def made(self, how: Cell, keep: int) -> tuple[Any, float]:
         """Return a version of the model, and the seconds of a processor that it took."""
@@ -149,11 +153,11 @@ def tables(s: Any) -> Made:
     hardest = [which for which in s.tests if means[str(which)] >= SOLVED] or s.tests[:1]
     for cut in cuts:
         cut.observe(hardest[-1])
-    cells = {(label, keep): [cut.cell(label, how, keep) for cut in cuts]
+    cells = {(label, keep): [cut.cell(label, how, keep) for cut in cuts if cut.has(how, keep)]
              for label, how in rows.items() for keep in s.states[1:]}  # fmt: skip
 
     def right(found: list[Cell], which: Any) -> str:
-        return over_seeds([cell["right"][str(which)] for cell in found])
+        return over_seeds([cell["right"][str(which)] for cell in found]) if found else NO
 
     at = f"{s.title} {hardest[-1]}: accuracy by states kept; dense {over_seeds([d[str(hardest[-1])] for d in dense])}"
     first = [[label, *(right(cells[label, keep], hardest[-1]) for keep in s.states[1:])] for label in rows]
