@@ -159,7 +159,7 @@ def tables(s: Any) -> Made:
     def right(found: list[Cell], which: Any) -> str:
         return over_seeds([cell["right"][str(which)] for cell in found]) if found else NO
 
-    at = f"{s.title} {hardest[-1]}: accuracy by states kept; dense {over_seeds([d[str(hardest[-1])] for d in dense])}"
+    at = f"{s.title} = {hardest[-1]}: accuracy by states kept; dense {over_seeds([d[str(hardest[-1])] for d in dense])}"
     first = [[label, *(right(cells[label, keep], hardest[-1]) for keep in s.states[1:])] for label in rows]
     second = [["dense", *(over_seeds([d[str(which)] for d in dense]) for which in s.tests)]]
     second += [[label, *(right(cells[label, s.by_test], which) for which in s.tests)] for label in rows]
