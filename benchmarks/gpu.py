@@ -50,7 +50,7 @@ RECIPE = HERE / "recipes/gpu.yaml"
 KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "fla": "flash-linear-attention"}
 LEFT, NO_ROOM = "not run: time", "does not fit into memory"
 BF16 = 2.0  # how many times as far as the masked model's the sliced model's bf16 logits may be from those in fp32
-PRELOADED = ["torch", "transformers", "sspruner.pruning.prune", "sspruner.benchmarking.measure"]  # no CUDA in them
+PRELOADED = ["torch", "transformers", "sspruner.pruning.prune", "sspruner.benchmarking.measure"]
 Record = dict[str, Any]
 Jobs = dict[str, Callable[[], Record]]
 
@@ -70,8 +70,7 @@ def kernels() -> str:
 
 
 def exactness(how: Record, device: torch.device) -> Jobs:
-    """Return a job for each family: masked = sliced, on every axis and on all at once. Convolutions without TF32."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """Return a job for each family: masked = sliced, on every axis and on all at once."""
     return {family: partial(family_exact, family, how["sizes"], device) for family in how.get("families", FAMILIES)}
 
 
@@ -229,7 +228,8 @@ def run_jobs(jobs: Jobs, file: Path, facts: Record, deadline: float) -> None:
 
 
 def block(name: str, how: Record, device: str, file: Path, deadline: float) -> None:
-    """Run one block. For a process of its own."""
+    """Run one block, with fp32 that is not TF32 in convolutions either. For a process of its own."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     where = resolve_device(device)
     jobs: Jobs = globals()[name.partition("-")[0]](how, where)
     card = torch.cuda.get_device_name(where) if where.type == "cuda" else f"no GPU, {where}"
@@ -253,7 +253,8 @@ def measured(device: str, minutes: float, out: Path, tiny: bool) -> Made:
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         return [f"Not run: torch {torch.__version__} sees no GPU here."], "no GPU"
     out.mkdir(parents=True, exist_ok=True)
-    processes = multiprocessing.get_context("forkserver")
+    # On a CPU what takes long is imported once. A fork of a process in which an import asked for CUDA has none.
+    processes = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     processes.set_forkserver_preload(PRELOADED)
     for name, how in blocks.items():
         file, begun = out / f"{name}.json", time.time()
@@ -279,10 +280,16 @@ def drawn(out: Path, blocks: Iterable[str]) -> list[str]:
         found = read(out / f"{name}.json")
         jobs = {what: record for what, record in found["jobs"].items() if "why" not in record}
         title = f"{name}: {'; '.join(found['facts'].values())}"
-        made.append(DRAW[name.partition("-")[0]](title, jobs) if jobs else f"\n**{title}**")
+        shown = attempted(partial(table_of, name.partition("-")[0], title, jobs))
+        made.append(shown.get("text") or f"\n**{title}** {shown['why']}")
         for what, record in found["jobs"].items():
             made += [f"\n– {what}: {line}" for line in record.get("wrong", record.get("why", "").splitlines())]
     return made
+
+
+def table_of(block: str, title: str, jobs: Record) -> Record:
+    """Return the table of a block, or its title where nothing was measured."""
+    return {"text": DRAW[block](title, jobs) if jobs else f"\n**{title}**"}
 
 
 def exactness_table(title: str, jobs: Record) -> str:
