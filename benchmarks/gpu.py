@@ -132,22 +132,24 @@ def speed(how: Record, device: torch.device) -> Jobs:
 
 def scoring(how: Record, device: torch.device) -> Jobs:
     """Return a job for each row: prune a model of a published shape, some times."""
-    return {label: partial(prune, how, row, device) for label, row in how["rows"].items()}
+
+    def job(row: Record) -> Record:
+        fields = {name: value for name, value in row.items() if name != "repeats"}
+        return {"runs": [pruned(how, fields, device) for _ in range(row["repeats"])]}
+
+    return {label: partial(job, row) for label, row in how["rows"].items()}
 
 
-def prune(how: Record, row: Record, device: torch.device) -> Record:
-    """Prune with a row's refit: seconds of every phase, peak memory, the proof, and a forward over as much text."""
-    fields, size, seconds, found = {k: v for k, v in row.items() if k != "repeats"}, how["data"], [], {}
-    for _ in range(row["repeats"]):
-        model = shape_model(how["shape"], layers=how.get("layers"), dtype=torch.bfloat16, device=device)
-        ids = random_tokens(size["samples"] + size["held_out"], size["seq_len"], model.config.vocab_size)
-        data = sspruner.calibration(ids, model, **size)
-        once = forward_of(model, device, size["samples"], size["seq_len"])
-        peak(device)
-        result = sspruner.prune(model, "ghost", sparsity=0.5, calibration=data, device=str(device), **fields)
-        seconds.append(result.report.seconds)
-        found = {"peak_bytes": peak(device), "proof": result.report.proof.to_json(), "forward": once.to_json()}
-    return {"seconds": seconds, **found}
+def pruned(how: Record, fields: Record, device: torch.device) -> Record:
+    """Prune by GHOST: seconds of every phase, peak memory, the proof's error; and a forward over as much text."""
+    size, model = how["data"], shape_model(how["shape"], layers=how.get("layers"), dtype=torch.bfloat16, device=device)
+    ids = random_tokens(size["samples"] + size["held_out"], size["seq_len"], model.config.vocab_size)
+    data = sspruner.calibration(ids, model, **size)
+    once = forward_of(model, device, size["samples"], size["seq_len"])
+    peak(device)
+    report = sspruner.prune(model, "ghost", sparsity=0.5, calibration=data, device=str(device), **fields).report
+    found = {"seconds": report.seconds, "error": report.proof.error, "forward": once.to_json()}
+    return found | {"peak_bytes": peak(device)}
 
 
 def training(how: Record, device: torch.device) -> Jobs:
@@ -160,8 +162,8 @@ def steps(how: Record, device: torch.device) -> Record:
     settings, shape, layers = Settings(**how["settings"]), how["shape"], how.get("layers")
     states, found = {"dense": STATE, f"state {how['state']}": how["state"]}, dict[str, Record]()
     for name, state in states.items():
-        model = shape_model(shape, state, layers=layers, dtype=torch.bfloat16, device=device)
-        once = forward_of(model, device, settings.batch, settings.seq_len)
+        narrow = partial(shape_model, shape, state, layers=layers, dtype=torch.bfloat16, device=device)
+        once = forward_of(narrow(), device, settings.batch, settings.seq_len)
         found[name] = {"forward": once.to_json(), "seconds": [], "losses": []}
     peak(device)
     models = {name: shape_model(shape, state, layers=layers, device=device) for name, state in states.items()}
@@ -320,11 +322,12 @@ def speed_table(title: str, jobs: Record) -> str:
 def scoring_table(title: str, jobs: Record) -> str:
     """Draw a line for each row: seconds of scoring and of all phases, and how many forwards over the text that is."""
     rows = []
-    for label, row in jobs.items():
-        once, whole = Timing.from_json(row["forward"]), [sum(one.values()) for one in row["seconds"]]
-        cells = [span(median_interval(took)) for took in ([one["scoring"] for one in row["seconds"]], whole)]
+    for label, record in jobs.items():
+        runs = record["runs"]
+        once, whole = Timing.from_json(runs[-1]["forward"]), [sum(run["seconds"].values()) for run in runs]
+        cells = [span(median_interval(took)) for took in ([run["seconds"]["scoring"] for run in runs], whole)]
         cells += [f"{median(whole) / median(once.seconds):.1f}", f"{once.ms.value / 1000:.2f}", f"{once.fraction:.0%}"]
-        rows.append([label, *cells, gigabytes(row["peak_bytes"]), f"{row['proof']['error']:.0e}"])
+        rows.append([label, *cells, gigabytes(runs[-1]["peak_bytes"]), f"{max(run['error'] for run in runs):.0e}"])
     head = [
         "prune",
         "scoring, s",
