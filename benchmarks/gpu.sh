@@ -1,6 +1,7 @@
 #!/bin/sh
 # On a machine that has a GPU, a Python with torch for CUDA, and no network:
-#   sh benchmarks/gpu.sh pack build/wheels 3.12                           here: fetch what it lacks, for its Python
+#   sh benchmarks/gpu.sh pack build/wheels 3.12                           here: fetch what it lacks, for its Python; more
+#                                                                         names may follow: flash-linear-attention fla-core
 #   sh benchmarks/gpu.sh run build/wheels gpu.py --minutes 8 --out OUT    there, in this checkout: install it, and run
 set -eu
 what=$1 wheels=$2 third=$3

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -375,3 +375,21 @@ def test_without_a_gpu_the_table_says_that_it_was_not_run(
     assert made == [f"Not run: torch {torch.__version__} sees no GPU here."]
     assert not (tmp_path / "out").exists()
     assert "Not run: torch" in part("gpu") or "families exact" in part("gpu")
+
+
+def test_a_part_that_trains_names_its_device_and_how_much_at_once(bench: ModuleType) -> None:
+    train, model = importlib.import_module("studies.train"), torch.nn.Linear(1, 1)
+    usual = train.settings_of(SimpleNamespace(), max_tokens=10, learning_rate=3e-3, seed=5)
+    assert (usual.batch, usual.at_once, usual.every, usual.max_minutes, usual.bf16, usual.seed) == (
+        8,
+        8,
+        100,
+        None,
+        True,
+        5,
+    )
+    lent = train.settings_of(SimpleNamespace(batch=64, at_once=32, every=500, max_minutes=4), max_tokens=10, seed=5)
+    assert (lent.batch, lent.at_once, lent.every, lent.max_minutes) == (64, 32, 500, 4)
+    assert train.on_its_device(model, SimpleNamespace()) is model
+    with pytest.raises(sspruner.SSPrunerError, match="device 'nowhere'"):
+        train.on_its_device(model, SimpleNamespace(device="nowhere"))
