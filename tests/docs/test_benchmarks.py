@@ -24,6 +24,8 @@ from sspruner.files import strict_json
 from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.measure import BenchOptions
 from sspruner.scoring.known import find_scorer
+from sspruner.testing.models import zoo
+from sspruner.testing.plans import random_plan
 from support.paths import ROOT
 
 MARK = re.compile(r"<!-- (.+): (begin|end) -->")
@@ -393,3 +395,10 @@ def test_a_part_that_trains_names_its_device_and_how_much_at_once(bench: ModuleT
     assert train.on_its_device(model, SimpleNamespace()) is model
     with pytest.raises(sspruner.SSPrunerError, match="device 'nowhere'"):
         train.on_its_device(model, SimpleNamespace(device="nowhere"))
+
+
+def test_cuts_on_a_gpu_have_sizes_that_kernels_take(bench: ModuleType) -> None:
+    how = yaml.safe_load((BENCHMARKS / "recipes/gpu.yaml").read_text(encoding="utf-8"))["exactness"]
+    graph = sspruner.trace(zoo("mamba2", **how["sizes"]))
+    cuts = [random_plan(graph, ("state", "head_dim"), seed, multiple_of=8) for seed in range(10)]
+    assert {group.after for cut in cuts for group in cut.groups.values()} == {8}
