@@ -326,7 +326,11 @@ def scoring_table(title: str, jobs: Record) -> str:
         runs = record["runs"]
         once, whole = Timing.from_json(runs[-1]["forward"]), [sum(run["seconds"].values()) for run in runs]
         cells = [span(median_interval(took)) for took in ([run["seconds"]["scoring"] for run in runs], whole)]
-        cells += [f"{median(whole) / median(once.seconds):.1f}", f"{once.ms.value / 1000:.2f}", f"{once.fraction:.0%}"]
+        cells += [
+            f"{median(whole) / median(once.seconds):.1f}",
+            f"{once.ms.value / 1000:.2f}",
+            f"{100 * once.fraction:.0f} %",
+        ]
         rows.append([label, *cells, gigabytes(runs[-1]["peak_bytes"]), f"{max(run['error'] for run in runs):.0e}"])
     head = [
         "prune",
@@ -350,7 +354,7 @@ def training_table(title: str, jobs: Record) -> str:
         speed, losses = 1000 * once.tokens / ms.value, row["losses"]
         cells = [
             span(ms, 1),
-            f"{3 * speed / once.ceiling:.0%}",
+            f"{300 * speed / once.ceiling:.0f} %",
             over(dense["seconds"], row["seconds"]),
             f"{speed:,.0f}",
         ]
