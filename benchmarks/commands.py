@@ -1,8 +1,9 @@
-"""Run recipes of commands: of `sspruner compare` and its leaderboard, and of `sspruner bench`, also in engines."""
+"""Run recipes of commands: of `sspruner compare` and its leaderboard, and of `sspruner bench` on a CPU and in engines."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,6 @@ from common import HERE, NO, Made, Subject, span, table
 import sspruner
 from sspruner.benchmarking.record import Timing
 from sspruner.benchmarking.shapes import DTYPES, SHAPES, shape_models
-from sspruner.compute.device import resolve_device
 from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.leaderboard import Board
 from sspruner.recipes.measure import BenchOptions
@@ -65,24 +65,22 @@ def leaderboard(s: Any) -> Made:
 def speed(s: Any) -> Made:
     """Measure what a smaller state gains. Each speed-up compares runs of one repeat with the same code or engine."""
     recipe = yaml.safe_load(s.file.read_text(encoding="utf-8")) | getattr(s, "recipe", {})
-    options, device = bench_options(recipe, s.quick), resolve_device(recipe.get("device", "cpu"))
+    options = bench_options(recipe, s.quick)
     cuts = [f"{kind} {size}" for kind in ("state", "balanced") for size in recipe.get(kind, ())]
     codes = {"": "", ", accelerated": ", accelerated"} if options.variants.accelerate else {"": ""}
     rows, machine, engine = [], {}, ""
     for shape in recipe["shapes"]:
-        models = models_of(shape, recipe, s.data, layers=2 if s.quick else None, device=device)
+        models = models_of(shape, recipe, s.data, layers=2 if s.quick else None)
         for block in [block for m in models.values() for block in m.backbone.layers if not options.runner.python]:
             block.mixer.chunk_size = min(block.mixer.chunk_size, options.load.prompt)  # a prefill is padded to it
-        found = sspruner.bench(models, options, device=str(device))
+        found = sspruner.bench(models, options, device="cpu")
         engine = "{name} {version}".format(**found.engine) if options.runner.python else ""
         machine, have = found.machine, {(row.model, row.batch, row.phase): row for row in found.rows}
         for phase, batch, code in [(p, b, c) for p in recipe["phases"] for b in options.load.batches for c in codes]:
             dense, stock = (have.get((name, batch, phase)) for name in (shape + code, shape))
-            cells = [f"{dense.ms.value:.1f}", f"{100 * dense.fraction:.0f} %"] if dense else [NO, NO]
-            cells += [faster(dense, stock) if code else "1"] if len(codes) > 1 else []
             smaller = [have.get((f"{shape}, {cut}{code}", batch, phase)) for cut in cuts]
-            cells += [faster(row, dense) for row in smaller]
-            cells.append(", ".join(f"{row.ceiling / dense.ceiling:.2f}" if row and dense else NO for row in smaller))
+            cells = beside(dense, smaller)
+            cells[2:2] = [faster(dense, stock) if code else "1"] if len(codes) > 1 else []
             both = [f"{r.tokens_per_second[0]:,.0f}; {(r.cache_bytes or 0) / 1e6:.2f}" for r in [dense, *smaller] if r]
             rows.append([f"{shape}, {phase}, batch {batch}{code or ', stock' * (len(codes) > 1)}", *cells])
             rows[-1] += [" / ".join(both)] if engine else []
@@ -94,7 +92,21 @@ def speed(s: Any) -> Made:
     return [table(title, head, rows)], note
 
 
-decode = gpu = projection_cost = engines = engines_130m = speed
+decode = projection_cost = engines = engines_130m = speed
+
+
+def gpu(s: Any) -> Made:
+    """Run gpu.py, with what it needs kept in the work folder. Settings: device, minutes."""
+    from gpu import measured
+
+    return measured(s.device, s.minutes, s.work / "gpu", s.quick)
+
+
+def beside(dense: Timing | None, smaller: Sequence[Timing | None]) -> list[str]:
+    """Return the dense model's ms and fraction of its ceiling, each cut's speed-up, and what the ceilings allow."""
+    cells = [f"{dense.ms.value:.1f}", f"{100 * dense.fraction:.0f} %"] if dense else [NO, NO]
+    allowed = [f"{row.ceiling / dense.ceiling:.2f}" if row and dense else NO for row in smaller]
+    return [*cells, *(faster(row, dense) for row in smaller), ", ".join(allowed)]
 
 
 def models_of(shape: str, recipe: dict[str, Any], data: Any, **how: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from common import Made, Subject, perplexity, progress, with_error
 from torch import Tensor, nn
 
 import sspruner
+from sspruner.compute.device import resolve_device
 from sspruner.evaluation.damage import mean_loss
 from sspruner.evaluation.recall import FIRST_WORD, answers, recall, sequences, tasks_for
 from sspruner.recipes.train import Settings
@@ -35,6 +36,8 @@ STEP, RATE = 0.5, 0.05  # dt and -A before training: learns sooner than with tho
 SIZE = {"family": "mamba2", "pairs": 24, "vocabulary": 128, "steps": 800, "seed": 0}
 TEST_SEQUENCES, TEST_SEED = 512, 1_000_000
 SCAN = "transformers.models.mamba.modeling_mamba.mamba_selective_scan"
+# Settings of a part, too: on a GPU more sequences are trained on at once, checkpoints are rarer, and the time is lent.
+LENGTH = {"batch": 8, "at_once": 8, "every": 100, "max_minutes": None}
 FILES, WINDOWS = ("books-val.txt", "books-test.txt"), 320
 
 
@@ -75,10 +78,11 @@ def train_recall(model: Any, pairs: int, steps: int, seed: int, words: int = 0) 
     sizes: dict[str, Any] = {"batch": BATCH, "at_once": BATCH, "seq_len": 1, "max_tokens": BATCH * steps}
     settings = Schedule(learning_rate=1e-2, weight_decay=0.1, **sizes)
     generator, optimizer = torch.Generator().manual_seed(seed), adamw(list(model.parameters()), settings)
-    now, right = min(FIRST_PAIRS, pairs), 0.0
+    now, right, device = min(FIRST_PAIRS, pairs), 0.0, next(model.parameters()).device
     model.train()
     for step in range(1, steps + 1):
-        tokens = sequences(BATCH, now, words or model.config.vocab_size, generator) + (FIRST_WORD if words else 0)
+        tokens = sequences(BATCH, now, words or model.config.vocab_size, generator).to(device)
+        tokens = tokens + FIRST_WORD if words else tokens
         metrics = take_step(model, tokens, optimizer, settings, step, objective)
         right = 0.9 * right + 0.1 * metrics["right"]
         if step % 50 == 0:
@@ -91,12 +95,12 @@ def train_recall(model: Any, pairs: int, steps: int, seed: int, words: int = 0) 
 
 
 def tables(s: Any) -> Made:
-    """Train and save a model of recall; return its accuracy. Settings: out, config, and those of SIZE (steps of 64)."""
+    """Train and save a model of recall; return its accuracy. Settings: out, config, those of SIZE; device."""
     vars(s).update(SIZE | vars(s))
-    model, start = recall_model(s), time.monotonic()
+    model, start = on_its_device(recall_model(s), s), time.monotonic()
     train_recall(model, s.pairs, s.steps, s.seed)
     minutes = (time.monotonic() - start) / 60
-    sspruner.save(model, s.out, overwrite=True)
+    sspruner.save(model.cpu(), s.out, overwrite=True)
     accuracy = with_error(recall(model, tasks_for(model, TEST_SEQUENCES, TEST_SEED))[0])
     text = f"{s.out}: accuracy {accuracy}, trained in {minutes:.1f} minutes"
     return [text], f"seed {s.seed}, {TEST_SEED} (test sequences); {s.steps} steps of {BATCH} sequences"
@@ -135,17 +139,27 @@ def fresh_model(family: str, config: dict[str, Any], vocabulary: int, seed: int,
     return model
 
 
+def on_its_device(model: Any, s: Any) -> Any:
+    """Move a model to the device that a part's settings name (device=cuda), if they do, and return it."""
+    return model.to(resolve_device(getattr(s, "device", "cpu")))
+
+
+def settings_of(s: Any, **how: Any) -> Settings:
+    """Return the settings of a training; those of LENGTH may be settings of the part. how: the others."""
+    given = {name: getattr(s, name, value) for name, value in LENGTH.items()}
+    return Settings(bf16=True, weight_decay=0.1, **given, **how)
+
+
 def reference(s: Any) -> Made:
-    """Train and save a reference model; return its facts. Settings: families, family, out, tokens, seed."""
+    """Train and save a reference model; return its facts. Settings: families, family, out, tokens, seed; LENGTH."""
     tokenizer, seed = sspruner.load()[1], getattr(s, "seed", 0)
     model = fresh_model(s.family, s.families[s.family], len(tokenizer), seed)
     progress(f"{s.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
     text = Text((str(s.data / "books-train.txt"),), tokenizer, 256, seed=seed)
-    how: dict[str, Any] = {"batch": 8, "at_once": 8, "bf16": True, "seed": seed, "weight_decay": 0.1}
-    settings = Settings(max_tokens=s.tokens, learning_rate=3e-3, **how)
+    settings = settings_of(s, max_tokens=s.tokens, learning_rate=3e-3, seed=seed)
     with tempfile.TemporaryDirectory() as folder, patch(SCAN, selective_scan):
-        run = train(model, text, settings, likelihood, Path(folder))
-    sspruner.save(model.to(torch.bfloat16), s.out, tokenizer, overwrite=True)
+        run = train(on_its_device(model, s), text, settings, likelihood, Path(folder))
+    sspruner.save(model.cpu().to(torch.bfloat16), s.out, tokenizer, overwrite=True)
     facts: dict[str, Any] = {"tokens": run.tokens, "steps": run.steps, "minutes": round(run.seconds / 60, 1)}
     subject = Subject(s.out, s.data)
     for file in FILES:

@@ -37,9 +37,9 @@ def sequences(count: int, pairs: int, vocabulary: int, generator: torch.Generato
 def tasks_for(model: Any, count: int, seed: int) -> torch.Tensor:
     """Return recall tasks in a model's vocabulary: int64 (count, 4 pairs), or one more.
 
-    The number of pairs is that of its training (`recall_pairs` in its config, from benchmarks/studies), else PAIRS; fewer
-    in a small vocabulary. A model that was trained on some of its tokens, after the end of another text, has their number
-    as `recall_words`: its tasks begin with that end.
+    The number of pairs is that of its training (`recall_pairs` in its config, from benchmarks/studies), else PAIRS;
+    fewer in a small vocabulary. A model that was trained on some of its tokens, after the end of another text, has
+    their number as `recall_words`: its tasks begin with that end.
     """
     config = getattr(model, "config", None)
     words = int(getattr(config, "recall_words", 0))

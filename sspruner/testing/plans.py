@@ -42,12 +42,13 @@ def plans(draw: st.DrawFn, graph: SSMGraph, axes: tuple[str, ...] = (), most: in
     return Plan({name: chosen[name] for name in cuttable if name in chosen})
 
 
-def random_plan(graph: SSMGraph, axes: tuple[str, ...], seed: int, most: int = 5) -> Plan:
-    """Return a random plan: up to `most` dependency groups, each with fewer units."""
+def random_plan(graph: SSMGraph, axes: tuple[str, ...], seed: int, most: int = 5, multiple_of: int = 1) -> Plan:
+    """Return a random plan: up to `most` dependency groups, each with fewer units; where possible a multiple."""
     rng = random.Random(seed)
     cuttable = _cuttable(graph, axes, [rng.choice(paths) for paths in _must_stay(graph)])
     names = rng.sample(list(cuttable), min(len(cuttable), rng.randint(1, most)))
-    cut = {name: (*cuttable[name], rng.choice(cuttable[name][1]), rng.randrange(2**16)) for name in names}
+    counts = {name: [n for n in cuttable[name][1] if n % multiple_of == 0] or cuttable[name][1] for name in names}
+    cut = {name: (*cuttable[name], rng.choice(counts[name]), rng.randrange(2**16)) for name in names}
     return Plan({n: selection(g.groups, g.units, after, order, safe) for n, (g, _, safe, after, order) in cut.items()})
 
 

@@ -9,10 +9,11 @@ import math
 import re
 import runpy
 import sys
+import time
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,12 @@ import yaml
 
 import sspruner
 from sspruner.evaluation.damage import damages
+from sspruner.files import strict_json
 from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.measure import BenchOptions
 from sspruner.scoring.known import find_scorer
+from sspruner.testing.models import zoo
+from sspruner.testing.plans import random_plan
 from support.paths import ROOT
 
 MARK = re.compile(r"<!-- (.+): (begin|end) -->")
@@ -125,7 +129,7 @@ def test_every_recipe_loads_with_its_class(bench: ModuleType) -> None:
     experiment, commands = importlib.import_module("experiment"), importlib.import_module("commands")
     for name in ("compare", "compare_recall"):
         assert CompareRecipe.load(BENCHMARKS / f"recipes/{name}.yaml").cells.scorers
-    for name in ("decode", "gpu", "projection_cost", "engines", "engines_130m"):
+    for name in ("decode", "projection_cost", "engines", "engines_130m"):
         recipe = yaml.safe_load((BENCHMARKS / f"recipes/{name}.yaml").read_text(encoding="utf-8"))
         assert isinstance(commands.bench_options(recipe, quick=False), BenchOptions)
     cells = 0
@@ -314,3 +318,114 @@ def test_what_is_looked_up_in_a_dictionary_was_told_before(bench: ModuleType, tm
         assert asked == found  # every looked-up value, and no other token
         most.append(len(asked) // (len(ends) - 1))
     assert max(most[:4]) < 9 < max(most) <= 24  # more and more pairs
+
+
+def on_a_gpu(where: Path) -> dict[str, dict]:
+    """What every block of benchmarks/gpu.py has written."""
+    return {file.stem: strict_json.loads(file.read_text(encoding="utf-8")) for file in where.glob("*.json")}
+
+
+def test_the_gpu_script_runs_as_a_whole_on_a_cpu(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every job of every block measures something tiny; one block ends without a word, and the next one runs."""
+    gpu = importlib.import_module("gpu")
+    blocks = yaml.safe_load(gpu.RECIPE.read_text(encoding="utf-8"))
+    recipe = tmp_path / "gpu.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"broken": {"share": 0.1, "tiny": {}}} | blocks, sort_keys=False), encoding="utf-8"
+    )
+    monkeypatch.setattr(gpu, "RECIPE", recipe)
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--minutes", "100", "--out", str(tmp_path)]
+    )
+    gpu.main()
+    text, found = capsys.readouterr().out, on_a_gpu(tmp_path)
+    assert (tmp_path / "gpu.md").read_text(encoding="utf-8") == text.removesuffix("\n")
+    assert found.pop("broken")["jobs"] == {"broken": {"why": "not run: its process ended with 1"}}
+    assert found.keys() == blocks.keys()
+    for name, record in found.items():
+        assert record["facts"] == {"card": "no GPU, cpu", "kernels": "transformers' own code, no kernels"}, name
+        assert not [job for job in record["jobs"].values() if job.get("why") or job.get("wrong")], name
+    assert "1 of 1 families exact" in text
+    speed = rows(text.partition("**speed-1.3b")[2])
+    assert [*speed] == ["decode, batch 1", "decode, batch 2", "prefill, batch 1"]
+    assert all(re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", row["state 64 / dense"]) for row in speed.values())
+    assert rows(text.partition("**training")[2])["dense"]["dense / it"] == "1.00 (1.00 to 1.00)"
+    assert rows(text.partition("**scoring")[2])["ghost"]["proof's error"].startswith(("0e", "1e-0", "2e-0", "3e-0"))
+
+
+def test_a_job_on_a_gpu_that_fails_stops_no_other(bench: ModuleType, tmp_path: Path) -> None:
+    gpu, file = importlib.import_module("gpu"), tmp_path / "speed.json"
+
+    def no_room() -> dict:
+        assert on_a_gpu(tmp_path)["speed"]["jobs"]["batch 1"] == {"rows": [1]}  # on the disk already
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17.18 GiB")
+
+    def fails() -> dict:
+        raise RuntimeError("causal_conv1d: strides\nmust be multiples of 8")
+
+    jobs = {
+        "batch 1": lambda: {"rows": [1]},
+        "batch 512": no_room,
+        "graph": fails,
+        "last": lambda: {"rows": [math.inf]},
+    }
+    gpu.run_jobs(jobs, file, {}, time.time() + 1000)
+    assert on_a_gpu(tmp_path)["speed"]["jobs"] == {
+        "batch 1": {"rows": [1]},
+        "batch 512": {"why": "does not fit into memory"},
+        "graph": {"why": "RuntimeError: causal_conv1d: strides must be multiples of 8"},
+        "last": {"rows": [math.inf]},
+    }
+
+
+def test_a_job_on_a_gpu_for_which_no_time_is_left_is_listed(bench: ModuleType, tmp_path: Path) -> None:
+    """None begins after the deadline, nor one that would pass it if it took as long as the one before."""
+    gpu = importlib.import_module("gpu")
+    clock = iter([0.0, 60.0, 60.0, 60.0])  # the first job begins and ends, two others would begin
+    jobs = {name: lambda: {"rows": []} for name in ("first", "second", "third")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu.time, "time", lambda: next(clock))
+        gpu.run_jobs(jobs, tmp_path / "speed-2.7b.json", {"card": "H"}, 100.0)
+    left = {"why": "not run: time"}
+    assert on_a_gpu(tmp_path)["speed-2.7b"]["jobs"] == {"first": {"rows": []}, "second": left, "third": left}
+    text = "\n".join(gpu.drawn(tmp_path, ["speed-2.7b"]))
+    assert "– second: not run: time" in text
+    assert "speed-2.7b: H" in text
+
+
+def test_without_a_gpu_the_table_says_that_it_was_not_run(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made, _ = gpu.measured("cuda", 9, tmp_path / "out", tiny=False)
+    assert made == [f"Not run: torch {torch.__version__} sees no GPU here."]
+    assert not (tmp_path / "out").exists()
+    assert "Not run: torch" in part("gpu") or "families exact" in part("gpu")
+
+
+def test_a_part_that_trains_names_its_device_and_how_much_at_once(bench: ModuleType) -> None:
+    train, model = importlib.import_module("studies.train"), torch.nn.Linear(1, 1)
+    usual = train.settings_of(SimpleNamespace(), max_tokens=10, learning_rate=3e-3, seed=5)
+    assert (usual.batch, usual.at_once, usual.every, usual.max_minutes, usual.bf16, usual.seed) == (
+        8,
+        8,
+        100,
+        None,
+        True,
+        5,
+    )
+    lent = train.settings_of(SimpleNamespace(batch=64, at_once=32, every=500, max_minutes=4), max_tokens=10, seed=5)
+    assert (lent.batch, lent.at_once, lent.every, lent.max_minutes) == (64, 32, 500, 4)
+    assert train.on_its_device(model, SimpleNamespace()) is model
+    with pytest.raises(sspruner.SSPrunerError, match="device 'nowhere'"):
+        train.on_its_device(model, SimpleNamespace(device="nowhere"))
+
+
+def test_cuts_on_a_gpu_have_sizes_that_kernels_take(bench: ModuleType) -> None:
+    how = yaml.safe_load((BENCHMARKS / "recipes/gpu.yaml").read_text(encoding="utf-8"))["exactness"]
+    graph = sspruner.trace(zoo("mamba2", **how["sizes"]))
+    cuts = [random_plan(graph, ("state", "head_dim"), seed, multiple_of=8) for seed in range(10)]
+    assert {group.after for cut in cuts for group in cut.groups.values()} == {8}
