@@ -1,4 +1,4 @@
-"""Run recipes of commands: of `sspruner compare` and its leaderboard, and of `sspruner bench` on a CPU and in engines."""
+"""Run recipes of commands: of `sspruner compare` and its leaderboard; of `sspruner bench` on a CPU and in engines."""
 
 from __future__ import annotations
 
