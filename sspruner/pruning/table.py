@@ -138,7 +138,7 @@ def _notes(report: Report) -> list[Text]:
     data = report.calibration
     where = "held out" if data["held_out_is_separate"] else "NOT held out: the source holds a single sequence"
     measured = f"perplexity and KL on {data['held_out_tokens']:,} others ({where})"
-    windows = round(data["held_out_tokens"] / data["seq_len"])
+    windows = round(data["held_out_tokens"] / max(data["seq_len"], 1))
     if windows < FEW:
         measured += f", in {windows} window{'s' * (windows > 1)}: too few for a 95 % interval"
     lines = [
