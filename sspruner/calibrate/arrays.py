@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sspruner.compute.inputs import example_values, input_name, reads_tokens
+from sspruner.compute.inputs import example_values, input_name
 from sspruner.errors import InputError
 
 SUFFIX = ".npz"
@@ -76,9 +76,3 @@ def values_for(source: Any, model: Any, place: str) -> torch.Tensor:
     if not values.isfinite().all():
         raise InputError(f"{place}: {int((~values.isfinite()).sum())} values are NaN or infinite")
     return values
-
-
-def check_reads_tokens(model: Any, what: str) -> None:
-    """Raise InputError for a model that reads no token ids. what: what needs them."""
-    if not reads_tokens(model):
-        raise InputError(f"{what}: needs token ids, and {type(model).__name__} reads {input_name(model)!r}")

@@ -67,7 +67,7 @@ def micro_batch_size(seq_len: int, *, logits: bool = False) -> int:
 
     logits: half the size, since the logits of the dense and of the pruned model are in memory at the same time.
     """
-    return max(1, TOKENS_PER_BATCH // (2 if logits else 1) // seq_len)
+    return max(1, TOKENS_PER_BATCH // (2 if logits else 1) // max(seq_len, 1))
 
 
 def _batches(tokens: torch.Tensor, mask: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

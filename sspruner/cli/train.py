@@ -144,7 +144,6 @@ def gradual(
     Examples:
         sspruner train gradual dense --sparsity 0.7 --text a.txt --out sparse
         sspruner train gradual dense --axis head --text a.txt --out fewer-heads
-        sspruner train gradual forecaster --trust-remote-code --examples windows.npz --out sparse
     """
     folder = run.folder(recipe.text)
 
