@@ -32,7 +32,7 @@ def read_arrays(source: str | Path, what: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise InputError(f"{place}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{place}: cannot be read as arrays of numbers ({' '.join(str(error).split())})") from error

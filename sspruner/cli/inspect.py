@@ -94,6 +94,7 @@ def command(
     from sspruner.benchmarking.cache_layers import cache_layers
     from sspruner.benchmarking.engine_memory import engine_memory
     from sspruner.benchmarking.footprint import footprint
+    from sspruner.compute.forward import check_predicts_tokens, predicts_tokens
     from sspruner.files.strict_json import dumps
     from sspruner.formats.fitting import after, offers
     from sspruner.io.skeleton import skeleton
@@ -108,11 +109,17 @@ def command(
     dense = footprint(loaded, graph, contexts[0])
     if plan is not None:
         check_plan(plan, graph, model=loaded)
+    if target.runtime:
+        check_predicts_tokens(loaded, f"--target {target.runtime}")
     engine = None
     if pool is not None:
         layers = cache_layers(loaded, graph), None if plan is None else cache_layers(loaded, graph, plan)
         engine = engine_memory(counted, layers, options, tp=target.tp, pool=pool, contexts=contexts)
-    supported = [] if memory_alone else offers(loaded if plan is None else after(loaded, plan, graph), runtime)
+    supported = (
+        []
+        if memory_alone or not predicts_tokens(loaded)
+        else offers(loaded if plan is None else after(loaded, plan, graph), runtime)
+    )
     cut = None if plan is None else footprint(loaded, apply_sizes(loaded, plan), contexts[0])
     data = graph.to_json() | {"footprint": dense.to_json(*machine)}
     if cut is not None:

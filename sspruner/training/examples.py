@@ -78,7 +78,8 @@ class Examples:
     @property
     def number(self) -> int:
         """Return the number of examples."""
-        return len(next(iter(self.arrays.values())))
+        first = next(iter(self.arrays.values()))
+        return len(first) if first.ndim else 0
 
     def check(self, model: Any) -> None:
         """Raise InputError unless the arrays are arguments of the model's forward."""

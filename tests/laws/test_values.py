@@ -238,6 +238,8 @@ def test_on_the_command_line(own: Path, tmp_path: Path) -> None:
     done("plan", own, *trusted, "--scores", "s.safetensors", "--sparsity", 0.5, "--out", "p.json")
     done("apply", own, *trusted, "--plan", "p.json", "--out", "applied")
     done("inspect", "cut", *trusted)
+    for_engine = ("--target vllm: needs a language model, and Forecaster puts out no logits",)
+    refused(tmp_path, for_engine, "inspect", "cut", *trusted, "--target", "vllm")
     cut, applied = (sspruner.load(folder, trust_remote_code=True)[0] for folder in ("cut", "applied"))
     assert sspruner.trace(cut).state_bytes == sspruner.trace(applied).state_bytes
     assert sspruner.trace(cut).state_bytes * 2 == sspruner.trace(forecaster()).state_bytes
