@@ -54,7 +54,7 @@ class Replay:
         self.blocks = [f"{graph.blocks}.{i}" for i in range(len(model.get_submodule(graph.blocks)))]  # type: ignore[arg-type]
         self.hidden: list[Flow] = []  # inputs of the next block, per batch, on the CPU
         self.inputs: list[dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []  # the other arguments, by block
-        self.tokens: list[torch.Tensor] = []  # int64 (b, T)
+        self.tokens: list[torch.Tensor] = []  # int64 (b, T), or the values that the model reads: (b, T, ...)
         self.masks: list[torch.Tensor] = []  # bool (b, T)
         self.returns: dict[str, tuple[int, int]] = {}  # see _what_blocks_return
         self.ran: Flow | None = None  # output of the block, if an observer of this batch had it run to its end
@@ -93,7 +93,8 @@ class Replay:
         """
         first: list[Flow] = []
         inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.returns = self.returns or self._what_blocks_return(tokens[:1, :2], mask[:1, :2])
+        few = (slice(1), slice(2 if tokens.ndim == 2 else None))  # a head of values may need all steps
+        self.returns = self.returns or self._what_blocks_return(tokens[few], mask[few])
 
         def keep(path: str, flowing: Flow, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
             if not first:
@@ -108,6 +109,11 @@ class Replay:
         missing = [path for path in self.blocks if path not in inputs]
         if missing:
             raise ModelError(f"{missing[0]}: the model's forward never calls this block; it cannot be replayed")
+        steps = first[0][0].shape[:2]
+        if mask.shape != steps:  # one position for several steps (patches)
+            if not mask.all():
+                raise ModelError(f"{self.blocks[0]}: takes {steps[1]} of {mask.shape[1]} steps; give no mask")
+            mask = torch.ones(steps, dtype=torch.bool)
         self.hidden.append(tuple(h.cpu() if h is not None else h for h in first[0]))
         self.inputs.append(inputs)
         self.tokens.append(tokens)

@@ -5,7 +5,7 @@ with the window. Text to be measured is hashed at every offset, so that it is fo
 window. A window was observed if it has a run of at least half a window that lies in observed runs: half of the shorter
 window, its own or the calibration's. Of text that both have, up to RUN - 1 tokens at each end may be missed. Shorter
 repetitions, such as headings, templates and common phrases, are no alarm. Windows of fewer than RUN tokens repeat each
-other by chance, and are not compared.
+other by chance, and are not compared. Of values, steps take the place of tokens.
 """
 
 from __future__ import annotations
@@ -152,7 +152,12 @@ def refuse_seen(seen: Seen, windows: Iterable[torch.Tensor], what: str, length: 
 
 
 def _bytes(window: torch.Tensor) -> tuple[bytes, int]:
-    return window.detach().cpu().long().contiguous().numpy().astype("<i8").tobytes(), len(window)
+    """Return 8 bytes for each token, or for each step of values (T, ...) their hash; and how many there are."""
+    window = window.detach().cpu().contiguous()
+    if window.is_floating_point():
+        steps = (hashlib.sha256(step.numpy().tobytes()).digest()[:8] for step in window.float())
+        return b"".join(steps), len(window)
+    return window.long().numpy().astype("<i8").tobytes(), len(window)
 
 
 def _hash(data: bytes, start: int) -> bytes:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.calibrate.arrays import as_numbers, input_of, is_arrays, read_arrays, values_for
 from sspruner.calibrate.documents import Reading
 from sspruner.calibrate.encode import encode
 from sspruner.calibrate.sample import sample_from
 from sspruner.calibrate.seen import Seen, refuse_seen, seen_of
 from sspruner.compute.forward import embedding
+from sspruner.compute.inputs import reads_tokens
 from sspruner.compute.settings import undisturbed
 from sspruner.errors import InputError
 from sspruner.recipes.parts import CalibrationText, check_size
@@ -27,9 +29,10 @@ Progress = Callable[[str, int, int], None]  # (phase, done, total)
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token windows of a calibration source.
+    """Token windows of a calibration source, or windows of the values that a model reads instead.
 
-    tokens, mask            int64 and bool (S, T): the observed windows; mask is False where padding
+    tokens, mask            int64 and bool (S, T): the observed windows; mask is False where padding. Of values fp32
+                            (S, T, ...)
     held_out, held_out_mask the same for windows (S', T) that only serve to report damage
     source, seed            name of the source, and the seed of the draw
     held_out_is_separate    False when the source holds a single sequence, or repeats itself in every held-out window
@@ -59,12 +62,18 @@ class Calibration:
         )
 
 
+def nothing(seed: int) -> Calibration:
+    """Return a calibration without windows, for scorers that read weights alone."""
+    tokens, mask = torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
+    return Calibration(tokens, mask, tokens, mask, "none", seed, True)
+
+
 def micro_batch_size(seq_len: int, *, logits: bool = False) -> int:
     """Return the micro-batch size per process, in sequences.
 
     logits: half the size, since the logits of the dense and of the pruned model are in memory at the same time.
     """
-    return max(1, TOKENS_PER_BATCH // (2 if logits else 1) // seq_len)
+    return max(1, TOKENS_PER_BATCH // (2 if logits else 1) // max(seq_len, 1))
 
 
 def _batches(tokens: torch.Tensor, mask: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -93,7 +102,8 @@ def calibration(
     lines, JSON, CSV, TSV, Parquet or Arrow; a folder of such files, or one that `save_to_disk` wrote; the name of a
     `datasets` dataset as NAME[:CONFIG[:SPLIT]]; token ids int64 (S, T), with an optional bool mask (S, T) that is False
     where padding. Or any iterable: of strings or of token ids (each a sequence, padded on the right), of rows with a
-    column of text, of conversations.
+    column of text, of conversations. An .npz file: the array with the name of the argument that the model reads. For a
+    model that reads no token ids: the values themselves, (S, T, ...), or such a file.
 
     Takes `samples` windows to observe and `held_out` others; if there are fewer, a quarter is held out, or none with
     held_out=0. Windows that repeat observed text, or text that an earlier cut of the model observed, are not held out,
@@ -108,7 +118,7 @@ def calibration(
     mask = own if mask is None else mask
     _check(tokens, mask, model, name)
     # Copies, since tokens made in inference mode would forbid gradients.
-    found = _split(tokens.cpu().long().clone(), mask.cpu().bool().clone(), samples, held_out, name, seed)
+    found = _split(as_numbers(tokens), mask.cpu().bool().clone(), samples, held_out, name, seed)
     return _unseen(found, seen_of(model))
 
 
@@ -128,7 +138,7 @@ def with_more(
     """
     tokens, mask, name = _drawn(source, model, tokenizer, text, (HELD_OUT, more), seed, progress)
     _check(tokens, mask, model, name)
-    tokens, mask = tokens.cpu().long().clone(), mask.cpu().bool().clone()
+    tokens, mask = as_numbers(tokens), mask.cpu().bool().clone()
     alone = len(tokens) if name == "tokens" else text.samples + HELD_OUT  # of a text no more are drawn
     few = _split(tokens[:alone], mask[:alone], text.samples, HELD_OUT, name, seed)
     apart = torch.ones(len(tokens), dtype=torch.bool)
@@ -157,9 +167,15 @@ def _drawn(
     """
     seed_in_64_bits(seed, "seed")
     held_out, more = beside
-    wanted, mask = text.samples + held_out + more, None
-    if (given := _as_tokens(source)) is not None:
-        name, tokens = "tokens", given
+    wanted, mask, file = text.samples + held_out + more, None, str(source) if is_arrays(source) else ""
+    if file:
+        source = input_of(read_arrays(file, "calibration"), model, f"calibration {file}")
+    if not reads_tokens(model):
+        name = file or "values"
+        tokens = values_for(source, model, f"calibration {file}".rstrip())
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    elif (given := _as_tokens(source)) is not None:
+        name, tokens = file or "tokens", given
     elif isinstance(source, str) and source == "self":
         name = "self"
         counts = text.samples + (held_out or HELD_OUT), more  # the same whether or not some of it is held out
@@ -257,12 +273,15 @@ def _windows(ids: torch.Tensor, seq_len: int, count: int, seed: int, name: str) 
 
 
 def _check(tokens: torch.Tensor, mask: torch.Tensor, model: nn.Module, name: str) -> None:
-    vocabulary = embedding(model).num_embeddings
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise InputError(f"calibration {name}: token id {high if low >= 0 else low} outside the vocabulary (0 to "
-                         f"{vocabulary - 1}); is this the model's own tokenizer?")  # fmt: skip
-    if mask.shape != tokens.shape:
+    if reads_tokens(model):
+        if tokens.is_floating_point():
+            raise InputError(f"calibration {name}: values of type {tokens.dtype}; token ids are whole numbers")
+        vocabulary = embedding(model).num_embeddings
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocabulary:
+            raise InputError(f"calibration {name}: token id {high if low >= 0 else low} outside the vocabulary (0 to "
+                             f"{vocabulary - 1}); is this the model's own tokenizer?")  # fmt: skip
+    if mask.shape != tokens.shape[:2]:
         raise InputError(f"calibration mask has shape {tuple(mask.shape)}, its tokens {tuple(tokens.shape)}")
     if not mask.any():
         raise InputError(f"calibration {name}: the mask leaves no token")

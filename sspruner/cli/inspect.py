@@ -95,6 +95,7 @@ def command(
     from sspruner.benchmarking.engine_memory import engine_memory
     from sspruner.benchmarking.footprint import footprint
     from sspruner.benchmarking.gains import gains
+    from sspruner.compute.forward import check_predicts_tokens, predicts_tokens
     from sspruner.files.strict_json import dumps
     from sspruner.formats.fitting import after, offers
     from sspruner.io.skeleton import skeleton
@@ -109,13 +110,19 @@ def command(
     graph = sspruner.trace(loaded)
     if plan is not None:
         check_plan(plan, graph, model=loaded)
+    if target.runtime:
+        check_predicts_tokens(loaded, f"--target {target.runtime}")
     engine = None
     if pool is not None:
         layers = cache_layers(loaded, graph), None if plan is None else cache_layers(loaded, graph, plan)
         engine = engine_memory(counted, layers, options, tp=target.tp, pool=pool, contexts=contexts)
     kept_in = engine.dense.state_dtype if engine else options.state_dtype or "float32"
     dense = footprint(loaded, graph, contexts[0]).stored(kept_in)
-    supported = [] if memory_alone else offers(loaded if plan is None else after(loaded, plan, graph), runtime)
+    supported = (
+        []
+        if memory_alone or not predicts_tokens(loaded)
+        else offers(loaded if plan is None else after(loaded, plan, graph), runtime)
+    )
     cut = None if plan is None else footprint(loaded, apply_sizes(loaded, plan), contexts[0]).stored(kept_in)
     gained = gains(loaded, graph, dense, cut, batch=max(machine[0]), memory=machine[1])
     data = graph.to_json() | {"footprint": dense.to_json(*machine)}

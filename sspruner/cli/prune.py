@@ -89,27 +89,25 @@ def command(
             if result.scores.from_cache:
                 say(f"scores of {result.report.scorer}{from_cache(result.scores)}")
             if output.out:
-                load = loading(result.model, output.out)
-                further = next_steps(model, output.out, load.startswith("load it: AutoModel"))
+                load, measured = loading(result.model, output.out), not result.report.left_out
+                further = next_steps(model, output.out, load.startswith("load it: AutoModel"), measured)
                 say(f"saved to {output.out}\n{load}\n{further}")
             else:
                 say("nothing saved; add --out DIR to keep the pruned model")
     barrier()
 
 
-def next_steps(model: str | None, out: Path, stock: bool) -> str:
+def next_steps(model: str | None, out: Path, stock: bool, measured: bool = True) -> str:
     """Return what to do with a pruned model: measure it, look at it, serve it; without a MODEL, prune one's own.
 
-    stock: stock classes load it, and so do the engines that serve.
+    stock: stock classes load it, and so do the engines that serve. measured: it predicts tokens, which both need.
     """
     from sspruner.io.source import DEFAULT
 
     folder, dense = quote(str(out)), quote(model or DEFAULT)
-    steps = {
-        "measure it": f"sspruner evaluate {folder} --against {dense} --text held-out.txt",
-        "see it": f"sspruner report {folder}",
-    }
-    if stock:
+    evaluate = {"measure it": f"sspruner evaluate {folder} --against {dense} --text held-out.txt"}
+    steps = (evaluate if measured else {}) | {"see it": f"sspruner report {folder}"}
+    if stock and measured:
         steps["serve it"] = f"vllm serve {folder}, or sspruner export {folder} --to gguf --out served (docs/serving.md)"
     if model is None:
         steps = {"your model": "sspruner prune path/to/model --keep 64 --calibration text.txt --out smaller", **steps}

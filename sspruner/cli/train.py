@@ -75,8 +75,11 @@ class Run(Json):
     def folder(self, text: TrainText) -> Path:
         """Check the output, and return the folder. Raises InputError if --text or --out is missing."""
         self.check()
-        if not text.text or self.out is None:
-            raise InputError(f"{'--out' if text.text else '--text'} is missing")
+        examples = getattr(text, "examples", None)
+        if text.text and examples:
+            raise InputError("--text and --examples: train on one of them")
+        if not (text.text or examples) or self.out is None:
+            raise InputError(f"{'--out' if text.text or examples else '--text'} is missing")
         return self.out
 
 
@@ -144,14 +147,16 @@ def gradual(
     """
     folder = run.folder(recipe.text)
 
+    from sspruner.training.examples import Examples
     from sspruner.training.gradual import gradual as train
     from sspruner.training.text import Text
 
     with running(machine.device) as (where, progress):
         loaded, tokenizer = machine.read(model)
         dense = machine.read_teacher(recipe.method.teacher).to(where) if recipe.method.teacher else None
-        text = Text.of(recipe.text, recipe.settings, tokenizer)
-        loaded, _, record = train(loaded.to(where), text, folder, recipe, teacher=dense, progress=progress)
+        text, settings = recipe.text, recipe.settings
+        data = Examples.of(text, settings) if text.examples else Text.of(text, settings, tokenizer)
+        loaded, _, record = train(loaded.to(where), data, folder, recipe, teacher=dense, progress=progress)
         finish(loaded.cpu(), tokenizer, record, folder, run)
 
 
@@ -209,10 +214,11 @@ def finish(model: Any, tokenizer: Any, record: Any, out: Path, run: Run, more: d
         sspruner.save(model, where, tokenizer, overwrite=True)
         emit(json.dumps(dataclasses.asdict(record) | {"model": str(where)} | (more or {}), indent=2) + "\n", run.json)
         if not run.only:
-            before, after = record.perplexity
+            before, after = record.perplexity or record.held_out_loss
+            unit, measure = ("tokens", "perplexity") if record.perplexity else ("examples", "loss")
             say(
-                f"{record.steps:,} steps, {record.tokens:,} tokens, {record.seconds / 60:.1f} minutes"
-                f"{'' if record.finished else ' (stopped early by --max-minutes)'}: held-out perplexity "
+                f"{record.steps:,} steps, {record.tokens:,} {unit}, {record.seconds / 60:.1f} minutes"
+                f"{'' if record.finished else ' (stopped early by --max-minutes)'}: held-out {measure} "
                 f"{before:.3f} -> {after:.3f}\n{where}"
             )
     barrier()

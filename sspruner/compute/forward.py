@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.compute.inputs import input_name, reads_tokens
 from sspruner.errors import InputError, ModelError
 
 #: Names under which families take and return a cache: since transformers 5.24 the first, before one of the others.
@@ -26,17 +27,20 @@ def cache_in(out: Any) -> dict[str, Any]:
 def forward(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> Any:
     """Call model(input_ids=tokens, attention_mask=mask, **options), without arguments that it does not accept.
 
-    tokens: int64 (b, T). mask: bool (b, T), False where padding. mamba_ssm's models accept neither mask nor use_cache.
-    A model without attention layers, which would refuse to make a cache, is given one.
+    tokens: int64 (b, T), or the values that a model reads instead, (b, T, ...), which get its dtype. mask: bool (b, T),
+    False where padding. mamba_ssm's models accept neither mask nor use_cache. A model without attention layers, which
+    would refuse to make a cache, is given one.
     """
-    device = next(model.parameters(), tokens).device
+    like = next(model.parameters(), tokens)
+    device = like.device
     if mask is not None:
         options["attention_mask"] = mask.to(device).long()
     accepted_names = accepted(model)
     training = model.training
     model.eval()
     try:
-        return call(model, tokens.to(device), {k: v for k, v in options.items() if k in accepted_names})
+        tokens = tokens.to(device, like.dtype if tokens.is_floating_point() else tokens.dtype)
+        return call(model, tokens, {k: v for k, v in options.items() if k in accepted_names})
     finally:
         model.train(training)
 
@@ -45,15 +49,16 @@ def call(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> Any:
     """Call model(input_ids=ids, **options); with a cache of ours if it refuses to make one (linear_cache.py)."""
     from sspruner.compute.linear_cache import LinearCache, linear_cache
 
+    reads = {input_name(model): ids}
     try:
-        out = model(input_ids=ids, **options)
+        out = model(**reads, **options)
     except ValueError:
         makes_one = options.get("use_cache") and not any(name in options for name in CACHES)
         ours = linear_cache(model) if makes_one else {}
         if not ours:
             raise
         options = {**options, **ours}
-        out = model(input_ids=ids, **options)
+        out = model(**reads, **options)
     for name in CACHES:
         if isinstance(cache := options.get(name), LinearCache):
             cache.add(ids.shape[1])
@@ -95,6 +100,8 @@ def predicts_tokens(model: Any) -> bool:
     """Check whether a model puts out logits over its vocabulary, (b, T, V): perplexity, KL and losses need them."""
     if hasattr(model, "allocate_inference_cache"):  # mamba_ssm
         return hasattr(model, "lm_head")
+    if not reads_tokens(model):
+        return False
     if hasattr(model, "get_output_embeddings"):
         return model.get_output_embeddings() is not None
     table = embedding(model)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sspruner.compute.forward import predicts_tokens
 from sspruner.compute.precision import in_fp32
 from sspruner.errors import ModelError, PlanError
 from sspruner.formats.checkpoint import write_model
@@ -182,6 +183,14 @@ def _original(model: Any) -> nn.Module | None:
     restore_stock(config)
     config.__dict__.pop(RECORD, None)
     return _built(config, type(model))
+
+
+def loaded_by(model: Any) -> tuple[str, str]:
+    """Return the class that loads a model without sspruner, and further arguments of its from_pretrained, as text."""
+    if predicts_tokens(model):
+        return "AutoModelForCausalLM", ""
+    kind = getattr(model, "_auto_class", None)
+    return (kind, ", trust_remote_code=True") if kind else (type(model).__name__, "")
 
 
 def stock_class_of(config_class: type) -> Any:

@@ -174,7 +174,7 @@ def _transformers(where: str, dtype: str, trust_remote_code: bool) -> Any:
         cuts = recorded(config)
         folder = take_subfolder(config)
         restore_stock(config)  # the original model is built, then cut
-        size, wide, model_class = None, set[str](), model_class_of(config)
+        size, wide, model_class = None, set[str](), model_class_of(config, where, trust_remote_code)
         if is_local(where):
             folder = weights_in(Path(where))
             size = weight_bytes_in(Path(where) / folder)

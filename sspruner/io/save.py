@@ -14,10 +14,11 @@ import torch
 from sspruner.axes import ELEMENT_AXES, axis_of
 from sspruner.calibrate.seen import write_seen
 from sspruner.compute.device import offloaded
+from sspruner.compute.forward import predicts_tokens
 from sspruner.errors import InputError, ModelError
 from sspruner.files.output import atomic_folder
 from sspruner.formats.checkpoint import write_model
-from sspruner.formats.stock import stock_difference
+from sspruner.formats.stock import loaded_by, stock_difference
 from sspruner.graph.group import BARRED_LOGITS
 from sspruner.graph.ssm_graph import SSMGraph
 from sspruner.graph.usable import UNQUANTISED, check_not_quantised
@@ -53,6 +54,7 @@ def save(
             "torch.save(model, FILE), or save the model of transformers that is inside it"
         )
     check_not_quantised(model, UNQUANTISED)
+    _check_code(model)
     if routers := barred_routers(model):
         raise ModelError(f"{routers[0]}: {NO_TENSOR}; save the model cut, or unmasked: sspruner.unmask(model)")
     with atomic_folder(out, overwrite) as folder:
@@ -67,6 +69,18 @@ def save(
             result.report.save(folder / "report.json")
             result.recipe.save(folder / "recipe.yaml")
     return Path(out)
+
+
+def _check_code(model: Any) -> None:
+    """Raise ModelError for a model of its own code that is no language model, if the folder would lack that code."""
+    kind = type(model)
+    if kind.__module__.startswith("transformers.") or predicts_tokens(model):
+        return
+    if kind.__module__ == "__main__" or kind._auto_class is None:
+        raise ModelError(
+            f"{kind.__name__}: the folder would lack its code, and nothing could load it; put the class in a file of "
+            f"its own, and call {kind.__name__}.register_for_auto_class('AutoModel') before"
+        )
 
 
 def check_mask(graph: SSMGraph, axes: Sequence[str]) -> None:
@@ -84,7 +98,9 @@ def write_folder(model: Any, folder: Path, tokenizer: Any, report: Report | None
         else:
             write_model(model, folder / weights)
         if weights:
-            (folder / weights / "config.json").rename(folder / "config.json")
+            for file in ("config.json", "*.py"):  # and the model's own code
+                for path in (folder / weights).glob(file):
+                    path.rename(folder / path.name)
         write_seen(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -113,7 +129,10 @@ def loading(model: Any, out: str | Path) -> str:
     with _noted(model):
         stock = stock_reads(model)
     if stock:
-        return f"load it: AutoModelForCausalLM.from_pretrained({str(out)!r})"
+        kind, more = loaded_by(model)
+        return f"load it: {kind}.from_pretrained({str(out)!r}{more})"
+    if not predicts_tokens(model):
+        return f"load it: sspruner.load({str(out)!r}{loaded_by(model)[1]})"
     export = f"sspruner export {shlex.quote(str(out))} --to hf-remote --out NEW"
     return f"load it: sspruner.load({str(out)!r}); for transformers alone, first: {export}"
 

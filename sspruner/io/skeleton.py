@@ -59,7 +59,8 @@ def skeleton(
         cut, cuts = copy.deepcopy(config), recorded(config)
         take_subfolder(config)
         restore_stock(config)  # the original model is built, then cut
-        model_class, resolved = model_class_of(config), dtype or config.dtype or torch.float32
+        model_class = model_class_of(config, where, trust_remote_code)
+        resolved = dtype or config.dtype or torch.float32
         with torch.device("meta"), watched_init(model_class, cuts, f"model {where}", wide=wide):
             if model_class is None:
                 built = AutoModelForCausalLM.from_config(config, dtype=resolved, trust_remote_code=trust_remote_code)

@@ -26,18 +26,40 @@ REFERENCES = Path(__file__).parent.parent / "reference"  # one folder for each b
 
 DEFAULT = "mamba2-books-4m"
 ADAPTER = "adapter_config.json"
+UNTRUSTED = (
+    "it needs code of its own, which is not run; read that code, and add --trust-remote-code (trust_remote_code=True) "
+    "if you trust it"
+)
 
 
-def model_class_of(config: Any) -> Any:
+def model_class_of(config: Any, where: str = "", trust_remote_code: bool = False) -> Any:
     """Return the class of a model: of transformers the one that its config names (`architectures`), else a language
-    model's. None for code of its own.
+    model's. For a model of its own code that is no language model, the class in that code, if it is trusted; None for
+    other code of its own.
     """
     import transformers
 
+    kinds = {auto: name for auto, name in (getattr(config, "auto_map", None) or {}).items() if "AutoModel" in auto}
+    if where and kinds and "AutoModelForCausalLM" not in kinds:
+        return _own_class(*next(iter(kinds.items())), where, trust_remote_code)
     default = stock_class_of(type(config))
     named = getattr(transformers, str(next(iter(getattr(config, "architectures", None) or ()), "")), None)
     fits = isinstance(named, type) and getattr(named, "config_class", None) is type(config)
     return named if default is not None and fits else default
+
+
+def _own_class(kind: str, name: str, where: str, trust_remote_code: bool) -> Any:
+    """Return a class in a model's folder or repository. kind: the class of transformers under which it is registered.
+
+    Raises ModelError unless that code is trusted.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    if not trust_remote_code:
+        raise ModelError(f"model {where}: {UNTRUSTED}")
+    found = get_class_from_dynamic_module(name, where)
+    found.register_for_auto_class(kind)  # so that the code is saved with the model
+    return found
 
 
 @contextmanager
@@ -208,10 +230,7 @@ def check_folder(path: Path) -> dict[str, Any] | None:
 def cannot(error: Exception, what: str, trust_remote_code: bool) -> ModelError:
     """Return a ModelError for a failure of transformers. If code must be trusted, it names our option."""
     if "trust_remote_code=True" in str(error) and not trust_remote_code:
-        return ModelError(
-            f"{what}: it needs code of its own, which is not run; read that code, and add --trust-remote-code "
-            "(trust_remote_code=True) if you trust it"
-        )
+        return ModelError(f"{what}: {UNTRUSTED}")
     return ModelError(f"{what}: {brief(error)}")
 
 

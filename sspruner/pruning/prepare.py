@@ -13,7 +13,7 @@ from sspruner.budgets.allocate import allocate
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.budgets.decide import check_budget, rounded
 from sspruner.budgets.resolve import check_values, resolve_budget
-from sspruner.calibrate.sources import Calibration, Progress, check_held_out, with_more
+from sspruner.calibrate.sources import Calibration, Progress, check_held_out, nothing, with_more
 from sspruner.compute.device import on_device
 from sspruner.compute.forward import no_tokens, predicts_tokens
 from sspruner.compute.processes import from_one
@@ -69,8 +69,11 @@ def prepare(model: nn.Module, recipe: Recipe, machine: Machine) -> PruneJob:
         one_shot = True
     dense, clock = model_size(model, run.graph), Clock()
     with on_device(model, run.device), clock("calibration"):
-        settings = (recipe.calibration, method.refit, recipe.reconstruction, method.seed)
-        data, refit_text = texts(source, model, machine.tokenizer, settings, machine.progress)
+        if run.needs_data or method.refit != "none" or predicts_tokens(model):
+            settings = (recipe.calibration, method.refit, recipe.reconstruction, method.seed)
+            data, refit_text = texts(source, model, machine.tokenizer, settings, machine.progress)
+        else:  # no damage to measure either
+            data = refit_text = nothing(method.seed)
     check_held_out(model, data, refit_text)
     if method.refit != "none":
         check_calibration(model, run.graph, run.groups, method.refit, refit_text, recipe.reconstruction)

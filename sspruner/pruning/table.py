@@ -140,7 +140,7 @@ def _notes(report: Report) -> list[Text]:
         "held out" if data["held_out_is_separate"] else "NOT held out: a single sequence, or a text that repeats itself"
     )
     measured = f"perplexity and KL on {data['held_out_tokens']:,} others ({where})"
-    windows = round(data["held_out_tokens"] / data["seq_len"])
+    windows = round(data["held_out_tokens"] / max(data["seq_len"], 1))
     if windows < FEW:
         measured += f", in {windows} window{'s' * (windows > 1)}: too few for a 95 % interval"
     lines = [

@@ -39,6 +39,16 @@ class TrainText:
         read_texts(self)
 
 
+@Parameter(name="*", group=TEXT)
+@dataclass(frozen=True)
+class GradualText(TrainText):
+    """The text or the examples to train on."""
+
+    examples: Annotated[str | None, one_text("FILE")] = None
+    """Train on examples instead, for a model that is no language model: an .npz file with the arrays that its forward
+    takes; each example counts as one token."""
+
+
 @Parameter(name="*", group=TRAINING)
 @dataclass(frozen=True)
 class Optimisation:
@@ -251,7 +261,7 @@ class GradualRecipe(Recorded):
     """
 
     method: Gradual = field(default_factory=Gradual)
-    text: TrainText = field(default_factory=TrainText)
+    text: GradualText = field(default_factory=GradualText)
     settings: Settings = field(default_factory=Settings)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from sspruner.compute.forward import predicts_tokens
 from sspruner.errors import InputError, ModelError
 from sspruner.files.provenance import hub_name
+from sspruner.formats.stock import loaded_by
 from sspruner.graph.trace import trace
 from sspruner.pruning.report import Report
 from sspruner.pruning.table import increase
@@ -76,7 +77,7 @@ def model_card(model: Any, reader: str, report: Report | None, *, tokenizer: boo
         origin,
         *(_of_report(report) if report else _of_record(model, cuts)),
         *_this_folder(model if written is None else written, report),
-        *_loading(reader, tokenizer),
+        *_loading(reader, tokenizer, model),
         *(_reproducing(report) if report else []),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -231,8 +232,11 @@ def _this_folder(model: Any, report: Report | None) -> list[str]:
     ]
 
 
-def _loading(reader: str, tokenizer: bool) -> list[str]:
+def _loading(reader: str, tokenizer: bool, model: Any) -> list[str]:
     _, sentence, code = READERS[reader]
+    if not predicts_tokens(model):  # a class of its own, or of its own code
+        kind, more = loaded_by(model)
+        code = code.replace("AutoModelForCausalLM", kind).replace(f'"{FOLDER}")', f'"{FOLDER}"{more})')
     return [
         "## How to load it",
         sentence,

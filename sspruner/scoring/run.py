@@ -12,6 +12,7 @@ from sspruner.calibrate.gradients import check_differentiable
 from sspruner.compute.device import offloaded, resolve_device
 from sspruner.compute.finite import check_finite
 from sspruner.compute.forward import no_tokens, predicts_tokens
+from sspruner.compute.inputs import example_values, reads_tokens
 from sspruner.compute.processes import from_one
 from sspruner.errors import InputError, PlanError, PluginError
 from sspruner.graph.group import DependencyGroup
@@ -71,6 +72,8 @@ class Run:
                 f"scorer {label!r} needs the loss of a language model, and {no_tokens(model)}; use a scorer that needs "
                 "weights or activations (`sspruner scorers`)"
             )
+        if not reads_tokens(model):
+            example_values(model)  # raises for a model on which no cut could be proved
         if self.needs & {"gradients", "fisher"}:
             check_differentiable(model)
         for job in self.jobs:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sspruner.compute.forward import cache_in, embedding, forward, output_of, predicts_tokens
+from sspruner.compute.inputs import example_values, reads_tokens
 from sspruner.compute.precision import in_fp32
 from sspruner.errors import ModelError, ProofError
 from sspruner.files.fields import integer, number, table
@@ -73,8 +74,7 @@ def slice_with_proof(model: nn.Module, plan: Plan, graph: SSMGraph, seed: int = 
     place. After any error the model is what it was, to the bit.
     """
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
-    probe = probe.to(next(model.parameters()).device)
+    probe = random_inputs(model, generator).to(next(model.parameters()).device)
     before = _parameters(model), measured_state_bytes(model, probe)
     with masked(model, plan, graph), in_fp32(model):
         reference, limit = _reference(model, probe, graph, generator)
@@ -137,7 +137,7 @@ def check_same(model: nn.Module, other: nn.Module, graph: SSMGraph, seed: int = 
     graph: that of `model`. Raises ProofError if the difference is more than rounding explains.
     """
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
+    probe = random_inputs(model, generator)
     with in_fp32(model), in_fp32(other):
         reference, limit = _reference(model, probe, graph, generator)
         error = relative(_logits(other, probe), reference)
@@ -146,13 +146,21 @@ def check_same(model: nn.Module, other: nn.Module, graph: SSMGraph, seed: int = 
     return error
 
 
+def random_inputs(model: nn.Module, generator: torch.Generator) -> torch.Tensor:
+    """Return random tokens, int64 PROBE_SHAPE; or as many sequences of normal values, in the shape of the example."""
+    if reads_tokens(model):
+        return torch.randint(embedding(model).num_embeddings, PROBE_SHAPE, generator=generator)
+    return torch.randn(PROBE_SHAPE[0], *example_values(model).shape[1:], generator=generator)
+
+
 def _reference(
     model: nn.Module, probe: torch.Tensor, graph: SSMGraph, generator: torch.Generator
 ) -> tuple[torch.Tensor, float]:
     """Return a model's logits, and how far an equal model's logits may be from them, relative to the largest."""
     reference = _logits(model, probe)
     # Measure the effect of rounding errors in the embeddings and in the outputs of the mixers.
-    with roundings([embedding(model), *(model.get_submodule(site.path) for site in graph.layers)], generator):
+    first = [embedding(model)] if reads_tokens(model) else []
+    with roundings([*first, *(model.get_submodule(site.path) for site in graph.layers)], generator):
         rounded = _logits(model, probe)
     return reference, tolerance(rounded, reference)
 
@@ -178,7 +186,7 @@ def _check_written(model: nn.Module, plan: Plan, graph: SSMGraph) -> None:
 
 
 def measured_state_bytes(model: Any, probe: torch.Tensor) -> int:
-    """Return the bytes of recurrent state per sequence in the cache that the model allocates. probe: int64 (b, T).
+    """Return the bytes of recurrent state per sequence in the cache that the model allocates. probe: (b, T, ...).
 
     The fp64 states of Mamba1 in fp64 count as fp32, like all bytes of state here.
     """
@@ -197,9 +205,13 @@ def measured_state_bytes(model: Any, probe: torch.Tensor) -> int:
 
 
 def _cache(model: Any, probe: torch.Tensor) -> Any:
-    """Return the cache that a model fills, or that a model inside it does; None if there is none. probe: (1, T)."""
+    """Return the cache that a model fills, or that a model inside it does; None if there is none. probe: (1, T, ...).
+
+    A model of token ids inside one that reads values is run on a token instead.
+    """
+    token = torch.zeros(1, probe.shape[1], dtype=torch.long, device=probe.device)
     for each in (m for m in model.modules() if m is model or hasattr(m, "get_input_embeddings")):
-        out = forward(each, probe, use_cache=True)
+        out = forward(each, token if reads_tokens(each) else probe, use_cache=True)
         if found := cache_in(out):
             return next(iter(found.values()))
     return None

@@ -42,7 +42,8 @@ from sspruner.surgery.mask import dropped
 from sspruner.surgery.tensors import tensor
 from sspruner.training.arguments import recipe_of
 from sspruner.training.distil import distillation
-from sspruner.training.loop import Trained, train
+from sspruner.training.examples import Examples
+from sspruner.training.loop import Objective, Trained, train
 from sspruner.training.run import run_folder
 from sspruner.training.text import Text
 
@@ -51,7 +52,7 @@ LEAST = 1e-37  # the lowest score of remaining units; removed ones have 0
 
 def gradual(
     model: nn.Module,
-    text: Text,
+    text: Text | Examples,
     out: str | Path,
     recipe: GradualRecipe | None = None,
     *,
@@ -62,7 +63,7 @@ def gradual(
     """Train a model and prune it during training. Return the cut model, the plan of the cut, and the run's record.
 
     Args:
-        text: the training text, instead of the recipe's.
+        text: the training text, instead of the recipe's; or `Examples`, for a model that is no language model.
         out: the folder of the run (docs/train.md).
         recipe: a `GradualRecipe`; or its fields as `short` arguments: `gradual(..., axis="state", sparsity=0.5)`, or
             `settings`, a `Settings`. `every` is `mask_every`.
@@ -79,9 +80,9 @@ def gradual(
     settings, method = recipe.settings, recipe.method
     if method.teacher is not None and teacher is None:
         raise InputError(f"teacher {method.teacher}: load it, and give the model as teacher=")
+    probe, objective = task_of(model, text, teacher, settings.at_once)
     steps = settings.steps
     schedule = Schedule(method.sparsity, int(method.begin * steps), max(1, int(method.end * steps)), method.mask_every)
-    probe = text.held_out_blocks()[: settings.at_once]
     run_settings: dict[str, Any] = {"method": "gradual", "model": fingerprint(model), "axis": method.axis}
     run_settings |= {"alpha": method.alpha, "allocation": method.allocation}
     run_settings |= {"teacher": fingerprint(teacher) if teacher else None} | asdict(schedule)
@@ -89,7 +90,6 @@ def gradual(
     model = model.float()
     pruner = Pruner(model, method.axis, schedule, method.alpha, method.allocation, probe)
     folder = run_folder(out, run_settings | settings.identity() | text.identity(), recipe)
-    objective = distillation(teacher) if teacher else likelihood
     record = train(model, text, settings, objective, folder, after_step=pruner, memory=pruner.memory, progress=progress)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
@@ -98,6 +98,18 @@ def gradual(
     if cut_plan.drops:  # empty if max_minutes stopped the run before the first mask
         apply(model, cut_plan)
     return model, cut_plan, record
+
+
+def task_of(
+    model: nn.Module, text: Text | Examples, teacher: nn.Module | None, at_once: int
+) -> tuple[torch.Tensor, Objective]:
+    """Return the first held-out inputs, on which decay is checked, and the loss function. at_once: how many."""
+    if isinstance(text, Text):
+        return text.held_out_blocks()[:at_once], distillation(teacher) if teacher else likelihood
+    text.check(model)
+    if teacher is not None:
+        raise InputError("teacher: distils what a language model predicts; leave it out where you give examples")
+    return text.probe(model, at_once), text.objective
 
 
 def likelihood(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -142,8 +154,8 @@ class Pruner:
     def __init__(
         self, model: nn.Module, axis: str, schedule: Schedule, alpha: float, allocation: str, probe: torch.Tensor
     ) -> None:
-        """Prepare the masks. probe: tokens, int64 (b, T), on which the decay of the states is checked after every
-        mask.
+        """Prepare the masks. probe: tokens, int64 (b, T), or values that the model reads, on which the decay of the
+        states is checked after every mask.
         """
         self.model, self.schedule, self.alpha, self.probe = model, schedule, alpha, probe
         self.budget: dict[str, Any] = {"granularity": "global"} if axis in ELEMENT_AXES else {"allocation": allocation}
@@ -241,8 +253,8 @@ class Pruner:
 
 
 def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """Return the least and the most of exp(dt A) by mixer, over tokens (b, T) and heads, or channels and states;
-    fp64.
+    """Return the least and the most of exp(dt A) by mixer, over tokens (b, T), or values that the model reads, and
+    heads, or channels and states; fp64.
     """
     ranges: dict[str, tuple[float, float]] = {}
 

@@ -22,6 +22,7 @@ from sspruner.errors import InputError
 from sspruner.evaluation.windows import alone, logits_of, losses_by_batch
 from sspruner.recipes.train import Settings
 from sspruner.training import checkpoint
+from sspruner.training.examples import Examples
 from sspruner.training.log import Log, check_trackers, forget_after
 from sspruner.training.text import Text
 
@@ -32,18 +33,22 @@ Hook = Callable[[int], None]  # called with the number of the step that has just
 
 @dataclass(frozen=True)
 class Trained:
-    """Record of a run. perplexity: of the held-out blocks, before the first step and at the end."""
+    """Record of a run. perplexity: of the held-out blocks, before the first step and at the end; None for examples.
+
+    held_out_loss: the same of held-out examples, each of which counts as one token; None for text.
+    """
 
     steps: int
     tokens: int
     seconds: float
-    perplexity: tuple[float, float]
+    perplexity: tuple[float, float] | None
     finished: bool  # False if max_minutes stopped it
+    held_out_loss: tuple[float, float] | None = None
 
 
 def train(
     model: nn.Module,
-    text: Text,
+    text: Text | Examples,
     settings: Settings,
     objective: Objective,
     folder: Path,
@@ -62,7 +67,8 @@ def train(
     Raises InputError if the loss or its gradient is not finite, or if a checkpoint cannot be written; the last good
     checkpoint stays.
     """
-    check_predicts_tokens(model, "train")
+    if isinstance(text, Text):
+        check_predicts_tokens(model, "train")
     check_trackers(settings.log_with)
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
@@ -86,8 +92,8 @@ def train(
     forget_after(metrics_file, step if resumed else -1)
     with quick_on_cpu(model, device), Log(metrics_file, settings.log_with) as log:
         if not resumed:
-            first = last = perplexity(model, held_out, settings.at_once)
-            log.write(0, held_out_perplexity=first)
+            first = last = measured(model, text, held_out, settings.at_once)
+            log.write(0, **{text.measure: first})
         blocks = text.training_blocks(skip=step * settings.batch)
         begun = time.monotonic() - before
         while step < settings.steps and not over(begun, settings.max_minutes, device):
@@ -97,17 +103,19 @@ def train(
                 after_step(step)
             seconds = note_step(log, metrics, step, settings, now, begun, progress)
             if step % settings.every == 0 and step < settings.steps:
-                log.write(step, held_out_perplexity=perplexity(model, held_out, settings.at_once))
+                log.write(step, **{text.measure: measured(model, text, held_out, settings.at_once)})
                 checkpoint.save(checkpoints, step, model, optimizer, _state(step, seconds, first) | memory)
-        last = perplexity(model, held_out, settings.at_once)
+        last = measured(model, text, held_out, settings.at_once)
         if step > (int(resumed["step"]) if resumed else 0):
-            log.write(step, held_out_perplexity=last)
+            log.write(step, **{text.measure: last})
             checkpoint.save(checkpoints, step, model, optimizer, _state(step, time.monotonic() - begun, first) | memory)
     model.eval()
     if settings.recompute:
         recompute(model, "disable")
     tokens = step * settings.batch * settings.seq_len
-    return Trained(step, tokens, time.monotonic() - begun, (first, last), step == settings.steps)
+    found = {"held_out_loss": (first, last)} if isinstance(text, Examples) else {}
+    perplexities = None if found else (first, last)
+    return Trained(step, tokens, time.monotonic() - begun, perplexities, step == settings.steps, **found)
 
 
 def recompute(model: nn.Module, what: str) -> None:
@@ -190,6 +198,19 @@ def take_step(
         )
     optimizer.step()
     return metrics
+
+
+@torch.no_grad()
+def measured(model: nn.Module, text: Text | Examples, held_out: torch.Tensor, at_once: int) -> float:
+    """Return the perplexity of held-out blocks of text, or the mean loss of held-out examples."""
+    if isinstance(text, Text):
+        return perplexity(model, held_out, at_once)
+    device, training, total_loss = next(model.parameters()).device, model.training, 0.0
+    model.eval()
+    for piece in torch.split(held_out, at_once):
+        total_loss += len(piece) * float(text.objective(model, piece.to(device))[0])
+    model.train(training)
+    return total_loss / len(held_out)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -39,6 +39,8 @@ class Text:
     held_out: int = 16
     seed: int = 0
     column: str = ""
+
+    measure: ClassVar[str] = "held_out_perplexity"
 
     @classmethod
     def of(cls, text: TrainText, settings: Settings, tokenizer: Any) -> Text:
