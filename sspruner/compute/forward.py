@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,13 +38,32 @@ def forward(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = 
     if mask is not None:
         options["attention_mask"] = mask.to(device).long()
     accepted_names = accepted(model)
+    inside = options.get("use_cache") is False and "use_cache" not in accepted_names
     training = model.training
     model.eval()
     try:
         tokens = tokens.to(device, like.dtype if tokens.is_floating_point() else tokens.dtype)
-        return call(model, tokens, {k: v for k, v in options.items() if k in accepted_names})
+        with without_caches(model) if inside else nullcontext():
+            return call(model, tokens, {k: v for k, v in options.items() if k in accepted_names})
     finally:
         model.train(training)
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Context manager: models inside a user's own module, which passes no `use_cache` on, make no cache.
+
+    A cache would be among the arguments of the blocks, and carry the state of one run into the next.
+    """
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    try:
+        for config, _ in before:
+            config.use_cache = False
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
 
 
 def call(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> Any:

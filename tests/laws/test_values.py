@@ -16,6 +16,7 @@ from torch import nn
 from transformers import MambaModel
 
 import sspruner
+from sspruner.calibrate.replay import Replay
 from sspruner.compute.inputs import input_name, reads_tokens
 from sspruner.errors import InputError, ModelError
 from support.command import done, refused
@@ -251,3 +252,12 @@ def test_on_the_command_line(own: Path, tmp_path: Path) -> None:
     assert sum(int((w == 0).sum()) for w in linear) == round(0.7 * sum(w.numel() for w in linear))
     both = ("--text", "a.txt", "--examples", "windows.npz")
     refused(tmp_path, ("--text and --examples",), "train", "gradual", own, *both, "--out", "x")
+
+
+def test_a_model_inside_makes_no_cache() -> None:
+    """It would be an argument of the blocks, and carry the state of one run of them into the next."""
+    model, tokens = classifier(), torch.arange(24).view(2, 12) % 11
+    replay = Replay(model, sspruner.trace(model), [(tokens, torch.ones_like(tokens, dtype=torch.bool))], "cpu")
+    for block in replay.blocks:
+        assert replay.inputs[0][block][1].get("cache_params") is None
+    assert model.config.use_cache
