@@ -45,8 +45,10 @@ def needles(
     wide = torch.randint(1, half, (count, hay if phrase is None else phrase), generator=generator)
     haystack = wide.gather(1, (torch.arange(hay) % wide.shape[1]).expand(count, -1))  # (count, hay)
     words = half + torch.rand(count, vocabulary - half, generator=generator).argsort(1)[:, :needle]  # (count, needle)
-    before = torch.randint(hay + 1, (count, 1), generator=generator) if depth is None else None
-    place = torch.full((count, 1), round(depth * hay)) if before is None else before  # (count, 1)
+    if depth is None:
+        place = torch.randint(hay + 1, (count, 1), generator=generator)
+    else:
+        place = torch.full((count, 1), round(depth * hay))
     marked = torch.cat([torch.full((count, 1), MARK), words], 1)  # (count, needle + 1)
     at = torch.arange(hay + needle + 1).expand(count, -1)
     inside = (at >= place) & (at <= place + needle)

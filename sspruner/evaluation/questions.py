@@ -53,7 +53,8 @@ def answered(model: Any, questions: Questions, batch_size: int | None = None) ->
         values = torch.stack([(logits.argmax(-1) == answers).double(), nll.double()])  # (2, questions)
         counts = asked.sum(1)  # (b,)
         rows.append(torch.stack([own.mean(1) for own in values.split(counts.tolist(), 1)], 1).cpu())
-    return torch.cat(rows, 1)
+    accuracy, nll = torch.cat(rows, 1)
+    return accuracy, nll
 
 
 def logits_after(model: Any, tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
