@@ -52,7 +52,7 @@ def answered(model: Any, questions: Questions, batch_size: int | None = None) ->
         nll = -logits.log_softmax(-1).gather(-1, answers[:, None])[:, 0]
         values = torch.stack([(logits.argmax(-1) == answers).double(), nll.double()])  # (2, questions)
         counts = asked.sum(1)  # (b,)
-        rows.append(torch.stack([own.mean(1) for own in values.split(counts.tolist(), 1)], 1).cpu())
+        rows.append(torch.stack([own.mean(1) for own in torch.split(values, counts.tolist(), 1)], 1).cpu())
     accuracy, nll = torch.cat(rows, 1)
     return accuracy, nll
 
