@@ -25,10 +25,9 @@ from torch import Tensor, nn
 import sspruner
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.evaluation.recall import END, FIRST_WORD, sequences
-from sspruner.recipes.train import Settings
 from sspruner.training.loop import train
 from sspruner.training.text import Text
-from studies.train import fresh_model, remembering, train_recall
+from studies.train import fresh_model, on_its_device, remembering, settings_of, train_recall
 
 LEAST_PAIRS = 4
 Cell = dict[str, Tensor]  # of a version of a model: what `losses` returns
@@ -113,9 +112,9 @@ def begin(s: Any) -> Any:
         sspruner.prune(start, recipe, calibration=str(s.data / "books-train.txt"), tokenizer=tokenizer)
         model = fresh_model(s.family, s.config, len(tokenizer), s.seed)  # as if it had never been cut
         model.load_state_dict(start.state_dict())
-        return model.to(s.device)
-    model = remembering(fresh_model(s.family, s.config, len(tokenizer), s.seed, token=None)).to(s.device)
-    train_recall(model, s.pairs, s.recall_steps, s.seed, s.words)
+        return on_its_device(model, s)
+    model = remembering(fresh_model(s.family, s.config, len(tokenizer), s.seed, token=None))
+    train_recall(on_its_device(model, s), s.pairs, s.recall_steps, s.seed, s.words)
     return model
 
 
@@ -126,8 +125,7 @@ def trained(s: Any) -> Made:
     """
     tokenizer, model = sspruner.load()[1], begin(s)
     progress(f"{s.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    how: dict[str, Any] = {"batch": 8, "at_once": 8, "bf16": True, "seed": s.seed, "weight_decay": 0.1}
-    settings = Settings(max_tokens=s.tokens, learning_rate=s.rate, **how)
+    settings = settings_of(s, max_tokens=s.tokens, learning_rate=s.rate, seed=s.seed)
     sizes = {"words": s.words, "pairs": s.pairs, "blocks": settings.steps * settings.batch}
     text = Interleaved((str(s.data / "books-train.txt"),), tokenizer, settings.seq_len, seed=s.seed, **sizes)
     folder = Path(s.out + ".run")
