@@ -42,7 +42,7 @@ BY_HAND = [  # no script makes them: published by others, formulas, sizes
 ]
 
 BENCHMARKS = ROOT / "benchmarks"
-MOST_LINES = 3_500  # of Python; 2,000 before full states, recall, other kinds of model, when it pays and a GPU had studies
+MOST_LINES = 3_500  # of Python; 2,000 before full states, recall, other models, when it pays and a GPU had studies
 
 
 @pytest.fixture(scope="module")
