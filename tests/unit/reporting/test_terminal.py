@@ -129,8 +129,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_inspect_draws_sizes_and_scores(saved: Path, tmp_path: Path) -> None:
     plain, plotted = (done("inspect", saved, *more).stdout for more in ((), ("--plot",)))
-    assert plotted.startswith(plain)
-    drawn = plotted.removeprefix(plain)
+    first, last = plain.rsplit("\n\n", 1)  # what pays stands at the end of both
+    assert "a decode step" in last
+    assert plotted.startswith(first)
+    assert plotted.endswith(last)
+    drawn = plotted.removeprefix(first).removesuffix(last)
     assert drawn.count("2 of 6") == 2
     assert "scores of magnitude: state units" in drawn
     scores = Scores.load(saved / "sspruner" / "scores.safetensors")
