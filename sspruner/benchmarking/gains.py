@@ -34,18 +34,18 @@ class Gains:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Fraction of a step's bytes by what is moved: weights, states, KV cache."""
+        """Return fractions of a step's bytes by what is moved: weights, states, KV cache."""
         parts = self.dense.step_parts(self.batch)
         return {name: part / sum(parts.values()) for name, part in parts.items()}
 
     @property
     def largest(self) -> str:
-        """What most bytes of a step are: weights, states or KV cache."""
+        """Return what most bytes of a step are: weights, states or KV cache."""
         return max(self.shares, key=self.shares.__getitem__)
 
     @property
     def halved(self) -> float:
-        """How many times as fast a step can be if the largest part has half of its bytes."""
+        """Return how many times as fast a step can be if the largest part has half of its bytes."""
         return 1 / (1 - self.shares[self.largest] / 2)
 
     def times(self, name: str, batch: int) -> float:

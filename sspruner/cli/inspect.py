@@ -95,9 +95,8 @@ def command(
     from sspruner.benchmarking.engine_memory import engine_memory
     from sspruner.benchmarking.footprint import footprint
     from sspruner.benchmarking.gains import gains
-    from sspruner.compute.forward import check_predicts_tokens, predicts_tokens
+    from sspruner.compute.forward import check_predicts_tokens
     from sspruner.files.strict_json import dumps
-    from sspruner.formats.fitting import after, offers
     from sspruner.io.skeleton import skeleton
     from sspruner.plans.plan import check_plan
     from sspruner.reporting.terminal import plots
@@ -118,18 +117,12 @@ def command(
         engine = engine_memory(counted, layers, options, tp=target.tp, pool=pool, contexts=contexts)
     kept_in = engine.dense.state_dtype if engine else options.state_dtype or "float32"
     dense = footprint(loaded, graph, contexts[0]).stored(kept_in)
-    supported = (
-        []
-        if memory_alone or not predicts_tokens(loaded)
-        else offers(loaded if plan is None else after(loaded, plan, graph), runtime)
-    )
+    supported = [] if memory_alone else offered(loaded, graph, plan, runtime)
     cut = None if plan is None else footprint(loaded, apply_sizes(loaded, plan), contexts[0]).stored(kept_in)
     gained = gains(loaded, graph, dense, cut, batch=max(machine[0]), memory=machine[1])
     data = graph.to_json() | {"footprint": dense.to_json(*machine)}
-    if cut is not None:
-        data["with_plan"] = cut.to_json(*machine)
-    if engine is not None:
-        data["engine"] = engine.to_json()
+    data |= {"with_plan": cut.to_json(*machine)} if cut is not None else {}
+    data |= {"engine": engine.to_json()} if engine is not None else {}
     data["when_it_pays"] = gained.to_json() | {"text": when_it_pays(gained)}
     data["targets"] = {offer.target.name: offer.to_json() for offer in supported}
     pictures = plots(loaded, model, plan) if view.plot else []
@@ -143,6 +136,16 @@ def command(
             show(engine_table(engine))
         for shown in (*pictures, "", when_it_pays(gained)):
             show(shown)
+
+
+def offered(model: Any, graph: Any, plan: Any, runtime: Any) -> list[Any]:
+    """Return what export offers for a model, or for its cut; nothing for a model that no engine serves."""
+    from sspruner.compute.forward import predicts_tokens
+    from sspruner.formats.fitting import after, offers
+
+    if not predicts_tokens(model):
+        return []
+    return offers(model if plan is None else after(model, plan, graph), runtime)
 
 
 def pool_of(view: View, target: Target, options: EngineOptions) -> float | None:
