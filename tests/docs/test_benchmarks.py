@@ -326,6 +326,7 @@ def on_a_gpu(where: Path) -> dict[str, dict]:
     return {file.stem: strict_json.loads(file.read_text(encoding="utf-8")) for file in where.glob("*.json")}
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_as_a_whole_on_a_cpu(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
