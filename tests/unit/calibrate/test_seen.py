@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sspruner
@@ -31,6 +31,7 @@ def seen_in(*windows: torch.Tensor) -> Seen:
     return Seen.of(torch.stack(windows), torch.ones(len(windows), len(windows[0]), dtype=torch.bool))
 
 
+@example(calibrated=128, before=7, shift=0, after=40)
 @given(calibrated=LONG, before=st.integers(0, 70), shift=st.integers(0, 5 * RUN), after=st.integers(0, 70))
 def test_a_shared_run_is_found_at_any_shift(calibrated: int, before: int, shift: int, after: int) -> None:
     window = different(calibrated)
