@@ -192,3 +192,10 @@ def test_the_command_ends_with_one_line(tmp_path: Path) -> None:
     small = ["--calibration", text, "--samples", 4, "--seq-len", 64, "--sparsity", 0.5]
     done("prune", model, *small, "--out", tmp_path / "cut")
     refused(tmp_path, ("was calibrated on",), "evaluate", tmp_path / "cut", "--text", text, "--metrics", "perplexity")
+
+
+def test_steps_of_values_are_found_at_any_shift() -> None:
+    values = torch.randn(128, 3, generator=torch.Generator().manual_seed(0))  # (T, channels)
+    seen = Seen.of(values[None], torch.ones(1, 128, dtype=torch.bool))
+    assert seen.has(torch.cat([values.new_zeros(7, 3), values]))
+    assert not seen.has(values + 1e-3)
