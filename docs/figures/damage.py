@@ -9,15 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from paper import BLUE, GREEN, HERE, ORANGE, draw_both
+
 Curve = dict[int, tuple[float, float, float]]  # states kept -> increase of perplexity in %, low, high
-#: Column of the table -> its name in the picture, its colour on light paper, and on dark.
+#: Column of the table -> its name in the picture, and its colours.
 LINES = {
-    "none": ("GHOST", "#B84F00", "#F0883E"),
-    "reconstruct": ("reconstructed", "#00735A", "#2BBF9A"),
-    "balanced": ("balanced", "#0072B2", "#58A6FF"),
+    "none": ("GHOST", ORANGE),
+    "reconstruct": ("reconstructed", GREEN),
+    "balanced": ("balanced", BLUE),
 }
-PAPERS = {"light": ("#1F2328", "#D8DEE4", 1), "dark": ("#E6EDF3", "#3D444D", 2)}  # ink, grid, place of the colours
 
 
 def curves(text: str) -> dict[str, Curve]:
@@ -33,41 +33,22 @@ def curves(text: str) -> dict[str, Curve]:
     return found
 
 
-def draw(found: dict[str, Curve], file: Path, paper: str) -> None:
+def main(folder: Path = HERE) -> None:
     """Draw damage against states kept, with a name at each line instead of a legend."""
-    from matplotlib import pyplot
+    found = curves("".join(page.read_text(encoding="utf-8") for page in sorted(HERE.parent.rglob("*.md"))))
 
-    ink, grid, place = PAPERS[paper]
-    style: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-    style |= {"svg.hashsalt": "sspruner", "font.size": 12, "axes.edgecolor": grid}
-    with pyplot.rc_context(style):
-        figure, ax = pyplot.subplots(figsize=(6.6, 3.3), layout="constrained")
-        for column, (name, *colours) in LINES.items():
+    def lines(ax: Any, number: int) -> None:
+        for column, (name, colours) in LINES.items():
             kept, (values, low, high) = list(found[column]), zip(*found[column].values(), strict=True)
-            colour, label = colours[place - 1], f"{name} +{values[-1]:.1f} %"
+            colour, label = colours[number], f"{name} +{values[-1]:.1f} %"
             ax.fill_between(kept, low, high, color=colour, alpha=0.25, linewidth=0)
             ax.plot([128, *kept], [0, *values], color=colour, marker="o", markersize=5, linewidth=2)
             ax.annotate(label, (kept[-1], values[-1]), (9, 6), textcoords="offset points", color=colour)
-        ax.set_xscale("log", base=2)
         ax.set(xlabel="states kept, of 128 (band: 95 % interval)", ylabel="increase of perplexity, %")
         ax.set(xlim=(140, 3.6), ylim=(-0.5, 13.5))
-        ticks = [128, *sorted({k for curve in found.values() for k in curve}, reverse=True)]
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.minorticks_off()
-        ax.grid(True, axis="y", color=grid, linewidth=0.6)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        figure.savefig(file, transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
 
-
-def main() -> None:
-    """Draw both pictures beside this file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    found = curves("".join(page.read_text(encoding="utf-8") for page in sorted(HERE.parent.rglob("*.md"))))
-    for paper in PAPERS:
-        draw(found, HERE / f"damage-{paper}.svg", paper)
+    ticks = [128, *sorted({k for curve in found.values() for k in curve}, reverse=True)]
+    draw_both(folder / "damage", (6.6, 3.3), ticks, lines)
 
 
 if __name__ == "__main__":

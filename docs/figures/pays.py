@@ -9,18 +9,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from paper import BLUE, GREEN, HERE, ORANGE, draw_both
+
 WAY = "half of the state"
-#: Row of the table -> its name in the picture, its colour on light paper, and on dark.
+#: Row of the table -> its name in the picture, and its colours.
 LINES = {
-    "mamba2-130m": ("Mamba2-130M", "#B84F00", "#F0883E"),
-    "mamba2-1.3b": ("Mamba2-1.3B", "#B84F00", "#F0883E"),
-    "Nemotron-H-8B, 2k": ("Nemotron-H-8B, 2k tokens", "#0072B2", "#58A6FF"),
-    "Nemotron-H-8B, 32k": ("Nemotron-H-8B, 32k", "#0072B2", "#58A6FF"),
-    "Nemotron-H-8B, 128k": ("Nemotron-H-8B, 128k", "#0072B2", "#58A6FF"),
-    "Granite-4.0-H-Small, 2k": ("Granite-4.0-H-Small (MoE), 2k", "#00735A", "#2BBF9A"),
+    "mamba2-130m": ("Mamba2-130M", ORANGE),
+    "mamba2-1.3b": ("Mamba2-1.3B", ORANGE),
+    "Nemotron-H-8B, 2k": ("Nemotron-H-8B, 2k tokens", BLUE),
+    "Nemotron-H-8B, 32k": ("Nemotron-H-8B, 32k", BLUE),
+    "Nemotron-H-8B, 128k": ("Nemotron-H-8B, 128k", BLUE),
+    "Granite-4.0-H-Small, 2k": ("Granite-4.0-H-Small (MoE), 2k", GREEN),
 }
-PAPERS = {"light": ("#1F2328", "#D8DEE4", 1), "dark": ("#E6EDF3", "#3D444D", 2)}  # ink, grid, place of the colours
 APART = 0.06  # of two names, in times as fast
 
 
@@ -41,39 +41,20 @@ def heights(values: dict[str, float]) -> dict[str, float]:
     return placed
 
 
-def draw(batches: list[int], found: dict[str, list[float]], file: Path, paper: str) -> None:
+def main(folder: Path = HERE) -> None:
     """Draw speed-up against batch, with a name at each line instead of a legend."""
-    from matplotlib import pyplot
+    batches, found = curves((HERE.parent / "when-it-pays.md").read_text(encoding="utf-8"))
 
-    ink, grid, place = PAPERS[paper]
-    style: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-    style |= {"svg.hashsalt": "sspruner", "font.size": 12, "axes.edgecolor": grid}
-    with pyplot.rc_context(style):
-        figure, ax = pyplot.subplots(figsize=(7.4, 3.6), layout="constrained")
+    def lines(ax: Any, number: int) -> None:
         names = heights({row: values[-1] for row, values in found.items()})
-        for row, (name, *colours) in LINES.items():
-            colour, values = colours[place - 1], found[row]
+        for row, (name, colours) in LINES.items():
+            colour, values = colours[number], found[row]
             ax.plot(batches, values, color=colour, marker="o", markersize=5, linewidth=2)
             ax.annotate(f"{name}: {values[-1]:.2f}", (batches[-1] * 1.15, names[row]), color=colour, va="center")
-        ax.set_xscale("log", base=2)
         ax.set(xlabel="sequences that decode at once", ylabel="times as fast, at most")
         ax.set(xlim=(batches[0] * 0.9, batches[-1] * 14), ylim=(0.97, 2.03))
-        ax.set_xticks(batches, [str(batch) for batch in batches])
-        ax.minorticks_off()
-        ax.grid(True, axis="y", color=grid, linewidth=0.6)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        figure.savefig(file, transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
 
-
-def main() -> None:
-    """Draw both pictures beside this file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    batches, found = curves((HERE.parent / "when-it-pays.md").read_text(encoding="utf-8"))
-    for paper in PAPERS:
-        draw(batches, found, HERE / f"pays-{paper}.svg", paper)
+    draw_both(folder / "pays", (7.4, 3.6), batches, lines)
 
 
 if __name__ == "__main__":

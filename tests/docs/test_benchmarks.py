@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import math
 import re
-import runpy
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from sspruner.scoring.known import find_scorer
 from sspruner.testing.models import zoo
 from sspruner.testing.plans import random_plan
 from support.paths import ROOT
+from support.pictures import check_drawn, script
 
 MARK = re.compile(r"<!-- (.+): (begin|end) -->")
 PAGES = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))]
@@ -263,20 +263,16 @@ def test_the_readme_quotes_published_numbers_of_the_page() -> None:
 
 
 def test_the_readmes_picture_is_that_of_the_table(tmp_path: Path) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
-    picture = runpy.run_path(str(ROOT / "docs/figures/damage.py"))
+    pytest.importorskip("matplotlib")
+    picture = script("damage")
     found, cells = picture["curves"](TEXT), rows(part("reconstruct"))
     for column, curve in found.items():
         assert sorted(curve) == [4, 13, 32]
         for kept, interval in curve.items():
             cell = cells[f"mamba2-books-4m state, {kept} of 128"][column]
             assert cell.startswith("{:+.2f}% ({:+.2f}% to {:+.2f}%)".format(*interval))
-    matplotlib.use("Agg")
-    for paper in picture["PAPERS"]:
-        drawn = (ROOT / f"docs/figures/damage-{paper}.svg").read_text(encoding="utf-8")
-        picture["draw"](found, tmp_path / "new.svg", paper)
-        if f"Matplotlib v{matplotlib.__version__}," in drawn:  # another one may draw another outline
-            assert (tmp_path / "new.svg").read_text(encoding="utf-8") == drawn
+    picture["main"](tmp_path)
+    check_drawn(tmp_path, "damage")
 
 
 def test_a_part_has_one_page(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from sspruner.io.skeleton import skeleton
 from sspruner.units import as_bytes
 from support.footprints import config_alone, taken
 from support.paths import ROOT
+from support.pictures import check_drawn, script
 from support.published import CONFIGS
 
 RECIPE = yaml.safe_load((ROOT / "benchmarks/recipes/pays.yaml").read_text(encoding="utf-8"))
 PAGE = (ROOT / "docs/when-it-pays.md").read_text(encoding="utf-8")
 DECODE = (ROOT / "docs/results/decode.md").read_text(encoding="utf-8")
-PICTURE = runpy.run_path(str(ROOT / "docs/figures/pays.py"))
+PICTURE = script("pays")
 Table = dict[str, dict[str, str]]  # row -> column -> cell
 
 
@@ -140,16 +140,12 @@ def test_the_readme_quotes_the_page() -> None:
 
 
 def test_the_picture_is_that_of_the_table(tmp_path: Path) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib")
     batches, found = PICTURE["curves"](PAGE)
     assert batches == RECIPE["batches"]
     assert found == {row: numbers(SPEED[row]["half of the state"]) for row in PICTURE["LINES"]}
-    matplotlib.use("Agg")
-    for paper in PICTURE["PAPERS"]:
-        drawn = (ROOT / f"docs/figures/pays-{paper}.svg").read_text(encoding="utf-8")
-        PICTURE["draw"](batches, found, tmp_path / "new.svg", paper)
-        if f"Matplotlib v{matplotlib.__version__}," in drawn:  # another one may draw another outline
-            assert (tmp_path / "new.svg").read_text(encoding="utf-8") == drawn
+    PICTURE["main"](tmp_path)
+    check_drawn(tmp_path, "pays")
 
 
 @given(st.dictionaries(st.text(max_size=3), st.floats(1, 2), max_size=8))
