@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -14,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import torch
 import sspruner
 from sspruner.benchmarking import resident
 from sspruner.benchmarking.shapes import shape_config
+from sspruner.calibrate.seen import refuse_seen, seen_by
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.evaluation.last_word import passages
 from sspruner.evaluation.measures import Inputs, Values, measure
@@ -30,6 +32,18 @@ from sspruner.evaluation.recall import tasks_for
 
 HERE = Path(__file__).resolve().parent
 WINDOWS_PER_BATCH, QUIET = 8, 0.1  # QUIET: cores that others may use while something is timed
+#: Student's t of a 95 % interval, by number of seeds.
+T95 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # Student's t by seeds
 Made = tuple[list[str], str]  # what a part returns: its tables, and a note for the provenance line
 NO = "–"
 
@@ -199,6 +213,30 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     data = torch.tensor(values, dtype=torch.float64)
     mean = f"{float(data.mean()):.{digits}f}"
     return f"{mean} ± {float(data.std()):.{digits}f}" if len(data) > 1 else mean
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Return half of the 95 % interval of a mean over training seeds, by Student's t (as of ten if there are more)."""
+    return T95.get(len(values), T95[10]) * stdev(values) / len(values) ** 0.5
+
+
+def over_seeds(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """Return the mean over training seeds ± half of its 95 % interval, if there are several."""
+    mean = f"{fmean(values):{sign}.{digits}f}"
+    return f"{mean} ± {half_interval(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def hash_of(*settings: Any) -> str:
+    """Return a short hash of settings, for the names of files that depend on them."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def check_unseen(made_by: dict[str, Any], windows: Iterable[torch.Tensor], what: str) -> None:
+    """End the part if a cut was calibrated on windows that are reported: int64 (T,) each. made_by: of its plan."""
+    try:
+        refuse_seen(seen_by(made_by), windows, what)
+    except sspruner.InputError as error:
+        raise SystemExit(f"benchmarks: {error}") from error
 
 
 def with_error(values: torch.Tensor) -> str:

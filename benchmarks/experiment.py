@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 import yaml
-from common import Subject, as_is, progress
+from common import Subject, as_is, check_unseen, progress
 
 import sspruner
-from sspruner.calibrate.seen import refuse_seen, seen_by
 from sspruner.evaluation.decoded import Decoded
 from sspruner.evaluation.windows import alone, losses
 from sspruner.recipes.measure import StoredState
@@ -212,6 +211,9 @@ class Bench:
         self.reported, self.also = (subject.text(**text) if text else None for text in (section.reported, section.also))
         self.passages = subject.passages(section.passages) if section.passages else []
         self.ends = section.show.get("ends", ())
+        texts = [text for text in (self.reported, self.also) if text]
+        self.windows = [row[kept] for text in texts for row, kept in zip(text.tokens, text.mask, strict=True)]
+        self.windows += [torch.tensor(passage.context) for passage in self.passages]
         work.mkdir(parents=True, exist_ok=True)
 
     def cells(self, label: str, asked: dict[str, Fields]) -> dict[str, Cell]:
@@ -225,7 +227,7 @@ class Bench:
                 continue
             try:
                 run = files[cut].with_suffix(".run")
-                versions[cut] = version_of(self.subject, section, how, run, self.reported)
+                versions[cut] = version_of(self.subject, section, how, run, self.windows)
             except Exception as error:  # a broken scorer must not take the other rows with it
                 said = "" if isinstance(error, sspruner.SSPrunerError) else f"{type(error).__name__}: "
                 found[cut] = Cell({"error": f"{said}{error}"})
@@ -249,37 +251,30 @@ class Bench:
         return records
 
 
-def version_of(subject: Subject, section: Section, cell: Fields, run: Path, reported: Any) -> tuple[Version, list[int]]:
+def version_of(
+    subject: Subject, section: Section, cell: Fields, run: Path, windows: list[torch.Tensor]
+) -> tuple[Version, list[int]]:
     """Return a version of the model for `measure`, and what its groups keep. run: the folder of a training.
 
-    reported: text that it will be measured on; one that it was calibrated on ends the part.
+    windows: int64 (T,) each, all that it will be measured on; one that it was calibrated on ends the part.
     """
     how, kept, data = {key: value for key, value in cell.items() if key not in BESIDE}, list[int](), None
     if "scorer" in cell:
         data = subject.text(**cell["observed"])
     if data and section.once:
         plan = planned(subject, how, data)
-        check_unseen(plan, reported)
+        check_unseen(plan.made_by, windows, "reported text")
         sizes = {name: group.units for name, group in subject.graph.on_axis(how["axis"]).items()}
         sizes |= {name: reduction.after for name, reduction in plan.groups.items()}
         return subject.masked(plan), sorted(sizes.values())
     model = copy.deepcopy(subject.model)
     if data:
         result = sspruner.prune(model, sspruner.Recipe.of(**how), calibration=data, tokenizer=subject.tokenizer)
-        check_unseen(result.plan, reported)
+        check_unseen(result.plan.made_by, windows, "reported text")
         kept = sorted({selection.after for selection in result.plan.groups.values()})
     if "stored" in cell:
         model = Decoded(model, int(cell["stored"].get("every", 1)), StoredState(**cell["stored"]))
     return as_is(trained(subject, model, cell, run) if "train" in cell else model), kept
-
-
-def check_unseen(plan: sspruner.Plan, text: Any) -> None:
-    """End the part if a plan was calibrated on text that is reported; no error of one cell."""
-    windows = [row[kept] for row, kept in zip(text.tokens, text.mask, strict=True)] if text else []
-    try:
-        refuse_seen(seen_by(plan.made_by), windows, "reported text")
-    except sspruner.InputError as error:
-        raise SystemExit(f"benchmarks: {error}") from error
 
 
 def planned(subject: Subject, how: Fields, data: sspruner.Calibration) -> sspruner.Plan:

@@ -14,16 +14,18 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Made, Subject, perplexity, progress, ratio, table, with_error
+from common import Made, Subject, check_unseen, perplexity, progress, ratio, table
 from torch import Tensor, nn
 
 import sspruner
 from sspruner.compute.quick import quick_on_cpu
+from sspruner.evaluation.paired import mean
 from sspruner.evaluation.recall import END, FIRST_WORD, sequences
 from sspruner.training.loop import train
 from sspruner.training.text import Text
@@ -46,6 +48,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "balanced": {"scorer": "balanced"},
     "balanced, calibrated on books alone": {"scorer": "balanced", "calibration": "books"},
 }
+PAIRS = [  # rows that the page ranks
+    ("ghost", "random"), ("ghost", "magnitude"), ("ghost", "taylor"), ("balanced", "ghost"), ("balanced", "taylor"),
+    ("ghost, reconstruct", "ghost"), ("ghost, calibrated on books alone", "ghost"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,26 +174,46 @@ def tables(s: Any) -> Made:
         folder = s.work / name
         subject = Subject(folder if folder.is_dir() else name, s.data)
         test = own_windows(subject, "books-test.txt", s.windows, 1)
+        own = own_windows(subject, "books-val.txt", s.windows // 2, 0)
         observed = {
             "books": subject.text("books-val.txt", s.windows // 2),
-            "own": sspruner.calibration(own_windows(subject, "books-val.txt", s.windows // 2, 0), subject.model),
+            "own": sspruner.calibration(own, subject.model, samples=s.windows // 2, held_out=0),
         }
         start, found = losses(subject.model, test), dict[tuple[str, float], Cell]()
         for (label, row), sparsity in product(ROWS.items(), s.sparsities):
             how = {"samples": s.windows // 2, **row, "calibration": observed[row.get("calibration", "own")]}
             model = copy.deepcopy(subject.model)
-            sspruner.prune(model, sparsity=sparsity, tokenizer=subject.tokenizer, **how)
+            made_by = sspruner.prune(model, sparsity=sparsity, tokenizer=subject.tokenizer, **how).plan.made_by
+            check_unseen(made_by, test, "reported windows")
             found[label, sparsity] = losses(model, test)
             progress(f"{name} | {label} | {sparsity}")
-        made += [drawn(name, start, found, *what) for what in WHAT.items()]
+        made += [drawn(name, start, found, *what) for what in WHAT.items()] + beside(name, found)
     return made, f"seed 0; {s.windows // 2} windows observed, {s.windows} reported; (95 % interval over windows)"
+
+
+def beside(name: str, found: dict[tuple[str, float], Cell]) -> list[str]:
+    """Return what rows cost beside others on the same windows: the ratio of perplexities, the difference of values."""
+    cuts, made = list(dict.fromkeys(sparsity for _, sparsity in found)), []
+    kinds: dict[str, tuple[str, Any]] = {
+        "both": ("perplexity of passages and values, the first over the second", ratio)
+    }
+    kinds["right"] = "right values, the first less the second", partial(share, sign="+")
+    for key, (title, show) in kinds.items():
+        rows = [[f"{a}; {b}", *(show(found[a, c][key] - found[b, c][key]) for c in cuts)] for a, b in PAIRS]
+        made.append(table(f"{name}, state cut: {title}", ["pair", *(f"{cut:.0%}" for cut in cuts)], rows))
+    return made
+
+
+def share(values: Tensor, sign: str = "") -> str:
+    """Return the mean with its bootstrap 95 % interval over windows. values: (W,)."""
+    return "{0:{3}.3f} ({1:{3}.3f} to {2:{3}.3f})".format(*mean(values), sign)
 
 
 def drawn(name: str, start: Cell, found: dict[tuple[str, float], Cell], key: str, what: str) -> str:
     """Return the table of one thing that was measured: ratios to the dense model, or how many values are right."""
-    dense = with_error(start[key]) if key == "right" else f"{perplexity(start[key].tolist()):.2f}"
+    dense = share(start[key]) if key == "right" else f"{perplexity(start[key].tolist()):.2f}"
     rows: dict[str, list[str]] = {row: [row] for row, _ in found}
     for (row, _), cell in found.items():
-        rows[row].append(with_error(cell[key]) if key == "right" else ratio(cell[key] - start[key]))
+        rows[row].append(share(cell[key]) if key == "right" else ratio(cell[key] - start[key]))
     head = ["scorer", *dict.fromkeys(f"{sparsity:.0%}" for _, sparsity in found)]
     return table(f"{name}, state cut: {what.format(dense)}", head, rows.values())

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
 import torch
-from common import Made, progress, table
+from common import Made, hash_of, over_seeds, progress, table
 from torch import nn
 from transformers import MambaConfig, MambaModel, MambaPreTrainedModel
 
@@ -47,7 +47,6 @@ OPERATORS: dict[str, Callable[[list[int]], int]] = {
 }
 CLOSE, FIRST_OPERATOR = 11, 12  # tokens: 0 padding, digits 1 to 10, then these; 4 operators
 SPARSITIES = (0.5, 0.7, 0.9)
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # by number of seeds
 BATCH, TRAIN_RATE, ROW_RATE, OBSERVED = 16, 2e-3, 1e-3, 64
 
 
@@ -207,12 +206,6 @@ def settings(steps: int, rate: float, seed: int) -> Settings:
     return Settings(**sizes, learning_rate=rate, every=10**6, seed=seed)
 
 
-def interval(values: list[float], digits: int, sign: str = "") -> str:
-    """Return the mean ± half of the 95 % interval over seeds (Student)."""
-    half = T95[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) in T95 else float("nan")
-    return f"{fmean(values):{sign}.{digits}f} ± {half:.{digits}f}"
-
-
 def rows_of(task: Task, found: list[dict[str, list[float]]]) -> list[list[str]]:
     """Return the lines of a task: before the further steps, after them, and against the dense model after them."""
     rows = []
@@ -220,8 +213,10 @@ def rows_of(task: Task, found: list[dict[str, list[float]]]) -> list[list[str]]:
         last = [one[name][-1] for one in found]
         before = [one[name][0] for one in found] if len(found[0][name]) > 1 or name == "dense" else []
         change = [one[name][-1] - one["dense, trained on"][-1] for one in found]
-        cells = [interval(before, task.digits) if before else "–"]
-        cells += ["–", "–"] if name == "dense" else [interval(last, task.digits), interval(change, task.digits, "+")]
+        cells = [over_seeds(before, task.digits) if before else "–"]
+        cells += (
+            ["–", "–"] if name == "dense" else [over_seeds(last, task.digits), over_seeds(change, task.digits, "+")]
+        )
         rows.append([name, *cells])
     return rows
 
@@ -232,7 +227,7 @@ def tables(s: Any) -> Made:
     for task, config in zip(tasks, s.configs, strict=True):
         runs = []
         for seed in range(s.seeds):
-            file = s.work / f"forecast-{task.reads}-{task.steps}-{s.steps}-{seed}.json"
+            file = s.work / f"forecast-{task.reads}-{hash_of(task.steps, s.steps, s.examples, config)}-{seed}.json"
             if not file.exists():
                 file.write_text(json.dumps(study(task, config, seed, s.steps)), encoding="utf-8")
             runs.append(json.loads(file.read_text(encoding="utf-8")))

@@ -10,7 +10,6 @@ Every cell is kept in WORK beside its model.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -19,21 +18,20 @@ from typing import Any
 
 import torch
 import yaml
-from common import NO, Made, progress, table
+from common import NO, Made, hash_of, over_seeds, progress, table
 from torch import Tensor
 
 import sspruner
 from sspruner.compute.device import resolve_device
 from sspruner.compute.quick_scan import ALL, quick_scans, quick_streams
 from sspruner.evaluation.questions import NONE, Questions, answered, logits_after
+from sspruner.recipes.train import Settings
 from sspruner.training.distil import divergence
 from sspruner.training.loop import adamw, take_step
 from studies.recall_models import lesson, place
-from studies.train import Schedule
 
 SOLVED, OBSERVED, TEST_SEED, OBSERVED_SEED, DISTIL_SEED = 0.95, 128, 10**6, 2 * 10**6, 3 * 10**6
 DISTIL_RATE, TRIAL = 1e-3, 4  # steps that are timed before a distillation
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # the 97.5 % quantile of t, by number of seeds
 Cell = dict[str, Any]
 
 
@@ -60,11 +58,14 @@ class Cut:
         """Set the test whose sequences the scorers see."""
         length = self.sequences(which, 1, 0).tokens.shape[1]
         self.observed, self.hardest = self.sequences(which, OBSERVED * length, OBSERVED_SEED), which
+        tested = {tuple(row) for test in self.tests.values() for row in test.tokens.tolist()}
+        if tested & {tuple(row) for row in self.observed.tokens.tolist()}:  # hashes of runs would find the filler
+            raise SystemExit(f"benchmarks: a sequence of {which} is observed and measured")
 
     def cell(self, label: str, how: Cell, keep: int) -> Cell:
         """Return a cell from its file; make and measure it if it is missing."""
-        key = json.dumps([self.s.tests, self.s.test_tokens, self.observed and self.hardest, how, keep])
-        file = self.file / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        key = hash_of(self.s.tests, self.s.test_tokens, self.observed and self.hardest, how, keep)
+        file = self.file / f"{key}.json"
         if not file.exists():
             model, seconds = self.made(how, keep)
             with quick_streams(model, self.device):
@@ -106,7 +107,7 @@ class Cut:
 def distilled(model: Any, teacher: Any, batch: Callable[[int], Questions], seconds: float) -> None:
     """Train a cut model on its teacher's answers for as many seconds of a processor. Only whole steps are taken."""
 
-    def step(student: Any, number: int, settings: Schedule, optimizer: Any) -> None:
+    def step(student: Any, number: int, settings: Settings, optimizer: Any) -> None:
         part = batch(number)
         packed = torch.stack([part.tokens, part.answers], 1).to(next(student.parameters()).device)
         take_step(student, packed, optimizer, settings, number, objective)
@@ -119,7 +120,7 @@ def distilled(model: Any, teacher: Any, batch: Callable[[int], Questions], secon
 
     def run(student: Any, steps: int) -> float:
         how: dict[str, Any] = {"batch": 1, "at_once": 2**30, "seq_len": 1, "max_tokens": steps}
-        settings, begun = Schedule(learning_rate=DISTIL_RATE, **how), time.process_time()
+        settings, begun = Settings(learning_rate=DISTIL_RATE, **how), time.process_time()
         optimizer = adamw(list(student.requires_grad_(True).parameters()), settings)
         student.train()
         for number in range(1, steps + 1):
@@ -130,15 +131,6 @@ def distilled(model: Any, teacher: Any, batch: Callable[[int], Questions], secon
     with quick_scans(model.backbone.layers[0].mixer, ALL):
         a_step = run(copy.deepcopy(model), TRIAL) / TRIAL
         run(model, max(1, round(seconds / a_step)))
-
-
-def over_seeds(values: list[float]) -> str:
-    """Return the mean ± half of its 95 % interval (t) over training seeds."""
-    data = torch.tensor(values, dtype=torch.float64)
-    mean = f"{float(data.mean()):.3f}"
-    if len(data) < 2:
-        return mean
-    return f"{mean} ± {T95.get(len(data), 2.57) * float(data.std()) / len(data) ** 0.5:.3f}"
 
 
 def tables(s: Any) -> Made:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Made, progress, table
+from common import Made, hash_of, progress, table
 from torch import Tensor, nn
 
 import sspruner
@@ -119,8 +119,9 @@ def learn(model: Any, s: Any, seed: int) -> None:
 
 
 def place(s: Any, states: int, seed: int) -> Path:
-    """Return the folder of a model."""
-    return Path(s.work) / f"{s.task}-{s.config['hidden_size']}-{states}-{seed}"
+    """Return the folder of a model: one for each training."""
+    how = hash_of(s.config, s.vocabulary, s.lessons, s.tokens, s.steps, s.rate)
+    return Path(s.work) / f"{s.task}-{s.config['hidden_size']}-{states}-{seed}-{how}"
 
 
 def models(s: Any) -> Made:

@@ -12,11 +12,11 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from common import Made, Subject, progress, span, table, torchrun
+from common import Made, Subject, check_unseen, half_interval, over_seeds, progress, span, table, torchrun
 from torch import distributed
 
 import sspruner
@@ -27,7 +27,7 @@ from sspruner.training.loop import perplexity, train
 from sspruner.training.text import Text
 from sspruner.training.twist import Deal, twist
 
-MODEL, ENDS, WORKERS, STUDENT = "mamba2-books-4m", 1, 4, {2: 12.706, 3: 4.303}  # STUDENT: of two and three seeds
+MODEL, ENDS, WORKERS = "mamba2-books-4m", 1, 4
 ROWS = ["dense, {}", "dense trained, {}", "TwIST, {}"]
 
 
@@ -98,6 +98,7 @@ def measured(s: Any, subject: Subject, keep: float, seed: int) -> dict[str, floa
     for row, model in zip(ROWS, (subject.model, trained, whole), strict=True):
         record[row.format("whole")] = perplexity(model, tokens, s.batch)
         for name, plans in cuts(s, subject, model, keep, seed).items():
+            check_unseen(plans[0].made_by, tokens, "reported text")
             versions = [sspruner.apply(copy.deepcopy(model), plan) for plan in plans]
             record[row.format(name)] = fmean(perplexity(version, tokens, s.batch) for version in versions)
             if model is subject.model:
@@ -120,7 +121,7 @@ def tables(s: Any) -> Made:
     found = {keep: [measured(s, subject, keep, seed) for seed in range(s.seeds)] for keep in s.keeps}
     head, ours = [f"{keep:g} of the heads" for keep in s.keeps], ROWS[2].format("random")
     names = [*found[s.keeps[0]][0]]
-    rows = [[name, *(spread([record[name] for record in found[keep]]) for keep in s.keeps)] for name in names]
+    rows = [[name, *(over_seeds([record[name] for record in found[keep]], 2) for keep in s.keeps)] for name in names]
     others = [name for name in names if name != ours and "whole" not in name]
     ratios = [[name, *(over([r[ours] / r[name] for r in found[keep]]) for keep in s.keeps)] for name in others]
     made = [table("Perplexity: mean over seeds ± 95 % interval", ["what", *head], rows)]
@@ -130,20 +131,11 @@ def tables(s: Any) -> Made:
     return made, note + f"{s.draws} draws a seed; 32 x 256 tokens observed, {s.windows} x 256 reported"
 
 
-def half(values: list[float]) -> float:
-    """Return half of the 95 % interval of a mean over seeds, by Student's t."""
-    return STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) in STUDENT else math.nan
-
-
-def spread(values: list[float]) -> str:
-    """Return a mean over seeds with its interval."""
-    return f"{fmean(values):.2f} ± {half(values):.2f}"
-
-
 def over(ratios: list[float]) -> str:
     """Return the geometric mean of ratios over seeds with its interval."""
     logs = [math.log(ratio) for ratio in ratios]
-    return span([math.exp(fmean(logs) + shift) for shift in (0, -half(logs), half(logs))], 3)
+    half = half_interval(logs) if len(logs) > 1 else math.nan
+    return span([math.exp(fmean(logs) + shift) for shift in (0, -half, half)], 3)
 
 
 if __name__ == "__main__":

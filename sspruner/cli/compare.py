@@ -107,6 +107,8 @@ def add_rows(model: str | None, recipe: CompareRecipe, board: Board, machine: Ma
     from sspruner.compute.progress import bars
     from sspruner.reporting.table import board_table
 
+    if machine.no_cache:
+        raise InputError("leaderboard: --no-cache: it caches no scores; give another folder to make every row again")
     prepare(machine.plugin)
     assert output.leaderboard is not None
     if model is not None:

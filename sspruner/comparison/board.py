@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object."""
-        cuts = {m: {f"{s:g}": found[s].to_json() for s in sorted(found)} for m, found in sorted(self.entries.items())}
+        cuts = {m: {repr(s): found[s].to_json() for s in sorted(found)} for m, found in sorted(self.entries.items())}
         return {"recipe": self.recipe, "entries": cuts}
 
     @classmethod
@@ -213,13 +214,33 @@ class Leaderboard:
         """Yield (title, header, rows) for every model: a line for each recipe and cut, less damage first."""
         for model in self.settings.models:
             if dense := self.dense.get(model):
-                cuts = [(label, s) for s in self.settings.sparsities for label in self.ranked]
-                found = [(label, s, self.rows[label].of(model, s)) for label, s in cuts]
+                cuts = product(self.settings.sparsities, self.ranked)
+                found = [(label, s, cut) for s, label in cuts if (cut := self.rows[label].of(model, s))]
                 said = f"dense: perplexity {interval_text(dense.measures['perplexity'])}"
                 if RECALL in dense.measures:
                     said += f", recall {_share(dense.measures[RECALL])}"
                 said += f", {as_bytes(dense.state_bytes)} of state"
-                yield f"{model}; {said}", HEAD, [_line(label, s, cut, dense) for label, s, cut in found if cut]
+                yield f"{model}; {said}", HEAD, [self._line(*one, dense) for one in found]
+
+    def _line(self, label: str, sparsity: float, cut: Entry | Refusal, dense: Dense) -> list[str]:
+        """Return a line of a table; what is not known is –. A cut that lacks seeds of the others says which it has."""
+        if isinstance(cut, Refusal):
+            return [label, f"{100 * sparsity:g} %", *["–"] * (len(HEAD) - 2)]
+        few = "" if cut.seeds == self.settings.seeds else f" (seeds {', '.join(map(str, cut.seeds))} alone)"
+        recall = cut.measures.get(RECALL)
+        kept = f"{as_bytes(cut.state_bytes)} ({100 * cut.state_bytes / max(1, dense.state_bytes):.0f} %)"
+        return [
+            f"{label}{few}",
+            f"{100 * sparsity:g} %",
+            change_text(cut.measures[RATIO]),
+            interval_text(cut.measures[KL]),
+            _share(recall) if recall else "–",
+            kept,
+            number_text(cut.seconds),
+            number_text(cut.forwards),
+            "–" if cut.memory is None else as_bytes(cut.memory),
+            ", ".join(["sspruner", *(name for name, why in cut.loads.items() if not why)]),
+        ]
 
     def to_markdown(self) -> str:
         """Return the tables and what they say, as Markdown."""
@@ -242,29 +263,16 @@ class Leaderboard:
         every = [(label, m, c) for label in self.ranked for m, cuts in self.rows[label].entries.items()
                  for c in cuts.values()]  # fmt: skip
         refused = [f"– {label}, {model}: {cut.error}" for label, model, cut in every if isinstance(cut, Refusal)]
-        loads = [f"{name}: {why}" for _, _, cut in every if isinstance(cut, Entry)
-                 for name, why in cut.loads.items() if why]  # fmt: skip
-        return [shared, *dict.fromkeys(refused), *dict.fromkeys(loads)]
+        return [shared, *dict.fromkeys(refused), *self._unloadable()]
 
-
-def _line(label: str, sparsity: float, cut: Entry | Refusal, dense: Dense) -> list[str]:
-    """Return a line of a table; what is not known is –."""
-    named = [label, f"{100 * sparsity:g} %"]
-    if isinstance(cut, Refusal):
-        return [*named, *["–"] * (len(HEAD) - 2)]
-    recall = cut.measures.get(RECALL)
-    kept = f"{as_bytes(cut.state_bytes)} ({100 * cut.state_bytes / max(1, dense.state_bytes):.0f} %)"
-    return [
-        *named,
-        change_text(cut.measures[RATIO]),
-        interval_text(cut.measures[KL]),
-        _share(recall) if recall else "–",
-        kept,
-        number_text(cut.seconds),
-        number_text(cut.forwards),
-        "–" if cut.memory is None else as_bytes(cut.memory),
-        ", ".join(["sspruner", *(name for name, why in cut.loads.items() if not why)]),
-    ]
+    def _unloadable(self) -> list[str]:
+        """Return why runtimes do not load cuts: a line for each reason, with the cuts that it holds for."""
+        where: dict[tuple[str, str], dict[str, None]] = {}  # runtime and reason -> cuts, in order
+        for model, sparsity, label in product(self.settings.models, self.settings.sparsities, self.ranked):
+            cut = self.rows[label].of(model, sparsity)
+            for named in cut.loads.items() if isinstance(cut, Entry) else ():
+                where.setdefault(named, {})[f"{model} {100 * sparsity:g} %"] = None
+        return [f"{runtime}, {', '.join(cuts)}: {why}" for (runtime, why), cuts in where.items() if why]
 
 
 def _share(found: Interval) -> str:

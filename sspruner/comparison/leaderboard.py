@@ -155,7 +155,7 @@ def _dense(board: Leaderboard, name: str, bench: Bench) -> Dense:
 def _cell(board: Leaderboard, row: Row, bench: Bench, which: tuple[str, float, int], place: Place) -> Cell:
     """Return the cell of an entry and a seed, from its file or newly made. which: the row's key, sparsity and seed."""
     key, sparsity, seed = which
-    file = place.cells / f"{key}-{sparsity:g}-{seed}.json"
+    file = place.cells / f"{key}-{sparsity!r}-{seed}.json"
     if (cell := _read(file)) is None:
         cell = _made(board, row, bench, (sparsity, seed), place)
         write_file(file, strict_json.dumps(cell))

@@ -228,8 +228,8 @@ class Comparison:
 
 
 def row_to_json(row: dict[float, Cut | str]) -> dict[str, Any]:
-    """Return one scorer's cuts, by sparsity."""
-    return {f"{s:g}": {"error": cut} if isinstance(cut, str) else cut.to_json() for s, cut in row.items()}
+    """Return one scorer's cuts, by sparsity: with all its digits, for it is looked up when it is read again."""
+    return {repr(float(s)): {"error": cut} if isinstance(cut, str) else cut.to_json() for s, cut in row.items()}
 
 
 def row_from_json(data: Any) -> dict[float, Cut | str]:

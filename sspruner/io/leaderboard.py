@@ -17,7 +17,7 @@ from sspruner.files.output import atomic_file, check_results, write_file
 from sspruner.io.load import load
 from sspruner.io.source import DEFAULT
 from sspruner.recipes.compare import CompareRecipe
-from sspruner.recipes.leaderboard import SEEDS, Board
+from sspruner.recipes.leaderboard import MEASURED, SEEDS, WINDOWS, Board
 from sspruner.recipes.parts import Budget, Method
 from sspruner.recipes.recipe import Recipe
 from sspruner.recipes.yaml import to_data
@@ -26,6 +26,20 @@ from sspruner.reporting.figures import png
 
 MARKS = (FILE, CELLS)  # a folder with one of these is a leaderboard
 PICTURE = "leaderboard.png"
+
+
+def _check_asked(recipe: CompareRecipe) -> None:
+    """Raise InputError for what a table has, and a leaderboard has not: it would be given in vain."""
+    usual, cells = CompareRecipe(), recipe.cells
+    asked = {
+        "--metrics": cells.metrics != usual.cells.metrics,
+        "--lambada": cells.lambada is not None,
+        "--baseline": cells.baseline is not None,
+    }
+    if given := [name for name, is_given in asked.items() if is_given]:
+        raise InputError(f"leaderboard: {', '.join(given)}: of a table (--out) alone; all rows have the same measures")
+    if recipe.method.seed != usual.method.seed:
+        raise InputError(f"leaderboard: --seed {recipe.method.seed}: every row has every one of --seeds")
 
 
 @undisturbed
@@ -46,8 +60,8 @@ def leaderboard(
 
     Args:
         out: the folder. Cells that are measured are kept there, so that an interrupted call continues.
-        recipe: a `CompareRecipe`, each scorer of which is a row; or scorers. Its metrics and its seed are not used.
-            Without scorers an existing leaderboard gets no new row.
+        recipe: a `CompareRecipe`, each scorer of which is a row; or scorers. Without scorers an existing leaderboard
+            gets no new row.
         board: the models, seeds and text. Without models those of the folder, else the reference model.
         load: name -> model and tokenizer.
         device: the compute device; CUDA if there is one, else the CPU.
@@ -55,11 +69,12 @@ def leaderboard(
         short: instead of a recipe or a board, fields of them: `leaderboard("out", ["ghost"], seeds=(0, 1))`.
 
     Raises:
-        InputError: for cuts or texts other than those of the folder, for another model of the same name, and for a
-            recipe that was calibrated on the text that is measured.
+        InputError: for cuts or texts other than those of the folder, for another model of the same name, for a recipe
+            that was calibrated on the text that is measured, and for metrics, a baseline or a seed of the recipe.
     """
     board = board or Board(**{f.name: short.pop(f.name) for f in fields(Board) if f.name in short})
     recipe = recipe if isinstance(recipe, CompareRecipe) else CompareRecipe.of(recipe, **short)
+    _check_asked(recipe)
     folder = check_results(out, MARKS)
     before = Leaderboard.load(folder) if (folder / FILE).exists() else None
     if before is None or recipe.cells.scorers is not None:
@@ -130,20 +145,25 @@ def _settings(recipe: CompareRecipe, board: Board) -> Settings:
         board.seeds or SEEDS,
         tuple(map(float, recipe.cells.sparsities)),
         asdict(recipe.calibration),
-        board.measured,
-        board.windows,
+        board.measured or MEASURED,
+        board.windows or WINDOWS,
     )
 
 
 def _extended(now: Settings, recipe: CompareRecipe, board: Board, folder: Path) -> Settings:
     """Return the settings of a folder with more models and seeds.
 
-    What is left at its default is that of the folder. Raises InputError for other cuts or texts.
+    What is left out, or a default of `CompareRecipe`, is that of the folder. Raises InputError for other cuts or texts.
     """
-    usual, asked = _settings(CompareRecipe(), Board()), _settings(recipe, board)
-    for name in ("sparsities", "calibration", "measured", "windows"):
-        value = getattr(asked, name)
-        if value not in (getattr(usual, name), getattr(now, name)):
+    usual = CompareRecipe()
+    asked = {
+        "sparsities": (tuple(map(float, recipe.cells.sparsities)), usual.cells.sparsities),
+        "calibration": (asdict(recipe.calibration), asdict(usual.calibration)),
+        "measured": (board.measured, None),
+        "windows": (board.windows, None),
+    }
+    for name, (value, default) in asked.items():
+        if value not in (default, getattr(now, name)):
             raise InputError(
                 f"leaderboard {folder}: all its rows have {name} {getattr(now, name)}, not {value}; give another folder"
             )

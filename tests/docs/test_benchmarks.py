@@ -9,8 +9,6 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
-from itertools import islice, pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -34,7 +32,7 @@ PAGES = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rgl
 PAGES = [page for page in PAGES if MARK.search(page)]
 TEXT = "".join(PAGES)
 BY_HAND = [  # no script makes them: published by others, formulas, sizes
-    *["| claim | published | ours | |"] * 4,
+    *["| claim | published | ours | here |"] * 4,
     "| method | 10 % | 30 % | 50 % | 70 % | 90 % |",
     "| method | 25 % | 50 % | 75 % |",
     "| | distillation, gradual | TwIST | calibration |",
@@ -44,26 +42,6 @@ BY_HAND = [  # no script makes them: published by others, formulas, sizes
 
 BENCHMARKS = ROOT / "benchmarks"
 MOST_LINES = 3_500  # of Python; 2,000 before full states, recall, other models, when it pays and a GPU had studies
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    """Import benchmarks/all.py as `make bench` does: from its own folder."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("bench_all", BENCHMARKS / "all.py")
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["bench_all"] = module
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-                del sys.modules[name]
 
 
 def outside(page: str) -> list[str]:
@@ -292,31 +270,6 @@ def test_a_part_has_one_page(bench: ModuleType, tmp_path: Path, monkeypatch: pyt
             bench.insert(name, "new")
 
 
-def test_what_is_looked_up_in_a_dictionary_was_told_before(bench: ModuleType, tmp_path: Path) -> None:
-    study = importlib.import_module("studies.dictionaries")
-    (tmp_path / "books.txt").write_text("It was the best of times. " * 2000, encoding="utf-8")
-    tokenizer = sspruner.load()[1]
-    text = study.Interleaved((str(tmp_path / "books.txt"),), tokenizer, 256, words=60, pairs=24, blocks=40)
-    blocks = list(islice(text.training_blocks(), 40))
-    assert torch.equal(blocks[7], next(text.training_blocks(skip=7)))
-    most = []
-    for block in blocks:
-        passage, value = (found[0] for found in study.parts(block[None]))
-        first = block.tolist().index(0)
-        assert passage.tolist() == [place < first for place in range(1, 256)]
-        asked = [(int(block[t]), int(block[t + 1])) for t in value.nonzero()[:, 0]]
-        ends = [*(block == 0).nonzero()[:, 0].tolist(), 256]
-        found = []
-        for begin, end in pairwise(ends):
-            words = block[begin + 1 : end].tolist()
-            told = dict(zip(words[: len(words) // 2 : 2], words[1 : len(words) // 2 : 2], strict=True))
-            assert set(words) <= set(range(1, 61))
-            found += [(key, told[key]) for key in words[len(words) // 2 :: 2]]
-        assert asked == found  # every looked-up value, and no other token
-        most.append(len(asked) // (len(ends) - 1))
-    assert max(most[:4]) < 9 < max(most) <= 24  # more and more pairs
-
-
 def on_a_gpu(where: Path) -> dict[str, dict]:
     """What every block of benchmarks/gpu.py has written."""
     return {file.stem: strict_json.loads(file.read_text(encoding="utf-8")) for file in where.glob("*.json")}
@@ -349,7 +302,9 @@ def test_the_gpu_script_runs_as_a_whole_on_a_cpu(
     speed = rows(text.partition("**speed-1.3b")[2])
     assert [*speed] == ["decode, batch 1", "decode, batch 2", "prefill, batch 1"]
     assert all(re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", row["state 64 / dense"]) for row in speed.values())
-    assert rows(text.partition("**training")[2])["dense"]["dense / it"] == "1.00 (1.00 to 1.00)"
+    for row in rows(text.partition("**training")[2]).values():
+        first, last = map(float, row["loss"].split(" to "))
+        assert last < first
     assert rows(text.partition("**scoring")[2])["ghost"]["proof's error"].startswith(("0e", "1e-0", "2e-0", "3e-0"))
 
 
