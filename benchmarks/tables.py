@@ -226,6 +226,16 @@ def gradual(found: list[Found]) -> list[str]:
     return made
 
 
+def losses(found: list[Found]) -> list[str]:
+    """Draw perplexity after training by loss, and what the dense model's answers alone gain over the text alone."""
+    (one,) = found
+    first, *_, last = [cut for cut in one.section.cuts if "alpha" in cut]
+    gain = [ratio(one.cells[row, last][0].nll - one.cells[row, first][0].nll) for row in one.rows]
+    rows = [[*cells, gained] for cells, gained in zip(grid(one, percent), gain, strict=True)]
+    head = ["cut by GHOST", *one.section.cuts, f"{last} / {first} (95 % interval over windows)"]
+    return [table(f"Perplexity (over dense) by loss; dense {mean(one.dense):.2f}", head, rows)]
+
+
 def scorers(found: list[Found]) -> list[str]:
     """Draw perplexity, KL and the last word by row and cut of each axis, a ratio, and why cells are missing."""
     return [one_axis(one) for one in found]
