@@ -211,7 +211,8 @@ class Bench:
         self.reported, self.also = (subject.text(**text) if text else None for text in (section.reported, section.also))
         self.passages = subject.passages(section.passages) if section.passages else []
         self.ends = section.show.get("ends", ())
-        texts = [text for text in (self.reported, self.also) if text]
+        chooses = section.also.get("file") == section.observed.get("file")  # on the text of the calibration, as it says
+        texts = [text for text in (self.reported, None if chooses else self.also) if text]
         self.windows = [row[kept] for text in texts for row, kept in zip(text.tokens, text.mask, strict=True)]
         self.windows += [torch.tensor(passage.context) for passage in self.passages]
         work.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,9 @@ def tables(s: Any) -> Made:
     experiment, found = run(s)
     made: list[str] = globals()[experiment.table](found)
     section = found[0].section
+    observed = f"{section.observed['windows']} windows observed, " if "windows" in section.observed else ""
     reported = section.reported.get("windows", f"{section.passages} passages")
-    return made, f"seed 0; {section.observed['windows']} windows observed, {reported} reported; {experiment.note}"
+    return made, f"seed 0; {observed}{reported} reported; {experiment.note}"
 
 
 def damage(found: list[Found]) -> list[str]:
