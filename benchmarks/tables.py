@@ -9,7 +9,7 @@ from typing import Any
 
 import commands
 from common import NO, Made, perplexity, ratio, spread, table, with_error
-from experiment import Cell, Found, run
+from experiment import Cell, Found, Section, run
 
 Rows = list[list[str]]
 Show = Callable[[Found, str, str], str]
@@ -24,10 +24,14 @@ def tables(s: Any) -> Made:
         return command
     experiment, found = run(s)
     made: list[str] = globals()[experiment.table](found)
-    section = found[0].section
+    return made, note(found[0].section, experiment.note)
+
+
+def note(section: Section, more: str) -> str:
+    """Return what was observed and reported, and what the experiment says of itself."""
     observed = f"{section.observed['windows']} windows observed, " if "windows" in section.observed else ""
     reported = section.reported.get("windows", f"{section.passages} passages")
-    return made, f"seed 0; {observed}{reported} reported; {experiment.note}"
+    return f"seed 0; {observed}{reported} reported; {more}"
 
 
 def damage(found: list[Found]) -> list[str]:

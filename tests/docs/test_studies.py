@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import re
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -75,6 +76,18 @@ def test_an_expression_has_the_value_that_it_is_labelled_with(bench: ModuleType)
     known = {tuple(row) for row in task.train["input_ids"].tolist()}
     assert not known & {tuple(row) for row in task.test["input_ids"].tolist()}
     assert [value([t for t in row if t]) for row in task.test["input_ids"].tolist()] == task.test["labels"].tolist()
+
+
+def test_every_experiment_says_what_it_observed_and_reported(bench: ModuleType) -> None:
+    """As a whole: a quick run has other sizes."""
+    tables, experiment = importlib.import_module("tables"), importlib.import_module("experiment")
+    files = {part.files[0] for part in bench.PARTS.values() if part.recipe and not part.study}
+    found = [experiment.Experiment.load(file) for file in files if not hasattr(tables.commands, file.stem)]
+    assert len(found) > 10
+    for one in found:
+        assert re.match(
+            r"seed 0; (\d+ windows observed, )?\d+( passages)? reported; ", tables.note(one.sections[0], one.note)
+        )
 
 
 def test_an_interval_over_seeds_is_students(bench: ModuleType) -> None:
