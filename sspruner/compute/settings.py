@@ -30,7 +30,7 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def plain_settings(model: nn.Module | None = None) -> Iterator[None]:
-    """Context manager: no autocast; fp32 and the CPU by default; inference mode only for weights made in it."""
+    """Context manager: no autocast, all bits of fp32, the CPU by default, inference mode for weights of it alone."""
     made_in_inference_mode = model is not None and any(p.is_inference() for p in model.parameters())
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -43,7 +43,37 @@ def plain_settings(model: nn.Module | None = None) -> Iterator[None]:
             mode: Any = torch.device("cpu")  # slows every call of torch down, so only where it is needed
             stack.enter_context(mode)
         torch.set_default_dtype(torch.float32)
+        stack.enter_context(whole_products())
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """Context manager: products and convolutions of fp32 are computed in fp32, not in TF32 or bf16.
+
+    `torch.set_float32_matmul_precision("medium")` leaves 8 bits of them, on CUDA and on a CPU that has bf16.
+    """
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        operations = [kind for of in (backends.cudnn, backends.mkldnn) for kind in (of.conv, of.rnn)]
+        operations += [backends.cuda.matmul, backends.mkldnn.matmul]
+        before = [operation.fp32_precision for operation in operations]
+    else:  # torch before 2.9
+        operations, before = [], []
+        products, convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        if not operations:
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        for operation, value in zip(operations, before, strict=True):
+            operation.fp32_precision = value
+        if not operations:
+            torch.set_float32_matmul_precision(products)
+            backends.cudnn.allow_tf32 = convolutions
