@@ -240,6 +240,14 @@ def test_the_readme_quotes_published_numbers_of_the_page() -> None:
             assert list(readme[label].values())[place] == expected, (row, cut)
 
 
+def test_the_readme_quotes_the_model_whose_state_is_full() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    table = rows(part("dictionaries").partition("mamba2-dictionaries, state cut")[2])
+    names = "ghost", "ghost, reconstruct", "balanced"
+    ghost, reconstructed, balanced = (f"{100 * (float(table[name]['50%'].split()[0]) - 1):+.0f} %" for name in names)
+    assert f"half of it costs {ghost} by GHOST, {reconstructed} reconstructed, {balanced} balanced." in readme
+
+
 def test_the_readmes_picture_is_that_of_the_table(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = script("damage")
