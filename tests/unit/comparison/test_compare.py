@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import sspruner
-from sspruner.comparison.record import Cut
+from sspruner.comparison.record import Cut, row_from_json, row_to_json
 from sspruner.evaluation.damage import damage, damages
 from sspruner.evaluation.last_word import Passage, last_words
 from sspruner.evaluation.paired import Interval
@@ -184,6 +186,12 @@ def test_finished_rows_are_taken_again_until_something_changes(tmp_path: Path) -
     (other / "mine.txt").write_text("x")
     with pytest.raises(sspruner.InputError, match="holds other files"):
         sspruner.compare(model, ["random"], calibration=data, out=other)
+
+
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_row_is_found_at_its_fraction_again(sparsity: float) -> None:
+    row: dict[float, Cut | str] = {sparsity: "no room", 115 / 128: "none"}
+    assert row_from_json(json.loads(json.dumps(row_to_json(row)))) == row
 
 
 def test_json_markdown_and_csv_say_the_same(tmp_path: Path) -> None:
