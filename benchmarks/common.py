@@ -33,17 +33,7 @@ from sspruner.evaluation.recall import tasks_for
 HERE = Path(__file__).resolve().parent
 WINDOWS_PER_BATCH, QUIET = 8, 0.1  # QUIET: cores that others may use while something is timed
 #: Student's t of a 95 % interval, by number of seeds.
-T95 = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}  # Student's t by seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 Made = tuple[list[str], str]  # what a part returns: its tables, and a note for the provenance line
 NO = "–"
 

@@ -194,11 +194,11 @@ def tables(s: Any) -> Made:
 def beside(name: str, found: dict[tuple[str, float], Cell]) -> list[str]:
     """Return what rows cost beside others on the same windows: the ratio of perplexities, the difference of values."""
     cuts, made = list(dict.fromkeys(sparsity for _, sparsity in found)), []
-    kinds: dict[str, tuple[str, Any]] = {
-        "both": ("perplexity of passages and values, the first over the second", ratio)
-    }
-    kinds["right"] = "right values, the first less the second", partial(share, sign="+")
-    for key, (title, show) in kinds.items():
+    ways: list[tuple[str, str, Any]] = [
+        ("both", "perplexity of passages and values, the first over the second", ratio),
+        ("right", "right values, the first less the second", partial(share, sign="+")),
+    ]
+    for key, title, show in ways:
         rows = [[f"{a}; {b}", *(show(found[a, c][key] - found[b, c][key]) for c in cuts)] for a, b in PAIRS]
         made.append(table(f"{name}, state cut: {title}", ["pair", *(f"{cut:.0%}" for cut in cuts)], rows))
     return made

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-INKS = {
-    "light": ("#1F2328", "#D8DEE4"),
-    "dark": ("#E6EDF3", "#3D444D"),
-}  # paper -> text, grid
+#: Paper -> the colours of the text and of the grid.
+INKS = {"light": ("#1F2328", "#D8DEE4"), "dark": ("#E6EDF3", "#3D444D")}
 #: Colours of lines: on light paper, and on dark.
 ORANGE, GREEN, BLUE = ("#B84F00", "#F0883E"), ("#00735A", "#2BBF9A"), ("#0072B2", "#58A6FF")
 

@@ -56,24 +56,30 @@ def whole_products() -> Iterator[None]:
 
     `torch.set_float32_matmul_precision("medium")` leaves 8 bits of them, on CUDA and on a CPU that has bf16.
     """
+    if not hasattr(torch.backends.cudnn, "conv"):  # torch before 2.9
+        with _whole_products_of_old_torch():
+            yield
+        return
     backends: Any = torch.backends
-    if hasattr(backends.cudnn, "conv"):
-        operations = [kind for of in (backends.cudnn, backends.mkldnn) for kind in (of.conv, of.rnn)]
-        operations += [backends.cuda.matmul, backends.mkldnn.matmul]
-        before = [operation.fp32_precision for operation in operations]
-    else:  # torch before 2.9
-        operations, before = [], []
-        products, convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    operations = [kind for of in (backends.cudnn, backends.mkldnn) for kind in (of.conv, of.rnn)]
+    operations += [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = [operation.fp32_precision for operation in operations]
     try:
         for operation in operations:
             operation.fp32_precision = "ieee"
-        if not operations:
-            torch.set_float32_matmul_precision("highest")
-            backends.cudnn.allow_tf32 = False
         yield
     finally:
         for operation, value in zip(operations, before, strict=True):
             operation.fp32_precision = value
-        if not operations:
-            torch.set_float32_matmul_precision(products)
-            backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def _whole_products_of_old_torch() -> Iterator[None]:
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
