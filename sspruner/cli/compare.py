@@ -108,7 +108,9 @@ def add_rows(model: str | None, recipe: CompareRecipe, board: Board, machine: Ma
     from sspruner.reporting.table import board_table
 
     if machine.no_cache:
-        raise InputError("leaderboard: --no-cache: it caches no scores; give another folder to make every row again")
+        raise InputError(
+            "leaderboard: --no-cache: no scores are cached there; to make every row again, give another folder"
+        )
     prepare(machine.plugin)
     assert output.leaderboard is not None
     if model is not None:

@@ -29,7 +29,7 @@ PICTURE = "leaderboard.png"
 
 
 def _check_asked(recipe: CompareRecipe) -> None:
-    """Raise InputError for what a table has, and a leaderboard has not: it would be given in vain."""
+    """Raise InputError for options of a table that a leaderboard would ignore."""
     usual, cells = CompareRecipe(), recipe.cells
     asked = {
         "--metrics": cells.metrics != usual.cells.metrics,
@@ -37,9 +37,10 @@ def _check_asked(recipe: CompareRecipe) -> None:
         "--baseline": cells.baseline is not None,
     }
     if given := [name for name, is_given in asked.items() if is_given]:
-        raise InputError(f"leaderboard: {', '.join(given)}: of a table (--out) alone; all rows have the same measures")
+        raise InputError(f"leaderboard: {', '.join(given)}: every row has the same measures; leave it out, or make a "
+                         "table with --out")  # fmt: skip
     if recipe.method.seed != usual.method.seed:
-        raise InputError(f"leaderboard: --seed {recipe.method.seed}: every row has every one of --seeds")
+        raise InputError(f"leaderboard: --seed {recipe.method.seed}: rows are made with several seeds; give --seeds")
 
 
 @undisturbed

@@ -61,15 +61,26 @@ def _style(palette: Palette, number: int) -> dict[str, Any]:
 
 
 def _curve(ax: Any, board: Leaderboard, which: tuple[str, str], style: dict[str, Any]) -> None:
-    """Draw a recipe's cuts of a model; without any, only its place in the legend. which: model and label."""
+    """Draw a recipe's cuts of a model that have a finite damage; without any, only its place in the legend.
+
+    which: model and label. An interval without an end is drawn without a bar there.
+    """
     model, label = which
     cuts = [cut for cut in board.rows[label].entries.get(model, {}).values() if isinstance(cut, Entry)]
     dense = max(1, board.dense[model].state_bytes)
+    cuts = [cut for cut in cuts if isfinite(cut.measures[RATIO].value)]
     points = sorted((100 * cut.state_bytes / dense, [100 * (x - 1) for x in cut.measures[RATIO]]) for cut in cuts)
     points += [(100.0, [0.0, 0.0, 0.0])] if points else []
     kept, values = [x for x, _ in points], [value for _, (value, _, _) in points]
-    bars = [[value - low for _, (value, low, _) in points], [high - value for _, (value, _, high) in points]]
+    bars = [
+        [_finite(value - low) for _, (value, low, _) in points],
+        [_finite(high - value) for _, (value, _, high) in points],
+    ]
     ax.errorbar(kept, values, yerr=bars, label=label, markersize=4.5, capsize=2.5, linewidth=1.4, **style)
+
+
+def _finite(length: float) -> float:
+    return length if isfinite(length) else 0.0
 
 
 def board_section(board: Leaderboard, name: str, path: str) -> Section:

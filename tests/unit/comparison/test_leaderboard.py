@@ -23,6 +23,8 @@ from sspruner.comparison.leaderboard import BESIDE, CELLS, pooled
 from sspruner.evaluation.paired import Interval, perplexity_ratio
 from sspruner.plugins.manager import plugin_manager
 from sspruner.recipes.leaderboard import MEASURED, WINDOWS
+from sspruner.reporting.board import picture
+from sspruner.reporting.figures import LIGHT
 from sspruner.reporting.folder import read_folder
 from sspruner.reporting.sections import sections
 from support.command import done, refused, saved_model
@@ -190,6 +192,18 @@ def test_lines_name_seeds_that_are_missing_and_reasons_name_their_cuts() -> None
     board = Leaderboard(settings, {"m": dense, "n": dense}, rows)
     assert [line[0] for _, _, lines in board.tables() for line in lines] == ["a", "a (seeds 1 alone)", "a"]
     assert board.notes()[1:] == ["hf, m 50 %, n 75 %: no", "hf, m 75 %: too large"]
+
+
+@pytest.mark.parametrize("value", [1.5, math.inf, math.nan])
+@pytest.mark.parametrize("low", [0.5, math.nan, -math.inf])
+def test_the_picture_of_a_ruined_model_is_drawn(low: float, value: float) -> None:
+    settings = Settings(("m",), (0, 1), (0.5, 0.75), {"source": "s", "samples": 2, "seq_len": 8}, "page", 4)
+    ruined = entry(1.5, measures={RATIO: Interval(value, low, math.inf)})
+    dense = Dense("f", {"perplexity": Interval.exactly(9.0)}, 8, 9, "t")
+    board = Leaderboard(settings, {"m": dense}, {"a": Row({}, {"m": {0.5: entry(0.9), 0.75: ruined}})})
+    (panel,) = picture(board)(LIGHT).axes
+    lowest = [0.45, *[low] * math.isfinite(low)]  # the ends of intervals
+    assert panel.get_ylim()[0] < 100 * (min(lowest) - 1)
 
 
 def test_an_impossible_cut_is_a_reason(tmp_path: Path) -> None:

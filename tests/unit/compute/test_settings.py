@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sspruner
+from sspruner.compute.settings import _whole_products_of_old_torch, whole_products
 from support.tiny import tokens
 from support.zoo import zoo
 
@@ -89,6 +90,18 @@ def test_settings_of_torch_change_no_result(setting: str, scorer: str) -> None:
     with around:
         found = results(model, scorer)
     assert_same(expected(scorer), found)
+
+
+@pytest.mark.parametrize("way", [whole_products, _whole_products_of_old_torch])
+def test_products_keep_their_bits(way: Any) -> None:
+    """As torch names its settings today, and as it did before 2.9."""
+    a, b = (torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    exact = a @ b
+    with few_bits():
+        around = a @ b
+        with way():
+            assert torch.equal(a @ b, exact)
+        assert torch.equal(a @ b, around)
 
 
 def test_train_mode_changes_no_result_and_stays() -> None:
