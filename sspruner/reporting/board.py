@@ -72,10 +72,7 @@ def _curve(ax: Any, board: Leaderboard, which: tuple[str, str], style: dict[str,
     points = sorted((100 * cut.state_bytes / dense, [100 * (x - 1) for x in cut.measures[RATIO]]) for cut in cuts)
     points += [(100.0, [0.0, 0.0, 0.0])] if points else []
     kept, values = [x for x, _ in points], [value for _, (value, _, _) in points]
-    bars = [
-        [_finite(value - low) for _, (value, low, _) in points],
-        [_finite(high - value) for _, (value, _, high) in points],
-    ]
+    bars = [[_finite(abs(found[end] - found[0])) for _, found in points] for end in (1, 2)]
     ax.errorbar(kept, values, yerr=bars, label=label, markersize=4.5, capsize=2.5, linewidth=1.4, **style)
 
 
