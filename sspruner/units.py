@@ -60,6 +60,11 @@ def change_text(ratio: Sequence[float]) -> str:
     return interval_text([100 * (x - 1) for x in ratio], unit=" %", sign="+")
 
 
+def error_text(error: Sequence[float]) -> str:
+    """Format an error that is a share of an energy, and its interval, in per cent: `3.2 % (2.1 to 4.4)`."""
+    return interval_text([100 * x for x in error], unit=" %")
+
+
 def stacked(text: str) -> str:
     """Return `value (low to high)` with the interval on a line of its own, so that a table is narrow."""
     return text.replace(" (", "\n(", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
 from sspruner.evaluation.continuation import continuation
 from sspruner.evaluation.damage import Damage, damages
+from sspruner.evaluation.output_error import OutputError, output_errors
 from sspruner.files.journal import Journal
 from sspruner.pruning.blockwise import check_offloaded, cut_by_blocks, journal_for
 from sspruner.pruning.stages import Cutter, Decision, Machine, Outcome, PruneJob
@@ -37,18 +39,18 @@ class InMemory:
     def cut(self, job: PruneJob, decision: Decision) -> Outcome:
         """See `Cutter.cut`."""
         model, run, method = job.model, job.run, job.recipe.method
-        plans = {"selected": decision.selected or decision.plan, "cut": decision.plan, "one size": decision.one_size}
+        asked = {"selected": decision.selected or decision.plan, "cut": decision.plan, "one size": decision.one_size}
         if decision.selected is None:
-            del plans["cut"]
-        plans = {name: plan for name, plan in plans.items() if plan is not None}
+            del asked["cut"]
+        plans = {name: plan for name, plan in asked.items() if plan is not None}
         with on_device(model, run.device):
             dense = _continuation(job)
-            costs: dict[str, Damage] = {}
-            if predicts_tokens(model):
-                with job.clock("evaluation"):
-                    batches = job.data.held_out_batches()
-                    measured = damages(model, [p for p in plans.values() if p], run.graph, batches)
-                    costs = dict(zip(plans, measured, strict=True))
+            measure = damages if predicts_tokens(model) else output_errors
+            with job.clock("evaluation"):
+                found: Sequence[Damage | OutputError] = measure(
+                    model, [*plans.values()], run.graph, job.data.held_out_batches()
+                )
+            costs = dict(zip(plans, found, strict=True)) if found else {}
         with on_device(model, run.device):
             proof = None
             with job.clock("proof"):

@@ -12,6 +12,7 @@ from torch import nn
 from sspruner.axes import axis_of
 from sspruner.compute.forward import no_tokens
 from sspruner.evaluation.damage import Damage
+from sspruner.evaluation.output_error import OutputError
 from sspruner.evaluation.paired import Interval
 from sspruner.files import strict_json
 from sspruner.files.fields import flag, integer, number, table, text, versioned
@@ -27,6 +28,7 @@ from sspruner.surgery.proof import Proof
 CHECKS: dict[str, Callable[[Any], Any]] = {"str": text, "bool": flag, "int": integer, "dict": table}
 MEASURED = ("perplexity", "kl_to_dense")  # keys of `dense` and `pruned` that are floats; the others are integers
 RATIO = "perplexity_ratio"  # of `pruned`: over that of the dense model, [value, low, high]; not in older files
+OUTPUT_ERROR = "output_error"  # of `pruned`: [value, low, high]; of models that predict no tokens
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Report:
     sparsity    zeros among single elements (`sparsity_of`), {} if the plan has no axis of single elements
     recipe      the recipe (`Recipe.to_json`), {} in reports of version 0.1
     base_model  name of the base model on the hub (`hub_name`), "" if it is not from the hub
-    left_out    why perplexity and KL were not measured, "" if they were
+    left_out    why perplexity and KL were not measured, but the output error at most; "" if they were
     zero_scores by axis, units that the scorer could say nothing of: what they are, how many of how many, and by group
     """
 
@@ -92,7 +94,7 @@ class Report:
         sizes = {
             when: data[when]
             | {name: number(data[when][name]) for name in MEASURED if name in data[when]}
-            | {name: [*Interval.from_json(data[when][name])] for name in (RATIO,) if name in data[when]}
+            | {name: [*Interval.from_json(data[when][name])] for name in (RATIO, OUTPUT_ERROR) if name in data[when]}
             | {name: integer(data[when][name]) for name in ("parameters", "weight_bytes", "state_bytes")}
             for when in ("dense", "pruned")
         }
@@ -119,7 +121,7 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
     """Build the report of a prune after the model was cut."""
     run, data, cut_graph = job.run, job.data, trace(job.model)
     method, scorers = job.recipe.method, job.run.jobs[0]
-    search = decision.search
+    search, cost = decision.search, outcome.damage
     if decision.one_size is not None and outcome.one_size is not None:
         kept_by_all = next(iter(decision.one_size.groups.values())).after
         search = search | {"one_size": {"kept": kept_by_all, **measured(outcome.one_size)}}
@@ -138,10 +140,11 @@ def report_of(job: PruneJob, decision: Decision, outcome: Outcome) -> Report:
             "tokens": int(data.mask.sum()),
             "held_out_tokens": int(data.held_out_mask.sum()),
             "held_out_is_separate": data.held_out_is_separate,
+            "unit": "steps" if data.tokens.is_floating_point() else "tokens",
         },
-        dense=job.dense | ({"perplexity": outcome.damage.dense_perplexity} if outcome.damage else {}),
-        pruned=model_size(job.model, cut_graph) | measured(outcome.damage),
-        left_out="" if outcome.damage else f"perplexity and KL: {no_tokens(job.model)}",
+        dense=job.dense | ({"perplexity": cost.dense_perplexity} if isinstance(cost, Damage) else {}),
+        pruned=model_size(job.model, cut_graph) | measured(cost),
+        left_out="" if isinstance(cost, Damage) else f"perplexity and KL: {no_tokens(job.model)}",
         layers={
             name: {"before": group.units, "after": int(decision.kept[name][0].sum())}
             for name, group in run.groups.items()
@@ -209,10 +212,12 @@ def model_size(model: nn.Module, graph: SSMGraph) -> dict[str, Any]:
     }
 
 
-def measured(cost: Damage | None) -> dict[str, Any]:
+def measured(cost: Damage | OutputError | None) -> dict[str, Any]:
     """Return damage under the names that reports use; {} if it was not measured."""
     if cost is None:
         return {}
+    if isinstance(cost, OutputError):
+        return {OUTPUT_ERROR: [*cost.relative]}
     return {"perplexity": cost.pruned_perplexity, RATIO: [*cost.ratio], "kl_to_dense": cost.kl}
 
 

@@ -13,6 +13,7 @@ import torch
 from sspruner.budgets.budget import ResolvedBudget
 from sspruner.calibrate.sources import Calibration, Progress
 from sspruner.evaluation.damage import Damage
+from sspruner.evaluation.output_error import OutputError
 from sspruner.files.journal import Journal
 from sspruner.formats.targets import Fit
 from sspruner.plans.plan import Plan
@@ -110,16 +111,17 @@ class Decision:
 class Outcome:
     """Measurements of a cut.
 
-    damage           of the plan that was cut, on held-out text; None if the model predicts no tokens
+    damage           of the plan that was cut, on what is held out; of a model that predicts no tokens its output error,
+                     and None without anything held out
     without_refit    of the plan before its refit; equal to `damage` without one
     one_size         of the plan with one size for all layers, if there is one
     proof            None in mask mode
     continuation     the texts that the dense and the pruned model generate after a prompt; None without a tokenizer
     """
 
-    damage: Damage | None
-    without_refit: Damage | None
-    one_size: Damage | None
+    damage: Damage | OutputError | None
+    without_refit: Damage | OutputError | None
+    one_size: Damage | OutputError | None
     proof: Proof | None
     continuation: dict[str, Any] | None
 

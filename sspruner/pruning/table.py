@@ -12,8 +12,8 @@ from rich.text import Text
 
 from sspruner.axes import ELEMENT_AXES
 from sspruner.evaluation.paired import FEW
-from sspruner.pruning.report import RATIO, Report
-from sspruner.units import as_bytes, change_text, number_text, percent, span
+from sspruner.pruning.report import OUTPUT_ERROR, RATIO, Report
+from sspruner.units import as_bytes, change_text, error_text, number_text, percent, span
 
 
 def result_table(report: Report) -> RenderableType:
@@ -42,6 +42,11 @@ def result_table(report: Report) -> RenderableType:
             table.add_row(label, show(dense[key]), show(pruned[key]), change or percent(dense[key], pruned[key]))
     if "kl_to_dense" in pruned:
         table.add_row("KL to dense, nats/token", "", number_text(pruned["kl_to_dense"]), "")
+    if OUTPUT_ERROR in pruned:
+        table.add_row("output error, held out", "", "", error_text(pruned[OUTPUT_ERROR]))
+        if report.refit:
+            without = error_text(report.refit["without"][OUTPUT_ERROR])
+            table.add_row(f"without refit {report.refit['kind']}: output error", "", "", without)
     if report.refit and "perplexity" in pruned:
         without = report.refit["without"]
         change = increase(without) or percent(dense["perplexity"], without["perplexity"])
@@ -139,13 +144,16 @@ def _notes(report: Report) -> list[Text]:
     where = (
         "held out" if data["held_out_is_separate"] else "NOT held out: a single sequence, or a text that repeats itself"
     )
-    measured = f"perplexity and KL on {data['held_out_tokens']:,} others ({where})"
+    what = "output error" if report.left_out else "perplexity and KL"
+    measured = f"{what} on {data['held_out_tokens']:,} others ({where})"
     windows = round(data["held_out_tokens"] / max(data["seq_len"], 1))
     if windows < FEW:
         measured += f", in {windows} window{'s' * (windows > 1)}: too few for a 95 % interval"
+    if report.left_out:
+        measured = f"{f'{measured}; ' if data['held_out_tokens'] else ''}left out: {report.left_out}"
     lines = [
-        f"calibration: {data['source']}, {data['tokens']:,} tokens; {measured if not report.left_out else 'left out: '}"
-        f"{report.left_out}; seed {report.seed}",
+        f"calibration: {data['source']}, {data['tokens']:,} {data.get('unit', 'tokens')}; {measured}; "
+        f"seed {report.seed}",
         f"seconds: {', '.join(f'{phase} {s:.1f}' for phase, s in report.seconds.items())}; "
         f"peak memory {as_bytes(report.peak_memory_bytes)}",
     ]

@@ -12,11 +12,11 @@ from sspruner.errors import InputError, ModelError
 from sspruner.files.provenance import hub_name
 from sspruner.formats.stock import loaded_by
 from sspruner.graph.trace import trace
-from sspruner.pruning.report import Report
+from sspruner.pruning.report import OUTPUT_ERROR, Report
 from sspruner.pruning.table import increase
 from sspruner.surgery.mask import is_masked
 from sspruner.surgery.record import recorded
-from sspruner.units import as_bytes, number_text, percent
+from sspruner.units import as_bytes, error_text, number_text, percent
 
 CARD = "README.md"
 FOLDER = "path/to/this/folder"  # in the loading code
@@ -102,7 +102,7 @@ def _of_report(report: Report) -> list[str]:
         "budget": _cell(json.dumps(report.budget)),
         "order": "all layers scored on the dense model" if report.one_shot else "layer by layer, each on what is left",
         "refit": _refit(report.refit),
-        "calibration": f"{_cell(data['source'])}, {data['tokens']:,} tokens in windows of {data['seq_len']}",
+        "calibration": f"{_cell(data['source'])}, {data['tokens']:,} {_unit(report)} in windows of {data['seq_len']}",
         "seed": str(report.seed),
     }
     cost = [
@@ -118,6 +118,11 @@ def _of_report(report: Report) -> list[str]:
     ]
     if "kl_to_dense" in pruned:
         cost.insert(1, f"| KL to the model before, nats per token | | {number_text(pruned['kl_to_dense'])} | |")
+    if OUTPUT_ERROR in pruned:
+        cost.insert(0, f"| output error, of the energy of the outputs | | | {error_text(pruned[OUTPUT_ERROR])} |")
+        if report.refit:
+            without = error_text(report.refit["without"][OUTPUT_ERROR])
+            cost.insert(1, f"| without the refit: output error | | | {without} |")
     if report.refit and "perplexity" in pruned:
         without = report.refit["without"]
         cost.insert(2, f"| without the refit: perplexity | | {number_text(without['perplexity'])} | |")
@@ -130,7 +135,8 @@ def _of_report(report: Report) -> list[str]:
         "\n".join(["| how | |", "|---|---|", *(f"| {what} | {value} |" for what, value in how.items() if value)]),
         "## What it cost",
         "\n".join(["| | before | after | change |", "|---|---:|---:|---:|", *cost]),
-        f"Left out: {_cell(report.left_out)}." if report.left_out else _measured(data),
+        _measured(report),
+        f"Left out: {_cell(report.left_out)}." if report.left_out else "",
         _proof(report),
     ]
 
@@ -149,17 +155,24 @@ def _refit(refit: dict[str, Any]) -> str:
     )
 
 
-def _measured(data: dict[str, Any]) -> str:
+def _measured(report: Report) -> str:
+    data = report.calibration
+    if not data["held_out_tokens"]:
+        return ""
+    what, says = ("The output error was", "It says") if report.left_out else ("Perplexity and KL were", "They say")
+    unit = _unit(report)
     where = "held out from calibration"
     if not data["held_out_is_separate"]:
         where = "NOT held out from calibration, for the source holds a single sequence or repeats itself"
-    other = "They say little about text of other kinds."
+    other = f"{says} little about {'text' if unit == 'tokens' else 'data'} of other kinds."
     if data["source"] == "self":
-        other = "The model itself wrote that text, before the cut: they say little about text of other kinds."
-    return (
-        f"Perplexity and KL were evaluated on {data['held_out_tokens']:,} tokens of {_code(data['source'])}, {where}. "
-        f"{other}"
-    )
+        other = f"The model itself wrote that text, before the cut. {other}"
+    return f"{what} evaluated on {data['held_out_tokens']:,} {unit} of {_code(data['source'])}, {where}. {other}"
+
+
+def _unit(report: Report) -> str:
+    """Return what the model reads, in the plural."""
+    return str(report.calibration.get("unit", "tokens"))
 
 
 def _proof(report: Report) -> str:

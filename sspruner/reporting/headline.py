@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sspruner.axes import ELEMENT_AXES, axis_of
 from sspruner.comparison.record import Comparison, Cut
-from sspruner.pruning.report import RATIO, Report
+from sspruner.pruning.report import OUTPUT_ERROR, RATIO, Report
 from sspruner.reporting.folder import Folder
-from sspruner.units import as_bytes, change_text, number_text, percent, span
+from sspruner.units import as_bytes, change_text, error_text, number_text, percent, span
 
 
 def headline(folder: Folder) -> list[str]:
@@ -27,6 +27,8 @@ def _of_report(report: Report) -> str:
     if RATIO in report.pruned:
         cost = change_text(report.pruned[RATIO])
         parts.append(f"Perplexity {cost}, KL {number_text(report.pruned['kl_to_dense'])} nats per token.")
+    if OUTPUT_ERROR in report.pruned:
+        parts.append(f"Output error on held-out windows {error_text(report.pruned[OUTPUT_ERROR])}.")
     state = [sizes["state_bytes"] for sizes in (report.dense, report.pruned)]
     if state[0] != state[1]:
         sizes_of_state = " → ".join(map(as_bytes, state))

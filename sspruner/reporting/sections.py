@@ -11,7 +11,7 @@ from sspruner.comparison.record import Comparison, Cut
 from sspruner.evaluation.paired import Interval
 from sspruner.evaluation.result import Evaluation, Row
 from sspruner.plans.plan import PlanSummary
-from sspruner.pruning.report import Report
+from sspruner.pruning.report import OUTPUT_ERROR, Report
 from sspruner.recipes.yaml import as_yaml
 from sspruner.reporting.board import board_section
 from sspruner.reporting.content import Code, Figure, Section, Table, shown
@@ -19,7 +19,7 @@ from sspruner.reporting.evaluation import STATES, stored_as
 from sspruner.reporting.figures import Line, bars, lines
 from sspruner.reporting.folder import Folder
 from sspruner.reporting.score_sections import score_section
-from sspruner.units import as_bytes, number_text, span
+from sspruner.units import as_bytes, error_text, number_text, span
 
 DENSE = -1  # style of the dense model: the last colour and marker, which no other has unless there are many
 MOST_TICKS = 8
@@ -304,7 +304,7 @@ def _cut(cut: Report | PlanSummary, name: str, path: str) -> Section:
         figures.append(_refit(cut.refit, f"{name}-{len(figures)}"))
     costs = tuple(
         (key.replace("_", " "), _cost(key, cut.dense.get(key)), _cost(key, cut.pruned[key]))
-        for key in ("perplexity", "kl_to_dense", "parameters", "weight_bytes", "state_bytes")
+        for key in ("perplexity", "kl_to_dense", OUTPUT_ERROR, "parameters", "weight_bytes", "state_bytes")
         if key in cut.pruned
     )
     note = f"{path}{': ' if cut.model else ''}{cut.model}"
@@ -334,9 +334,11 @@ def _refit(refit: Mapping[str, Any], name: str) -> Figure:
     )
 
 
-def _cost(key: str, value: float | None) -> str:
+def _cost(key: str, value: Any) -> str:
     if value is None:
         return "–"
+    if key == OUTPUT_ERROR:
+        return error_text(value)
     if key.endswith("_bytes"):
         return as_bytes(value)
     return f"{value:,.0f}" if float(value).is_integer() else number_text(value)

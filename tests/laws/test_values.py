@@ -19,6 +19,10 @@ import sspruner
 from sspruner.calibrate.replay import Replay
 from sspruner.compute.inputs import input_name, reads_tokens
 from sspruner.errors import InputError, ModelError
+from sspruner.evaluation.output_error import _counted
+from sspruner.pruning.report import Report
+from sspruner.reporting.card import model_card
+from sspruner.units import error_text
 from support.command import done, refused
 from support.examples import examples
 from support.series import CHANNELS, STEPS, Classifier, Forecaster, config
@@ -94,6 +98,43 @@ def test_sliced_equals_masked(kind: Any, axis: str, sparsity: float, by_weights:
     torch.testing.assert_close(put_out(cut, inputs), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     sspruner.unmask(model)
     assert not torch.allclose(put_out(model, inputs), expected)  # the cut is no empty one
+
+
+@example(kind=Wide, refit=None, held_out=3)
+@given(kind=st.sampled_from([Forecaster, Classifier]), refit=st.sampled_from([None, "output"]), held_out=st.just(5))
+@examples(4)
+def test_the_report_says_how_far_the_outputs_are(kind: Any, refit: str | None, held_out: int) -> None:
+    """Of both models on the windows that were held out: by hand, one by one; intervals hold it."""
+    model = Wide().eval() if kind is Wide else forecaster(kind=kind)
+    inputs = torch.arange(240).view(20, 12) % 11 if kind is Classifier else windows()
+    data = sspruner.calibration(inputs, model, samples=12, held_out=held_out)
+    dense = torch.cat([put_out(model, one[None]) for one in data.held_out]).double()
+    result = sspruner.prune(copy.deepcopy(model), "ghost", sparsity=0.5, calibration=data, refit=refit or "none")
+    cut = torch.cat([put_out(result.model, one[None]) for one in data.held_out]).double()
+    value, low, high = result.report.pruned["output_error"]
+    assert value == pytest.approx(float((cut - dense).square().sum() / dense.square().sum()), rel=1e-3)
+    assert 0 < low <= value <= high
+    assert Report.from_json(result.report.to_json()).pruned["output_error"] == [value, low, high]
+    if refit:
+        without = result.report.refit["without"]["output_error"][0]
+        assert without != value
+    unit = "tokens" if kind is Classifier else "steps"
+    card = "" if kind is Wide else model_card(result.model, "sspruner", result.report)  # no folder could describe it
+    for text in (card, str(result)) if card else (str(result),):
+        assert "output error" in text
+        assert error_text([value, low, high]).split(" (")[0] in text
+        assert f"{12 * 12} {unit}" in text
+    assert not card or f"The output error was evaluated on {held_out * 12} {unit}" in card
+
+
+@given(seed=st.integers(0, 99), width=st.sampled_from([0, 3]))
+@examples(5)
+def test_padding_does_not_count_in_an_output_error(seed: int, width: int) -> None:
+    """A model with an output for each position: what it puts out at padding changes nothing."""
+    out, mask = torch.randn(2, 5, *[width] * bool(width)), torch.rand(2, 5) < 0.6
+    other = torch.where(mask.view(2, 5, *[1] * bool(width)), out, torch.randn_like(out))
+    assert torch.equal(_counted(out, mask), _counted(other, mask))
+    assert torch.equal(_counted(out, torch.ones_like(mask)), out.double().flatten(1))
 
 
 @pytest.mark.parametrize("kind", [Forecaster, Patches])
