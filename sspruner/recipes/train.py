@@ -35,8 +35,10 @@ class TrainText:
     """Column of the training text in tables and datasets."""
 
     def __post_init__(self) -> None:
-        """Read one text as a tuple of one."""
+        """Read one text as a tuple of one. Raises InputError if nothing is held out."""
         read_texts(self)
+        if self.held_out < 1:
+            raise InputError(f"held_out {self.held_out}: must be at least 1: what a run reports is measured there")
 
 
 @Parameter(name="*", group=TEXT)

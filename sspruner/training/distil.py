@@ -23,7 +23,7 @@ from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.trace import trace
 from sspruner.recipes.train import DistilRecipe
 from sspruner.training.arguments import recipe_of
-from sspruner.training.loop import Objective, Trained, train
+from sspruner.training.loop import Objective, Trained, gradients_on, train
 from sspruner.training.run import run_folder
 from sspruner.training.text import Text
 
@@ -60,9 +60,8 @@ def distil(
     recipe = recipe_of(DistilRecipe, recipe, text, short)
     settings, method = recipe.settings, recipe.method
     alpha, temperature, hidden, lora = method.alpha, method.temperature, method.hidden, method.lora
-    sizes = [embedding(model).num_embeddings for model in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(f"teacher: has {sizes[1]:,} tokens in its vocabulary and the student {sizes[0]:,}")
+    check_teacher(student, teacher)
+    gradients_on(student)
     if hidden:
         _check_hidden(student, teacher)
     run_settings: dict[str, Any] = {
@@ -78,12 +77,19 @@ def distil(
     trained = with_lora(student.float(), lora) if lora else student.float()
     hook = None if lora else keep_zeros(student)
     with quick_on_cpu(teacher, device):
-        objective = distillation(teacher.to(device).eval(), alpha, temperature, hidden)
+        objective = distillation(teacher.to(device), alpha, temperature, hidden)
         record = train(trained, text, settings, objective, folder, after_step=hook, progress=progress)
     student = trained.merge_and_unload() if lora else student  # type: ignore[operator]
     for name, parameter in student.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     return student.requires_grad_(False).eval(), record
+
+
+def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise ModelError for a teacher with another vocabulary."""
+    sizes = [embedding(model).num_embeddings for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(f"teacher: has {sizes[1]:,} tokens in its vocabulary and the student {sizes[0]:,}")
 
 
 def _check_hidden(student: nn.Module, teacher: nn.Module) -> None:
@@ -111,12 +117,12 @@ def with_lora(model: nn.Module, rank: int) -> Any:
         import peft
     except ImportError as error:
         raise InputError(f"lora needs the package peft: {install('train')}") from error
-    masked = [name for name, p in model.named_parameters() if p.ndim > 1 and bool((p == 0).any())]
-    if masked:
-        raise InputError(f"lora: {masked[0]} holds zeros, which narrow matrices would fill; train all weights")
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     targets = sorted(name for name in linear if name.rpartition(".")[2] != "out_proj")
+    masked = [name for name in targets if bool((model.get_parameter(f"{name}.weight") == 0).any())]
+    if masked:
+        raise InputError(f"lora: {masked[0]}.weight holds zeros, which narrow matrices would fill; train all weights")
     config = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by a deprecated name
@@ -124,11 +130,12 @@ def with_lora(model: nn.Module, rank: int) -> Any:
 
 
 def distillation(teacher: nn.Module, alpha: float = 0.5, temperature: float = 1.0, hidden: float = 0.0) -> Objective:
-    """Return the loss function of a student. teacher: in eval mode, on the student's device.
+    """Return the loss function of a student. teacher: on the student's device; it is set to eval mode.
 
     hidden: weight of the squared error of the hidden states after each block, relative to the teacher's mean square.
     """
     options = {"use_cache": False} | ({"output_hidden_states": True} if hidden else {})
+    teacher.eval()
 
     def loss(student: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         outputs = student(input_ids=tokens, **options)

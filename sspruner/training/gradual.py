@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from sspruner.budgets.decide import plan
 from sspruner.calibrate.sources import calibration
 from sspruner.calibrate.view import SSMView
 from sspruner.compute.device import check_whole
+from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
+from sspruner.graph.family import DeltaProjected
 from sspruner.graph.fingerprint import fingerprint
 from sspruner.graph.group import ZERO, DependencyGroup
 from sspruner.graph.trace import trace
@@ -41,9 +43,9 @@ from sspruner.surgery.apply import apply
 from sspruner.surgery.mask import dropped
 from sspruner.surgery.tensors import tensor
 from sspruner.training.arguments import recipe_of
-from sspruner.training.distil import distillation
+from sspruner.training.distil import check_teacher, distillation
 from sspruner.training.examples import Examples
-from sspruner.training.loop import Objective, Trained, train
+from sspruner.training.loop import ANEW, Objective, Trained, gradients_on, train
 from sspruner.training.run import run_folder
 from sspruner.training.text import Text
 
@@ -72,10 +74,12 @@ def gradual(
 
     Raises:
         InputError: for invalid arguments, and if a state stops decaying.
+        ModelError: for a teacher with another vocabulary.
     """
     check_whole(model, "training")
     if teacher is not None:
         check_whole(teacher, "a teacher")
+    gradients_on(model)
     recipe = recipe_of(GradualRecipe, recipe, text, short, {"every": "mask_every"})
     settings, method = recipe.settings, recipe.method
     if method.teacher is not None and teacher is None:
@@ -90,7 +94,9 @@ def gradual(
     model = model.float()
     pruner = Pruner(model, method.axis, schedule, method.alpha, method.allocation, probe)
     folder = run_folder(out, run_settings | settings.identity() | text.identity(), recipe)
-    record = train(model, text, settings, objective, folder, after_step=pruner, memory=pruner.memory, progress=progress)
+    more: dict[str, Any] = {"after_step": pruner, "memory": pruner.memory, "progress": progress}
+    with quick_on_cpu(teacher, next(model.parameters()).device) if teacher is not None else nullcontext():
+        record = train(model, text, settings, objective, folder, **more)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     cut_plan = pruner.final()
@@ -105,7 +111,10 @@ def task_of(
 ) -> tuple[torch.Tensor, Objective]:
     """Return the first held-out inputs, on which decay is checked, and the loss function. at_once: how many."""
     if isinstance(text, Text):
-        return text.held_out_blocks()[:at_once], distillation(teacher) if teacher else likelihood
+        if teacher is None:
+            return text.held_out_blocks()[:at_once], likelihood
+        check_teacher(model, teacher)
+        return text.held_out_blocks()[:at_once], distillation(teacher.to(next(model.parameters()).device))
     text.check(model)
     if teacher is not None:
         raise InputError("teacher: distils what a language model predicts; leave it out where you give examples")
@@ -232,12 +241,11 @@ class Pruner:
                 front[torch.unravel_index(rows.to(data.device), front.shape[: len(dims)])] = 0
 
     def check_decay(self, step: int) -> None:
-        """Raise InputError if a state stops decaying, or is lost in one step: exp(dt A) outside (0, 1)."""
+        """Raise InputError if a state stops decaying, or is lost in one step: a decay outside (0, 1)."""
         for layer, (low, high) in decay_ranges(self.model, self.probe).items():
             if not 0 < low <= high < 1:
                 raise InputError(
-                    f"step {step}: exp(dt A) of {layer} is from {low:g} to {high:g}, outside (0, 1); the last "
-                    "checkpoint is good: lower the learning rate"
+                    f"step {step}: the decay of {layer} is from {low:g} to {high:g}, outside (0, 1); {ANEW}"
                 )
 
     def final(self) -> Plan:
@@ -253,8 +261,8 @@ class Pruner:
 
 
 def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """Return the least and the most of exp(dt A) by mixer, over tokens (b, T), or values that the model reads, and
-    heads, or channels and states; fp64.
+    """Return the least and the most of a mixer's decay, exp(dt A) or a delta rule's own, over tokens (b, T), or values
+    that the model reads, and heads, channels and states; fp64.
     """
     ranges: dict[str, tuple[float, float]] = {}
 
@@ -262,8 +270,11 @@ def decay_ranges(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[floa
         name, axes, needs = "decay", {"state"}, "activations"
 
         def observe(self, view: SSMView) -> None:
-            dt, A = view.dt.double(), view.A.double()  # (b, T, H) and (H,), or (b, T, G, P) and (G, P, N)
-            decay = torch.exp(dt * A if A.ndim == 1 else dt[..., None] * A)
+            if isinstance(view.projected, DeltaProjected):
+                decay = view.projected.decay.double().exp()  # (b, T, H), or (b, T, H, K)
+            else:
+                dt, A = view.dt.double(), view.A.double()  # (b, T, H) and (H,), or (b, T, G, P) and (G, P, N)
+                decay = torch.exp(dt * A if A.ndim == 1 else dt[..., None] * A)
             low, high = ranges.get(view.layer, (math.inf, -math.inf))
             ranges[view.layer] = min(low, float(decay.min())), max(high, float(decay.max()))
             self.units = view.C.shape[-2:]

@@ -30,6 +30,9 @@ from sspruner.training.text import Text
 Objective = Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 Hook = Callable[[int], None]  # called with the number of the step that has just finished
 
+#: What to do where a step goes wrong: a run's checkpoints are of its learning rate alone.
+ANEW = "start again in another folder, with a lower learning rate"
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -118,6 +121,12 @@ def train(
     return Trained(step, tokens, time.monotonic() - begun, perplexities, step == settings.steps, **found)
 
 
+def gradients_on(model: nn.Module) -> None:
+    """Let all parameters of a model have gradients, if none has: so do the functions that train return theirs."""
+    if not any(p.requires_grad for p in model.parameters()):
+        model.requires_grad_(True)
+
+
 def recompute(model: nn.Module, what: str) -> None:
     """Enable or disable gradient checkpointing in transformers, whose method had another name before."""
     for name in (f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"):
@@ -194,7 +203,7 @@ def take_step(
     if not all(map(math.isfinite, metrics.values())):
         raise InputError(
             f"step {step}: the loss is {metrics['loss']:g}, the norm of its gradient {metrics['gradient_norm']:g}; "
-            "what is in checkpoints is good: lower the learning rate"
+            f"{ANEW}"
         )
     optimizer.step()
     return metrics

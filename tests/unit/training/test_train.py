@@ -262,6 +262,12 @@ def test_narrow_matrices_would_fill_zeros(tmp_path: Path) -> None:
     student.backbone.layers[0].mixer.in_proj.weight.data[0] = 0
     with pytest.raises(InputError, match=r"in_proj.weight holds zeros, which narrow matrices would fill"):
         distil(student, tiny_model(), text(tmp_path), tmp_path / "run", settings=SMALL, lora=2)
+    other = tiny_model()  # where no narrow matrix is added, zeros are in nobody's way
+    other.backbone.embeddings.weight.data[0] = 0
+    other.backbone.layers[0].mixer.out_proj.weight.data[0] = 0
+    found, _ = distil(other, tiny_model(), text(tmp_path), tmp_path / "other", settings=SMALL, lora=2)
+    assert not found.backbone.embeddings.weight[0].any()
+    assert not found.backbone.layers[0].mixer.out_proj.weight[0].any()
 
 
 def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
@@ -344,6 +350,9 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     for wrong in ({"alpha": 2.0}, {"temperature": 0.0}, {"hidden": -1.0}, {"lora": -1}):
         with pytest.raises(InputError, match="alpha"):
             distil(model, model, text(tmp_path), tmp_path / "run", **wrong)
+    for held_out in (0, -1):
+        with pytest.raises(InputError, match=f"held_out {held_out}: must be at least 1"):
+            distil(model, model, replace(text(tmp_path), held_out=held_out), tmp_path / "run")
     other = tiny_model()
     other.resize_token_embeddings(7)
     with pytest.raises(ModelError, match="7 tokens in its vocabulary and the student 31"):

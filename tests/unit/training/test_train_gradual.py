@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import sspruner
 from sspruner.budgets.elements import FLOOR
-from sspruner.errors import InputError
+from sspruner.errors import InputError, ModelError
 from sspruner.training import gradual as module
 from sspruner.training.gradual import Pruner, Schedule, decay_ranges, gradual
 from support.examples import examples
@@ -193,16 +193,48 @@ def test_an_interrupted_run_ends_with_the_same_masks_and_weights(
 
 
 def test_decay_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for family in ("mamba2", "mamba"):
+    for family in ("mamba2", "mamba", "qwen3_next", "kimi_linear"):
         model = zoo(family)
         found = decay_ranges(model, tokens(2, 8) % model.config.vocab_size)
         assert list(found) == [site.path for site in sspruner.trace(model).layers]
         assert all(0 < low <= high < 1 for low, high in found.values())
+    forgetting = zoo("qwen3_next")
+    forgetting.model.layers[0].linear_attn.A_log.data.fill_(20)
+    assert decay_ranges(forgetting, tokens(2, 8))["model.layers.0.linear_attn"] == (0.0, 0.0)
     still = tiny_model()
     still.backbone.layers[1].mixer.A_log.data.fill_(-1e4)
     assert decay_ranges(still, tokens(2, 8))["backbone.layers.1.mixer"] == (1.0, 1.0)
-    with pytest.raises(InputError, match=r"step 2: exp\(dt A\) of backbone.layers.1.mixer is from 1 to 1, outside"):
+    with pytest.raises(InputError, match=r"step 2: the decay of backbone.layers.1.mixer is from 1 to 1, outside"):
         gradual(still, text(tmp_path), tmp_path / "run", settings=TEN, **STEPS)
+
+
+@pytest.mark.parametrize("axis", ["state", "weight"])
+def test_a_delta_rule_is_pruned_while_it_trains(axis: str, tmp_path: Path) -> None:
+    model = zoo("qwen3_next")
+    before = sspruner.trace(model).state_bytes
+    model, made, found = gradual(
+        model, text(tmp_path), tmp_path / "run", axis=axis, sparsity=0.5, settings=TEN, **STEPS
+    )
+    assert found.finished
+    assert made.axes == (axis,)
+    assert sspruner.trace(model).state_bytes == before // (2 if axis == "state" else 1)
+
+
+def test_a_trained_model_is_trained_again_and_a_teacher_answers_in_eval_mode(tmp_path: Path) -> None:
+    """A model comes back without gradients, and a teacher may be handed over in train mode."""
+    first, *_ = gradual(tiny_model(), text(tmp_path), tmp_path / "a", axis="state", settings=TEN, **STEPS)
+    teacher, modes = tiny_model(seed=1).train(), set[bool]()
+    teacher.register_forward_hook(lambda module, *_: modes.add(module.training))
+    second, _, found = gradual(
+        first, text(tmp_path), tmp_path / "b", axis="head", sparsity=0.5, settings=TEN, teacher=teacher, **STEPS
+    )
+    assert found.finished
+    assert modes == {False}
+    assert not any(p.requires_grad for p in second.parameters())
+    other = tiny_model()
+    other.resize_token_embeddings(7)
+    with pytest.raises(ModelError, match="teacher: has 7 tokens in its vocabulary"):
+        gradual(tiny_model(), text(tmp_path), tmp_path / "c", settings=TEN, teacher=other, **STEPS)
 
 
 def test_a_run_that_ends_before_anything_went_leaves_the_model_whole(tmp_path: Path) -> None:
