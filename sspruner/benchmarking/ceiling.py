@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sspruner.benchmarking.footprint import Footprint
+from sspruner.benchmarking.footprint import Footprint, beside_the_text
 from sspruner.compute.forward import embedding
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than the size of any cache
@@ -63,9 +63,9 @@ def token_operations(model: Any, found: Footprint) -> int:
     table = embedding(model).weight
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     tied = uses[id(table)] > 1
-    total = UPDATE * found.state_numbers
+    total, beside = UPDATE * found.state_numbers, beside_the_text(model)
     for name, p in model.named_parameters():
-        if p.ndim < 2 or name.endswith("A_log") or (p is table and not tied):
+        if p.ndim < 2 or name.endswith("A_log") or (p is table and not tied) or id(p) in beside:
             continue
         if p.ndim == 3 and found.experts and p.shape[0] == found.experts:
             total += 2 * p.numel() * found.experts_per_token // found.experts
@@ -75,7 +75,10 @@ def token_operations(model: Any, found: Footprint) -> int:
 
 
 def attention_operations(found: Footprint) -> int:
-    """Return the minimal operations per token and attended token: one multiplication and addition per key and value."""
+    """Return the fewest operations per token and attended token: one multiplication and addition per key and value.
+
+    Several heads of queries that share keys do more; the ceiling stays one.
+    """
     return 2 * found.kv_bytes_per_token // (4 if found.dtype == "float32" else 2)
 
 

@@ -158,7 +158,7 @@ def footprint(model: Any, graph: SSMGraph, context: int = CONTEXT) -> Footprint:
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     table = embedding(model).weight
     tied = uses[id(table)] > 1
-    fixed, elsewhere = 0, _beside_the_text(model)
+    fixed, elsewhere = 0, beside_the_text(model)
     for name, p in model.named_parameters():
         if id(p) in experts or id(p) in elsewhere or (p is table and not tied):
             continue
@@ -191,7 +191,7 @@ def _kv_bytes(model: nn.Module, graph: SSMGraph) -> int:
     return total
 
 
-def _beside_the_text(model: Any) -> set[int]:
+def beside_the_text(model: Any) -> set[int]:
     """Return the ids of the parameters that no step of decoding reads: the vision part of a multimodal model."""
     text = text_path(model)
     if not text:

@@ -178,6 +178,9 @@ def _prepared(model: nn.Module, recipe: CompareRecipe, given: Given, tokenizer: 
     _check_baseline(model, given.baseline)
     if recipe.cells.lambada is None or given.passages:
         return given
+    if tokenizer is None:
+        raise InputError(f"lambada {recipe.cells.lambada}: passages are text, and the model has no tokenizer; give one "
+                         "with --tokenizer, or leave lambada out")  # fmt: skip
     texts = read_passages(recipe.cells.lambada)
     return replace(given, passages=tuple(passages(tokenizer, texts, PASSAGES, recipe.method.seed)))
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sspruner.benchmarking import resident
+from sspruner.benchmarking.ceiling import synchronise
 from sspruner.calibrate.seen import refuse_seen, seen_of
 from sspruner.calibrate.sources import Calibration, Progress, calibration
 from sspruner.comparison.board import KL, RATIO, RECALL, Dense, Entry, Leaderboard, Refusal, Row
@@ -98,11 +99,16 @@ def filled(board: Leaderboard, place: Place, named: Sequence[str]) -> Iterator[L
 
 
 def _lacking(board: Leaderboard, label: str, model: str, named: bool) -> list[float]:
-    """Return the cuts of a row that are not made, or not with these seeds; of a named row those made by other code."""
+    """Return the cuts of a row that are not made, or not with these seeds.
+
+    Of a named row also those that were refused, and those made by other code.
+    """
     row, found = board.rows[label], []
     for sparsity in board.settings.sparsities:
         entry = row.of(model, sparsity)
-        whole = isinstance(entry, Refusal) or (isinstance(entry, Entry) and entry.seeds == board.settings.seeds)
+        whole = (isinstance(entry, Refusal) and not named) or (
+            isinstance(entry, Entry) and entry.seeds == board.settings.seeds
+        )
         if not whole or (named and entry and model in board.dense and entry.key != _key(board, row, model)):
             found.append(sparsity)
     return found
@@ -156,9 +162,10 @@ def _cell(board: Leaderboard, row: Row, bench: Bench, which: tuple[str, float, i
     """Return the cell of an entry and a seed, from its file or newly made. which: the row's key, sparsity and seed."""
     key, sparsity, seed = which
     file = place.cells / f"{key}-{sparsity!r}-{seed}.json"
-    if (cell := _read(file)) is None:
+    if (cell := _read(file)) is None or "error" in cell:  # a reason is not kept: another version may have none
         cell = _made(board, row, bench, (sparsity, seed), place)
-        write_file(file, strict_json.dumps(cell))
+        if "error" not in cell:
+            write_file(file, strict_json.dumps(cell))
     return cell
 
 
@@ -186,12 +193,12 @@ def _made(board: Leaderboard, row: Row, bench: Bench, which: tuple[float, int], 
     source: dict[str, Any] = {"calibration": data}
     if recipe.method.refit == "reconstruct":  # which reads more windows of the text
         source = {"tokenizer": bench.tokenizer}
-    before = resident.start()
+    before = _bytes_now(place.device) if seed == board.settings.seeds[0] else None
     try:
         result = prune(small, recipe, device=str(place.device), **source)
     except (InputError, PlanError, ModelError) as error:
         return {"error": str(error)}
-    memory = None if before is None else resident.peak() - before
+    memory = None if before is None else _peak_bytes(place.device) - before
     reported = (row[kept] for tokens, mask in bench.inputs.batches for row, kept in zip(tokens, mask, strict=True))
     refuse_seen(seen_of(small), reported, f"leaderboard, text {board.settings.measured}")
     seconds = sum(s for phase, s in result.report.seconds.items() if phase not in NOT_PRUNING)
@@ -216,16 +223,32 @@ def _made(board: Leaderboard, row: Row, bench: Bench, which: tuple[float, int], 
 
 
 def _calibrated(text: CalibrationText, bench: Bench, seed: int, place: Place) -> tuple[Calibration, float]:
-    """Return the calibration text of a seed, and the seconds of a pass of the dense model over it."""
+    """Return the calibration text of a seed, and the seconds of a second pass of the dense model over it."""
     if seed not in bench.calibrated:
         how: dict[str, Any] = {"samples": text.samples, "seq_len": text.seq_len, "text_column": text.text_column}
         with on_device(bench.model, place.device), quick_on_cpu(bench.model, place.device), torch.no_grad():
             data = calibration(text.source, bench.model, bench.tokenizer, **how, held_out=BESIDE, seed=seed)
-            start = time.perf_counter()
-            for tokens, mask in data.batches():
-                forward(bench.model, tokens, mask, use_cache=False)
+            for _ in range(2):  # the first pass finds out what is quick, and fills caches
+                synchronise(place.device)
+                start = time.perf_counter()
+                for tokens, mask in data.batches():
+                    forward(bench.model, tokens, mask, use_cache=False)
+                synchronise(place.device)
             bench.calibrated[seed] = data, time.perf_counter() - start
     return bench.calibrated[seed]
+
+
+def _bytes_now(device: torch.device) -> int | None:
+    """Return the bytes in use, of the GPU or of this process, and begin to note their peak; None if nobody says it."""
+    if device.type != "cuda":
+        return resident.start()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Return the peak since `_bytes_now`, which has returned a number."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident.peak()
 
 
 def _numbers(values: Values, dense: Values) -> Cell:
@@ -248,12 +271,13 @@ def pooled(cells: Sequence[Cell], seeds: Sequence[int], key: str) -> Entry | Ref
     if RECALL in cells[0]:
         measures[RECALL] = mean(_mean(cells, RECALL))
     memory = [cell["memory"] for cell in cells if cell["memory"] is not None]
+    timed = [cell for cell in cells if cell["memory"] is None] or cells  # page faults while memory is noted take time
     return Entry(
         measures=measures,
         state_bytes=max(cell["state_bytes"] for cell in cells),
         parameters=max(cell["parameters"] for cell in cells),
-        seconds=sum(cell["seconds"] for cell in cells) / len(cells),
-        forwards=sum(cell["forwards"] for cell in cells) / len(cells),
+        seconds=sum(cell["seconds"] for cell in timed) / len(timed),
+        forwards=sum(cell["forwards"] for cell in timed) / len(timed),
         memory=max(memory) if memory else None,
         loads=cells[0]["loads"],
         seeds=tuple(seeds),

@@ -16,6 +16,7 @@ from sspruner.errors import InputError
 from sspruner.files.output import atomic_file, check_results, write_file
 from sspruner.io.load import load
 from sspruner.io.source import DEFAULT
+from sspruner.recipes.common import recipe_or_short
 from sspruner.recipes.compare import CompareRecipe
 from sspruner.recipes.leaderboard import MEASURED, SEEDS, WINDOWS, Board
 from sspruner.recipes.parts import Budget, Method
@@ -28,9 +29,15 @@ MARKS = (FILE, CELLS)  # a folder with one of these is a leaderboard
 PICTURE = "leaderboard.png"
 
 
-def _check_asked(recipe: CompareRecipe) -> None:
-    """Raise InputError for options of a table that a leaderboard would ignore."""
+def _check_asked(recipe: CompareRecipe, has_rows: bool) -> None:
+    """Raise InputError for options of a table that a leaderboard would ignore; without rows, for those of a row."""
     usual, cells = CompareRecipe(), recipe.cells
+    parts = () if has_rows else ("remove", "budget", "method", "reconstruction")
+    of_rows = [f.name for part in parts for f in fields(getattr(usual, part)) if f.name != "seed"
+               and getattr(getattr(recipe, part), f.name) != getattr(getattr(usual, part), f.name)]  # fmt: skip
+    if of_rows:
+        raise InputError(f"leaderboard: {', '.join(of_rows)}: says how a row is made, and none is named; add "
+                         "--scorers, or leave it out")  # fmt: skip
     asked = {
         "--metrics": cells.metrics != usual.cells.metrics,
         "--lambada": cells.lambada is not None,
@@ -71,14 +78,19 @@ def leaderboard(
 
     Raises:
         InputError: for cuts or texts other than those of the folder, for another model of the same name, for a recipe
-            that was calibrated on the text that is measured, and for metrics, a baseline or a seed of the recipe.
+            that was calibrated on the text that is measured, for metrics, a baseline or a seed of the recipe, and for
+            its other parts where it names no scorers.
     """
     board = board or Board(**{f.name: short.pop(f.name) for f in fields(Board) if f.name in short})
-    recipe = recipe if isinstance(recipe, CompareRecipe) else CompareRecipe.of(recipe, **short)
-    _check_asked(recipe)
+    if isinstance(recipe, CompareRecipe):
+        recipe = recipe_or_short(CompareRecipe, recipe, short)
+    else:
+        recipe = CompareRecipe.of(recipe, **short)
     folder = check_results(out, MARKS)
     before = Leaderboard.load(folder) if (folder / FILE).exists() else None
-    if before is None or recipe.cells.scorers is not None:
+    has_rows = before is None or recipe.cells.scorers is not None
+    _check_asked(recipe, has_rows)
+    if has_rows:
         recipe = check_recipe(replace(recipe, cells=replace(recipe.cells, metrics=("ppl",), lambada=None)))
     rows = {label_of(each): Row(_recipe_json(each)) for each in _recipes(recipe)}
     start = before or Leaderboard(_settings(recipe, board))
