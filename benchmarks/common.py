@@ -167,9 +167,10 @@ def over(seconds: Sequence[float], others: Sequence[float]) -> str:
 
 def growth(job: Callable[[], Any]) -> int:
     """Return by how many bytes this process's resident memory grew at its peak while `job` ran (Linux)."""
-    before = resident.start()
+    if (before := resident.start()) is None:
+        raise SystemExit("benchmarks: the system does not say how much memory a process has")
     job()
-    return resident.peak() - (before or 0)
+    return resident.peak() - before
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

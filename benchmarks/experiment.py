@@ -4,8 +4,8 @@ A file names the table that is drawn (a function of tables.py) and one section o
 row and a cut may have these: `observed`, `seeds`, `stored` (in few bits), and `train`, which trains the cut model, or
 prunes it while it trains (mask_every); a row also `models`, `cuts`, `against`. A cell without a scorer is dense.
 
-Every cell is kept in the work folder under a hash of its recipe, the sizes and the scorer's code. One that failed is
-made again. Changes of the engine are not noticed: remove the folder.
+Every cell is kept in the work folder under hashes of the model, its recipe, the sizes and the scorer's code. One that
+failed is made again. Changes of the engine are not noticed: remove the folder.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from common import Subject, as_is, check_unseen, progress
 import sspruner
 from sspruner.evaluation.decoded import Decoded
 from sspruner.evaluation.windows import alone, losses
+from sspruner.graph.fingerprint import fingerprint
 from sspruner.recipes.measure import StoredState
 from sspruner.recipes.train import Settings
 from sspruner.scoring.choice import candidates
@@ -49,7 +50,8 @@ class Section:
 
     rows: "all" tries every scorer of the axis. once: score each row once on the dense model, and plan every cut from
     that. observed, reported, also: arguments of Subject.text; `also` is a second text on which cells are measured.
-    show: what the table wants to know. few: the rows and cuts of a quick run.
+    show: what the table wants to know. few: the rows and cuts of a quick run. may_fail: the table says why cells are
+    missing; else one that cannot be made ends the part.
     """
 
     models: tuple[str, ...]
@@ -64,6 +66,7 @@ class Section:
     passages: int = 0
     show: Fields = field(default_factory=dict)
     few: Fields = field(default_factory=dict)
+    may_fail: bool = False
     is_quick: bool = False
 
     @property
@@ -184,7 +187,8 @@ def run(s: Any) -> tuple[Experiment, list[Found]]:
             key, folder = (name, section.dtype), s.work / name
             if key not in subjects:
                 subjects = {key: Subject(folder if folder.is_dir() else name, s.data, section.dtype)}  # one at a time
-            found.append(measured(subjects[key], section, s.work / "cells" / name))
+            subject = subjects[key]
+            found.append(measured(subject, section, s.work / "cells" / f"{name}-{fingerprint(subject.model)[:12]}"))
     return experiment, found
 
 
@@ -229,7 +233,9 @@ class Bench:
             try:
                 run = files[cut].with_suffix(".run")
                 versions[cut] = version_of(self.subject, section, how, run, self.windows)
-            except Exception as error:  # a broken scorer must not take the other rows with it
+            except Exception as error:  # a broken scorer must not take the others with it
+                if not section.may_fail:
+                    raise
                 said = "" if isinstance(error, sspruner.SSPrunerError) else f"{type(error).__name__}: "
                 found[cut] = Cell({"error": f"{said}{error}"})
         made = self.measure([version for version, _ in versions.values()]) if versions else []

@@ -95,11 +95,12 @@ def main() -> None:
     part = parts[given.part]
     settings = part.settings | (part.quick if given.quick else {})
     settings |= {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given.set)}
-    settings = {k: v.replace("WORK", str(given.work)) if isinstance(v, str) else v for k, v in settings.items()}
+    work = given.work / "quick" if given.quick else given.work  # a model of a few steps takes no other's place
+    settings = {k: v.replace("WORK", str(work)) if isinstance(v, str) else v for k, v in settings.items()}
     if threads := settings.pop("threads", None):
         torch.set_num_threads(threads)
-    given.work.mkdir(parents=True, exist_ok=True)
-    base = {"file": part.files[0], "data": given.data, "work": given.work, "quick": given.quick}
+    work.mkdir(parents=True, exist_ok=True)
+    base = {"file": part.files[0], "data": given.data, "work": work, "quick": given.quick}
     made, note = part.function(SimpleNamespace(**base, **settings))
     print("\n".join([*made, "", provenance(note)]))
 

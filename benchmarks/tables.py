@@ -125,7 +125,7 @@ def auto(found: list[Found]) -> list[str]:
             own, best = mean(tried[took[-1]]), min(map(mean, tried.values()))
             costs.append(f"{own:.2f} ({own / best:.4f})")
         title = f"{one.model}, axis {one.section.axis}: perplexity on books-test; dense {dense(one)}"
-        made.append(table(title, ["scorer", *one.section.cuts], [*rows, took, costs]))
+        made.append(table(title, ["scorer", *one.section.cuts], [*rows, took, costs]) + reasons(one))
     return made
 
 
@@ -262,11 +262,16 @@ def one_axis(one: Found) -> str:
     same = [f"{cut} {kept(one, cut)}" for cut in cuts if kept(one, cut).isdigit()]
     made = table(title, head, rows) + (f"\n\nKept: {', '.join(same)}." if same else "")
     made += "" if hit else f"\n\nNo last word of the {one.section.passages} is hit, by the dense model or by any row."
+    return made + reasons(one)
+
+
+def reasons(one: Found) -> str:
+    """Return why cells are missing: a line for each reason."""
     failed: dict[str, list[str]] = defaultdict(list)  # reason -> rows and cuts
     for (row, cut), cells in one.cells.items():
         if "error" in cells[0]:
             failed[" ".join(cells[0].record["error"].split())[:300]].append(f"{row}, {cut}")
-    return made + "".join(f"\n\n– {'; '.join(where)}: {reason}" for reason, where in failed.items())
+    return "".join(f"\n\n– {'; '.join(where)}: {reason}" for reason, where in failed.items())
 
 
 def grid(one: Found, show: Show) -> Rows:

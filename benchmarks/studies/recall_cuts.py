@@ -93,7 +93,8 @@ class Cut:
                 model, self.dense, lambda n: self.sequences(self.hardest, self.s.tokens, DISTIL_SEED + 997 * n), cost
             )
         elif "refit" in how:
-            begun += self.cell("", {k: v for k, v in how.items() if k != "refit"}, keep)["seconds"]
+            spent = time.process_time() - begun
+            return model, spent - self.cell("", {k: v for k, v in how.items() if k != "refit"}, keep)["seconds"]
         return model, time.process_time() - begun
 
     def pruned(self, how: Cell, keep: int) -> Any:

@@ -79,10 +79,10 @@ def fixed(s: Any, name: str, model: Any, seed: int) -> Any:
 
 def cuts(s: Any, subject: Subject, model: Any, keep: float, seed: int) -> dict[str, list[sspruner.Plan]]:
     """Return random plans, and those of scorers; blocks at the ends stay whole."""
-    deal, calibration = Deal(model, ["head"], keep, ENDS, seed), subject.text("books-train.txt", 32)
+    deal, data = Deal(model, ["head"], keep, ENDS, seed), subject.text("books-train.txt", 32, seed=seed)
     found = {"random": [deal.draw(f"draw {number}", 1)[0] for number in range(s.draws)]}
     for scorer in ("magnitude", "ghost"):
-        scores = sspruner.score(model, scorer, axis="head", calibration=calibration)
+        scores = sspruner.score(model, scorer, axis="head", calibration=data)
         found[scorer] = [sspruner.plan(deal.graph, scores, sparsity=1 - keep, ignore=deal.ignore)]
     return found
 
