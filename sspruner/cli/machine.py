@@ -130,7 +130,7 @@ class Places:
     device_map: Annotated[str | None, text("NAME")] = None
     """auto: place blocks on GPUs, in memory and on disk, as they fit; for prune with --out and a text file."""
 
-    max_memory: Annotated[tuple[str, ...], texts("PLACE=SIZE"), Parameter(show_default="4/5 of all")] = ()
+    max_memory: Annotated[tuple[str, ...], texts("PLACE=SIZE"), Parameter(show_default="4/5 of what is free")] = ()
     """Limits for --device-map: 0=20GiB, cpu=60GiB. Repeatable."""
 
     @property

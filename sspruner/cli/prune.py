@@ -110,7 +110,10 @@ def next_steps(model: str | None, out: Path, stock: bool, measured: bool = True)
     if stock and measured:
         steps["serve it"] = f"vllm serve {folder}, or sspruner export {folder} --to gguf --out served (docs/serving.md)"
     if model is None:
-        steps = {"your model": "sspruner prune path/to/model --keep 64 --calibration text.txt --out smaller", **steps}
+        steps = {
+            "your model": "sspruner prune path/to/model --sparsity 0.5 --calibration text.txt --out smaller",
+            **steps,
+        }
     return "\n".join(["next:", *(f"  {what + ':':12}{command}" for what, command in steps.items())])
 
 

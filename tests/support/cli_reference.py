@@ -41,7 +41,7 @@ LINKS = {
     "--offload": "offload.md",
     "--device-map": "offload.md#several-devices",
     "--plot": "report.md#in-the-terminal",
-    "--to": "saving.md#export",
+    "--to": "export.md",
 }
 
 
