@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from common import progress
@@ -42,12 +43,12 @@ def main() -> None:
         print("\n".join(f"{p.name}: {p.files[0].relative_to(HERE.parent)}" for p in parts))
         return
     given.work.mkdir(parents=True, exist_ok=True)
-    start, failed = time.perf_counter(), []
-    with ThreadPoolExecutor(2) as pool:
-        for later in (False, True):
-            stage = [p for p in parts if not p.timed and bool(p.after) == later]
-            done = pool.map(lambda p: run(p, given), stage)
-            failed += [p.name for p, good in zip(stage, done, strict=True) if not good]
+    start, begun = time.perf_counter(), dict[str, Future[bool]]()
+    with ThreadPoolExecutor(2) as pool:  # which begins parts in their order, so that none waits for one behind it
+        for part in sorted((p for p in parts if not p.timed), key=lambda p: bool(p.after)):
+            needed = [begun[name] for name in part.after if name in begun]
+            begun[part.name] = pool.submit(run, part, given, needed)
+    failed = [name for name, done in begun.items() if not done.result()]
     failed += [p.name for p in parts if p.timed and not run(p, given)]
     progress(f"{len(parts) - len(failed)} of {len(parts)} parts in {(time.perf_counter() - start) / 60:.1f} minutes")
     if not given.quick:
@@ -66,8 +67,9 @@ def output(part: Part, given: argparse.Namespace) -> Path:
     return Path(given.work / f"{part.name}{'.quick' if given.quick else ''}.md")
 
 
-def run(part: Part, given: argparse.Namespace) -> bool:
-    """Run a part in a process of its own, unless its output is there. False where it failed."""
+def run(part: Part, given: argparse.Namespace, needed: Sequence[Future[bool]] = ()) -> bool:
+    """Run a part in a process of its own, after those that it needs, unless its output is there. False: it failed."""
+    wait(needed)
     out = output(part, given)
     if out.exists():
         return True

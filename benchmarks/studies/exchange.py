@@ -1,7 +1,7 @@
 """Time the exchange of a round of TwIST beside a bare transfer of its bytes, with gloo on this machine.
 
-Under torchrun this file is one process: it pulls a slice of the reference model and pushes it back, without steps
-between, in turns with two all-to-alls of buffers that are packed already. Both are timed until all processes are done.
+Under torchrun this file is one process: it pulls a slice of a model and pushes it back, without steps between, in turns
+with two all-to-alls of buffers that are packed already. Both are timed until all processes are done.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
 import torch
-from common import Made, span, table, timed, torchrun
+from common import Made, random_model, span, table, timed, torchrun
 from torch import distributed
 
 import sspruner
@@ -48,10 +49,11 @@ def together(job: Callable[[], Any]) -> float:
     return timed(lambda: (job(), distributed.barrier()))
 
 
-def one_process(repeats: int) -> None:
+def one_process(name: str, repeats: int) -> None:
     """Print the elements of a slice, the bytes that this process sends in a round, and seconds by repeat."""
     with processes():
-        model = sspruner.load("mamba2-books-4m", dtype="float32")[0]
+        big: dict[str, int] = {"hidden": 768, "heads": 24, "layers": 24}
+        model = random_model(**big) if name == "130M" else sspruner.load(name, dtype="float32")[0]
         deal = Deal(model, ["head"], 0.5, 1, 0)
         subnets, shards = Subnets(model, deal.draw("size", 1)[0]), Shards(model.named_parameters(), torch.device("cpu"))
         found: dict[str, list[float]] = {"exchange": [], "bare": []}
@@ -69,10 +71,10 @@ def one_process(repeats: int) -> None:
 
 
 def tables(s: Any) -> Made:
-    """Return bytes and times of an exchange by number of workers. Settings: workers, repeats."""
+    """Return bytes and times of an exchange by model and number of workers. Settings: models, workers, repeats."""
     rows = []
-    for workers in s.workers:
-        done = torchrun(workers, "studies.exchange", s.repeats)
+    for name, workers in product(s.models, s.workers):
+        done = torchrun(workers, "studies.exchange", name, s.repeats)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
         found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -80,9 +82,9 @@ def tables(s: Any) -> Made:
         ratios = [a / b for a, b in zip(found["exchange"], found["bare"], strict=True)]
         times = [f"{1000 * median(found[name]):.0f}" for name in ("exchange", "bare")]
         sent = [f"{found['sent']:,.0f}", f"{formula:,.0f}"]
-        rows.append([str(workers), *sent, *times, span(median_interval(ratios))])
+        rows.append([f"{name}, {workers}", *sent, *times, span(median_interval(ratios))])
     head = [
-        "workers",
+        "model, workers",
         "bytes a worker sends",
         "2 · 12 · slice · (m − 1) / m",
         "ms",
@@ -94,4 +96,4 @@ def tables(s: Any) -> Made:
 
 
 if __name__ == "__main__":
-    one_process(int(sys.argv[1]))
+    one_process(sys.argv[1], int(sys.argv[2]))

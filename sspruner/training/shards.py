@@ -49,6 +49,7 @@ class Runs:
 
 
 Places = Callable[[str], Runs]  # tensor -> a worker's elements of it
+Message = tuple[list[torch.Tensor], list[torch.Tensor]]  # by process: rows that are sent, and places for what comes
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,23 @@ class Shards:
             rows[:, 0] = value.detach().flatten()
             self.sizes[name] = len(rows)
             self.parts[name] = distribute_tensor(rows, self.mesh, [Shard(0)]).to_local().clone()
+        self._slice = torch.empty(0, KINDS, device=device)
 
     def routes(self, workers: Sequence[Places]) -> list[Route]:
         """Return what travels in a round, for `pull` and `push`. workers: one for each process."""
         return [self._route(names, workers) for names in self._groups()]
 
     def pull(self, routes: list[Route]) -> dict[str, torch.Tensor]:
-        """Return this process's worker's elements of each tensor: fp32 (elements, KINDS)."""
+        """Return this process's worker's elements of each tensor: fp32 (elements, KINDS). The next pull may overwrite
+        them.
+        """
         pulled: dict[str, torch.Tensor] = {}
-        for route, received in self._exchange((route, self._requested(route), False) for route in routes):
+        slices = self._places([sum(map(sum, route.taken)) for route in routes])  # rows by process
+        arrived = self._exchange(self._requested(route, rows) for route, rows in zip(routes, slices, strict=True))
+        for route, rows, received in zip(routes, slices, arrived, strict=True):
             pieces = zip(route.names, _by_tensor(received, route.taken), strict=True)
             alone = len(route.names) == 1  # what came is in order
-            pulled |= {route.names[0]: received} if alone else {name: torch.cat(of) for name, of in pieces}
+            pulled |= {route.names[0]: rows} if alone else {name: torch.cat(of) for name, of in pieces}
         return pulled
 
     def push(self, routes: list[Route], values: dict[str, torch.Tensor]) -> None:
@@ -101,16 +107,12 @@ class Shards:
 
         Raises KeyError for a missing tensor.
         """
-        for route, received in self._exchange((route, _packed(route, values), True) for route in routes):
+        arrived = self._exchange(self._trained(route, values) for route in routes)
+        for route, received in zip(routes, arrived, strict=True):
             requests = zip(*route.requests, strict=True)  # by worker
             pieces = _by_tensor(received, route.given)
-            for name, length, of, rows in zip(route.names, route.lengths, requests, pieces, strict=True):
-                part = _in_runs(self.parts[name], length)
-                holders = torch.bincount(torch.cat(of), minlength=len(part))[:, None]  # (runs here, 1)
-                part.masked_fill_(holders > 0, 0)
-                for runs, trained in zip(of, rows, strict=True):
-                    part.index_add_(0, runs, _in_runs(trained, length))
-                part.div_(holders.clamp_min(1))
+            for name, length, of, trained in zip(route.names, route.lengths, requests, pieces, strict=True):
+                _put_means(_in_runs(self.parts[name], length), of, [_in_runs(rows, length) for rows in trained])
 
     def weights(self, name: str) -> torch.Tensor:
         """Return all weights of one tensor, fp32 (elements,), in every process."""
@@ -152,55 +154,93 @@ class Shards:
         given = [[length * len(runs) for runs in of] for length, of in zip(lengths, requests, strict=True)]
         return Route(names, lengths, *(_turned(of) for of in (requests, given, taken)))
 
-    def _requested(self, route: Route) -> torch.Tensor:
-        """Return what the workers have in this process's part: rows by worker and tensor."""
+    def _requested(self, route: Route, slice_: torch.Tensor) -> Message:
+        """Return what each worker has in this process's part, and where what comes is put in this worker's slice."""
+        gets = [*torch.split(slice_, [sum(of) for of in route.taken])]
+        return [self._gathered(route, worker, gets[rank()]) for worker in range(world())], gets
+
+    def _gathered(self, route: Route, worker: int, own: torch.Tensor) -> torch.Tensor:
+        """Return what one worker has in this process's part: (elements, KINDS). `own`: where this process wants its."""
         parts = [_in_runs(self.parts[name], length) for name, length in zip(route.names, route.lengths, strict=True)]
-        send = parts[0].new_empty(sum(map(sum, route.given)), KINDS)
-        places = iter(torch.split(send, [size for sizes in route.given for size in sizes]))
-        for requests in route.requests:
-            for part, runs in zip(parts, requests, strict=True):
-                torch.index_select(part, 0, runs, out=next(places).view(-1, part.shape[1]))
-        return send
+        requests, sizes = route.requests[worker], route.given[worker]
+        if len(parts) == 1 and len(requests[0]) == len(parts[0]) and worker != rank():
+            return self.parts[route.names[0]]  # all of it, as it lies there
+        rows = own if worker == rank() else self._empty(sum(sizes))
+        for part, runs, piece in zip(parts, requests, torch.split(rows, sizes), strict=True):
+            torch.index_select(part, 0, runs, out=piece.view(-1, part.shape[1]))
+        return rows
 
-    def _exchange(self, messages: Iterable[tuple[Route, torch.Tensor, bool]]) -> Iterator[tuple[Route, torch.Tensor]]:
-        """Exchange rows with every process; yield what came of each message while the next one travels.
+    def _trained(self, route: Route, values: dict[str, torch.Tensor]) -> Message:
+        """Return what this process's worker has trained, by process, and where what the others trained is put."""
+        sizes = zip(route.names, zip(*route.taken, strict=True), strict=True)
+        pieces = zip(*(torch.split(values[name].contiguous(), list(of)) for name, of in sizes), strict=True)
+        gives = [of[0] if len(of) == 1 else torch.cat(of) for of in pieces]
+        gets = [gives[p] if p == rank() else self._empty(sum(of)) for p, of in enumerate(route.given)]
+        return gives, gets
 
-        messages: what is sent, and whether it is on its way back.
-        """
+    def _places(self, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+        """Return places for a slice, (elements, KINDS) each: of the last round, where it was as large."""
+        if len(self._slice) != sum(sizes):
+            self._slice = self._empty(sum(sizes))
+        return torch.split(self._slice, sizes)
+
+    def _empty(self, elements: int) -> torch.Tensor:
+        """Return a place for rows: fp32 (elements, KINDS)."""
+        return next(iter(self.parts.values())).new_empty(elements, KINDS)
+
+    def _exchange(self, messages: Iterable[Message]) -> Iterator[list[torch.Tensor]]:
+        """Exchange rows with every process; yield what came of each message while the next one travels."""
         before: tuple[Any, ...] = ()
-        for route, send, back in messages:
-            given, taken = (route.taken, route.given) if back else (route.given, route.taken)
-            sent, sizes = [sum(of) for of in given], [sum(of) for of in taken]
-            received = send.new_empty(sum(sizes), KINDS)
-            work = distributed.all_to_all_single(received, send, sizes, sent, async_op=True)
-            self.bytes_sent += (len(send) - sent[rank()]) * KINDS * send.element_size()
-            now = (work, route, received, send)  # send is kept until it has arrived
+        for gives, gets in messages:
+            now = (self._begun(gives, gets), gets, gives)  # gives are kept until they have arrived
             if before:
                 yield _arrived(*before)
             before = now
         if before:
             yield _arrived(*before)
 
+    def _begun(self, gives: list[torch.Tensor], gets: list[torch.Tensor]) -> list[Any]:
+        """Begin to send and to receive what is not of this process itself."""
+        steps = []
+        for process in (p for p in range(world()) if p != rank()):
+            self.bytes_sent += gives[process].nbytes
+            for step, rows in ((distributed.irecv, gets[process]), (distributed.isend, gives[process])):
+                if len(rows):
+                    steps.append(distributed.P2POp(step, rows, process))
+        return distributed.batch_isend_irecv(steps) if steps else []
 
-def _arrived(work: Any, route: Route, received: torch.Tensor, send: torch.Tensor) -> tuple[Route, torch.Tensor]:
+
+def _arrived(works: list[Any], gets: list[torch.Tensor], gives: list[torch.Tensor]) -> list[torch.Tensor]:
     """Wait for a message."""
-    work.wait()
-    return route, received
+    for work in works:
+        work.wait()
+    return gets
 
 
-def _packed(route: Route, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return what this process's worker has trained: rows by process and tensor."""
-    if len(route.names) == 1:
-        return values[route.names[0]].contiguous()  # in order already
-    sizes = zip(route.names, zip(*route.taken, strict=True), strict=True)
-    pieces = [torch.split(values[name], list(of)) for name, of in sizes]  # by tensor and process
-    return torch.cat([piece for of in zip(*pieces, strict=True) for piece in of])
+def _put_means(part: torch.Tensor, requests: Sequence[torch.Tensor], trained: Sequence[torch.Tensor]) -> None:
+    """Put in each run of a part the mean of the workers that have it; others stay. part, trained: (runs, columns)."""
+    if len(requests) > 1 and all(len(runs) == len(part) for runs in requests):  # as below, in fewer passes
+        torch.add(trained[0], trained[1], out=part)
+        for rows in trained[2:]:
+            part.add_(rows)
+        part.div_(len(requests))
+        return
+    holders = torch.zeros(len(part), dtype=torch.long, device=part.device)
+    for runs, rows in zip(requests, trained, strict=True):
+        first = holders[runs] == 0
+        if bool(first.all()):
+            part.index_copy_(0, runs, rows)
+        else:
+            part.index_fill_(0, runs[first], 0)
+            part.index_add_(0, runs, rows)
+        holders[runs] += 1
+    if len(holders) and int(holders.max()) > 1:
+        part.div_(holders.clamp_min(1)[:, None])
 
 
-def _by_tensor(rows: torch.Tensor, sizes: list[list[int]]) -> list[tuple[torch.Tensor, ...]]:
-    """Split rows that came from all processes, sizes by process and tensor; return pieces by tensor and process."""
-    pieces = torch.split(rows, [size for of in sizes for size in of])
-    return [pieces[number :: len(sizes[0])] for number in range(len(sizes[0]))]
+def _by_tensor(rows: list[torch.Tensor], sizes: list[list[int]]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Split rows that came from all processes, sizes by process and tensor; yield pieces by tensor and process."""
+    return zip(*(torch.split(of, by_tensor) for of, by_tensor in zip(rows, sizes, strict=True)), strict=True)
 
 
 def _in_runs(rows: torch.Tensor, length: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ from sspruner.axes import ELEMENT_AXES
 from sspruner.budgets.budget import protected
 from sspruner.budgets.decide import plan
 from sspruner.compute.device import check_whole
+from sspruner.compute.forward import check_predicts_tokens
 from sspruner.compute.processes import rank, total, world
 from sspruner.compute.quick import quick_on_cpu
 from sspruner.errors import InputError
@@ -38,7 +39,17 @@ from sspruner.training import checkpoint
 from sspruner.training.arguments import recipe_of
 from sspruner.training.gradual import likelihood
 from sspruner.training.log import Log, check_trackers, forget_after
-from sspruner.training.loop import Trained, adamw, note_step, over, perplexity, recompute, share, take_step
+from sspruner.training.loop import (
+    Trained,
+    adamw,
+    gradients_on,
+    note_step,
+    over,
+    perplexity,
+    recompute,
+    share,
+    take_step,
+)
 from sspruner.training.run import run_folder
 from sspruner.training.shards import Shards
 from sspruner.training.subnet import Subnets
@@ -100,9 +111,12 @@ def twist(
         progress: called with the metrics of a step, its number, and the number of steps.
 
     Raises:
-        InputError: for invalid arguments, and if the workers cannot hold every unit, or outnumber the units.
+        InputError: for invalid arguments, and if the workers cannot hold every unit, or outnumber the units. After an
+            error in a round the model is empty, for its weights are spread over the processes: load it again.
     """
     check_whole(model, "training")
+    check_predicts_tokens(model, "train")
+    gradients_on(model)
     recipe = recipe_of(TwistRecipe, recipe, text, short, {"every": "deal_every"})
     settings, method = recipe.settings, recipe.method
     if settings.batch % world():
@@ -261,7 +275,7 @@ class _Run:
         for name, parameter in parameters.items():
             moments = optimizer.state[parameter]
             rows = (self.subnets.weights(name, parameter), moments["exp_avg"], moments["exp_avg_sq"])
-            pulled[name] = torch.stack([row.flatten() for row in rows], 1)  # (its elements, 3)
+            torch.stack([row.flatten() for row in rows], 1, out=pulled[name])  # (its elements, 3)
         self.shards.push(routes, pulled)
         return model, step
 

@@ -187,6 +187,30 @@ def test_a_part_runs_once_and_one_that_fails_leaves_the_page_alone(
     assert "old" not in page.read_text(encoding="utf-8")
 
 
+def test_a_part_begins_when_what_it_needs_is_there(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stands in the file, and beside parts that need nothing."""
+    made, run = importlib.import_module("run").Part, tmp_path / "run.py"
+    parts = [made("late", after=("slow",)), made("quick"), made("slow"), made("later", after=("late", "quick"))]
+    run.write_text(
+        "import sys, time; name, work = sys.argv[1], sys.argv[5]\n"
+        "open(f'{work}/order', 'a').write(f'{name} begins '); time.sleep(name == 'slow')\n"
+        "open(f'{work}/order', 'a').write(f'{name} ends ')"
+    )
+    monkeypatch.setattr(bench, "RUN", run)
+    monkeypatch.setattr(bench, "insert", lambda name, text: None)
+    monkeypatch.setattr(bench, "DOCS", tmp_path)
+    monkeypatch.setattr(bench, "draw", lambda pages, folder: None)
+    monkeypatch.setattr(bench, "PARTS", {one.name: one for one in parts})
+    monkeypatch.setattr(sys, "argv", ["all.py", "--work", str(tmp_path)])
+    bench.main()
+    order = (tmp_path / "order").read_text()
+    for one in parts:
+        for needed in one.after:
+            assert order.index(f"{needed} ends") < order.index(f"{one.name} begins")
+
+
 def part(name: str) -> str:
     return TEXT.partition(f"<!-- {name}: begin -->")[2].partition(f"<!-- {name}: end -->")[0]
 

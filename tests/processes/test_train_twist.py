@@ -149,13 +149,13 @@ def exchanges(folder: str) -> None:
     for name in sizes:
         assert torch.equal(shards.weights(name), full[name][:, 0])
         full[name][:, 1:] = 0
-    sent, real = [0], distributed.all_to_all_single
+    sent, real = [0], distributed.batch_isend_irecv
 
-    def counted(received: Any, send: Any, taken: list[int], given: list[int], async_op: bool) -> Any:
-        sent[0] += sum(n * KINDS * 4 for process, n in enumerate(given) if process != rank())
-        return real(received, send, taken, given, async_op=async_op)
+    def counted(steps: list[Any]) -> Any:
+        sent[0] += sum(step.tensor.numel() * 4 for step in steps if step.op is distributed.isend)
+        return real(steps)
 
-    distributed.all_to_all_single = counted
+    distributed.batch_isend_irecv = counted
     for number in range(20):
         module_of_shards.TOGETHER = 2**18 if number % 2 else 24  # all in one message, or in four
         workers = [{name: some_runs(size) for name, size in sizes.items()} for _ in range(world())]
@@ -177,7 +177,7 @@ def exchanges(folder: str) -> None:
                     full[name][element] = sum(new) / len(new)
             assert torch.equal(shards.sharded(name).full_tensor(), full[name])
     assert shards.bytes_sent == sent[0] > 0
-    distributed.all_to_all_single = real
+    distributed.batch_isend_irecv = real
 
 
 def some_runs(size: int) -> Runs:
