@@ -61,8 +61,9 @@ class Fitted:
 def fit(student: Student, lesson: Lesson, steps: int, seed: int, late: Callable[[], bool]) -> Fitted:
     """Train a student for a number of steps, or until it is `late`.
 
-    The best values are those with the lowest mean error over the kinds of held-out text, if it is lower than at the
-    start. A loss that is not finite ends the training.
+    The best values are those with the lowest geometric mean of the errors over the kinds of held-out text, if it is
+    lower than at the start: one may rise by a smaller factor than the other falls. A loss that is not finite ends the
+    training.
     """
     target = {number: (lesson.targets[number], call.mask) for number, call in lesson.calls.items()}
     scale = 1 / max(sum(_squares(target, lesson.training)), TINY)
@@ -168,4 +169,5 @@ def _squares(values: Mapping[int, tuple[torch.Tensor, torch.Tensor]], numbers: S
 
 
 def _mean(errors: Mapping[str, float]) -> float:
-    return sum(errors.values()) / len(errors)
+    """Return the geometric mean, in which a kind of text with small errors counts as much as one with large ones."""
+    return math.exp(sum(math.log(max(error, TINY)) for error in errors.values()) / len(errors))

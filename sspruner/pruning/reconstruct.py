@@ -3,7 +3,8 @@
 Block reconstruction in the model's own shape. The modules are taken in the order in which the model runs them. The
 input is the stream of the cut model, reconstructed so far; the target is the output of the dense module on that same
 input; what is trained are the elements of the cut units that stay (`trained.py`). A module keeps its new values only if
-they lower the mean error on held-out windows, half of which are text that the model itself has written.
+they lower the geometric mean of the errors on held-out text of the calibration and on text that the model itself has
+written.
 
 The word is that of Li et al., BRECQ, arXiv 2102.05426.
 """

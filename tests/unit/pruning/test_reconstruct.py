@@ -101,7 +101,7 @@ def test_only_what_stays_of_the_cut_units_changes_and_no_error_rises(family, axi
         assert not (moved & ~allowed[name]).any(), name
     assert set(found.errors) == {name.rpartition(":")[0] for name in plan.groups}
     for path, layer in found.layers.items():
-        start, end = (sum(pair[i] for pair in layer.held_out.values()) for i in range(2))
+        start, end = (math.prod(pair[i] for pair in layer.held_out.values()) for i in range(2))
         assert (end < start) if layer.step else (end == start), path
         assert (layer.step > 0) == any(within(name, path) for name in found.plan.updates)
     masked_equals_sliced(model, found.plan)
@@ -110,14 +110,14 @@ def test_only_what_stays_of_the_cut_units_changes_and_no_error_rises(family, axi
 @given(errors=st.lists(st.tuples(*[st.floats(0.1, 2)] * 2), min_size=5, max_size=5))
 @examples(10)
 def test_the_step_with_the_lowest_mean_error_is_kept(errors):
-    """Of the start and four steps, whichever of the two texts it is that gains; the start if none is lower."""
+    """The geometric one, of the start and four steps, whichever of the two texts gains; the start if none is lower."""
     scripted = [dict(zip(("text", "own text"), pair, strict=True)) for pair in errors]
     model, left = tiny_model(layers=1), iter(scripted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "_errors", lambda *_: next(left))
         found = reconstructed(model, half_plan(model, "state"), settings=Reconstruction(refit_steps=8, refit_windows=8))
     (layer,) = found.layers.values()
-    means = [sum(pair) / 2 for pair in errors]
+    means = [math.prod(pair) for pair in errors]
     best = means.index(min(means))
     assert layer.step == 2 * best
     assert layer.held_out == {kind: (scripted[0][kind], scripted[best][kind]) for kind in scripted[0]}
