@@ -144,9 +144,9 @@ def stock_difference(model: Any) -> str:
         return f"{name} is {tuple(shape)}, and {tuple(stock.state_dict()[name].shape)} in {type(model).__name__}"
     for path, attributes in sizes["attributes"].items():
         name, value = next(iter(attributes.items()))
-        theirs = vars(stock.get_submodule(path)).get(name)
+        found = vars(stock.get_submodule(path)).get(name)
         why = " (the cut folds a factor into this norm's epsilon, which has no field in the config)" * ("eps" in name)
-        return f"{path}.{name} is {value}, and {theirs} in {type(model).__name__}{why}"
+        return f"{path}.{name} is {value}, and {found} in {type(model).__name__}{why}"
     return ""
 
 
