@@ -187,14 +187,13 @@ def run(s: Any) -> tuple[Experiment, list[Found]]:
             key, folder = (name, section.dtype), s.work / name
             if key not in subjects:
                 subjects = {key: Subject(folder if folder.is_dir() else name, s.data, section.dtype)}  # one at a time
-            subject = subjects[key]
-            found.append(measured(subject, section, s.work / "cells" / f"{name}-{fingerprint(subject.model)[:12]}"))
+            found.append(measured(subjects[key], section, s.work / "cells"))
     return experiment, found
 
 
 def measured(subject: Subject, section: Section, work: Path) -> Found:
     """Measure every cell of a section on one model; those of a row and a seed together."""
-    bench = Bench(subject, section, work)
+    bench = Bench(subject, section, work / f"{subject.name}-{fingerprint(subject.model)[:12]}")
     (dense,) = bench.cells("dense", {"": {}}).values()
     cells: dict[tuple[str, str], list[Cell]] = {}
     for label, row in section.rows_of(subject.name).items():

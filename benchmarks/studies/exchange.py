@@ -83,14 +83,8 @@ def tables(s: Any) -> Made:
         times = [f"{1000 * median(found[name]):.0f}" for name in ("exchange", "bare")]
         sent = [f"{found['sent']:,.0f}", f"{formula:,.0f}"]
         rows.append([f"{name}, {workers}", *sent, *times, span(median_interval(ratios))])
-    head = [
-        "model, workers",
-        "bytes a worker sends",
-        "2 · 12 · slice · (m − 1) / m",
-        "ms",
-        "ms, bare",
-        "ratio (95 % interval)",
-    ]
+    head = ["model, workers", "bytes a worker sends", "2 · 12 · slice · (m − 1) / m"]
+    head += ["ms", "ms, bare", "ratio (95 % interval)"]
     made = table("An exchange of a round, half of the heads, gloo; bare: the same bytes in two all-to-alls", head, rows)
     return [made], f"medians of {s.repeats}, in turns; seed 0"
 

@@ -24,7 +24,8 @@ class Outflow(sspruner.Scorer):
 
     def observe(self, view: sspruner.SSMView) -> None:
         self.shape = view.group.groups, view.group.units
-        self.columns = view.weights["out_proj.weight:y"].double()  # (groups, units, channels of a unit * hidden size)
+        (columns,) = (w for key, w in view.weights.items() if key.endswith("_proj.weight:y"))  # out_proj, or o_proj
+        self.columns = columns.double()  # (groups, units, channels of a unit * hidden size)
         sent = view.y.flatten(2).double()  # (b, T, channels)
         if self.gate:
             sent = sent * F.silu(view.z.double())
