@@ -115,9 +115,9 @@ def twist(
             error in a round the model is empty, for its weights are spread over the processes: load it again.
     """
     check_whole(model, "training")
+    recipe = recipe_of(TwistRecipe, recipe, text, short, {"every": "deal_every"})
     check_predicts_tokens(model, "train")
     gradients_on(model)
-    recipe = recipe_of(TwistRecipe, recipe, text, short, {"every": "deal_every"})
     settings, method = recipe.settings, recipe.method
     if settings.batch % world():
         raise InputError(f"batch {settings.batch}: must be a multiple of the number of processes, {world()}")
