@@ -77,7 +77,13 @@ def test_a_family_has_exactly_the_axes_of_the_table(family):
 # 1. masked = sliced
 
 
-FOLDED = [("mamba2", "head"), ("bamba", "head_dim"), ("falcon_h1", "hidden"), ("qwen3_next", "state")]
+FOLDED = [
+    ("mamba2", "head"),
+    ("bamba", "head_dim"),
+    ("falcon_h1", "hidden"),
+    ("qwen3_next", "state"),
+    ("jamba", "state"),
+]
 
 
 @pytest.mark.cover(families=10, least=30)
