@@ -149,11 +149,10 @@ def _notes(report: Report) -> list[Text]:
     windows = round(data["held_out_tokens"] / max(data["seq_len"], 1))
     if windows < FEW:
         measured += f", in {windows} window{'s' * (windows > 1)}: too few for a 95 % interval"
-    if report.left_out:
-        measured = f"{f'{measured}; ' if data['held_out_tokens'] else ''}left out: {report.left_out}"
+    measured = f"{measured}; " if data["held_out_tokens"] else ""
     lines = [
-        f"calibration: {data['source']}, {data['tokens']:,} {data.get('unit', 'tokens')}; {measured}; "
-        f"seed {report.seed}",
+        f"calibration: {data['source']}, {data['tokens']:,} {data.get('unit', 'tokens')}; {measured}seed {report.seed}",
+        *([f"left out: {report.left_out}"] if report.left_out else []),
         f"seconds: {', '.join(f'{phase} {s:.1f}' for phase, s in report.seconds.items())}; "
         f"peak memory {as_bytes(report.peak_memory_bytes)}",
     ]
