@@ -55,7 +55,7 @@ def command(
     Examples:
         sspruner bench path/to/model smaller --batch 1,16 --prompt 512
         sspruner bench --shape mamba2-370m --keep 64,32 --batch 64 --json bench.json
-        sspruner bench path/to/model smaller --engine vllm --python path/to/venv/bin/python --batch 1,8,32,64
+        sspruner bench path/to/model smaller --engine vllm --python env/bin/python
     """
     output.check()
 

@@ -58,7 +58,7 @@ def command(
     Examples:
         sspruner compare path/to/model --scorers ghost,magnitude --sparsity 0.5,0.75
         sspruner compare path/to/model --recipe compared/recipe.yaml --axis head
-        sspruner compare --leaderboard results/leaderboard --plugin mine.py --scorers mine
+        sspruner compare --leaderboard board --plugin mine.py --scorers mine
     """
     from sspruner.comparison.values import check_values
 

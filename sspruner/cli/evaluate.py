@@ -39,7 +39,7 @@ def command(
     Examples:
         sspruner evaluate smaller --against dense --text t.txt --max-ppl-increase 2%
         sspruner evaluate path/to/model --metrics recall,passkey --json recall.json
-        sspruner evaluate smaller --against dense --text t.txt --state-dtype int8 --rounding stochastic
+        sspruner evaluate smaller --against dense --text t.txt --state-dtype int8
     """
     check_gates(gates, options, against)
     output.check()

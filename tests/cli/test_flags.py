@@ -49,9 +49,9 @@ def test_panels_of_the_main_job() -> None:
 
 @pytest.mark.cover(most=5)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_two_examples_that_parse(command: str) -> None:
+def test_examples_parse(command: str) -> None:
     examples = done(*command.split(), "--help").stdout.partition("Examples:\n")[2].splitlines()
-    assert len(examples) == 2
+    assert len(examples) >= 2
     for line in examples:
         assert len(line) <= 80, "it would be wrapped in a narrow terminal"
         words = shlex.split(line)
