@@ -82,7 +82,7 @@ FOLDED = [
     ("bamba", "head_dim"),
     ("falcon_h1", "hidden"),
     ("qwen3_next", "state"),
-    ("jamba", "state"),
+    ("falcon_mamba", "state"),
 ]
 
 
