@@ -89,7 +89,7 @@ def fit(student: Student, lesson: Lesson, steps: int, seed: int, late: Callable[
         if done % max(1, steps // CHECKS) and not (last or over):
             continue
         errors = _errors(student, lesson, energy, leaves)
-        if _mean(errors) < _mean(best):
+        if mean_error(errors) < mean_error(best):
             best, kept = errors, done
             values = {name: leaf.detach().clone() for name, leaf in student.rounded(leaves).items()}
         if over:
@@ -168,6 +168,6 @@ def _squares(values: Mapping[int, tuple[torch.Tensor, torch.Tensor]], numbers: S
     return [float(one) for one in total(sums)]
 
 
-def _mean(errors: Mapping[str, float]) -> float:
-    """Return the geometric mean, in which a kind of text with small errors counts as much as one with large ones."""
+def mean_error(errors: Mapping[str, float]) -> float:
+    """Return the geometric mean over kinds of text, in which one with small errors counts as much as any other."""
     return math.exp(sum(math.log(max(error, TINY)) for error in errors.values()) / len(errors))

@@ -15,6 +15,7 @@ from sspruner.calibrate.replay import Replay
 from sspruner.files.journal import Journal
 from sspruner.plans.plan import Plan
 from sspruner.plans.reduction import PARTS, Projection, projections, tensors_of
+from sspruner.pruning.fit import mean_error
 
 PHASE = "refit"  # name of this phase in the journal
 LAYERS = "layers"  # outcomes, as JSON in bytes, in the file of a block
@@ -39,9 +40,8 @@ class Layer:
 
     @property
     def error(self) -> tuple[float, float]:
-        """Mean error over the kinds of held-out text, before and after."""
-        pairs = list(self.held_out.values())
-        before, after = (sum(pair[i] for pair in pairs) / len(pairs) for i in range(2))
+        """Geometric mean of the errors over the kinds of held-out text, before and after: what chose the step."""
+        before, after = (mean_error({kind: pair[i] for kind, pair in self.held_out.items()}) for i in range(2))
         return before, after
 
 
