@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -155,60 +156,16 @@ def test_an_experiment_measures_what_prune_cuts(
     assert float(cell.kl.mean()) == pytest.approx(damage.kl, rel=1e-3)
     monkeypatch.setattr(experiment, "version_of", None)  # a second run takes the cell from its file
     assert experiment.measured(subject, section, tmp_path / "work").cells["magnitude", "90%"][0].record == cell.record
+    subject.model.backbone.norm_f.weight.data.mul_(1.1)
+    with pytest.raises(TypeError):  # of another model there is no cell, and one that cannot be made ends the part
+        experiment.measured(subject, section, tmp_path / "work")
+    tolerant = experiment.measured(subject, replace(section, may_fail=True), tmp_path / "work")
+    assert "error" in tolerant.cells["magnitude", "90%"][0]
 
 
 def test_python_of_benchmarks_is_short() -> None:
     lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in BENCHMARKS.rglob("*.py"))
     assert lines < MOST_LINES
-
-
-def test_a_part_runs_once_and_one_that_fails_leaves_the_page_alone(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page, run = tmp_path / "page.md", tmp_path / "run.py"
-    page.write_text("prose\n<!-- a: begin -->\nold\n<!-- a: end -->\nmore\n", encoding="utf-8")
-    good = "import sys; work = sys.argv[5]; open(f'{work}/ran', 'a').write('x'); print('new', sys.argv[1], work)"
-    monkeypatch.setattr(bench, "RUN", run)
-    monkeypatch.setattr(bench, "DOCS", tmp_path)
-    monkeypatch.setattr(bench, "draw", lambda pages, folder: None)
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures/damage.py").touch()
-    monkeypatch.setattr(bench, "PARTS", {"a": importlib.import_module("run").Part("a", study="a")})
-    monkeypatch.setattr(sys, "argv", ["all.py", "--work", str(tmp_path)])
-    run.write_text("print('half'); raise SystemExit(3)", encoding="utf-8")
-    with pytest.raises(SystemExit, match="failed: a"):
-        bench.main()
-    assert "old" in page.read_text(encoding="utf-8")
-    run.write_text(good, encoding="utf-8")
-    bench.main()
-    bench.main()
-    assert (tmp_path / "ran").read_text() == "x"
-    assert "begin -->\nnew a WORK\n" in page.read_text(encoding="utf-8")  # no path of this machine
-    assert "old" not in page.read_text(encoding="utf-8")
-
-
-def test_a_part_begins_when_what_it_needs_is_there(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wherever it stands in the file, and beside parts that need nothing."""
-    made, run = importlib.import_module("run").Part, tmp_path / "run.py"
-    parts = [made("late", after=("slow",)), made("quick"), made("slow"), made("later", after=("late", "quick"))]
-    run.write_text(
-        "import sys, time; name, work = sys.argv[1], sys.argv[5]\n"
-        "open(f'{work}/order', 'a').write(f'{name} begins '); time.sleep(name == 'slow')\n"
-        "open(f'{work}/order', 'a').write(f'{name} ends ')"
-    )
-    monkeypatch.setattr(bench, "RUN", run)
-    monkeypatch.setattr(bench, "insert", lambda name, text: None)
-    monkeypatch.setattr(bench, "DOCS", tmp_path)
-    monkeypatch.setattr(bench, "draw", lambda pages, folder: None)
-    monkeypatch.setattr(bench, "PARTS", {one.name: one for one in parts})
-    monkeypatch.setattr(sys, "argv", ["all.py", "--work", str(tmp_path)])
-    bench.main()
-    order = (tmp_path / "order").read_text()
-    for one in parts:
-        for needed in one.after:
-            assert order.index(f"{needed} ends") < order.index(f"{one.name} begins")
 
 
 def part(name: str) -> str:
