@@ -77,7 +77,7 @@ def token_operations(model: Any, found: Footprint) -> int:
 def attention_operations(found: Footprint) -> int:
     """Return the fewest operations per token and attended token: one multiplication and addition per key and value.
 
-    Several heads of queries that share keys do more; the ceiling stays one.
+    Heads of queries that share their keys do more; the fewest still give an upper limit of the speed.
     """
     return 2 * found.kv_bytes_per_token // (4 if found.dtype == "float32" else 2)
 

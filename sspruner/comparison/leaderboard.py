@@ -239,7 +239,10 @@ def _calibrated(text: CalibrationText, bench: Bench, seed: int, place: Place) ->
 
 
 def _bytes_now(device: torch.device) -> int | None:
-    """Return the bytes in use, of the GPU or of this process, and begin to note their peak; None if nobody says it."""
+    """Return the bytes in use, of the GPU or of this process, and begin to note their peak.
+
+    None where the system does not say.
+    """
     if device.type != "cuda":
         return resident.start()
     torch.cuda.reset_peak_memory_stats(device)

@@ -55,6 +55,7 @@ def output_errors(
                 found.append((cut - dense).square().sum(1))
     if not energies or not bool((energy := torch.cat(energies)).any()):
         return []
+    energy = energy.clamp_min(torch.finfo(torch.float64).tiny)  # windows without energy count their error
     return [OutputError(rate(torch.cat(found), energy)) for found in errors]
 
 

@@ -94,7 +94,7 @@ class Shards:
         them.
         """
         pulled: dict[str, torch.Tensor] = {}
-        slices = self._places([sum(map(sum, route.taken)) for route in routes])  # rows by process
+        slices = self._slices([sum(map(sum, route.taken)) for route in routes])  # rows by process
         arrived = self._exchange(self._requested(route, rows) for route, rows in zip(routes, slices, strict=True))
         for route, rows, received in zip(routes, slices, arrived, strict=True):
             pieces = zip(route.names, _by_tensor(received, route.taken), strict=True)
@@ -154,9 +154,9 @@ class Shards:
         given = [[length * len(runs) for runs in of] for length, of in zip(lengths, requests, strict=True)]
         return Route(names, lengths, *(_turned(of) for of in (requests, given, taken)))
 
-    def _requested(self, route: Route, slice_: torch.Tensor) -> Message:
-        """Return what each worker has in this process's part, and where what comes is put in this worker's slice."""
-        gets = [*torch.split(slice_, [sum(of) for of in route.taken])]
+    def _requested(self, route: Route, rows: torch.Tensor) -> Message:
+        """Return what each worker has in this process's part, and where in `rows`, its own slice, what comes is put."""
+        gets = [*torch.split(rows, [sum(of) for of in route.taken])]
         return [self._gathered(route, worker, gets[rank()]) for worker in range(world())], gets
 
     def _gathered(self, route: Route, worker: int, own: torch.Tensor) -> torch.Tensor:
@@ -178,14 +178,14 @@ class Shards:
         gets = [gives[p] if p == rank() else self._empty(sum(of)) for p, of in enumerate(route.given)]
         return gives, gets
 
-    def _places(self, sizes: list[int]) -> tuple[torch.Tensor, ...]:
-        """Return places for a slice, (elements, KINDS) each: of the last round, where it was as large."""
+    def _slices(self, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+        """Return memory for this worker's slice, (elements, KINDS) each; that of the last round, if it was as large."""
         if len(self._slice) != sum(sizes):
             self._slice = self._empty(sum(sizes))
         return torch.split(self._slice, sizes)
 
     def _empty(self, elements: int) -> torch.Tensor:
-        """Return a place for rows: fp32 (elements, KINDS)."""
+        """Return memory for rows: fp32 (elements, KINDS)."""
         return next(iter(self.parts.values())).new_empty(elements, KINDS)
 
     def _exchange(self, messages: Iterable[Message]) -> Iterator[list[torch.Tensor]]:
