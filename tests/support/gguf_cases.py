@@ -165,3 +165,13 @@ def unigram() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([TEXT] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def multimodal() -> Any:
+    """Return a tiny Qwen3.5 with a vision part."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = variant("qwen3_5").config.to_dict()
+    vision = {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8, "out_hidden_size": 24}
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
+    return AutoModelForImageTextToText.from_config(config)

@@ -27,6 +27,7 @@ from sspruner.errors import InputError
 from sspruner.io.skeleton import skeleton
 from support.command import done, refused, saved_model
 from support.footprints import config_alone, taken
+from support.gguf_cases import multimodal
 from support.published import CONFIGS, DIGITS, PUBLISHED
 from support.tiny import half, tiny_model, tokens
 from support.zoo import FAMILIES, zoo
@@ -193,6 +194,15 @@ def test_operations_by_hand() -> None:
     whole = prefill_work(size, operations, head_weights(model), 5, 7)
     assert whole.operations == 5 * (7 * (operations - 2 * 31 * hidden) + 2 * 31 * hidden)
     assert whole.bytes == size.fixed_read_bytes + 5 * (size.state_bytes + size.conv_bytes)
+
+
+def test_a_token_passes_no_vision_part() -> None:
+    model = multimodal()
+    size = taken(model, 7)
+    operations = token_operations(model, size)
+    assert any(p.ndim > 1 for p in model.model.visual.parameters())
+    del model.model.visual
+    assert token_operations(model, size) == operations
 
 
 def test_the_slower_of_bytes_and_operations_is_the_ceiling() -> None:

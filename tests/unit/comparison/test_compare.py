@@ -116,6 +116,10 @@ def test_passages_and_recall_are_those_of_the_masked_model() -> None:
     for wrong in ({"metrics": ("lambada",)}, {"passages": passages}, {"metrics": ("bleu",)}, {"metrics": ()}):
         with pytest.raises(sspruner.InputError, match="metric"):
             sspruner.compare(model, ["magnitude"], **how, **wrong)
+    with pytest.raises(
+        sspruner.InputError, match=r"lambada words.jsonl: .*has no tokenizer; give one with --tokenizer"
+    ):
+        sspruner.compare(model, ["magnitude"], metrics=("lambada",), lambada="words.jsonl", **how)
 
 
 def test_a_smaller_dense_model_stands_beside_the_cuts_of_its_state() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 import sspruner
 from sspruner.formats.fitting import offers
@@ -23,7 +22,7 @@ from sspruner.formats.gguf_weights import Weights
 from sspruner.formats.targets import Fit, target
 from sspruner.io.skeleton import skeleton
 from support.examples import examples
-from support.gguf_cases import cut, variant
+from support.gguf_cases import cut, multimodal, variant
 from support.zoo import zoo
 
 DELTA = ("qwen3_5", "qwen3_5, experts", "qwen3_next, experts", "kimi_linear, experts", "bailing_hybrid, experts")
@@ -105,13 +104,6 @@ def test_every_rotated_pair_takes_a_position_of_the_text(pairs: int, sections: l
     total = sum(made)
     assert total == pairs
     assert all(i % total < 3 * made[i % total % 3] for i in range(pairs))
-
-
-def multimodal() -> Any:
-    text = variant("qwen3_5").config.to_dict()
-    vision = {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8, "out_hidden_size": 24}
-    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
-    return AutoModelForImageTextToText.from_config(config)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
